@@ -1,0 +1,1 @@
+"""A compiler-style kernel generator for DeepSeek Sparse Attention."""

@@ -1,0 +1,110 @@
+"""The build cache: a rendered source and its binaries under one key, published by an atomic rename, rebuilt when corrupt.
+
+An entry is a folder ``<cache>/<key>/`` with the rendered module (a person can read, import and step through it), the
+backend's binaries and ``build.json``. The key hashes the text, the compiler's versions and the architecture, so entries
+are never changed, only added.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import backends, paths
+from .errors import BuildError
+from .gpu import Gpu
+from .render import Rendered
+
+
+@dataclass(frozen=True)
+class Built:
+    """One entry of the build cache."""
+
+    rendered: Rendered
+    gpu: Gpu
+    folder: Path
+    resources: Mapping[str, backends.Resources]
+
+    @property
+    def source(self) -> Path:
+        """The rendered module."""
+        return self.folder / f"{self.rendered.module_name}.py"
+
+    def load(self) -> Mapping[str, backends.Launchable]:
+        """The kernels by name, loaded on the current CUDA device."""
+        return backends.get(self.rendered.backend).load(self.source, self.gpu, self.folder)
+
+    def discard(self) -> None:
+        """Remove the entry (the losers of a tuning run are of no further use)."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def _toolchain(backend: str) -> str:
+    return json.dumps(backends.get(backend).toolchain(), sort_keys=True)
+
+
+def folder_of(rendered: Rendered, gpu: Gpu) -> Path:
+    """Where the entry of this source for this GPU lies, built or not."""
+    key = hashlib.sha256("\n".join((rendered.text, _toolchain(rendered.backend), gpu.arch)).encode()).hexdigest()
+    return paths.cache() / key[:32]
+
+
+def find(rendered: Rendered, gpu: Gpu) -> Built | None:
+    """The entry, where it is there and whole."""
+    folder = folder_of(rendered, gpu)
+    try:
+        report = json.loads((folder / "build.json").read_text())
+        resources = {name: backends.Resources(**values) for name, values in report["resources"].items()}
+        if (folder / f"{rendered.module_name}.py").read_text() != rendered.text:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Built(rendered, gpu, folder, resources)
+
+
+def build(rendered: Rendered, gpu: Gpu) -> Built:
+    """The entry, compiled where it is missing. Safe when several processes build the same source at once.
+
+    Raises:
+        BuildError: the compiler refused the source.
+        ToolMissing: the backend's compiler is not installed.
+    """
+    return find(rendered, gpu) or _build(rendered, gpu)
+
+
+def _build(rendered: Rendered, gpu: Gpu) -> Built:
+    final = folder_of(rendered, gpu)
+    staging = final.with_name(f".staging-{uuid.uuid4().hex}")
+    staging.mkdir(parents=True)
+    try:
+        source = staging / f"{rendered.module_name}.py"
+        source.write_text(rendered.text)
+        resources = backends.get(rendered.backend).compile(source, gpu, staging)
+        report = {"arch": gpu.arch, "resources": {name: asdict(usage) for name, usage in resources.items()}}
+        (staging / "build.json").write_text(json.dumps(report, indent=1))
+        _publish(staging, final, rendered, gpu)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    built = find(rendered, gpu)
+    if built is None:
+        raise BuildError(rendered.module_name, f"the build cache at {final} cannot be written or read")
+    return built
+
+
+def _publish(staging: Path, final: Path, rendered: Rendered, gpu: Gpu) -> None:
+    """Rename into place. A whole entry of another process wins; a corrupt one makes way."""
+    for _ in range(3):
+        try:
+            staging.rename(final)
+            return
+        except OSError:
+            if find(rendered, gpu) is not None:
+                return
+            shutil.rmtree(final, ignore_errors=True)

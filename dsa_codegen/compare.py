@@ -1,0 +1,77 @@
+"""How outputs are compared with the reference: similarity and tolerances for numbers, exact equality for selections."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .op import Accuracy
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an output may differ by: similarity below ``similarity`` and |Δ| <= absolute + relative·|reference|."""
+
+    similarity: float
+    absolute: float = math.inf
+    relative: float = 0.0
+
+
+# The one table of tolerances, used by tests, the tuner's gate and the command line.
+LOGITS = Limit(similarity=5e-6)
+# Rounding an exact result to bf16 costs 1e-6 (nearest) to 6e-6 (truncation, as Triton's interpreter does it).
+LOGITS_BF16 = Limit(similarity=1e-5, absolute=1e-3, relative=2 / 128)
+ATTENTION = Limit(similarity=5e-6, absolute=1e-3, relative=2 / 128)
+LSE = Limit(similarity=5e-6, absolute=1e-6, relative=8 / 65536)
+
+
+def similarity_gap(a: Tensor, b: Tensor) -> float:
+    """``1 - 2·Σab / Σ(a²+b²)`` in fp64: 0 for equal tensors (also for two empty or all-zero ones)."""
+    a, b = a.double(), b.double()
+    energy = (a * a + b * b).sum().item()
+    return 1 - 2 * (a * b).sum().item() / energy if energy else 0.0
+
+
+def close(name: str, output: Tensor, reference: Tensor, limit: Limit) -> Accuracy:
+    """Compare floating-point tensors of one shape. Infinities must stand at the same places; NaN never passes."""
+    output, reference = output.double(), reference.double()
+    special = ~reference.isfinite()
+    if not torch.equal(output[special], reference[special]):
+        return Accuracy(False, math.inf, math.inf, f"{name}: infinities differ from the reference")
+    output, reference = output[~special], reference[~special]
+    difference = (output - reference).abs()
+    if not output.isfinite().all():
+        return Accuracy(False, math.inf, math.inf, f"{name}: {int((~output.isfinite()).sum())} values are not finite")
+    worst = difference.max().item() if difference.numel() else 0.0
+    gap = similarity_gap(output, reference)
+    outside = int((difference > limit.absolute + limit.relative * reference.abs()).sum())
+    passed = gap < limit.similarity and outside == 0
+    detail = "" if passed else f"{name}: similarity {gap:.2e} (< {limit.similarity:.0e}), {outside} values outside tolerance"
+    return Accuracy(passed, worst, gap, detail)
+
+
+def equal(name: str, output: Tensor, reference: Tensor) -> Accuracy:
+    """Compare discrete tensors exactly."""
+    if output.shape == reference.shape and torch.equal(output, reference):
+        return Accuracy(True, 0.0, 0.0)
+    wrong = int((output != reference).sum()) if output.shape == reference.shape else output.numel()
+    return Accuracy(False, float(wrong), math.inf, f"{name}: {wrong} of {output.numel()} values differ")
+
+
+def worst(*results: Accuracy) -> Accuracy:
+    """Join the comparisons of several outputs: passes where all pass."""
+    details = [result.detail for result in results if result.detail]
+    return Accuracy(
+        all(result.passed for result in results),
+        max((result.max_abs for result in results), default=0.0),
+        max((result.similarity for result in results), default=0.0),
+        "; ".join(details),
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equality (NaN equals itself)."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

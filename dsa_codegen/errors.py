@@ -1,0 +1,82 @@
+"""One class per mistake a user can make; every message says what came, what is allowed and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class DsaError(Exception):
+    """Base of all errors this package raises for its users."""
+
+
+class SpecError(DsaError, ValueError):
+    """A spec, preset or tuning parameter states something that no kernel can serve."""
+
+    def __init__(self, field: str, got: object, allowed: str) -> None:
+        super().__init__(f"{field} = {got!r} is not possible; allowed: {allowed}.")
+        self.field = field
+
+
+class InputError(DsaError, ValueError):
+    """A tensor or scalar argument of an operation has a wrong shape, dtype, device, stride or range."""
+
+    def __init__(self, argument: str, got: object, allowed: str) -> None:
+        super().__init__(f"{argument}: got {got}; expected {allowed}.")
+        self.argument = argument
+
+
+class UnknownName(DsaError, KeyError):
+    """A name (operation, backend, preset, GPU) that the package does not know."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.message = f"unknown {kind} {name!r}; known: {', '.join(known)}."
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NoGpu(DsaError, RuntimeError):
+    """Something needs a CUDA device and there is none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} needs a CUDA GPU and none is visible; name a GPU to compile for it offline (--gpu H100) "
+            "or run `python cli.py doctor` to see what is missing."
+        )
+
+
+class ToolMissing(DsaError, RuntimeError):
+    """A compiler or package that this step needs is not installed."""
+
+    def __init__(self, tool: str, remedy: str) -> None:
+        super().__init__(f"{tool} was not found; {remedy}.")
+
+
+class BuildError(DsaError, RuntimeError):
+    """A rendered kernel did not compile."""
+
+    def __init__(self, kernel: str, reason: str) -> None:
+        super().__init__(f"{kernel} did not compile: {reason}")
+        self.reason = reason
+
+
+class CaptureError(DsaError, RuntimeError):
+    """A kernel that is not built yet was asked for while a CUDA graph is being captured."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(
+            f"{op}: this spec and size bucket is not built, and nothing may compile while a CUDA graph is captured; "
+            "call dsa_codegen.warmup(...) (or run the step once) before the capture."
+        )
+
+
+class RecordError(DsaError, ValueError):
+    """A record in tuned/ cannot be read; it counts as a miss and is never overwritten."""
+
+
+class NoConfig(DsaError, RuntimeError):
+    """No configuration of any backend fits the spec on this GPU."""
+
+    def __init__(self, op: str, gpu: str, reasons: Iterable[str]) -> None:
+        super().__init__(f"no configuration of {op} fits {gpu}: {'; '.join(reasons) or 'nothing to choose from'}.")

@@ -1,0 +1,185 @@
+"""The GPUs that kernels are generated for: their limits, their roofs, and the names people give them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+
+from .errors import NoGpu, UnknownName
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Limits and roofs of one GPU.
+
+    Sizes are bytes, rates TFLOP/s (dense) and TB/s; ``clock_ghz`` is the sustained SM clock under tensor load.
+    The roofs are datasheet figures: good for ranking and percentages, not a promise.
+    """
+
+    id: str
+    name: str
+    capability: int
+    sms: int
+    smem_per_block: int
+    smem_per_sm: int
+    l2: int
+    clock_ghz: float
+    bandwidth: float
+    bf16: float
+    fp8: float
+    fp32: float
+    regs_per_sm: int = 65536
+    regs_per_thread: int = 255
+    threads_per_sm: int = 2048
+    blocks_per_sm: int = 32
+
+    @property
+    def arch(self) -> str:
+        """The target that nvcc and ptxas are given; Hopper and later need the ``a`` form for their own instructions."""
+        return f"sm_{self.capability}{'a' if self.capability >= 90 else ''}"
+
+    def rate(self, unit: str) -> float:
+        """Dense TFLOP/s of the unit ("fp8", "bf16" or "fp32") that an operation's arithmetic runs on."""
+        rates = {"fp8": self.fp8 or self.bf16, "bf16": self.bf16, "fp32": self.fp32}
+        if unit not in rates:
+            raise UnknownName("arithmetic unit", unit, rates)
+        return rates[unit]
+
+
+KIB = 1024
+MIB = 1024 * 1024
+
+GPUS: dict[str, Gpu] = {
+    gpu.id: gpu
+    for gpu in (
+        Gpu("a100", "NVIDIA A100", 80, 108, 163 * KIB, 164 * KIB, 40 * MIB, 1.30, 2.0, 312, 0, 19.5),
+        Gpu(
+            "l40s",
+            "NVIDIA L40S",
+            89,
+            142,
+            99 * KIB,
+            100 * KIB,
+            96 * MIB,
+            2.20,
+            0.86,
+            362,
+            733,
+            91.6,
+            threads_per_sm=1536,
+            blocks_per_sm=24,
+        ),
+        Gpu(
+            "rtx4090",
+            "NVIDIA GeForce RTX 4090",
+            89,
+            128,
+            99 * KIB,
+            100 * KIB,
+            72 * MIB,
+            2.50,
+            1.01,
+            165,
+            330,
+            82.6,
+            threads_per_sm=1536,
+            blocks_per_sm=24,
+        ),
+        Gpu("h100", "NVIDIA H100", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 3.35, 989, 1979, 66.9),
+        Gpu("h200", "NVIDIA H200", 90, 132, 227 * KIB, 228 * KIB, 60 * MIB, 1.60, 4.8, 989, 1979, 66.9),
+        Gpu("h20", "NVIDIA H20", 90, 78, 227 * KIB, 228 * KIB, 60 * MIB, 1.70, 4.0, 148, 296, 44.0),
+        Gpu("b200", "NVIDIA B200", 100, 148, 227 * KIB, 228 * KIB, 126 * MIB, 1.70, 8.0, 2250, 4500, 75.0),
+        Gpu(
+            "rtx5090",
+            "NVIDIA GeForce RTX 5090",
+            120,
+            170,
+            99 * KIB,
+            100 * KIB,
+            96 * MIB,
+            2.40,
+            1.79,
+            210,
+            419,
+            105.0,
+            threads_per_sm=1536,
+            blocks_per_sm=24,
+        ),
+    )
+}
+
+# Marketing strings drift ("NVIDIA H100 80GB HBM3", "H100 SXM"); longer ids are tried first so that H200 is not read as H20.
+_BY_LENGTH = sorted(GPUS, key=len, reverse=True)
+
+
+def resolve(name: str) -> Gpu:
+    """The GPU that ``name`` means: an id ("h100"), a marketing name, or "auto" for the visible one.
+
+    Raises:
+        UnknownName: no GPU of the table is meant; the message lists them.
+        NoGpu: "auto" was asked for and there is no CUDA device.
+    """
+    if name.lower() == "auto":
+        found = detect()
+        if found is None:
+            raise NoGpu("--gpu auto")
+        return found
+    gpu = _match(name)
+    if gpu is None:
+        raise UnknownName("GPU", name, GPUS)
+    return gpu
+
+
+@functools.cache
+def detect() -> Gpu | None:
+    """The visible CUDA device (``DSA_GPU`` overrides its name), or None where there is none."""
+    import torch
+
+    override = os.environ.get("DSA_GPU")
+    if override:
+        return resolve(override)
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    capability = properties.major * 10 + properties.minor
+    known = _match(properties.name)
+    if known is not None and known.capability == capability:
+        return known
+    return _unlisted(properties, capability)
+
+
+def _match(name: str) -> Gpu | None:
+    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
+    for gpu_id in _BY_LENGTH:
+        if gpu_id in squeezed:
+            return GPUS[gpu_id]
+    return None
+
+
+def _unlisted(properties: object, capability: int) -> Gpu | None:
+    """A GPU outside the table: its own limits as the driver tells them, roofs of the nearest older listed one."""
+    older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
+    if not older:
+        return None
+    model = max(older, key=lambda gpu: gpu.capability)
+    sms = properties.multi_processor_count  # type: ignore[attr-defined]
+    scale = sms / model.sms
+    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")  # type: ignore[attr-defined]
+    return Gpu(
+        slug,
+        properties.name,
+        capability,
+        sms,  # type: ignore[attr-defined]
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.shared_memory_per_multiprocessor,  # type: ignore[attr-defined]
+        properties.L2_cache_size,
+        model.clock_ghz,  # type: ignore[attr-defined]
+        model.bandwidth,
+        model.bf16 * scale,
+        model.fp8 * scale,
+        model.fp32 * scale,
+        threads_per_sm=properties.max_threads_per_multi_processor,  # type: ignore[attr-defined]
+        blocks_per_sm=model.blocks_per_sm,
+    )

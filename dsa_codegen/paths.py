@@ -1,0 +1,34 @@
+"""Where templates, shipped records and the build cache lie, from a checkout and from an installed wheel alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries templates/ and tuned/ inside the package; a checkout keeps them beside it, where people edit them.
+_DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
+
+
+def templates() -> Path:
+    """The folder of ``<op>.<backend>.py.jinja``."""
+    return _DATA / "templates"
+
+
+def shipped_records() -> Path:
+    """The folder of the records that came with the package."""
+    return _DATA / "tuned"
+
+
+def user_records() -> Path | None:
+    """The folder ``DSA_TUNED_DIR`` names, looked up before the shipped records; None when unset."""
+    folder = os.environ.get("DSA_TUNED_DIR")
+    return Path(folder) if folder else None
+
+
+def cache() -> Path:
+    """The build cache: ``DSA_CACHE_DIR``, by default ``dsa_codegen`` in the user's cache folder."""
+    folder = os.environ.get("DSA_CACHE_DIR")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsa_codegen"

@@ -1,0 +1,28 @@
+"""A variant: one operation, spec and config with its kernels at hand; the smallest thing that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .backends import Launchable
+from .gpu import Gpu
+from .op import Config, Inputs, Op, Outputs
+from .values import Spec
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Launches the kernels of one config; no checks, no look-ups, no synchronisation."""
+
+    op: Op
+    spec: Spec
+    config: Config
+    gpu: Gpu
+    kernels: Mapping[str, Launchable]
+
+    def run(self, inputs: Inputs, outputs: Outputs) -> Outputs:
+        """Write ``outputs`` from ``inputs`` (both as the op names them) on the current stream."""
+        for launch in self.op.launches(self.spec, self.config, inputs, outputs, self.gpu):
+            self.kernels[launch.kernel](launch.grid, launch.args)
+        return outputs

@@ -1,0 +1,150 @@
+"""A child process that runs one job after another under a deadline, so that a crash or a hang costs seconds, not the run.
+
+A CUDA error poisons its process and Triton's interpreter is a setting of the whole process: both belong in a child.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from .errors import DsaError
+
+_CONTEXT = multiprocessing.get_context("spawn")  # a forked child cannot use CUDA
+
+
+class WorkerDied(DsaError):
+    """The child ended by itself while it ran a job (a segmentation fault, an abort, out of memory)."""
+
+
+class WorkerTimeout(DsaError):
+    """The job ran past its deadline; the child was killed."""
+
+
+class JobFailed(DsaError):
+    """The job raised; ``kind`` is the exception's class name."""
+
+    def __init__(self, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.message, self.trace = kind, message, trace
+
+    def __reduce__(self) -> tuple[type[JobFailed], tuple[str, str, str]]:
+        return type(self), (self.kind, self.message, self.trace)
+
+
+class Worker:
+    """One child process, started on the first job and started anew after a crash or a timeout.
+
+    Args:
+        environment: variables set in the child before it imports anything (``{"TRITON_INTERPRET": "1"}``).
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._deadline: float | None = None
+
+    def call(self, job: Callable[..., Any], *args: Any, timeout: float = 600.0) -> Any:
+        """Run ``job(*args)`` (a module-level function) in the child and return its result.
+
+        Raises:
+            JobFailed: the job raised.
+            WorkerDied: the child ended.
+            WorkerTimeout: ``timeout`` seconds passed.
+        """
+        self.submit(job, *args, timeout=timeout)
+        return self.result()
+
+    def submit(self, job: Callable[..., Any], *args: Any, timeout: float = 600.0) -> None:
+        """Start a job without waiting for it; one at a time."""
+        assert self._deadline is None, "the worker is busy"
+        connection = self._start()
+        self._deadline = time.monotonic() + timeout
+        try:
+            connection.send((job, args))
+        except OSError as error:
+            self.kill()
+            raise WorkerDied(f"the worker could not be reached: {error}") from error
+
+    @property
+    def busy(self) -> bool:
+        """Whether a submitted job's result has not been taken yet."""
+        return self._deadline is not None
+
+    def ready(self) -> bool:
+        """Whether ``result`` would return or raise at once."""
+        if self._deadline is None or self._connection is None:
+            return False
+        return self._connection.poll() or time.monotonic() > self._deadline
+
+    def result(self) -> Any:
+        """Wait for the submitted job; see ``call`` for what it raises."""
+        assert self._deadline is not None and self._connection is not None, "nothing was submitted"
+        remaining, self._deadline = max(0.0, self._deadline - time.monotonic()), None
+        try:
+            if not self._connection.poll(remaining):
+                self.kill()
+                raise WorkerTimeout(f"no result within the deadline ({remaining:.0f} s were left); the worker was killed")
+            outcome, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.exitcode if self._process else None
+            self.kill()
+            raise WorkerDied(f"the worker ended (exit code {code})") from error
+        if outcome == "raised":
+            raise JobFailed(*value)
+        return value
+
+    def kill(self) -> None:
+        """End the child at once; the next job starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = self._deadline = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def _start(self) -> Connection:
+        if self._process is not None and self._process.is_alive():
+            assert self._connection is not None
+            return self._connection
+        self.kill()
+        self._connection, child = _CONTEXT.Pipe()
+        before = {name: os.environ.get(name) for name in self._environment}
+        os.environ.update(self._environment)  # a spawned child inherits the environment of this moment
+        try:
+            self._process = _CONTEXT.Process(target=_serve, args=(child,), daemon=True)
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        child.close()
+        return self._connection
+
+
+def _serve(connection: Connection) -> None:
+    while True:
+        try:
+            job, args = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            reply = ("value", job(*args))
+        except Exception as error:  # whatever a job raises is the parent's to judge; only text crosses the border
+            reply = ("raised", (type(error).__name__, str(error), traceback.format_exc()))
+        connection.send(reply)

@@ -1,0 +1,37 @@
+"""What every test file shares: a child process that interprets Triton, an isolated build cache, the GPU marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsa_codegen.worker import Worker
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A build cache of this run's own: nothing of the user's is read or written."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSA_CACHE_DIR", str(folder))
+        patch.delenv("DSA_TUNED_DIR", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Worker]:
+    """A worker in which Triton kernels run on the CPU."""
+    with Worker({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}) as worker:
+        yield worker

@@ -1,0 +1,34 @@
+"""Checks that hold for every operation; each test file calls them with its own specs and configs."""
+
+from __future__ import annotations
+
+from dsa_codegen import build, render
+from dsa_codegen.gpu import Gpu, resolve
+from dsa_codegen.op import Case, Config, Op
+from dsa_codegen.values import Spec
+from dsa_codegen.verify import interpret
+from dsa_codegen.worker import Worker
+
+H200 = resolve("H200")
+
+
+def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
+    """The default config, or the first that fits where the default belongs to another backend."""
+    config = op.default_config(spec, op.workloads(spec)[0].sizes, gpu)
+    return config if config.backend == backend else op.seed_config(spec, backend, gpu)
+
+
+def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case) -> None:
+    """The rendered Triton kernels, interpreted on the CPU, agree with the reference within the op's limits."""
+    assert not op.violations(spec, config, H200)
+    accuracy = interpreter.call(interpret, op.name, spec, config, case, H200)
+    assert accuracy.passed, accuracy.detail
+
+
+def assert_compiles(op: Op, spec: Spec, config: Config, gpu: Gpu = H200, spills: int = 0) -> None:
+    """The rendered source compiles for the GPU's architecture, within its limits and without spilling registers."""
+    assert not op.violations(spec, config, gpu)
+    built = build.build(render.render(op, spec, config), gpu)
+    for kernel, usage in built.resources.items():
+        assert usage.smem <= gpu.smem_per_block, (kernel, usage)
+        assert usage.spills <= spills, (kernel, usage)

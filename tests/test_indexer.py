@@ -1,0 +1,75 @@
+"""The prefill indexer: its kernels against the reference, what it refuses, what it compiles to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_compiles, assert_matches_reference
+
+from dsa_codegen import ops
+from dsa_codegen.draw import Draw
+from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.op import Case, Config
+from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
+
+SPECS = [
+    IndexerSpec(8, 64),
+    IndexerSpec(64, 128, clean=True),
+    IndexerSpec(16, 32, score="relu_bias", clean=True),
+    IndexerSpec(32, 128, logits="bf16"),
+]
+SMALL = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize("case", OP.cases(SPECS[0]), ids=lambda case: case.id)
+def test_matches_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, OP, spec, SMALL, case)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+def test_compiles_for_hopper(spec):
+    assert_compiles(OP, spec, SMALL)
+
+
+def test_is_registered_by_its_stem():
+    assert ops.get("indexer") is OP
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("heads", 7), ("head_dim", 100), ("score", "softmax"), ("logits", "fp64"), ("clean", 1)]
+)
+def test_spec_refuses(field, value):
+    with pytest.raises(SpecError, match=field):
+        IndexerSpec.from_dict({"heads": 64, "head_dim": 128, field: value})
+
+
+def arguments(**changes):
+    """A valid call's arguments in order, with some of them changed."""
+    inputs = OP.inputs(SPECS[0], Case(IndexerSizes(3, 20), "ragged"), Draw(0))
+    options = {"score": "weighted_relu", "logits": "fp32", "clean": False}
+    return list({**inputs, **options, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("q", torch.zeros(3, 8, 64)),
+        ("k", torch.zeros(20, 32).to(torch.float8_e4m3fn)),
+        ("k_scale", torch.zeros(19)),
+        ("weights", torch.zeros(3, 8, dtype=torch.float64)),
+        ("starts", torch.zeros(3, dtype=torch.int64)),
+        ("ends", torch.zeros(4, dtype=torch.int32)),
+        ("score", "softmax"),
+        ("logits", "fp64"),
+    ],
+)
+def test_call_refuses(argument, value):
+    with pytest.raises(InputError, match=f"^{argument}"):
+        OP.bind(*arguments(**{argument: value}))
+
+
+def test_bind_names_what_it_took():
+    spec, sizes, inputs = OP.bind(*arguments())
+    assert (spec, sizes) == (SPECS[0], IndexerSizes(3, 20))
+    assert list(inputs) == ["q", "k", "k_scale", "weights", "starts", "ends"]
