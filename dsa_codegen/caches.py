@@ -86,7 +86,7 @@ class KvV32Layout:
     """Latent KV "v3.2", 656 B per token: 512 e4m3 (nope), 4 fp32 scales (one per 128), 64 bf16 (rope)."""
 
     page: int = 64
-    name: ClassVar[str] = "v3.2"
+    name: ClassVar[str] = "v32"
     d_nope: ClassVar[int] = 512
     d_rope: ClassVar[int] = 64
     d_v: ClassVar[int] = 512
@@ -218,7 +218,7 @@ _KV_LAYOUTS: dict[str, type[KvV32Layout | KvV4Layout]] = {cls.name: cls for cls 
 
 
 def kv_layout(name: str, page: int = 64) -> KvLayout:
-    """The KV layout called ``name`` ("v3.2" or "v4").
+    """The KV layout called ``name`` ("v32" or "v4").
 
     Raises:
         UnknownName: there is no layout of that name.
@@ -266,11 +266,12 @@ def quantize_groups(values: Tensor, group: int, power_of_two: bool = False) -> t
 
     A scale is the group's largest magnitude over 448, or the next power of two above (what e8m0 can state).
     """
-    grouped = values.float().reshape(*values.shape[:-1], -1, group)
-    scales = grouped.abs().amax(-1).clamp_min(SMALLEST_AMAX) / E4M3_MAX
+    grouped = values.float().unflatten(-1, (values.shape[-1] // group, group))
+    largest = grouped.abs().amax(-1).clamp_min(SMALLEST_AMAX)
+    # Divided by a tensor: CUDA divides by a number through its reciprocal, one bit away from what the CPU stores.
+    scales = largest / torch.full_like(largest, E4M3_MAX)
     if power_of_two:
-        mantissa, exponent = torch.frexp(scales)
-        scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
+        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     quantized = (grouped / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
     return quantized.flatten(-2).to(torch.float8_e4m3fn), scales
 

@@ -187,6 +187,10 @@ class Op(ABC, Generic[S, Z]):
     def workloads(self, spec: S) -> Sequence[Case[Z]]:
         """The cases that are tuned and timed, at least one per bucket that people serve."""
 
+    def options(self, spec: S) -> Sequence[S]:
+        """The spec and its neighbours in the options a caller may set; verification covers them all."""
+        return (spec,)
+
     # The solutions.
 
     @abstractmethod
@@ -208,6 +212,10 @@ class Op(ABC, Generic[S, Z]):
     @abstractmethod
     def launches(self, spec: S, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         """The launches of one call, in order; workspaces come from torch's allocator. Empty where nothing is to do."""
+
+    def work(self, spec: S, config: Config, case: Case[Z]) -> Cost:
+        """What a config really does of the case, padded rows and tiles read again included; ranks without a GPU."""
+        return self.cost(spec, case)
 
     # What follows from the above for every operation.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from .errors import DsaError
 
+_EXIT_SECONDS = 5.0  # from the closed pipe to an exit code that can be told
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked child cannot use CUDA
 
 
@@ -78,6 +80,11 @@ class Worker:
         """Whether a submitted job's result has not been taken yet."""
         return self._deadline is not None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs: not before the first job, nor after a crash or a timeout."""
+        return self._process is not None and self._process.is_alive()
+
     def ready(self) -> bool:
         """Whether ``result`` would return or raise at once."""
         if self._deadline is None or self._connection is None:
@@ -94,7 +101,9 @@ class Worker:
                 raise WorkerTimeout(f"no result within the deadline ({remaining:.0f} s were left); the worker was killed")
             outcome, value = self._connection.recv()
         except (EOFError, OSError) as error:
-            code = self._process.exitcode if self._process else None
+            assert self._process is not None
+            self._process.join(_EXIT_SECONDS)
+            code = self._process.exitcode
             self.kill()
             raise WorkerDied(f"the worker ended (exit code {code})") from error
         if outcome == "raised":
@@ -138,10 +147,11 @@ class Worker:
 
 
 def _serve(connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; what to do then is the parent's to say
     while True:
         try:
             job, args = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             reply = ("value", job(*args))

@@ -48,6 +48,9 @@ class TritonBackend(Backend):
 def interpreted(source: Path) -> Mapping[str, Launchable]:
     """The module's kernels run by Triton's interpreter on CPU tensors; needs ``TRITON_INTERPRET=1`` from the start."""
     assert triton.knobs.runtime.interpret, "start the process with TRITON_INTERPRET=1"
+    from .interpreter import repair
+
+    repair()
     module = import_module(source)
 
     def launchable(kernel: str) -> Launchable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -134,6 +134,10 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         sizes = ((1, 1), (5, 77), (13, 300), (3, 0), (0, 40))
         ragged = [Case(IndexerSizes(queries, context), "ragged") for queries, context in sizes]
         return [Case(IndexerSizes(33, 130), "causal"), *ragged]
+
+    def options(self, spec: IndexerSpec) -> Sequence[IndexerSpec]:
+        changes: tuple[dict[str, Any], ...] = ({}, {"clean": True}, {"logits": "bf16"}, {"score": "relu_bias", "clean": True})
+        return tuple(replace(spec, **change) for change in changes)
 
     def workloads(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
         sizes = ((4096, 32768), (4096, 8192), (512, 8192), (512, 32768))

@@ -1,0 +1,314 @@
+"""Sparse MLA, decode: the newest queries of each sequence attend to listed slots of a paged FP8 latent KV cache.
+
+``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :512]``,
+``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode), where ``kv`` is the latent that a slot
+states, rounded to bf16: what the cache gives is what prefill attention gives on the BF16 latents read back from it. With a
+sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is. A slot below 0 or past the cache means "no token".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks, compare
+from ..caches import KvLayout, KvV4Layout, KvV32Layout, kv_layout, quantize_groups, tokens_of, valid_slots
+from ..draw import Draw
+from ..errors import InputError
+from ..gpu import Gpu
+from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Parameter, Violation, exceeds
+from ..paged import check_cache
+from ..presets import KV_LAYOUTS, Model
+from ..values import Scalar, Sizes, Spec
+
+_FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
+_COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: all its loads are in flight at once
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class AttentionPagedSpec(Spec):
+    """What changes the code."""
+
+    heads: int
+    topk: int
+    kv_layout: str = "v32"
+    page: int = 64
+    lengths: bool = False
+    """Whether only the first ``lengths`` entries of a row count."""
+    sink: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_range("heads", 1, 128)
+        self.require_range("topk", 1, 1 << 20)
+        self.require_in("kv_layout", KV_LAYOUTS)
+        self.require_range("page", 1, 1024)
+
+    @property
+    def layout(self) -> KvLayout:
+        """How a block of the cache is laid out."""
+        return kv_layout(self.kv_layout, self.page)
+
+
+@dataclass(frozen=True)
+class AttentionPagedSizes(Sizes):
+    """What varies from call to call."""
+
+    batch: int
+    next_n: int
+    tokens: int
+    """Slots of the cache."""
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 65)}
+
+
+class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
+    """See the module's first lines."""
+
+    name = "attention_paged"
+    summary = "Sparse MLA decode: the newest queries attend to listed slots of a paged FP8 latent KV cache."
+    function = "sparse_attention_paged"
+    schema = (
+        "(Tensor q, Tensor cache, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None) -> (Tensor, Tensor)"
+    )
+    spec_type = AttentionPagedSpec
+    sizes_type = AttentionPagedSizes
+    backends = ("triton",)
+
+    def from_model(self, model: Model) -> AttentionPagedSpec | None:
+        layout = kv_layout(model.kv_layout, model.page)
+        if (model.d_nope, model.d_rope) != (layout.d_nope, layout.d_rope):
+            return None
+        return AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, sink=model.attn_sink)
+
+    def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
+        q, cache, indices, sm_scale, lengths, sink = args
+        q = checks.tensor("q", q, (None, None, None, None), torch.bfloat16)
+        batch, next_n, heads, d_qk = q.shape
+        layout = _layout_of(d_qk)
+        page = check_cache("cache", cache, layout.bytes_per_token, like=q)
+        topk = checks.tensor("indices", indices, (batch, next_n, None), torch.int32, like=q).shape[2]
+        if lengths is not None:
+            per_query = isinstance(lengths, Tensor) and lengths.dim() == 2
+            checks.tensor("lengths", lengths, (batch, next_n) if per_query else (batch,), torch.int32, like=q)
+        if sink is not None:
+            checks.tensor("sink", sink, (heads,), torch.float32, like=q)
+        if not 0 < sm_scale < math.inf:  # the running maximum is taken after scaling, of numbers that must stay ordered
+            raise InputError("sm_scale", str(sm_scale), "a positive number")
+        spec = AttentionPagedSpec(heads, topk, layout.name, page, lengths is not None, sink is not None)
+        inputs = {"q": q, "cache": cache, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
+        return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), inputs
+
+    def inputs(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
+        batch, next_n = case.sizes.batch, case.sizes.next_n
+        layout, blocks = spec.layout, -(-case.sizes.tokens // spec.page)
+        indices = _indices(draw, batch * next_n, blocks * spec.page, spec.topk)
+        lengths = None
+        if case.distribution == "ragged":
+            indices = _spoiled(draw, indices, blocks * spec.page)
+        if spec.lengths:
+            per_query = case.sizes.batch % 2 == 0
+            lengths = draw.integers(-1, spec.topk + 3, *((batch, next_n) if per_query else (batch,)))
+        return {
+            "q": draw.normal(batch, next_n, spec.heads, layout.d_nope + layout.d_rope, dtype=torch.bfloat16),
+            "cache": _cache(layout, blocks, draw),
+            "indices": indices.view(batch, next_n, spec.topk),
+            "sm_scale": (layout.d_nope + layout.d_rope) ** -0.5,
+            "lengths": lengths,
+            "sink": draw.normal(spec.heads, scale=2.0) if spec.sink else None,
+        }
+
+    def reference(self, spec: AttentionPagedSpec, inputs: Inputs) -> Outputs:
+        outputs = self.allocate(spec, inputs)
+        out = torch.zeros_like(outputs["out"], dtype=torch.float32)
+        lse = torch.full_like(outputs["lse"], -math.inf)
+        for at in torch.cartesian_prod(*(torch.arange(size) for size in out.shape[:2])).tolist():
+            latent = _listed(spec, inputs, *at)
+            scores = inputs["q"][tuple(at)].float() @ latent.T * inputs["sm_scale"]
+            lse[tuple(at)] = total = scores.logsumexp(-1)
+            if inputs["sink"] is not None:
+                total = torch.logaddexp(total, inputs["sink"])
+            out[tuple(at)] = (scores - total[:, None]).exp() @ latent[:, : spec.layout.d_v]
+        return {"out": out, "lse": lse}
+
+    def allocate(self, spec: AttentionPagedSpec, inputs: Inputs) -> Outputs:
+        shape, device = inputs["q"].shape[:3], inputs["q"].device
+        return {
+            "out": torch.empty(*shape, spec.layout.d_v, dtype=torch.bfloat16, device=device),
+            "lse": torch.empty(shape, dtype=torch.float32, device=device),
+        }
+
+    def check(self, spec: AttentionPagedSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
+        return compare.worst(
+            compare.close("out", outputs["out"], reference["out"], compare.ATTENTION),
+            compare.close("lse", outputs["lse"], reference["lse"], compare.LSE),
+        )
+
+    def cost(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes]) -> Cost:
+        layout, rows = spec.layout, case.sizes.batch * case.sizes.next_n
+        d_qk, chosen = layout.d_nope + layout.d_rope, min(spec.topk, case.sizes.tokens)
+        flops = 2 * rows * spec.heads * chosen * (d_qk + layout.d_v)
+        gathered = min(case.sizes.tokens, rows * chosen) * layout.bytes_per_token
+        return Cost(flops, gathered + 4 * rows * spec.topk + rows * spec.heads * (2 * d_qk + 2 * layout.d_v + 4), "bf16")
+
+    def cases(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
+        sizes = ((2, 2, 333), (1, 1, 40), (3, 1, 0), (0, 1, 64))
+        return [Case(AttentionPagedSizes(1, 2, 300), "random"), *(Case(AttentionPagedSizes(*size), "ragged") for size in sizes)]
+
+    def options(self, spec: AttentionPagedSpec) -> Sequence[AttentionPagedSpec]:
+        return tuple(replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True))
+
+    def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
+        # Far more tokens than fit in L2 where a batch would bring them.
+        sizes = ((64, 1, 1 << 20), (1, 1, 1 << 16), (8, 1, 1 << 18), (128, 1, 1 << 20))
+        return [Case(AttentionPagedSizes(*size), "random") for size in sizes]
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        return (
+            Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
+            Parameter("block_n", (16, 32, 64), "entries gathered per step"),
+            Parameter("num_stages", (1, 2, 3), "stages of the loop over tiles"),
+            Parameter("num_warps", (4, 8), "warps per block"),
+            Parameter("dequantize", ("bits", "cast"), "e4m3 -> bf16 by placing bits, or by the compiler's conversion"),
+            Parameter("splits", _SPLITS, "blocks that share a row's entries", launch_only=True),
+        )
+
+    def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config["dequantize"] == "cast":
+            yield from exceeds("capability for e4m3 conversion", 89, gpu.capability)
+        yield from exceeds("padded heads", config["block_h"], max(16, 2 * spec.heads - 1))
+        # The output's accumulator lies in registers; beyond 128 of 255 it spills.
+        threads = 32 * config["num_warps"]
+        yield from exceeds("accumulator registers", config["block_h"] * spec.layout.d_v / threads, 128)
+        yield from exceeds("tile registers", config["block_n"] * spec.layout.d_v / threads, 256)
+        yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
+
+    def default_config(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Config:
+        wide = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8, dequantize="bits", splits=1)
+        some = wide.replace(block_h=32)
+        few = wide.replace(block_h=16, block_n=32, num_warps=4)
+        order = (few,) if spec.heads <= 16 else (some, few) if spec.heads <= 32 else (wide, wide.replace(block_n=32), some, few)
+        smaller = [config.replace(block_n=block_n, num_stages=1) for config in order for block_n in (32, 16)]
+        for config in (*order, *smaller):
+            if not self.violations(spec, config, gpu):
+                return config.replace(splits=_splits(spec, config, sizes, gpu))
+        return self.seed_config(spec, "triton", gpu)
+
+    def derived(self, spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
+        layout = spec.layout
+        return {
+            "d_nope": layout.d_nope,
+            "d_rope": layout.d_rope,
+            "d_v": layout.d_v,
+            "group": layout.group,
+            "power_of_two": isinstance(layout, KvV4Layout),
+            "nope_base": layout.nope.base,
+            "rope_base": layout.rope.base,
+            "token_stride": layout.nope.stride,
+            "scales_base": layout.scales.base,
+            "scales_stride": layout.scales.stride,
+            "head_blocks": _head_blocks(spec, config),
+            "combine_d": _COMBINE_D,
+            "combine_s": _COMBINE_S,
+        }
+
+    def launches(
+        self, spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
+    ) -> Sequence[Launch]:
+        q, cache, out, lse = inputs["q"], inputs["cache"], outputs["out"], outputs["lse"]
+        batch, next_n = q.shape[:2]
+        rows, splits, d_v = batch * next_n, config["splits"], spec.layout.d_v
+        if not rows:
+            return ()
+        if not len(cache):
+            out.zero_()
+            lse.fill_(-math.inf)
+            return ()
+        parts = rows * spec.heads * splits if splits > 1 else 0
+        partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        lengths, sink = inputs["lengths"], inputs["sink"]
+        optional = [tensor for tensor in (lengths, sink) if tensor is not None]
+        per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
+        tensors = (q, cache, inputs["indices"], *optional, out, lse, partial_out, partial_lse)
+        scalars = (len(cache) * spec.page, cache.stride(0), per_length, splits, inputs["sm_scale"])
+        main = Launch("attention_paged", (_head_blocks(spec, config) * splits * rows, 1, 1), (*tensors, *scalars))
+        if splits == 1:
+            return (main,)
+        joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits)
+        return (main, Launch("combine", (rows * spec.heads, d_v // _COMBINE_D, 1), joined))
+
+
+def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
+    for layout in (KvV32Layout, KvV4Layout):
+        if layout.d_nope + layout.d_rope == d_qk:
+            return layout
+    raise InputError("q", f"{d_qk} channels", "576 for the 656-byte cache, 512 for the 584-byte one")
+
+
+def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
+    return -(-spec.heads // int(config["block_h"]))
+
+
+def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
+    """The number that ends soonest, in units of a tile: whole waves of blocks, each with a start, and joining the parts."""
+    blocks = max(1, sizes.batch * sizes.next_n) * _head_blocks(spec, config)
+    tiles = -(-spec.topk // config["block_n"])
+    resident = gpu.sms * (8 // config["num_warps"])
+
+    def duration(splits: int) -> float:
+        waves = -(-blocks * splits // resident)
+        return waves * (-(-tiles // splits) + 1.5) + (1 + splits / 16 if splits > 1 else 0)
+
+    return min((splits for splits in _SPLITS if splits <= tiles), key=duration)
+
+
+def _smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
+    return 0
+
+
+def _cache(layout: KvLayout, blocks: int, draw: Draw) -> Tensor:
+    """Random latents of different magnitudes, quantised into every slot."""
+    cache = layout.empty(blocks, draw.device)
+    for first in range(0, blocks * layout.page if draw.device != "meta" else 0, _FILL):
+        count = min(_FILL, blocks * layout.page - first)
+        nope = draw.normal(count, layout.d_nope) * draw.uniform(count, 1, low=0.05, high=0.5)
+        values, scales = quantize_groups(nope, layout.group, isinstance(layout, KvV4Layout))
+        slots = torch.arange(first, first + count, device=cache.device)
+        layout.pack(cache, slots, values, scales, draw.normal(count, layout.d_rope, scale=0.3))
+    return cache
+
+
+def _indices(draw: Draw, rows: int, slots: int, topk: int) -> Tensor:
+    """int32 [rows, topk]: random slots, no slot twice in a row of the tensor; -1 where the cache holds too few."""
+    chosen = torch.full((rows, topk), -1, dtype=torch.int32, device=draw.device)
+    for row in range(rows if slots else 0):
+        order = draw.permutation(slots)[:topk]
+        chosen[row, : len(order)] = order.int()
+    return chosen
+
+
+def _spoiled(draw: Draw, indices: Tensor, slots: int) -> Tensor:
+    """Every eighth entry invalid at random places, the first row without a token."""
+    invalid = torch.tensor([-1, slots, 2**31 - 1, -(2**31)], dtype=torch.int32, device=draw.device)
+    replaced = draw.uniform(*indices.shape) < 1 / 8
+    spoiled = torch.where(replaced, invalid[draw.integers(0, 4, *indices.shape, dtype=torch.int64)], indices)
+    spoiled[:1] = slots
+    return spoiled
+
+
+def _listed(spec: AttentionPagedSpec, inputs: Inputs, row: int, query: int) -> Tensor:
+    """fp32 latents [valid entries, d_qk] of one query, rounded to bf16 as reading the cache back rounds them."""
+    slots, lengths = inputs["indices"][row, query], inputs["lengths"]
+    if lengths is not None:
+        slots = slots[: max(0, int(lengths[row, query] if lengths.dim() == 2 else lengths[row]))]
+    slots = slots[valid_slots(slots, tokens_of(spec.layout, inputs["cache"]))]
+    return spec.layout.dequantize(inputs["cache"], slots).bfloat16().float()
+
+
+OP = AttentionPaged()

@@ -1,0 +1,50 @@
+"""Stopwatch: the only touch between measuring and a GPU: capture calls into a graph, time one run, wait."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+
+Run = Callable[[], None]
+
+
+class Stopwatch(ABC):
+    """What measuring needs of a device; a fake one makes measuring a matter of arithmetic."""
+
+    @abstractmethod
+    def capture(self, calls: Sequence[Run]) -> Run | None:
+        """One graph of the calls in order, as something to replay; None where they cannot be captured."""
+
+    @abstractmethod
+    def time_us(self, run: Run) -> float:
+        """Device time of one run, in microseconds; waits for it."""
+
+
+class CudaStopwatch(Stopwatch):
+    """CUDA graphs and CUDA events on the current device."""
+
+    def __init__(self) -> None:
+        self._before = torch.cuda.Event(enable_timing=True)
+        self._after = torch.cuda.Event(enable_timing=True)
+
+    def capture(self, calls: Sequence[Run]) -> Run | None:
+        calls[0]()  # loads the module and fills the allocator, neither of which a capture allows
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        return graph.replay
+
+    def time_us(self, run: Run) -> float:
+        self._before.record()
+        run()
+        self._after.record()
+        self._after.synchronize()
+        return self._before.elapsed_time(self._after) * 1000

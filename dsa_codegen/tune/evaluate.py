@@ -1,0 +1,90 @@
+"""Evaluate: candidates in, outcomes out; what all ways of judging a candidate share is that it is compiled first, in a pool."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from ..build import Built
+from .jobs import Problem
+from .outcome import Outcome
+from .pool import CompilePool
+from .space import Candidate
+from .study import Study
+
+
+@dataclass(frozen=True)
+class Task:
+    """A candidate that a study asked about."""
+
+    study: Study
+    problem: Problem
+    candidate: Candidate
+    charged: bool
+    """Whether the study pays for the compilation; the first that asks does."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a task, and the seconds that its study is charged for it."""
+
+    task: Task
+    outcome: Outcome
+    seconds: float
+
+
+class Evaluator(ABC):
+    """Compiles, then lets ``_advance`` judge what was built."""
+
+    method: str
+    """The name of how outcomes come about; studies keep those of different methods apart."""
+    free: bool
+    """Whether judging a build costs next to nothing, so that every study of the same code should see every build."""
+
+    def __init__(self, pool: CompilePool) -> None:
+        self.pool = pool
+        self._compiling: list[Task] = []
+        self._ready: list[Task] = []
+
+    @property
+    def backlog(self) -> int:
+        """Tasks that are not done."""
+        return len(self._compiling) + len(self._ready)
+
+    def submit(self, study: Study, problem: Problem, candidate: Candidate) -> None:
+        """Begin with a candidate."""
+        charged = self.pool.request(candidate.rendered)
+        self._compiling.append(Task(study, problem, candidate, charged))
+
+    def poll(self) -> list[Done]:
+        """Whatever is done since the last call; never waits."""
+        self.pool.poll()
+        done, waiting = [], []
+        for task in self._compiling:
+            result = self.pool.results.get(task.candidate.rendered.sha)
+            if result is None:
+                waiting.append(task)
+            elif isinstance(result, Outcome):
+                done.append(Done(task, result, self._compile_cost(task)))
+            else:
+                self._ready.append(task)
+        self._compiling = waiting
+        return [*done, *self._advance()]
+
+    def cancel(self) -> None:
+        """Drop every task that the GPU has not begun."""
+        self.pool.cancel()
+        self._compiling.clear()
+        self._ready.clear()
+
+    @abstractmethod
+    def _advance(self) -> list[Done]:
+        """Judge what is ready, without waiting."""
+
+    def _built(self, candidate: Candidate) -> Built:
+        built = self.pool.results[candidate.rendered.sha]
+        assert isinstance(built, Built)
+        return built
+
+    def _compile_cost(self, task: Task) -> float:
+        return self.pool.seconds.get(task.candidate.rendered.sha, 0.0) / self.pool.size if task.charged else 0.0

@@ -1,0 +1,48 @@
+"""Finals: which of the fastest candidates becomes the record; noise must not decide, and the default must not lose to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..op import Config
+from ..timing import Timing
+
+TIE = 0.01
+_MAD_OF_SPREAD = 0.4  # for normal noise the median absolute deviation is 0.40 of the distance from p20 to p80
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate with the time it took in the final, in which all took turns."""
+
+    config: Config
+    timing: Timing
+    smem: int
+    default: bool = False
+
+    @property
+    def mad_us(self) -> float:
+        """Median absolute deviation of its samples, estimated from the percentiles."""
+        return _MAD_OF_SPREAD * (self.timing.p80 - self.timing.p20)
+
+
+def tied(finalists: Sequence[Finalist]) -> list[Finalist]:
+    """Those that noise cannot tell from the fastest: within 1 % or two median absolute deviations of it."""
+    best = min(finalists, key=lambda each: each.timing.median)
+    band = max(TIE * best.timing.median, 2 * best.mad_us)
+    return [each for each in finalists if each.timing.median <= best.timing.median + band]
+
+
+def choose(finalists: Sequence[Finalist]) -> Finalist:
+    """The winner: the default where it is among the tied; else fewest shared memory, fewest stages, first in the alphabet."""
+    return min(tied(finalists), key=lambda each: (not each.default, each.smem, _stages(each.config), _values(each.config)))
+
+
+def _stages(config: Config) -> int:
+    stages = config.to_dict().get("num_stages", 0)
+    return stages if isinstance(stages, int) else 0
+
+
+def _values(config: Config) -> tuple[tuple[str, str, object], ...]:
+    return tuple((name, type(value).__name__, value) for name, value in config.values)

@@ -1,0 +1,180 @@
+"""Jobs: what the GPU's worker process runs for the tuner: make a problem's inputs, gate and time a candidate, the final."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import backends
+from ..build import Built
+from ..compare import same_bits, worst
+from ..gpu import Gpu
+from ..measure import InputSet, Measured, input_sets, measure, nbytes
+from ..op import Accuracy, Case, Config, Op, Outputs
+from ..timing import COLD, Policy
+from ..values import Spec
+from ..variant import Variant
+from ..verify import poison, verify
+from .outcome import Kind, Outcome
+from .space import Candidate, Key
+
+PROBE = Policy(reps=5, rounds=1, warmup_ms=0.0)
+DOMINATED = 2.0  # a probe this many times slower than the best is not timed further
+_ROUND_US = 20_000  # of device time in a round of the search: slow kernels are replayed fewer times
+_FINAL_SECONDS = 2.0
+_KERNELS_LIMIT = 64  # modules that stay loaded: each holds device memory
+# A workload whose reference is dearer than this (a second or two on a GPU) is represented by the op's small cases alone.
+_REFERENCE_FLOPS = 8e12
+_REFERENCE_BYTES = 4e9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operation, its spec and the case that is timed."""
+
+    op: Op
+    spec: Spec
+    case: Case
+    gpu: Gpu
+
+    @property
+    def id(self) -> str:
+        """Unique among problems."""
+        return f"{self.op.name}/{self.spec.id}/{self.case.id}"
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A candidate with its build: all that the worker needs to run it."""
+
+    candidate: Candidate
+    built: Built
+
+    @property
+    def config(self) -> Config:
+        """The candidate's config."""
+        return self.candidate.config
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    sets: list[InputSet]
+    reference: Outputs | None
+
+    @property
+    def nbytes(self) -> int:
+        outputs = self.reference.values() if self.reference else ()
+        return sum(map(nbytes, self.sets)) + sum(tensor.numel() * tensor.element_size() for tensor in outputs)
+
+
+# State of the worker's process; it dies with the worker.
+_problems: OrderedDict[str, _Prepared] = OrderedDict()
+_gated: dict[tuple[str, Spec, Key], Accuracy] = {}
+_loaded: OrderedDict[str, Mapping[str, backends.Launchable]] = OrderedDict()
+
+
+def prepare(problem: Problem, backend: str) -> None:
+    """Draw the inputs of a problem and compute its reference, unless they are still here; import the backend's compiler."""
+    backends.get(backend)
+    _prepared(problem)
+
+
+def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outcome:
+    """Gate, probe, rounds; see the constants on top. What a kernel raises is the caller's to classify."""
+    variant = _variant(problem, entrant)
+    smem = max(usage.smem for usage in entrant.built.resources.values())
+    accuracy = _gate(problem, entrant, variant)
+    if not accuracy.passed:
+        return Outcome(Kind.MISMATCH, accuracy=accuracy, smem=smem, detail=accuracy.detail)
+    sets = _prepared(problem).sets
+    (probe,) = measure([variant], sets, PROBE)
+    if best_us is not None and probe.timing.median > DOMINATED * best_us:
+        return Outcome(Kind.OK, probe.timing, probe.policy, accuracy, smem, dominated=True)
+    reps = max(PROBE.reps, min(COLD.reps, int(_ROUND_US / max(probe.timing.median, 1.0))))
+    (rounds,) = measure([variant], sets, Policy(reps=reps, rounds=5, warmup_ms=5.0))
+    return Outcome(Kind.OK, rounds.timing, rounds.policy, accuracy, smem)
+
+
+def final(problem: Problem, entrants: Sequence[Entrant]) -> list[Measured]:
+    """Time the entrants in turns, as the record will state it."""
+    variants = [_variant(problem, entrant) for entrant in entrants]
+    return measure(variants, _prepared(problem).sets, COLD, limit_s=_FINAL_SECONDS)
+
+
+def recheck(problem: Problem, entrant: Entrant, repeats: int = 3) -> Accuracy:
+    """The winner once more on the full workload: right, and the same bits every time."""
+    variant = _variant(problem, entrant)
+    accuracy, outputs = _on_workload(problem, variant)
+    for _ in range(repeats - 1 if accuracy.passed else 0):
+        again = _on_workload(problem, variant)[1]
+        if not all(same_bits(outputs[name], again[name]) for name in outputs):
+            return replace(accuracy, passed=False, detail="a repeat differs bitwise")
+    return accuracy
+
+
+def _gate(problem: Problem, entrant: Entrant, variant: Variant) -> Accuracy:
+    key = (problem.op.name, problem.spec, entrant.candidate.key)
+    if key not in _gated:
+        results = []
+        for case in problem.op.cases(problem.spec):
+            results.append(verify(variant, case, "cuda", repeats=2))
+            if not results[-1].passed:
+                break
+        _gated[key] = worst(*results)
+    if not _gated[key].passed:
+        return _gated[key]
+    return worst(_gated[key], _on_workload(problem, variant)[0])
+
+
+def _on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]:
+    """Run the workload once on poisoned outputs; without a reference only the outputs are of use."""
+    prepared = _prepared(problem)
+    first = prepared.sets[0]
+    poison(first.outputs)
+    variant.run(first.inputs, first.outputs)
+    outputs = {name: tensor.clone() for name, tensor in first.outputs.items()}
+    if prepared.reference is None:
+        torch.cuda.synchronize()
+        return Accuracy(True, 0.0, 0.0), outputs
+    return problem.op.check(problem.spec, first.inputs, outputs, prepared.reference), outputs
+
+
+def _prepared(problem: Problem) -> _Prepared:
+    if problem.id not in _problems:
+        sets = input_sets(problem.op, problem.spec, problem.case, problem.gpu)
+        _problems[problem.id] = _Prepared(sets, _reference(problem, sets[0]))
+        _evict()
+    _problems.move_to_end(problem.id)
+    return _problems[problem.id]
+
+
+def _reference(problem: Problem, first: InputSet) -> Outputs | None:
+    cost = problem.op.cost(problem.spec, problem.case)
+    if cost.flops > _REFERENCE_FLOPS or cost.bytes > _REFERENCE_BYTES:
+        return None
+    poison(first.outputs)  # an operation that writes into an argument finds there what a candidate will find
+    return problem.op.reference(problem.spec, first.inputs)
+
+
+def _evict() -> None:
+    """Drop the problems used longest ago until the others leave half of the device's memory free."""
+    limit = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2
+    while len(_problems) > 1 and sum(prepared.nbytes for prepared in _problems.values()) > limit:
+        _problems.popitem(last=False)
+    torch.cuda.empty_cache()
+
+
+def _variant(problem: Problem, entrant: Entrant) -> Variant:
+    return Variant(problem.op, problem.spec, entrant.config, problem.gpu, _kernels(entrant.built))
+
+
+def _kernels(built: Built) -> Mapping[str, backends.Launchable]:
+    sha = built.rendered.sha
+    if sha not in _loaded:
+        _loaded[sha] = built.load()
+        while len(_loaded) > _KERNELS_LIMIT:
+            _loaded.popitem(last=False)
+    return _loaded[sha]

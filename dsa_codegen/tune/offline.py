@@ -1,0 +1,29 @@
+"""Offline: judges compiled candidates by the model, for a GPU that is not here."""
+
+from __future__ import annotations
+
+from ..timing import Timing
+from . import model
+from .evaluate import Done, Evaluator, Task
+from .outcome import Kind, Outcome
+
+
+class ModelEvaluator(Evaluator):
+    """One compilation serves every size bucket: judging it for one more takes milliseconds."""
+
+    method = f"modelled-{model.VERSION}"
+    free = True
+
+    def _advance(self) -> list[Done]:
+        ready, self._ready = self._ready, []
+        return [Done(task, self._judge(task), self._compile_cost(task)) for task in ready]
+
+    def _judge(self, task: Task) -> Outcome:
+        problem, built = task.problem, self._built(task.candidate)
+        microseconds = model.modelled_us(
+            problem.op, problem.spec, task.candidate.config, problem.case, problem.gpu, built.resources
+        )
+        smem = max(usage.smem for usage in built.resources.values())
+        if microseconds == float("inf"):
+            return Outcome(Kind.LAUNCH_ERROR, smem=smem, detail=f"a block does not fit an SM of {problem.gpu.name}")
+        return Outcome(Kind.OK, Timing.modelled(microseconds), smem=smem)

@@ -1,0 +1,104 @@
+"""Compile pool: worker processes that turn rendered sources into builds, each source once, under a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from ..build import Built, build
+from ..gpu import Gpu
+from ..render import Rendered
+from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
+from .outcome import Kind, Outcome
+
+COMPILE_SECONDS = 60.0
+
+Compile = Callable[[Rendered, Gpu], Built]
+
+
+class CompilePool:
+    """Compiles sources in ``size`` processes that see no GPU.
+
+    Args:
+        cache: the build cache of the tuning run, apart from the user's, so that the losers can be removed in one go.
+        compile: the job; another one for tests.
+    """
+
+    def __init__(
+        self, gpu: Gpu, cache: Path, size: int, *, compile: Compile = build, deadline_s: float = COMPILE_SECONDS
+    ) -> None:
+        environment = {"DSA_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._gpu, self._compile, self._deadline_s = gpu, compile, deadline_s
+        self._workers = [Worker(environment) for _ in range(size)]
+        self._running: dict[Worker, tuple[Rendered, float]] = {}
+        self._queue: deque[Rendered] = deque()
+        self._requested: set[str] = set()
+        self.results: dict[str, Built | Outcome] = {}
+        """By the source's hash: the build, or why there is none."""
+        self.seconds: dict[str, float] = {}
+        """By the source's hash: how long it took."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self._workers)
+
+    @property
+    def backlog(self) -> int:
+        """Sources that wait for a process or are in one."""
+        return len(self._queue) + len(self._running)
+
+    def request(self, rendered: Rendered) -> bool:
+        """Compile a source; False where that was asked for before."""
+        if rendered.sha in self._requested:
+            return False
+        self._requested.add(rendered.sha)
+        self._queue.append(rendered)
+        self._start()
+        return True
+
+    def poll(self) -> None:
+        """Collect what has finished and start what waits."""
+        for worker in [worker for worker in self._running if worker.ready()]:
+            rendered, since = self._running.pop(worker)
+            self.results[rendered.sha] = _result(worker)
+            self.seconds[rendered.sha] = time.monotonic() - since
+        self._start()
+
+    def cancel(self) -> None:
+        """Forget what waits; what runs is let finish."""
+        self._requested -= {rendered.sha for rendered in self._queue}
+        self._queue.clear()
+
+    def _start(self) -> None:
+        for worker in self._workers:
+            if self._queue and worker not in self._running:
+                rendered = self._queue.popleft()
+                try:
+                    worker.submit(self._compile, rendered, self._gpu, timeout=self._deadline_s)
+                except WorkerDied as error:
+                    self.results[rendered.sha] = Outcome(Kind.WORKER_DIED, detail=f"the compiler: {error}")
+                else:
+                    self._running[worker] = (rendered, time.monotonic())
+
+    def __enter__(self) -> CompilePool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+def _result(worker: Worker) -> Built | Outcome:
+    try:
+        built: Built = worker.result()
+        return built
+    except JobFailed as error:
+        return Outcome(Kind.COMPILE_ERROR, detail=error.message)
+    except WorkerTimeout as error:
+        return Outcome(Kind.COMPILE_TIMEOUT, detail=str(error))
+    except WorkerDied as error:
+        return Outcome(Kind.WORKER_DIED, detail=f"the compiler: {error}")

@@ -1,0 +1,84 @@
+"""Search: keeps the compilers and the GPU busy with candidates of many studies, each given an equal share of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from .evaluate import Done, Evaluator
+from .jobs import Problem
+from .study import Study
+
+_IDLE_SECONDS = 0.005
+_ASKS_PER_TURN = 4  # an ask takes up to 0.2 s; results must not wait behind many
+_AHEAD = 4  # candidates compiled beyond what the processes work on
+
+
+class Search:
+    """One run over several studies.
+
+    Args:
+        studies: by the problem they are of; studies of one operation, spec and backend share compilations and finds.
+        on_change: called after every outcome and a few times a second.
+    """
+
+    def __init__(self, studies: Mapping[Study, Problem], evaluator: Evaluator, on_change: Callable[[], None]) -> None:
+        self._problems, self._evaluator, self._on_change = studies, evaluator, on_change
+        self._told = 0.0
+
+    def run(self, deadline: float) -> None:
+        """Search until every study is exhausted or ``time.monotonic()`` passes the deadline."""
+        while time.monotonic() < deadline:
+            asked = self._feed()
+            done = self._evaluator.poll()
+            for each in done:
+                self._take(each)
+            if not asked and not done:
+                if not self._evaluator.backlog and all(study.exhausted for study in self._problems):
+                    return
+                time.sleep(_IDLE_SECONDS)
+            self._tell(bool(done))
+        self._evaluator.cancel()
+
+    def _feed(self) -> int:
+        """Ask for candidates while there is room for them; returns how many were asked for."""
+        asked = 0
+        for _ in range(_ASKS_PER_TURN):
+            if self._evaluator.backlog >= self._evaluator.pool.size + _AHEAD:
+                break
+            study = self._neediest()
+            if study is None:
+                break
+            candidate = study.ask()
+            if candidate is not None:
+                self._evaluator.submit(study, self._problems[study], candidate)
+                asked += 1
+        return asked
+
+    def _neediest(self) -> Study | None:
+        """The study that has had the least time; what is in flight counts as the time it will probably take."""
+        open_studies = [study for study in self._problems if not study.exhausted]
+        return min(open_studies, key=_claim, default=None)
+
+    def _take(self, done: Done) -> None:
+        study, candidate = done.task.study, done.task.candidate
+        study.spent_s += done.seconds
+        improved = study.tell(candidate, done.outcome)
+        if improved or self._evaluator.free:
+            for sibling in self._siblings(study):
+                if not sibling.knows(candidate.key):
+                    sibling.suggest([candidate.config])
+
+    def _siblings(self, study: Study) -> Sequence[Study]:
+        return [other for other in self._problems if other is not study and other.space == study.space]
+
+    def _tell(self, changed: bool) -> None:
+        now = time.monotonic()
+        if changed or now - self._told > 0.25:
+            self._told = now
+            self._on_change()
+
+
+def _claim(study: Study) -> tuple[float, int]:
+    typical = study.spent_s / max(len(study.seen), 1) or 1.0
+    return study.spent_s + study.in_flight * typical, study.evaluated

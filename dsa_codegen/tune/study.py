@@ -1,0 +1,277 @@
+"""Study: the search of one problem with one backend, as an Optuna study that a journal keeps, so that a kill loses nothing.
+
+Ask and tell. What is infeasible is told with graded constraints and costs no time; what is a candidate already seen is told
+its old outcome; seeds come first, then in turn a neighbour of the best and a proposal of the sampler, or, where the feasible
+set is small enough, all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import backends
+from ..errors import DsaError
+from ..op import Case, Config, Violation
+from ..record import GpuKey
+from ..render import template_name, template_sha
+from ..values import bucket_to_json, describe
+from .outcome import Kind, Outcome
+from .space import Candidate, Key, Space
+
+_FREE_ASKS = 24  # infeasible or repeated proposals in one ask: each takes the sampler about 10 ms
+_CONVERGED = 20  # repeats in a row: the sampler has nothing new to say
+_EXHAUSTIVE = 300  # feasible configs that are worth rendering to know how many candidates they are
+
+
+class StudyBusy(DsaError):
+    """Another process is searching this study."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"another tuning run is using {path}; wait for it, or stop it and start again.")
+
+
+class Study:
+    """See the module's first lines.
+
+    Args:
+        case: what is timed; its sizes' bucket is what the study is for.
+        folder: where the journals lie (``.tune/<gpu>``); the study goes on where an earlier run left it.
+        method: how outcomes come about ("measured", "modelled"); outcomes of different methods never mix.
+        trials: candidates to evaluate, in all runs together.
+        seeds: configs to begin with, the default first.
+
+    Raises:
+        StudyBusy: another process has it open.
+    """
+
+    def __init__(
+        self, space: Space, case: Case, folder: Path, *, method: str, trials: int, seeds: Sequence[Config], seed: int = 0
+    ) -> None:
+        self.space, self.case, self.trials = space, case, trials
+        self.counts: Counter[Kind] = Counter()
+        self.first_failure: dict[Kind, str] = {}
+        self.seen: dict[Key, tuple[Candidate, Outcome]] = {}
+        self.spent_s = 0.0
+        self.failure = ""
+        self._pending: dict[Key, optuna.Trial] = {}
+        self._repeats = 0
+        self._turn = 0
+        self._best: Outcome | None = None
+        identity = _identity(space, case, method)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = folder / space.op.name / f"{space.backend}-{digest}.journal"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.path.with_suffix(".lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise StudyBusy(self.path) from error
+        sampler_seed = seed + int(digest, 16) % 2**31
+        self._study = _open(self.path, f"{self.label} {digest}", sampler_seed, trials)
+        self._study.set_user_attr("identity", identity)
+        self._restore()
+        self._first: deque[Config] = deque(filter(space.fits, seeds))
+        self._near: deque[Config] = deque()
+        self._rest = self._everything(random.Random(sampler_seed))
+
+    @property
+    def label(self) -> str:
+        """For people: ``indexer.triton, queries 1025+``."""
+        return f"{self.space.op.name}.{self.space.backend}, {describe(self.case.sizes.bucket())}"
+
+    @property
+    def evaluated(self) -> int:
+        """Candidates evaluated or under way; infeasible and repeated proposals do not count."""
+        return len(self.seen) + len(self._pending)
+
+    @property
+    def in_flight(self) -> int:
+        """Candidates asked for and not told yet."""
+        return len(self._pending)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is nothing more to ask for."""
+        if self.evaluated >= self.trials or self.failure:
+            return True
+        if self._rest is None:
+            return self._repeats >= _CONVERGED
+        return not (self._first or self._near or self._rest)
+
+    @property
+    def best(self) -> Outcome | None:
+        """The fastest outcome so far."""
+        return self._best
+
+    def ask(self) -> Candidate | None:
+        """The next candidate to evaluate, or None where this ask found none (ask again unless ``exhausted``)."""
+        for _ in range(_FREE_ASKS):
+            if self.exhausted:
+                return None
+            trial = self._next_trial()
+            config = self.space.suggest(trial)
+            violations = self.space.op.violations(self.space.spec, config, self.space.gpu)
+            if violations:
+                self._refuse(trial, violations)
+                continue
+            candidate = self.space.candidate(config)
+            if candidate.key in self._pending:
+                # No outcome yet: FAIL is the one state that the sampler does not look at.
+                self._study.tell(trial, state=TrialState.FAIL)
+            elif candidate.key in self.seen:
+                self._conclude(trial, self.seen[candidate.key][1])
+            else:
+                self._repeats = 0
+                self._pending[candidate.key] = trial
+                return candidate
+            self._repeats += 1
+        return None
+
+    def tell(self, candidate: Candidate, outcome: Outcome) -> bool:
+        """Take a candidate's outcome; True where it is the fastest so far."""
+        trial = self._pending.pop(candidate.key)
+        if outcome.fatal:
+            self.failure = outcome.detail
+            self._study.tell(trial, state=TrialState.FAIL)
+            return False
+        self._conclude(trial, outcome)
+        improved = self._note(candidate, outcome)
+        if improved:
+            self._near.extendleft(self.space.neighbours(candidate.config))
+        return improved
+
+    def suggest(self, configs: Iterable[Config]) -> None:
+        """Try these configs next: what another study of the same code has found."""
+        self._first.extend(filter(self.space.fits, configs))
+
+    def knows(self, key: Key) -> bool:
+        """Whether the candidate was evaluated or is under way."""
+        return key in self.seen or key in self._pending
+
+    def fastest(self, count: int) -> list[tuple[Candidate, Outcome]]:
+        """The fastest candidates, fully timed."""
+        timed = [pair for pair in self.seen.values() if pair[1].ok and not pair[1].dominated]
+        return sorted(timed, key=lambda pair: pair[1].time_us)[:count]
+
+    def close(self) -> None:
+        """Give up what is under way (it is forgotten, not counted) and let other processes use the study."""
+        for trial in self._pending.values():
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._pending.clear()
+        self._lock.release()
+
+    def _next_trial(self) -> optuna.Trial:
+        self._turn += 1
+        if self._first:
+            queue = self._first
+        elif self._near and (self._turn % 2 or self._rest == deque()):
+            queue = self._near
+        else:
+            queue = self._rest or deque()
+        if queue:
+            self._study.enqueue_trial(self.space.encode(queue.popleft()))
+        return self._study.ask()
+
+    def _refuse(self, trial: optuna.Trial, violations: Sequence[Violation]) -> None:
+        excess: dict[str, float] = {}
+        for violation in violations:
+            excess[violation.name] = max(violation.excess, excess.get(violation.name, 0.0))
+        for name, value in excess.items():
+            trial.set_constraint(name, value)
+        self.counts[Kind.INFEASIBLE] += 1
+        self._study.tell(trial, state=TrialState.PRUNED)
+
+    def _conclude(self, trial: optuna.Trial, outcome: Outcome) -> None:
+        trial.set_user_attr("outcome", outcome.to_json())
+        if outcome.ok:
+            self._study.tell(trial, outcome.time_us)
+            return
+        trial.set_constraint(outcome.kind.value, 1.0)
+        self._study.tell(trial, state=TrialState.PRUNED)
+
+    def _note(self, candidate: Candidate, outcome: Outcome) -> bool:
+        self.seen[candidate.key] = (candidate, outcome)
+        self.counts[outcome.kind] += 1
+        if not outcome.ok:
+            self.first_failure.setdefault(outcome.kind, f"{candidate.config}: {outcome.detail}")
+            return False
+        if self._best is None or outcome.time_us < self._best.time_us:
+            self._best = outcome
+            return True
+        return False
+
+    def _restore(self) -> None:
+        """Take over what earlier runs found; trials that a dead run left open are released, as the sampler avoids them."""
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state is TrialState.RUNNING:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state.is_finished() and "outcome" in trial.user_attrs:
+                self._take_over(trial)
+            elif trial.state is TrialState.PRUNED:
+                self.counts[Kind.INFEASIBLE] += 1
+
+    def _take_over(self, trial: FrozenTrial) -> None:
+        candidate = self.space.candidate(self.space.decode(trial.params))
+        if candidate.key not in self.seen:
+            self._note(candidate, Outcome.from_json(trial.user_attrs["outcome"]))
+
+    def _everything(self, order: random.Random) -> deque[Config] | None:
+        """All candidates in a random order, one config each, where the trials are enough for them; else None."""
+        configs = self.space.feasible()
+        if configs is None or len(configs) > _EXHAUSTIVE:
+            return None
+        distinct = {candidate.key: candidate.config for candidate in map(self.space.candidate, configs)}
+        if len(distinct) > self.trials:
+            return None
+        remaining = [config for key, config in distinct.items() if key not in self.seen]
+        order.shuffle(remaining)
+        return deque(remaining)
+
+
+def _identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
+    """What makes outcomes comparable; a change of any of it starts another study."""
+    return {
+        "op": space.op.name,
+        "backend": space.backend,
+        "spec": space.spec.to_dict(),
+        "bucket": bucket_to_json(case.sizes.bucket()),
+        "case": case.id,
+        "gpu": GpuKey.of(space.gpu).__dict__,
+        "template": template_sha(template_name(space.op, space.backend)),
+        "choices": {parameter.name: list(parameter.choices) for parameter in space.table},
+        "toolchain": backends.get(space.backend).toolchain(),
+        "method": method,
+    }
+
+
+def _open(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return _create(path, name, seed, trials)
+    except (ValueError, KeyError, TypeError) as error:  # a line cut off by a kill; json's errors are ValueErrors
+        aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
+        path.rename(aside)
+        warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
+        return _create(path, name, seed, trials)
+
+
+def _create(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
+    return optuna.create_study(
+        storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
+    )

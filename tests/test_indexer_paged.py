@@ -1,0 +1,116 @@
+"""The paged indexer: its kernels against the reference, what it refuses, what it compiles to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import H200, assert_compiles, assert_matches_reference
+
+from dsa_codegen import ops, presets
+from dsa_codegen.draw import Draw
+from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.gpu import resolve
+from dsa_codegen.op import Case, Config
+from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec
+
+SPLIT = Config.of("triton", schedule="split", block_n=64, block_q=1, num_warps=4, num_stages=3, blocks_per_sm=1)
+PERSISTENT = SPLIT.replace(schedule="persistent")
+PAIRS = [
+    (IndexerPagedSpec(8, 64), SPLIT),
+    (IndexerPagedSpec(16, 32, page=32), PERSISTENT),
+    (IndexerPagedSpec(64, 128, clean=True), PERSISTENT.replace(block_n=128, num_warps=8)),
+    (IndexerPagedSpec(32, 64, next_n=3, page=16, clean=True), SPLIT.replace(block_q=2)),
+    (IndexerPagedSpec(8, 32, next_n=6, page=128, score="relu_bias"), PERSISTENT.replace(block_q=4)),
+    (
+        IndexerPagedSpec(16, 128, next_n=2, logits="bf16", score="relu_bias", clean=True),
+        SPLIT.replace(block_n=256, num_warps=8, num_stages=2),
+    ),
+]
+BY_SPEC = pytest.mark.parametrize(("spec", "config"), PAIRS, ids=[spec.id for spec, _ in PAIRS])
+
+
+@BY_SPEC
+@pytest.mark.parametrize("case", OP.cases(PAIRS[0][0]), ids=lambda case: case.id)
+def test_matches_the_reference(interpreter, spec, config, case):
+    assert_matches_reference(interpreter, OP, spec, config, case)
+
+
+@BY_SPEC
+def test_compiles_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+
+
+@pytest.mark.parametrize("sizes", [case.sizes for case in OP.workloads(PAIRS[0][0])], ids=lambda sizes: sizes.id)
+@pytest.mark.parametrize("spec", OP.options(OP.from_model(presets.preset("deepseek-v3.2"))), ids=lambda spec: spec.id)
+def test_default_config_fits_every_gpu(spec, sizes):
+    for name in ("l40s", "h100", "h20", "b200", "rtx5090"):
+        gpu = resolve(name)
+        assert not OP.violations(spec, OP.default_config(spec, sizes, gpu), gpu)
+
+
+@pytest.mark.parametrize("spec", OP.options(OP.from_model(presets.preset("deepseek-v3.2"))), ids=lambda spec: spec.id)
+def test_default_config_compiles(spec):
+    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200))
+
+
+def test_is_registered_by_its_stem():
+    assert ops.get("indexer_paged") is OP
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("heads", 128), ("head_dim", 96), ("next_n", 0), ("page", 48), ("score", "softmax"), ("logits", "fp16"), ("clean", 1)],
+)
+def test_spec_refuses(field, value):
+    with pytest.raises(SpecError, match=field):
+        IndexerPagedSpec.from_dict({"heads": 64, "head_dim": 128, field: value})
+
+
+def arguments(**changes):
+    """A valid call's arguments in order, with some of them changed."""
+    inputs = OP.inputs(IndexerPagedSpec(8, 64, next_n=2), Case(IndexerPagedSizes(3, 200), "ragged"), Draw(0))
+    options = {"score": "weighted_relu", "logits": "fp32", "clean": False}
+    return list({**inputs, **options, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("q", torch.zeros(3, 2, 8, 64)),
+        ("cache", torch.zeros(9, 64, 1, 132, dtype=torch.uint8)),
+        ("cache", torch.zeros(9, 64, 2, 68, dtype=torch.uint8)[:, :, :1]),
+        ("cache", torch.zeros(9, 64 * 68 + 4, dtype=torch.uint8)[:, 4:].unflatten(1, (64, 1, 68))),
+        ("weights", torch.zeros(3, 8)),
+        ("lengths", torch.zeros(3, dtype=torch.int32)),
+        ("page_table", torch.zeros(3, 4, dtype=torch.int64)),
+        ("max_context", -1),
+        ("score", "softmax"),
+        ("logits", "fp64"),
+    ],
+)
+def test_call_refuses(argument, value):
+    with pytest.raises(InputError, match=f"^{argument}"):
+        OP.bind(*arguments(**{argument: value}))
+
+
+def test_bind_names_what_it_took():
+    spec, sizes, inputs = OP.bind(*arguments())
+    assert (spec, sizes) == (IndexerPagedSpec(8, 64, next_n=2), IndexerPagedSizes(3, 200))
+    assert list(inputs) == ["q", "cache", "weights", "lengths", "page_table", "max_context"]
+
+
+def test_padded_blocks_are_served():
+    """Blocks of one layer inside a cache of two layers lie two blocks apart."""
+    spec = IndexerPagedSpec(8, 64)
+    inputs = dict(OP.inputs(spec, Case(IndexerPagedSizes(2, 130), "full"), Draw(1)))
+    inputs["cache"] = torch.cat([inputs["cache"], inputs["cache"] ^ 3], dim=1)[:, :64]
+    assert not inputs["cache"].is_contiguous()
+    bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False)
+    assert bound_spec == spec
+    assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[11] == 2 * 64 * 68
+
+
+def test_nothing_to_do_launches_nothing():
+    for batch, context in ((0, 64), (2, 0)):
+        inputs = OP.inputs(PAIRS[0][0], Case(IndexerPagedSizes(batch, context), "full"), Draw(0))
+        assert OP.launches(PAIRS[0][0], SPLIT, inputs, OP.allocate(PAIRS[0][0], inputs), H200) == ()
