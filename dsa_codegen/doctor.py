@@ -28,7 +28,7 @@ def diagnose() -> Iterator[Finding]:
     for name in backends.NAMES:
         yield _backend(name)
     yield _package("optuna", "tuning", "pip install 'dsa-codegen[tune]'")
-    yield Finding("templates", f"{len(list(paths.templates().glob('*.jinja')))} in {paths.templates()}", True)
+    yield Finding("templates", f"{len(list(paths.templates().glob('*.py.jinja')))} in {paths.templates()}", True)
     yield Finding("shipped records", str(paths.shipped_records()), paths.shipped_records().is_dir(), "reinstall the package")
     yield Finding("own records", str(paths.user_records() or "DSA_TUNED_DIR is not set"), True)
     yield Finding("build cache", str(paths.cache()), True)
@@ -46,7 +46,8 @@ def _backend(name: str) -> Finding:
     try:
         versions = backends.get(name).toolchain()
     except (ImportError, DsaError) as error:
-        return Finding(name, "cannot compile", False, f"pip install 'dsa-codegen[{name}]' ({error})")
+        extra = "[tilelang]" if name == "tilelang" else ""
+        return Finding(name, f"cannot compile: {error}", False, f"pip install 'dsa-codegen{extra}'")
     return Finding(name, ", ".join(f"{tool} {version}" for tool, version in versions.items()), True)
 
 

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import NoGpu, UnknownName
 
@@ -158,28 +159,28 @@ def _match(name: str) -> Gpu | None:
     return None
 
 
-def _unlisted(properties: object, capability: int) -> Gpu | None:
+def _unlisted(properties: Any, capability: int) -> Gpu | None:
     """A GPU outside the table: its own limits as the driver tells them, roofs of the nearest older listed one."""
     older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
     if not older:
         return None
     model = max(older, key=lambda gpu: gpu.capability)
-    sms = properties.multi_processor_count  # type: ignore[attr-defined]
+    sms = properties.multi_processor_count
     scale = sms / model.sms
-    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")  # type: ignore[attr-defined]
+    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
     return Gpu(
         slug,
         properties.name,
         capability,
-        sms,  # type: ignore[attr-defined]
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        properties.shared_memory_per_multiprocessor,  # type: ignore[attr-defined]
+        sms,
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
         properties.L2_cache_size,
-        model.clock_ghz,  # type: ignore[attr-defined]
+        model.clock_ghz,
         model.bandwidth,
         model.bf16 * scale,
         model.fp8 * scale,
         model.fp32 * scale,
-        threads_per_sm=properties.max_threads_per_multi_processor,  # type: ignore[attr-defined]
+        threads_per_sm=properties.max_threads_per_multi_processor,
         blocks_per_sm=model.blocks_per_sm,
     )

@@ -151,6 +151,11 @@ class Op(ABC, Generic[S, Z]):
     def from_model(self, model: Model) -> S | None:
         """The spec that a model needs of this operation; None where it has no use for it."""
 
+    def specs(self, model: Model) -> Sequence[S]:
+        """Every spec that serving the model needs of this operation."""
+        spec = self.from_model(model)
+        return () if spec is None else (spec,)
+
     @abstractmethod
     def bind(self, *args: Any) -> tuple[S, Z, Inputs]:
         """Check the arguments of a call (in the order of ``schema``) and name them; runs before every launch.
@@ -214,7 +219,10 @@ class Op(ABC, Generic[S, Z]):
         """The launches of one call, in order; workspaces come from torch's allocator. Empty where nothing is to do."""
 
     def work(self, spec: S, config: Config, case: Case[Z]) -> Cost:
-        """What a config really does of the case, padded rows and tiles read again included; ranks without a GPU."""
+        """What a config really does: operations on padded rows, and every byte its blocks load and store, again and again.
+
+        Only the ranking without a GPU looks at it; an operation that says nothing is taken to do no more than it must.
+        """
         return self.cost(spec, case)
 
     # What follows from the above for every operation.

@@ -84,6 +84,16 @@ def _load(path: Path) -> tuple[GpuKey, list[Any]]:
     return gpu, entries
 
 
+def require_readable(path: Path) -> None:
+    """Make sure that ``merge`` will be able to write a file, before hours are spent on what it should hold.
+
+    Raises:
+        RecordError: the file is there and cannot be read.
+    """
+    if path.exists():
+        _load(path)
+
+
 def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
     """The records of an operation for every GPU of a folder, by the GPU's name."""
     return tuple(record for path in sorted(folder.glob(f"*/{op_name}.json")) for record in read(path))

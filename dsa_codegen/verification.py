@@ -14,6 +14,7 @@ from . import dispatch, ops
 from .build import build
 from .errors import BuildError, DsaError, NoConfig, ToolMissing
 from .gpu import Gpu
+from .needs import specs
 from .op import Config, Op
 from .presets import Model
 from .render import render
@@ -58,10 +59,7 @@ class Verdict:
 def subjects(model: Model, gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]:
     """Every operation of the model (or the named ones), option and backend, each with its default or tuned configs."""
     found: dict[tuple[str, Spec, Config], Subject] = {}
-    for op in [ops.get(name) for name in names] or list(ops.all_ops().values()):
-        model_spec = op.from_model(model)
-        if model_spec is None or gpu.capability < op.min_capability:
-            continue
+    for op, model_spec in specs(model, names, gpu):
         for spec in op.options(model_spec):
             for config in _configs(op, spec, gpu, tuned=spec == model_spec):
                 found[op.name, spec, config] = Subject(op, spec, config)

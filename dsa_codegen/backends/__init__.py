@@ -10,7 +10,7 @@ from .base import Backend, Launchable, Resources
 
 __all__ = ["NAMES", "Backend", "Launchable", "Resources", "get"]
 
-NAMES = ("triton", "tilelang")
+NAMES = ("triton", "gluon", "tilelang")
 
 
 @functools.cache

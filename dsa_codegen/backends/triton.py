@@ -30,6 +30,7 @@ class TritonBackend(Backend):
     """See the module's first lines."""
 
     name = "triton"
+    source_type: type[ASTSource] = ASTSource
 
     def toolchain(self) -> dict[str, str]:
         return {"triton": triton.__version__}
@@ -38,11 +39,36 @@ class TritonBackend(Backend):
         module = import_module(source)
         with _LOCK, tempfile.TemporaryDirectory(prefix="dsa-triton-") as scratch, triton.knobs.cache.scope():
             triton.knobs.cache.dir = scratch
-            return {kernel: _compile_into(module, kernel, gpu, out) for kernel in module.SIGNATURES}
+            return {kernel: self._compile_into(module, kernel, gpu, out) for kernel in module.SIGNATURES}
 
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         module = import_module(source)
-        return {kernel: _launchable(_restore(module, kernel, out)) for kernel in module.SIGNATURES}
+        return {kernel: _launchable(self._restore(module, kernel, out)) for kernel in module.SIGNATURES}
+
+    def _source(self, module: Any, kernel: str) -> ASTSource:
+        types = module.SIGNATURES[kernel]
+        signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
+        aligned = [index for index, kind in enumerate(types.values()) if kind.startswith("*") or kind.endswith(":16")]
+        attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+        return self.source_type(getattr(module, kernel), signature, {}, attributes)
+
+    def _compile_into(self, module: Any, kernel: str, gpu: Gpu, out: Path) -> Resources:
+        target = GPUTarget("cuda", gpu.capability, 32)
+        try:
+            compiled = triton.compile(self._source(module, kernel), target=target, options=module.OPTIONS[kernel])
+        except Exception as error:  # MLIR raises RuntimeError, ptxas and the front end classes of their own
+            raise BuildError(f"{kernel} for {gpu.arch}", _first_line(error)) from error
+        for name, path in compiled.metadata_group.items():
+            if name.endswith((".cubin", ".json")):
+                shutil.copyfile(path, out / f"{kernel}{Path(name).suffix}")
+        registers, spills, static = cubin_usage(out / f"{kernel}.cubin")[compiled.metadata.name]
+        smem = max(static, compiled.metadata.shared)
+        return Resources(registers, spills, smem, compiled.metadata.num_warps * 32)
+
+    def _restore(self, module: Any, kernel: str, out: Path) -> CompiledKernel:
+        files = {f"{kernel}.{extension}": str(out / f"{kernel}.{extension}") for extension in ("json", "cubin")}
+        metadata = json.loads((out / f"{kernel}.json").read_text())
+        return CompiledKernel(self._source(module, kernel), files, metadata["hash"])
 
 
 def interpreted(source: Path) -> Mapping[str, Launchable]:
@@ -58,33 +84,6 @@ def interpreted(source: Path) -> Mapping[str, Launchable]:
         return lambda grid, args: function[grid](*args)
 
     return {kernel: launchable(kernel) for kernel in module.SIGNATURES}
-
-
-def _source(module: Any, kernel: str) -> ASTSource:
-    types = module.SIGNATURES[kernel]
-    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
-    aligned = [index for index, kind in enumerate(types.values()) if kind.startswith("*") or kind.endswith(":16")]
-    return ASTSource(getattr(module, kernel), signature, {}, {(index,): [["tt.divisibility", 16]] for index in aligned})
-
-
-def _compile_into(module: Any, kernel: str, gpu: Gpu, out: Path) -> Resources:
-    target = GPUTarget("cuda", gpu.capability, 32)
-    try:
-        compiled = triton.compile(_source(module, kernel), target=target, options=module.OPTIONS[kernel])
-    except Exception as error:  # MLIR raises RuntimeError, ptxas and the front end classes of their own
-        raise BuildError(f"{kernel} for {gpu.arch}", _first_line(error)) from error
-    for name, path in compiled.metadata_group.items():
-        if name.endswith((".cubin", ".json")):
-            shutil.copyfile(path, out / f"{kernel}{Path(name).suffix}")
-    registers, spills, static = cubin_usage(out / f"{kernel}.cubin")[compiled.metadata.name]
-    smem = max(static, compiled.metadata.shared)
-    return Resources(registers, spills, smem, compiled.metadata.num_warps * 32)
-
-
-def _restore(module: Any, kernel: str, out: Path) -> CompiledKernel:
-    files = {f"{kernel}.{extension}": str(out / f"{kernel}.{extension}") for extension in ("json", "cubin")}
-    metadata = json.loads((out / f"{kernel}.json").read_text())
-    return CompiledKernel(_source(module, kernel), files, metadata["hash"])
 
 
 def _launchable(kernel: CompiledKernel) -> Launchable:

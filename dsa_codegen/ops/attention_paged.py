@@ -172,7 +172,7 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         return (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
             Parameter("block_n", (16, 32, 64), "entries gathered per step"),
-            Parameter("num_stages", (1, 2, 3), "stages of the loop over tiles"),
+            Parameter("num_stages", (2, 3), "stages of the loop over tiles"),
             Parameter("num_warps", (4, 8), "warps per block"),
             Parameter("dequantize", ("bits", "cast"), "e4m3 -> bf16 by placing bits, or by the compiler's conversion"),
             Parameter("splits", _SPLITS, "blocks that share a row's entries", launch_only=True),
@@ -182,19 +182,19 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         if config["dequantize"] == "cast":
             yield from exceeds("capability for e4m3 conversion", 89, gpu.capability)
         yield from exceeds("padded heads", config["block_h"], max(16, 2 * spec.heads - 1))
-        # The output's accumulator lies in registers; beyond 128 of 255 it spills.
-        threads = 32 * config["num_warps"]
-        yield from exceeds("accumulator registers", config["block_h"] * spec.layout.d_v / threads, 128)
-        yield from exceeds("tile registers", config["block_n"] * spec.layout.d_v / threads, 256)
+        # Accumulator and tile lie in registers: beyond 256 of their values per thread they spill on every architecture.
+        values = (config["block_h"] + config["block_n"]) * spec.layout.d_v / (32 * config["num_warps"])
+        yield from exceeds("values per thread", values, 256)
+        if isinstance(spec.layout, KvV4Layout) and not _warpgroups(config, gpu):
+            yield from exceeds("heads per block of the v4 layout", config["block_h"], 16)  # at 32, 440 bytes spill
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
     def default_config(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Config:
         wide = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8, dequantize="bits", splits=1)
         some = wide.replace(block_h=32)
         few = wide.replace(block_h=16, block_n=32, num_warps=4)
-        order = (few,) if spec.heads <= 16 else (some, few) if spec.heads <= 32 else (wide, wide.replace(block_n=32), some, few)
-        smaller = [config.replace(block_n=block_n, num_stages=1) for config in order for block_n in (32, 16)]
-        for config in (*order, *smaller):
+        best = few if spec.heads <= 16 else some if spec.heads <= 32 else wide
+        for config in (best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
             if not self.violations(spec, config, gpu):
                 return config.replace(splits=_splits(spec, config, sizes, gpu))
         return self.seed_config(spec, "triton", gpu)
@@ -268,8 +268,24 @@ def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes
     return min((splits for splits in _SPLITS if splits <= tiles), key=duration)
 
 
+def _warpgroups(config: Config, gpu: Gpu) -> bool:
+    """Whether the products run on whole tiles from shared memory (wgmma, tcgen05), not on warps' registers (mma.sync)."""
+    return config["block_h"] >= 64 and 90 <= gpu.capability < 120
+
+
 def _smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
-    return 0
+    """Bytes of shared memory per block, as the compiler reports them, and up to 1 KB more."""
+    layout, block_h, block_n = spec.layout, config["block_h"], config["block_n"]
+    v4 = isinstance(layout, KvV4Layout)
+    q = 2 * block_h * (layout.d_nope + layout.d_rope)
+    entry = layout.d_v + 2 * layout.d_rope + layout.scales.width + 12  # a tile in flight, and its slots
+    if _warpgroups(config, gpu):
+        entry += 2 * layout.d_v + (0 if v4 else 2 * layout.d_rope)  # the dequantised tile, the rope of the running one
+    else:
+        entry += 4 * layout.d_v if v4 else 2 * block_h
+    # The results change their layout through the same memory.
+    results = 4 * layout.d_v * block_h if _warpgroups(config, gpu) or block_h == 16 else 0
+    return max(q + block_n * entry + 256, results)
 
 
 def _cache(layout: KvLayout, blocks: int, draw: Draw) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..build import Built
+from ..measure import Measured
+from ..op import Accuracy
 from .jobs import Problem
 from .outcome import Outcome
 from .pool import CompilePool
@@ -38,6 +41,10 @@ class Evaluator(ABC):
 
     method: str
     """The name of how outcomes come about; studies keep those of different methods apart."""
+    search_share: float
+    """Share of the budget that the search may use; the finals get the rest."""
+    measures: bool
+    """Whether outcomes come of running; then there is a final, and winners are checked once more."""
     free: bool
     """Whether judging a build costs next to nothing, so that every study of the same code should see every build."""
 
@@ -77,11 +84,24 @@ class Evaluator(ABC):
         self._compiling.clear()
         self._ready.clear()
 
+    def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
+        """Time candidates in turns, for about ``limit_s`` seconds; None where that failed or nothing is measured."""
+        return None
+
+    def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
+        """The winner once more on the full workload."""
+        return Accuracy(True, 0.0, 0.0)
+
     @abstractmethod
     def _advance(self) -> list[Done]:
         """Judge what is ready, without waiting."""
 
-    def _built(self, candidate: Candidate) -> Built:
+    def is_built(self, candidate: Candidate) -> bool:
+        """Whether there is a build of the candidate."""
+        return isinstance(self.pool.results.get(candidate.rendered.sha), Built)
+
+    def built(self, candidate: Candidate) -> Built:
+        """The build of a candidate that compiled."""
         built = self.pool.results[candidate.rendered.sha]
         assert isinstance(built, Built)
         return built

@@ -9,6 +9,7 @@ from ..op import Config
 from ..timing import Timing
 
 TIE = 0.01
+TIE_MODELLED = 0.25  # the model is no better than that: a default that somebody measured is not given up for less
 _MAD_OF_SPREAD = 0.4  # for normal noise the median absolute deviation is 0.40 of the distance from p20 to p80
 
 
@@ -28,15 +29,25 @@ class Finalist:
 
 
 def tied(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """Those that noise cannot tell from the fastest: within 1 % or two median absolute deviations of it."""
+    """Those that noise cannot tell from the fastest: within 1 % or two median absolute deviations of it.
+
+    Modelled times are no closer than 25 %.
+    """
     best = min(finalists, key=lambda each: each.timing.median)
-    band = max(TIE * best.timing.median, 2 * best.mad_us)
+    tie = TIE if best.timing.n else TIE_MODELLED
+    band = max(tie * best.timing.median, 2 * best.mad_us)
     return [each for each in finalists if each.timing.median <= best.timing.median + band]
 
 
 def choose(finalists: Sequence[Finalist]) -> Finalist:
-    """The winner: the default where it is among the tied; else fewest shared memory, fewest stages, first in the alphabet."""
-    return min(tied(finalists), key=lambda each: (not each.default, each.smem, _stages(each.config), _values(each.config)))
+    """The winner: the default where it is among the tied; else fewest shared memory, fewest stages, first in the alphabet.
+
+    Where times are modelled a tie says little, and the fastest is taken unless that would give up the default.
+    """
+    equals = tied(finalists)
+    if not any(each.default or each.timing.n for each in equals):
+        equals = [min(finalists, key=lambda each: each.timing.median)]
+    return min(equals, key=lambda each: (not each.default, each.smem, _stages(each.config), _values(each.config)))
 
 
 def _stages(config: Config) -> int:

@@ -24,7 +24,6 @@ from .space import Candidate, Key
 PROBE = Policy(reps=5, rounds=1, warmup_ms=0.0)
 DOMINATED = 2.0  # a probe this many times slower than the best is not timed further
 _ROUND_US = 20_000  # of device time in a round of the search: slow kernels are replayed fewer times
-_FINAL_SECONDS = 2.0
 _KERNELS_LIMIT = 64  # modules that stay loaded: each holds device memory
 # A workload whose reference is dearer than this (a second or two on a GPU) is represented by the op's small cases alone.
 _REFERENCE_FLOPS = 8e12
@@ -98,10 +97,10 @@ def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outco
     return Outcome(Kind.OK, rounds.timing, rounds.policy, accuracy, smem)
 
 
-def final(problem: Problem, entrants: Sequence[Entrant]) -> list[Measured]:
+def final(problem: Problem, entrants: Sequence[Entrant], limit_s: float) -> list[Measured]:
     """Time the entrants in turns, as the record will state it."""
     variants = [_variant(problem, entrant) for entrant in entrants]
-    return measure(variants, _prepared(problem).sets, COLD, limit_s=_FINAL_SECONDS)
+    return measure(variants, _prepared(problem).sets, COLD, limit_s=limit_s)
 
 
 def recheck(problem: Problem, entrant: Entrant, repeats: int = 3) -> Accuracy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,7 +24,8 @@ VERSION = 1
 LAUNCH_US = (1.0, 1.1)
 """The first launch of a graph and each further one, as measured on an H200."""
 PEAK = 0.7  # the share of the roofs that good kernels reach
-_HALF_WARPS = 6.0  # warps in flight per SM at which half of the peak is reached
+_HALF_WARPS = 3.0  # warps in flight per SM at which half of the peak is reached
+_L2_SPEED = 2.0  # of DRAM's bandwidth; a gather on an H200 read 8.4 TB/s from L2
 _SPILL_BYTES = 64.0  # spilled bytes per thread that double the time
 _RESERVED_SMEM = 1024  # shared memory that the system takes of every block since sm_80
 _REGISTER_UNIT = 256  # registers are handed out to warps in such units
@@ -54,13 +56,20 @@ def modelled_us(op: Op, spec: Spec, config: Config, case: Case, gpu: Gpu, usage:
     launches = plan(op, spec, config, case, gpu)
     if not launches:
         return 0.0
-    work_us = op.work(spec, config, case).limit_us(gpu) / PEAK
+    work_us = _work_us(op, spec, config, case, gpu) / PEAK
     touched = [max(_touched(launch), 1) for launch in launches]
     kernels_us = sum(
         stretch(launch, usage[launch.kernel], gpu, _stages(config)) * work_us * share / sum(touched)
         for launch, share in zip(launches, touched, strict=True)
     )
     return LAUNCH_US[0] + LAUNCH_US[1] * (len(launches) - 1) + kernels_us
+
+
+def _work_us(op: Op, spec: Spec, config: Config, case: Case, gpu: Gpu) -> float:
+    """Roofline of what the config does; what it moves beyond the least comes from L2."""
+    least, work = op.cost(spec, case), op.work(spec, config, case)
+    arithmetic = replace(work, bytes=0.0).limit_us(gpu)
+    return max(arithmetic, replace(least, flops=0.0).limit_us(gpu), replace(work, flops=0.0).limit_us(gpu) / _L2_SPEED)
 
 
 def stretch(launch: Launch, usage: Resources, gpu: Gpu, stages: int) -> float:

@@ -12,6 +12,8 @@ class ModelEvaluator(Evaluator):
     """One compilation serves every size bucket: judging it for one more takes milliseconds."""
 
     method = f"modelled-{model.VERSION}"
+    search_share = 0.97
+    measures = False
     free = True
 
     def _advance(self) -> list[Done]:
@@ -19,7 +21,7 @@ class ModelEvaluator(Evaluator):
         return [Done(task, self._judge(task), self._compile_cost(task)) for task in ready]
 
     def _judge(self, task: Task) -> Outcome:
-        problem, built = task.problem, self._built(task.candidate)
+        problem, built = task.problem, self.built(task.candidate)
         microseconds = model.modelled_us(
             problem.op, problem.spec, task.candidate.config, problem.case, problem.gpu, built.resources
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,36 +26,65 @@ FINAL_SECONDS = 90.0
 _POISONED = re.compile(r"illegal|misaligned|launch failure|device-side assert|CUDA error|CUDA_ERROR", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """What runs in the GPU's process; other functions than these are for tests."""
+
+    prepare: Callable[..., None] = jobs.prepare
+    evaluate: Callable[..., Outcome] = jobs.evaluate
+    final: Callable[..., list[Measured]] = jobs.final
+    recheck: Callable[..., Accuracy] = jobs.recheck
+
+
+JOBS = Jobs()
+
+
 class GpuEvaluator(Evaluator):
-    """See the module's first line; ``jobs`` is what runs in the process. Other jobs are for tests."""
+    """See the module's first line."""
 
     method = "measured"
+    search_share = 0.75
+    measures = True
     free = False
 
-    def __init__(
-        self, pool: CompilePool, run: Callable[..., Outcome] = jobs.evaluate, prepare: Callable[..., None] = jobs.prepare
-    ) -> None:
+    def __init__(self, pool: CompilePool, table: Jobs = JOBS) -> None:
         super().__init__(pool)
         self._worker = Worker()
-        self._run, self._prepare = run, prepare
+        self._jobs = table
         self._current: Task | None = None
         self._begun = 0.0
         self._preparing = False
         self._at_hand: str | None = None
+        self._warming: Problem | None = None
+        self._warmed = False
 
     @property
     def backlog(self) -> int:
         return super().backlog + (self._current is not None)
 
     def _advance(self) -> list[Done]:
+        if self._worker.busy and not self._worker.ready():
+            return []
         done = []
         if self._current is not None:
-            if not self._worker.ready():
-                return []
             done = self._collect(self._current)
+        elif self._warming is not None:
+            self._end_warming(self._warming)
         if self._current is None and self._ready:
             self._begin()
+        elif self._compiling and not self._warmed:
+            # While the first candidates compile: starting the process and drawing inputs takes about as long.
+            self._warmed = True
+            self._warming = self._compiling[0].problem
+            backend = self._compiling[0].candidate.config.backend
+            self._submit(self._jobs.prepare, self._warming, backend, timeout=PREPARE_SECONDS)
         return done
+
+    def _end_warming(self, problem: Problem) -> None:
+        self._warming = None
+        _, failure = self._attempt(self._worker.result)
+        if failure is None:
+            self._at_hand = problem.id  # a failure will show again, where it has a task to be told to
 
     def _begin(self) -> None:
         """Start a task, of the problem at hand if there is one: drawing inputs anew takes longer than timing."""
@@ -63,14 +93,14 @@ class GpuEvaluator(Evaluator):
         self._current, self._begun = task, time.monotonic()
         self._preparing = task.problem.id != self._at_hand
         if self._preparing:
-            self._submit(self._prepare, task.problem, task.candidate.config.backend, timeout=PREPARE_SECONDS)
+            self._submit(self._jobs.prepare, task.problem, task.candidate.config.backend, timeout=PREPARE_SECONDS)
         else:
             self._submit_run(task)
 
     def _submit_run(self, task: Task) -> None:
         best = task.study.best
-        entrant = Entrant(task.candidate, self._built(task.candidate))
-        self._submit(self._run, task.problem, entrant, best.time_us if best else None, timeout=RUN_SECONDS)
+        entrant = Entrant(task.candidate, self.built(task.candidate))
+        self._submit(self._jobs.evaluate, task.problem, entrant, best.time_us if best else None, timeout=RUN_SECONDS)
 
     def _submit(self, job: Callable[..., Any], *args: Any, timeout: float) -> None:
         try:
@@ -111,15 +141,14 @@ class GpuEvaluator(Evaluator):
             self._at_hand = None
         return None, failure
 
-    def final(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Measured] | None:
-        """Time candidates in turns; None where that failed."""
-        entrants = [Entrant(candidate, self._built(candidate)) for candidate in candidates]
-        return self._attempt(self._worker.call, jobs.final, problem, entrants, timeout=PREPARE_SECONDS + FINAL_SECONDS)[0]
+    def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
+        entrants = [Entrant(candidate, self.built(candidate)) for candidate in candidates]
+        timeout = PREPARE_SECONDS + FINAL_SECONDS
+        return self._attempt(self._worker.call, self._jobs.final, problem, entrants, limit_s, timeout=timeout)[0]
 
     def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
-        """Run the winner again on the full workload."""
-        entrant = Entrant(candidate, self._built(candidate))
-        accuracy, failure = self._attempt(self._worker.call, jobs.recheck, problem, entrant, timeout=PREPARE_SECONDS)
+        entrant = Entrant(candidate, self.built(candidate))
+        accuracy, failure = self._attempt(self._worker.call, self._jobs.recheck, problem, entrant, timeout=PREPARE_SECONDS)
         return accuracy if failure is None else Accuracy(False, 0.0, 0.0, failure.detail)
 
     def __enter__(self) -> GpuEvaluator:

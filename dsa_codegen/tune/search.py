@@ -39,6 +39,10 @@ class Search:
                 time.sleep(_IDLE_SECONDS)
             self._tell(bool(done))
         self._evaluator.cancel()
+        while self._evaluator.backlog:  # what the GPU is at: bounded by its deadline
+            for each in self._evaluator.poll():
+                self._take(each)
+            time.sleep(_IDLE_SECONDS)
 
     def _feed(self) -> int:
         """Ask for candidates while there is room for them; returns how many were asked for."""
@@ -49,7 +53,9 @@ class Search:
             study = self._neediest()
             if study is None:
                 break
+            begun = time.monotonic()
             candidate = study.ask()
+            study.spent_s += time.monotonic() - begun  # a space that is mostly infeasible must not hold up the others
             if candidate is not None:
                 self._evaluator.submit(study, self._problems[study], candidate)
                 asked += 1

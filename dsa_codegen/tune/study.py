@@ -21,7 +21,7 @@ import filelock
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from .. import backends
 from ..errors import DsaError
@@ -34,7 +34,6 @@ from .space import Candidate, Key, Space
 
 _FREE_ASKS = 24  # infeasible or repeated proposals in one ask: each takes the sampler about 10 ms
 _CONVERGED = 20  # repeats in a row: the sampler has nothing new to say
-_EXHAUSTIVE = 300  # feasible configs that are worth rendering to know how many candidates they are
 
 
 class StudyBusy(DsaError):
@@ -154,6 +153,15 @@ class Study:
             self._near.extendleft(self.space.neighbours(candidate.config))
         return improved
 
+    def reject(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Take back an OK that a later check does not bear out; for the journal that is one more trial."""
+        self.counts[Kind.OK] -= 1
+        self._note(candidate, outcome)
+        self._study.enqueue_trial(self.space.encode(candidate.config))
+        trial = self._study.ask()
+        self.space.suggest(trial)
+        self._conclude(trial, outcome)
+
     def suggest(self, configs: Iterable[Config]) -> None:
         """Try these configs next: what another study of the same code has found."""
         self._first.extend(filter(self.space.fits, configs))
@@ -161,6 +169,12 @@ class Study:
     def knows(self, key: Key) -> bool:
         """Whether the candidate was evaluated or is under way."""
         return key in self.seen or key in self._pending
+
+    def outcome_of(self, config: Config) -> tuple[Candidate, Outcome] | None:
+        """What became of a config, under whichever candidate it was seen; None where it was not or is another backend's."""
+        if config.backend != self.space.backend:
+            return None
+        return self.seen.get(self.space.candidate(config).key)
 
     def fastest(self, count: int) -> list[tuple[Candidate, Outcome]]:
         """The fastest candidates, fully timed."""
@@ -216,23 +230,22 @@ class Study:
 
     def _restore(self) -> None:
         """Take over what earlier runs found; trials that a dead run left open are released, as the sampler avoids them."""
+        found: dict[Key, tuple[Candidate, Outcome]] = {}
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:
                 self._study.tell(trial.number, state=TrialState.FAIL)
             elif trial.state.is_finished() and "outcome" in trial.user_attrs:
-                self._take_over(trial)
+                candidate = self.space.candidate(self.space.decode(trial.params))
+                found[candidate.key] = candidate, Outcome.from_json(trial.user_attrs["outcome"])  # the last word counts
             elif trial.state is TrialState.PRUNED:
                 self.counts[Kind.INFEASIBLE] += 1
-
-    def _take_over(self, trial: FrozenTrial) -> None:
-        candidate = self.space.candidate(self.space.decode(trial.params))
-        if candidate.key not in self.seen:
-            self._note(candidate, Outcome.from_json(trial.user_attrs["outcome"]))
+        for candidate, outcome in found.values():
+            self._note(candidate, outcome)
 
     def _everything(self, order: random.Random) -> deque[Config] | None:
         """All candidates in a random order, one config each, where the trials are enough for them; else None."""
         configs = self.space.feasible()
-        if configs is None or len(configs) > _EXHAUSTIVE:
+        if configs is None or len(configs) > 2 * self.trials:  # so few of them render to the same source
             return None
         distinct = {candidate.key: candidate.config for candidate in map(self.space.candidate, configs)}
         if len(distinct) > self.trials:

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""The command line: parses, calls dsa_codegen, prints.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:
+    sys.exit("cli.py needs typer and rich: pip install 'dsa-codegen[tune]'")
+
+from dsa_codegen import dispatch, needs, ops, paths, presets, records, show, verification
+from dsa_codegen import doctor as diagnosis
+from dsa_codegen import explain as explanation
+from dsa_codegen import generate as generation
+from dsa_codegen import gpu as gpus
+from dsa_codegen.bench import ours
+from dsa_codegen.errors import DsaError, NoGpu, SpecError, ToolMissing
+from dsa_codegen.timing import COLD, WARM
+from dsa_codegen.worker import Worker
+
+OFFLINE_GPU = "h200"
+"""What ``--gpu auto`` means where there is no GPU and the command can work without one."""
+
+app = typer.Typer(
+    help="Generate, verify and tune kernels for DeepSeek Sparse Attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Preset = Annotated[str, typer.Option(help=f"A model: {', '.join(presets.names())}.")]
+SpecFile = Annotated[Optional[Path], typer.Option("--spec", help="A YAML file that states a model, instead of --preset.")]  # noqa: UP045
+OpNames = Annotated[Optional[list[str]], typer.Option("--op", help="Only this operation; may be repeated.")]  # noqa: UP045
+GpuName = Annotated[str, typer.Option("--gpu", help=f"auto, or one of {', '.join(gpus.GPUS)}.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+@app.command()
+def generate(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the modules go.")] = Path("generated"),
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    gpu: GpuName = "auto",
+    backend: Annotated[str, typer.Option(help="Only this backend: triton, gluon or tilelang.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write the rendered kernels of a model to a folder, as Python modules to read, step through or ship."""
+    written = generation.generate(_model(preset, spec), _gpu(gpu), out_dir, op or (), backend)
+    _print(as_json, show.generated(written), [show.generated_row(each) for each in written])
+
+
+@app.command()
+def verify(
+    preset: Preset = "tiny",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    gpu: GpuName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check every operation, option and template of a model against the reference; offline, interpret and compile them."""
+    target = _gpu(gpu)
+    subjects = verification.subjects(_model(preset, spec), target, op or ())
+    here = gpus.detect()
+    if here is not None and here.arch == target.arch:
+        environment, check = {}, verification.on_gpu
+        verification.build_ahead(subjects, target)
+    else:
+        environment, check = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, verification.offline
+    with Worker(environment) as worker:
+        batches = show.progress(err, "verify", subjects, lambda subject: list(check(subject, target, worker)))
+        verdicts = [verdict for batch in batches for verdict in batch]
+    _print(as_json, show.verdicts(verdicts), [show.verdict_row(verdict) for verdict in verdicts])
+    raise typer.Exit(0 if all(verdict.passed for verdict in verdicts) else 1)
+
+
+@app.command()
+def tune(
+    gpu: GpuName = "auto",
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    budget: Annotated[str, typer.Option(help="Wall time: 90s, 10m, 1h.")] = "6m",
+    trials: Annotated[int, typer.Option(help="Candidates per operation, size bucket and backend at most.", min=1)] = 48,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    folder: Annotated[Optional[Path], typer.Option(help="Where records go; by default tuned/.")] = None,  # noqa: UP045
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
+    from dsa_codegen.tune import run
+
+    target, here = _gpu(gpu), gpus.detect()
+    report = show.tuning(
+        err,
+        lambda notify: run.tune(
+            needs.specs(_model(preset, spec), op or (), target),
+            target,
+            folder or paths.user_records() or paths.shipped_records(),
+            budget=run.Budget(_seconds(budget), trials),
+            offline=here is None or here.id != target.id,
+            seed=seed,
+            fresh=fresh,
+            notify=notify,
+        ),
+    )
+    _print(as_json, show.tuned(report), [show.record_row(record) for record in report.records])
+    raise typer.Exit(130 if report.interrupted else 0 if report.records else 1)
+
+
+@app.command()
+def bench(
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Leave the inputs in L2.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time this package's kernels on the GPU, as the dispatcher would choose them, against the roofline."""
+    target = gpus.resolve("auto")
+    policy = WARM if warm else COLD
+    cases = ours.plan(_model(preset, spec), target, op or ())
+    rows = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
+    _print(as_json, show.bench(rows, target, policy), [show.bench_row(row) for row in rows])
+
+
+@app.command("list")
+def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU.")] = "", as_json: Json = False) -> None:
+    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set)."""
+    wanted = gpus.resolve(gpu).id if gpu else None
+    found = [
+        record
+        for folder in filter(None, (paths.user_records(), paths.shipped_records()))
+        for name in ops.all_ops()
+        for record in records.read_all(folder, name)
+        if wanted in (None, record.gpu.id)
+    ]
+    _print(as_json, show.records(found), [show.record_row(record) for record in found])
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Option("--op", help="The operation.")],
+    sizes: Annotated[list[str], typer.Argument(help="Sizes as name=value, e.g. queries=4096 context=32768.")],
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    gpu: GpuName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say which record serves a call, or field by field why none does."""
+    target, operation = _gpu(gpu), ops.get(op)
+    size = operation.sizes_type.from_dict(_sizes(sizes))
+    answers = [
+        (each, dispatch.chosen(operation, each, size, target), explanation.explain(operation, each, size, target))
+        for _, each in needs.specs(_model(preset, spec), [op])
+    ]
+    _print(as_json, show.explanation(operation, size, target, answers), [show.explanation_row(*answer) for answer in answers])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here (GPU, compilers, records), what is missing and how to get it."""
+    findings = list(diagnosis.diagnose())
+    _print(as_json, show.findings(findings), [vars(finding) for finding in findings])
+
+
+def _model(preset: str, spec: Path | None) -> presets.Model:
+    return presets.load(spec) if spec else presets.preset(preset)
+
+
+def _gpu(name: str) -> gpus.Gpu:
+    """The GPU that is meant; ``auto`` without one means the one that is compiled for offline."""
+    try:
+        return gpus.resolve(name)
+    except NoGpu:
+        err.print(f"No GPU is visible: compiling for {OFFLINE_GPU.upper()} (--gpu names another).", style="dim")
+        return gpus.resolve(OFFLINE_GPU)
+
+
+def _seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1h`` or a plain number of seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise SpecError("--budget", text, "a time such as 90s, 10m or 1h")
+    return seconds
+
+
+def _sizes(pairs: Iterable[str]) -> dict[str, Any]:
+    split = [pair.partition("=") for pair in pairs]
+    for name, _, value in split:
+        if not value.isdigit():
+            raise SpecError(name, value, "name=value with a whole number, e.g. queries=4096")
+    return {name: int(value) for name, _, value in split}
+
+
+def _print(as_json: bool, table: Callable[[Console], None], rows: list[Any]) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        table(out)
+
+
+def main() -> None:
+    """Run the command line; the project's errors become one line and an exit code."""
+    os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+    try:
+        app()
+    except (NoGpu, ToolMissing) as error:
+        err.print(f"[red]{error}[/red]", highlight=False)
+        sys.exit(3)
+    except DsaError as error:
+        err.print(f"[red]{error}[/red]", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

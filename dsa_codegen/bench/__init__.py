@@ -1,0 +1,1 @@
+"""The benchmark: kernels timed through the dispatcher's choice against the roofline of the GPU."""

@@ -1,0 +1,42 @@
+"""What a model needs: every operation, spec and size bucket that serving it calls; what is generated, tuned, built ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from . import ops
+from .gpu import Gpu
+from .op import Case, Op
+from .presets import Model
+from .values import Bucket, Spec
+
+
+@dataclass(frozen=True)
+class Need:
+    """One call that a model makes: an operation, a spec, and the case that stands for the bucket of its sizes."""
+
+    op: Op
+    spec: Spec
+    case: Case
+
+
+def specs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> list[tuple[Op, Spec]]:
+    """The operations of a model (or the named ones, where ``gpu`` can run them) with each of their specs.
+
+    Raises:
+        UnknownName: a name is no operation.
+    """
+    chosen = [ops.get(name) for name in names] or list(ops.all_ops().values())
+    able = [op for op in chosen if gpu is None or gpu.capability >= op.min_capability]
+    return [(op, spec) for op in able for spec in op.specs(model)]
+
+
+def needs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> Iterator[Need]:
+    """Every call of a model, one per operation, spec and size bucket that people serve."""
+    for op, spec in specs(model, names, gpu):
+        first: dict[Bucket, Case] = {}
+        for case in op.workloads(spec):
+            first.setdefault(case.sizes.bucket(), case)
+        for case in first.values():
+            yield Need(op, spec, case)
