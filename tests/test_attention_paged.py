@@ -42,7 +42,7 @@ def test_every_form_matches_the_reference(interpreter, spec, changes):
 @pytest.mark.parametrize("name", presets.names())
 def test_default_config_compiles_for_hopper(name):
     spec = OP.from_model(presets.preset(name))
-    assert_compiles(OP, spec, default(OP, spec, "triton"), spills=16)
+    assert_compiles(OP, spec, default(OP, spec, "triton"), spills=64)
 
 
 @pytest.mark.parametrize(

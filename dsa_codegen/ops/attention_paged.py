@@ -1,8 +1,8 @@
 """Sparse MLA, decode: the newest queries of each sequence attend to listed slots of a paged FP8 latent KV cache.
 
 ``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :512]``,
-``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode), where ``kv`` is the latent that a slot
-states, rounded to bf16: what the cache gives is what prefill attention gives on the BF16 latents read back from it. With a
+``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode), where ``kv`` is the latent that a
+slot states, rounded to bf16: the results are those of prefill attention on the BF16 latents read back from the cache. With a
 sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is. A slot below 0 or past the cache means "no token".
 """
 

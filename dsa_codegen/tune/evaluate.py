@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 from ..build import Built
 from ..measure import Measured
@@ -91,6 +92,16 @@ class Evaluator(ABC):
     def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
         """The winner once more on the full workload."""
         return Accuracy(True, 0.0, 0.0)
+
+    def close(self) -> None:
+        """End whatever runs."""
+        self.cancel()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     @abstractmethod
     def _advance(self) -> list[Done]:

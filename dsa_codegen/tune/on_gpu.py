@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from ..measure import Measured
@@ -151,8 +150,6 @@ class GpuEvaluator(Evaluator):
         accuracy, failure = self._attempt(self._worker.call, self._jobs.recheck, problem, entrant, timeout=PREPARE_SECONDS)
         return accuracy if failure is None else Accuracy(False, 0.0, 0.0, failure.detail)
 
-    def __enter__(self) -> GpuEvaluator:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        super().close()
         self._worker.kill()

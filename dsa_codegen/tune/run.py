@@ -16,30 +16,26 @@ from pathlib import Path
 
 from .. import paths, records
 from ..build import Built
-from ..errors import DsaError, NoConfig
-from ..explain import nearest
 from ..gpu import Gpu
-from ..lookup import missing_tool, search_path
-from ..op import Config, Op
+from ..op import Op
 from ..record import Record
 from ..values import Spec
 from .evaluate import Evaluator
 from .jobs import Problem
 from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
+from .opening import Opened, Opener
 from .outcome import Kind
-from .plan import Budget, Report, problems
+from .plan import OFFLINE, ON_GPU, Budget, Report, problems
 from .pool import CompilePool
 from .progress import Notify, Progress, StudyStatus
 from .results import contenders, settle
 from .search import Search
 from .session import Session
-from .space import Space
 from .study import Study
 
 STATE = Path(".tune")
 _FINAL_SECONDS = 2.0  # of device time for a problem's final, at most; less where the budget is nearly spent
-_NEIGHBOURS = 3  # tuned configs of near problems that a search begins with
 
 
 def tune(
@@ -47,7 +43,7 @@ def tune(
     gpu: Gpu,
     folder: Path,
     *,
-    budget: Budget = Budget.DEFAULT,
+    budget: Budget | None = None,
     offline: bool = False,
     backends: Sequence[str] = (),
     processes: int | None = None,
@@ -59,6 +55,7 @@ def tune(
     """Tune; go on where an earlier run with the same ``state`` left off.
 
     Args:
+        budget: by default ``plan.ON_GPU`` or ``plan.OFFLINE``.
         folder: the records are merged into ``<folder>/<gpu>/<op>.json``.
         offline: rank compiled candidates by the model, without a GPU; records say "modelled".
         backends: only these; all by default.
@@ -70,15 +67,17 @@ def tune(
         StudyBusy: another process is tuning the same.
         RecordError: a file of records there cannot be read; nothing is started.
     """
-    run = _Run(wanted, gpu, folder, budget, backends, seed, state / gpu.id, notify)
-    cores = processes or _cores(offline)
+    budget = budget or (OFFLINE if offline else ON_GPU)
+    chosen = problems(wanted, gpu)
+    aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
+    session = Session(state / gpu.id, aim, budget.wall_s)
     if fresh:
-        shutil.rmtree(run.state, ignore_errors=True)
-    with CompilePool(gpu, run.state / "builds", cores) as pool:
-        if offline:
-            return run.go(ModelEvaluator(pool))
-        with GpuEvaluator(pool) as evaluator:
-            return run.go(evaluator)
+        session.restart()
+    with CompilePool(gpu, session.builds, processes or _cores(offline)) as pool:
+        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool)
+        with evaluator:
+            opener = Opener(session.folder, folder, evaluator.method, budget.trials, seed, fresh, tuple(backends))
+            return _Run(folder, opener, session, notify).go(chosen, evaluator)
 
 
 def _cores(offline: bool) -> int:
@@ -88,157 +87,92 @@ def _cores(offline: bool) -> int:
 
 @dataclass
 class _Run:
-    wanted: Sequence[tuple[Op, Spec]]
-    gpu: Gpu
     folder: Path
-    budget: Budget
-    backends: Sequence[str]
-    seed: int
-    state: Path
+    opener: Opener
+    session: Session
     notify: Notify
-    notes: list[str] = field(default_factory=list)
-    studies: dict[Study, Problem] = field(default_factory=dict)
-    defaults: dict[str, Config] = field(default_factory=dict)
+    opened: Opened = field(default_factory=Opened)
     written: dict[str, list[Record]] = field(default_factory=dict)
     phase: str = "search"
 
-    def go(self, evaluator: Evaluator) -> Report:
+    def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
         """The whole run."""
-        for op, _ in self.wanted:
-            records.require_readable(records.path_of(self.folder, self.gpu.id, op.name))
-        self.state.mkdir(parents=True, exist_ok=True)
+        for problem in wanted:
+            records.require_readable(records.path_of(self.folder, problem.gpu.id, problem.op.name))
         interrupted = False
         try:
-            self._open_studies(evaluator.method)
-            aim = [study.path.name for study in self.studies]
-            self.session = Session(self.state, aim, self.budget.wall_s)
+            self.opener.open(wanted, self.opened)
             try:
-                Search(self.studies, evaluator, self._tell).run(self.session.deadline(evaluator.search_share))
+                Search(self.opened.studies, evaluator, self._tell).run(self.session.deadline(evaluator.search_share))
                 self._finals(evaluator)
-                self.session.finish()
             except KeyboardInterrupt:
                 interrupted = True
-                self._salvage(evaluator)
-            statuses = tuple(map(self._status, self.studies))
-            self.notes += filter(None, map(_complaint, self.studies))
+                self._salvage()
+            statuses = tuple(map(self._status, self.opened.studies))
         finally:
-            for study in self.studies:
-                study.close()
+            self.opened.close()
         if not interrupted:
-            shutil.rmtree(self.state / "builds", ignore_errors=True)
+            self.session.finish()
+        for complaint in filter(None, map(_complaint, self.opened.studies)):
+            self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        return Report(found, tuple(files), statuses, tuple(self.notes), interrupted, self.session.elapsed_s)
-
-    def _open_studies(self, method: str) -> None:
-        for problem in problems(self.wanted, self.gpu):
-            op, spec, case = problem.op, problem.spec, problem.case
-            if self.gpu.capability < op.min_capability:
-                self._note(f"{op.name}: needs sm_{op.min_capability} or newer, {self.gpu.name} is sm_{self.gpu.capability}")
-                continue
-            try:
-                default = op.default_config(spec, case.sizes, self.gpu)
-            except NoConfig as error:
-                self._note(str(error))
-                continue
-            self.defaults[problem.id] = default
-            for backend in op.backends:
-                if not self.backends or backend in self.backends:
-                    self._open_study(problem, backend, default, method)
-
-    def _open_study(self, problem: Problem, backend: str, default: Config, method: str) -> None:
-        lacking = missing_tool(backend)
-        if lacking:
-            self._note(f"{problem.op.name}: left out {lacking}")
-            return
-        space = Space(problem.op, problem.spec, backend, self.gpu)
-        try:
-            first = default if default.backend == backend else space.closest(default)
-        except NoConfig as error:
-            self._note(str(error))
-            return
-        seeds = [first, *self._neighbours(problem, backend)]
-        study = Study(space, problem.case, self.state, method=method, trials=self.budget.trials, seeds=seeds, seed=self.seed)
-        self.studies[study] = problem
-
-    def _neighbours(self, problem: Problem, backend: str) -> list[Config]:
-        """Configs of the nearest records that this operation still accepts."""
-        folders = {*search_path().values(), self.folder}
-        known = [record for folder in sorted(folders) for record in records.read_all(folder, problem.op.name)]
-        known = [record for record in known if record.backend == backend and _accepted(record, problem.op)]
-        near = nearest(known, problem.spec, problem.case.sizes, self.gpu, _NEIGHBOURS)
-        return [record.config_for(problem.op) for record in near]
+        return Report(found, tuple(files), statuses, tuple(self.opened.notes), interrupted, self.session.elapsed_s)
 
     def _finals(self, evaluator: Evaluator) -> None:
         self.phase = "finals"
-        open_problems = self._open_problems()
+        waiting = self.opened.by_problem()
         if evaluator.measures:
-            self._rebuild(evaluator, open_problems)
-        for number, (problem, studies) in enumerate(open_problems):
+            self._rebuild(evaluator)
+        while waiting:
+            problem, studies = waiting[0]
             left_s = self.session.deadline(1.0) - time.monotonic()
-            limit_s = min(_FINAL_SECONDS, max(0.2, left_s / (2 * (len(open_problems) - number))))
-            settled = settle(problem, studies, self.defaults[problem.id], evaluator, seed=self.seed, limit_s=limit_s)
+            limit_s = min(_FINAL_SECONDS, max(0.2, left_s / (2 * len(waiting))))
+            default = self.opened.defaults[problem.id]
+            settled = settle(problem, studies, default, evaluator, seed=self.opener.seed, limit_s=limit_s)
             if evaluator.measures:
                 for _, candidate in settled:
                     _keep(evaluator.built(candidate))
             self._write(problem, [record for record, _ in settled])
+            waiting = waiting[1:]
             self._tell()
         self.phase = "done"
         self._tell()
 
-    def _rebuild(self, evaluator: Evaluator, open_problems: Sequence[tuple[Problem, list[Study]]]) -> None:
+    def _rebuild(self, evaluator: Evaluator) -> None:
         """Candidates of an earlier run may have to be compiled again before they can run."""
-        for problem, studies in open_problems:
-            for each in contenders(studies, self.defaults[problem.id]):
+        for problem, studies in self.opened.by_problem():
+            for each in contenders(studies, self.opened.defaults[problem.id]):
                 evaluator.pool.request(each.candidate.rendered)
         while evaluator.pool.backlog:
             evaluator.pool.poll()
             self._tell()
             time.sleep(0.02)
 
-    def _salvage(self, evaluator: Evaluator) -> None:
-        """Interrupted: write what the search has measured, without a final."""
-        evaluator.cancel()
-        for problem, studies in self._open_problems():
-            settled = settle(problem, studies, self.defaults[problem.id], None, seed=self.seed)
-            self._write(problem, [record for record, _ in settled])
-
-    def _open_problems(self) -> list[tuple[Problem, list[Study]]]:
-        by_id: dict[str, tuple[Problem, list[Study]]] = {}
-        for study, problem in self.studies.items():
-            by_id.setdefault(problem.id, (problem, []))[1].append(study)
-        return [pair for key, pair in by_id.items() if key not in self.written]
+    def _salvage(self) -> None:
+        """Interrupted: write what the search has found so far, without a final."""
+        for problem, studies in self.opened.by_problem():
+            if problem.id not in self.written:
+                settled = settle(problem, studies, self.opened.defaults[problem.id], None, seed=self.opener.seed)
+                self._write(problem, [record for record, _ in settled])
 
     def _write(self, problem: Problem, fresh: list[Record]) -> None:
         self.written[problem.id] = fresh
         records.merge(self.folder, fresh)
 
     def _tell(self) -> None:
-        self.session.save()
-        count = len(dict.fromkeys(problem.id for problem in self.studies.values()))
-        statuses = tuple(map(self._status, self.studies))
         session = self.session
+        session.save()
+        statuses = tuple(map(self._status, self.opened.studies))
+        count = len(self.opened.by_problem())
         self.notify(Progress(self.phase, session.elapsed_s, session.budget_s, statuses, len(self.written), count))
 
     def _status(self, study: Study) -> StudyStatus:
-        default = self.defaults[self.studies[study].id]
-        known = study.outcome_of(default)
+        known = study.outcome_of(self.opened.defaults[self.opened.studies[study].id])
         default_us = known[1].time_us if known and known[1].ok else None
         best_us = study.best.time_us if study.best else None
         counts = dict(study.counts)
         return StudyStatus(study.label, len(study.seen), study.trials, best_us, default_us, counts, study.exhausted)
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
-
-def _accepted(record: Record, op: Op) -> bool:
-    try:
-        record.config_for(op)
-    except DsaError:
-        return False
-    return True
 
 
 def _complaint(study: Study) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,15 +14,17 @@ _SAVE_EVERY_S = 2.0
 
 
 class Session:
-    """The clock of a run. It lies in ``.tune/<gpu>/<digest of the aim>.session`` until the run is over.
+    """The clock of a run and the folder of its builds; both lie in ``.tune/<gpu>/`` under the aim's digest until it is over.
 
     Args:
         aim: what identifies the run: problems, backends, method.
     """
 
     def __init__(self, folder: Path, aim: Iterable[str], budget_s: float | None) -> None:
+        self.folder = folder
         digest = hashlib.sha256("\n".join(aim).encode()).hexdigest()[:12]
         self._path = folder / f"{digest}.session"
+        self.builds = folder / f"{digest}.builds"
         self.budget_s = budget_s
         self.earlier_s = self._load()
         self._start = time.monotonic()
@@ -43,13 +46,20 @@ class Session:
         now = time.monotonic()
         if now - self._saved > _SAVE_EVERY_S:
             self._saved = now
+            self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text(json.dumps({"elapsed_s": self.elapsed_s}))
             os.replace(temporary, self._path)
 
     def finish(self) -> None:
-        """The run is over: the next one has its own budget."""
+        """The run is over: its losers are of no further use, and the next one has a budget of its own."""
         self._path.unlink(missing_ok=True)
+        shutil.rmtree(self.builds, ignore_errors=True)
+
+    def restart(self) -> None:
+        """Begin anew, as if nothing had been spent."""
+        self.finish()
+        self.earlier_s = 0.0
 
     def _load(self) -> float:
         try:

@@ -10,25 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import time
-import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import filelock
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from .. import backends
 from ..errors import DsaError
 from ..op import Case, Config, Violation
-from ..record import GpuKey
-from ..render import template_name, template_sha
-from ..values import bucket_to_json, describe
+from ..values import describe
+from .journal import identity, open_study
 from .outcome import Kind, Outcome
 from .space import Candidate, Key, Space
 
@@ -52,13 +45,23 @@ class Study:
         method: how outcomes come about ("measured", "modelled"); outcomes of different methods never mix.
         trials: candidates to evaluate, in all runs together.
         seeds: configs to begin with, the default first.
+        fresh: begin anew, whatever an earlier run found.
 
     Raises:
         StudyBusy: another process has it open.
     """
 
     def __init__(
-        self, space: Space, case: Case, folder: Path, *, method: str, trials: int, seeds: Sequence[Config], seed: int = 0
+        self,
+        space: Space,
+        case: Case,
+        folder: Path,
+        *,
+        method: str,
+        trials: int,
+        seeds: Sequence[Config],
+        seed: int = 0,
+        fresh: bool = False,
     ) -> None:
         self.space, self.case, self.trials = space, case, trials
         self.counts: Counter[Kind] = Counter()
@@ -70,8 +73,8 @@ class Study:
         self._repeats = 0
         self._turn = 0
         self._best: Outcome | None = None
-        identity = _identity(space, case, method)
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        key = identity(space, case, method)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.path = folder / space.op.name / f"{space.backend}-{digest}.journal"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.path.with_suffix(".lock"))
@@ -79,9 +82,11 @@ class Study:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise StudyBusy(self.path) from error
+        if fresh:
+            self.path.unlink(missing_ok=True)
         sampler_seed = seed + int(digest, 16) % 2**31
-        self._study = _open(self.path, f"{self.label} {digest}", sampler_seed, trials)
-        self._study.set_user_attr("identity", identity)
+        self._study = open_study(self.path, f"{self.label} {digest}", sampler_seed, trials)
+        self._study.set_user_attr("identity", key)
         self._restore()
         self._first: deque[Config] = deque(filter(space.fits, seeds))
         self._near: deque[Config] = deque()
@@ -253,38 +258,3 @@ class Study:
         remaining = [config for key, config in distinct.items() if key not in self.seen]
         order.shuffle(remaining)
         return deque(remaining)
-
-
-def _identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
-    """What makes outcomes comparable; a change of any of it starts another study."""
-    return {
-        "op": space.op.name,
-        "backend": space.backend,
-        "spec": space.spec.to_dict(),
-        "bucket": bucket_to_json(case.sizes.bucket()),
-        "case": case.id,
-        "gpu": GpuKey.of(space.gpu).__dict__,
-        "template": template_sha(template_name(space.op, space.backend)),
-        "choices": {parameter.name: list(parameter.choices) for parameter in space.table},
-        "toolchain": backends.get(space.backend).toolchain(),
-        "method": method,
-    }
-
-
-def _open(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return _create(path, name, seed, trials)
-    except (ValueError, KeyError, TypeError) as error:  # a line cut off by a kill; json's errors are ValueErrors
-        aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
-        path.rename(aside)
-        warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
-        return _create(path, name, seed, trials)
-
-
-def _create(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
-    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
-    return optuna.create_study(
-        storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
-    )

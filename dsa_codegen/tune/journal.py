@@ -1,0 +1,56 @@
+"""Journal: the file that keeps a study's trials, and the identity under which they may be compared."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from .. import backends
+from ..op import Case
+from ..record import GpuKey
+from ..render import template_name, template_sha
+from ..values import bucket_to_json
+from .space import Space
+
+
+def identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
+    """What makes outcomes comparable; a change of any of it starts another study."""
+    return {
+        "op": space.op.name,
+        "backend": space.backend,
+        "spec": space.spec.to_dict(),
+        "bucket": bucket_to_json(case.sizes.bucket()),
+        "case": case.id,
+        "gpu": GpuKey.of(space.gpu).__dict__,
+        "template": template_sha(template_name(space.op, space.backend)),
+        "choices": {parameter.name: list(parameter.choices) for parameter in space.table},
+        "toolchain": backends.get(space.backend).toolchain(),
+        "method": method,
+    }
+
+
+def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+    """The study that the journal at ``path`` holds, or a new one; a journal that cannot be read is put aside."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return _create(path, name, seed, trials)
+    except (ValueError, KeyError, TypeError) as error:  # a line cut off by a kill; json's errors are ValueErrors
+        aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
+        path.rename(aside)
+        warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
+        return _create(path, name, seed, trials)
+
+
+def _create(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
+    return optuna.create_study(
+        storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
+    )

@@ -1,0 +1,122 @@
+"""Opening: from problems to studies, each with its default and its near neighbours' records as first candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import DsaError, NoConfig
+from ..explain import nearest
+from ..lookup import missing_tool, search_path
+from ..op import Config, Op
+from ..record import Record
+from ..records import read_all
+from .jobs import Problem
+from .space import Space
+from .study import Study
+
+_NEIGHBOURS = 3  # tuned configs of near problems that a search begins with
+
+
+@dataclass
+class Opened:
+    """The studies of a run. Close them, or no other process can use them."""
+
+    studies: dict[Study, Problem] = field(default_factory=dict)
+    defaults: dict[str, Config] = field(default_factory=dict)
+    """By the problem's id: what the dispatcher would use untuned."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+
+    def by_problem(self) -> list[tuple[Problem, list[Study]]]:
+        """The problems in order, with the studies of their backends."""
+        found: dict[str, tuple[Problem, list[Study]]] = {}
+        for study, problem in self.studies.items():
+            found.setdefault(problem.id, (problem, []))[1].append(study)
+        return list(found.values())
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def close(self) -> None:
+        """Let other processes use the studies."""
+        for study in self.studies:
+            study.close()
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens studies.
+
+    Args:
+        folder: of the journals, ``.tune/<gpu>``.
+        tuned: of the records that the run will write; those that are there are seeds.
+        backends: only these; empty means all.
+    """
+
+    folder: Path
+    tuned: Path
+    method: str
+    trials: int
+    seed: int = 0
+    fresh: bool = False
+    backends: Sequence[str] = ()
+
+    def open(self, problems: Sequence[Problem], opened: Opened) -> None:
+        """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them."""
+        for problem in problems:
+            op, gpu = problem.op, problem.gpu
+            if gpu.capability < op.min_capability:
+                opened.note(f"{op.name}: needs sm_{op.min_capability} or newer, {gpu.name} is sm_{gpu.capability}")
+                continue
+            try:
+                opened.defaults[problem.id] = op.default_config(problem.spec, problem.case.sizes, gpu)
+            except NoConfig as error:
+                opened.note(str(error))
+                continue
+            for backend in op.backends:
+                if not self.backends or backend in self.backends:
+                    self._open(problem, backend, opened)
+
+    def _open(self, problem: Problem, backend: str, opened: Opened) -> None:
+        lacking = missing_tool(backend)
+        if lacking:
+            opened.note(f"{problem.op.name}: left out {lacking}")
+            return
+        space = Space(problem.op, problem.spec, backend, problem.gpu)
+        default = opened.defaults[problem.id]
+        try:
+            first = default if default.backend == backend else space.closest(default)
+        except NoConfig as error:
+            opened.note(str(error))
+            return
+        study = Study(
+            space,
+            problem.case,
+            self.folder,
+            method=self.method,
+            trials=self.trials,
+            seeds=[first, *self._neighbours(problem, backend)],
+            seed=self.seed,
+            fresh=self.fresh,
+        )
+        opened.studies[study] = problem
+
+    def _neighbours(self, problem: Problem, backend: str) -> list[Config]:
+        """Configs of the nearest records that the operation still accepts."""
+        folders = sorted({*search_path().values(), self.tuned})
+        known = [record for folder in folders for record in read_all(folder, problem.op.name) if record.backend == backend]
+        usable = [record for record in known if _accepted(record, problem.op)]
+        near = nearest(usable, problem.spec, problem.case.sizes, problem.gpu, _NEIGHBOURS)
+        return [record.config_for(problem.op) for record in near]
+
+
+def _accepted(record: Record, op: Op) -> bool:
+    try:
+        record.config_for(op)
+    except DsaError:
+        return False
+    return True
