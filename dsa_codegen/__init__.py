@@ -1,1 +1,55 @@
-"""A compiler-style kernel generator for DeepSeek Sparse Attention."""
+"""Kernels for DeepSeek Sparse Attention: generated from a spec, verified against a reference, tuned per GPU.
+
+>>> import dsa_codegen as dsa
+>>> layer = dsa.Layer(dsa.preset("deepseek-v3.2"))
+
+The operations are functions (``indexer_logits``, ``select``, ``sparse_attention``, …); ``Layer`` chains them.
+"""
+
+from . import ops
+from .dispatch import Untuned, call, chosen, override, reset, stats, warmup
+from .errors import DsaError
+from .functions import (
+    gather_index_k,
+    gather_kv,
+    indexer_logits,
+    indexer_logits_paged,
+    quantize_index_k,
+    quantize_index_q,
+    select,
+    sparse_attention,
+    sparse_attention_paged,
+    store_index_k,
+    store_kv,
+)
+from .layer import Attended, Layer
+from .presets import Model, load, preset
+
+__all__ = [
+    "Attended",
+    "DsaError",
+    "Layer",
+    "Model",
+    "Untuned",
+    "call",
+    "chosen",
+    "gather_index_k",
+    "gather_kv",
+    "indexer_logits",
+    "indexer_logits_paged",
+    "load",
+    "ops",
+    "override",
+    "preset",
+    "quantize_index_k",
+    "quantize_index_q",
+    "reset",
+    "select",
+    "sparse_attention",
+    "sparse_attention_paged",
+    "stats",
+    "store_index_k",
+    "store_kv",
+    "warmup",
+]
+__version__ = "0.1.0"

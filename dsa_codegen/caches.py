@@ -126,7 +126,7 @@ class KvV32Layout:
         return torch.zeros(blocks, *self.shape_per_block, dtype=torch.uint8, device=device)
 
     def pack(self, cache: Tensor, slots: Tensor, nope: Tensor, scales: Tensor, rope: Tensor) -> None:
-        """Store e4m3 ``nope`` [n, 512], fp32 ``scales`` [n, 4], bf16 ``rope`` [n, 64] at ``slots`` [n]; invalid ones are skipped."""
+        """Store e4m3 ``nope`` [n, 512], fp32 ``scales`` [n, 4], bf16 ``rope`` [n, 64] at ``slots`` [n]; skip invalid slots."""
         _scatter(self, cache, slots, ((self.nope, nope), (self.scales, scales.float()), (self.rope, rope.bfloat16())))
 
     def unpack(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPa
 SPECS = [
     AttentionPagedSpec(16, 64),
     AttentionPagedSpec(5, 45, page=7, lengths=True, sink=True),
-    AttentionPagedSpec(70, 33, sink=True),
+    AttentionPagedSpec(33, 33, sink=True),
     AttentionPagedSpec(20, 70, kv_layout="v4", page=53, lengths=True, sink=True),
     AttentionPagedSpec(1, 17, kv_layout="v4", page=2),
 ]
@@ -33,8 +33,8 @@ def test_matches_the_reference(interpreter, spec, case):
     assert_matches_reference(interpreter, OP, spec, SMALL, case)
 
 
-@pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 64}, {"dequantize": "cast"}, {"block_n": 32}], ids=str)
-@pytest.mark.parametrize("spec", SPECS[1:4:2], ids=lambda spec: spec.id)
+@pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 24}, {"dequantize": "cast"}, {"block_n": 32}], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[4]], ids=lambda spec: spec.id)
 def test_every_form_matches_the_reference(interpreter, spec, changes):
     assert_matches_reference(interpreter, OP, spec, SMALL.replace(**changes), OP.cases(spec)[1])
 

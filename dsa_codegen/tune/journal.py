@@ -39,13 +39,23 @@ def identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
 def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
     """The study that the journal at ``path`` holds, or a new one; a journal that cannot be read is put aside."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _cut_off(path)
     try:
         return _create(path, name, seed, trials)
-    except (ValueError, KeyError, TypeError) as error:  # a line cut off by a kill; json's errors are ValueErrors
+    except (ValueError, KeyError, TypeError) as error:  # json's errors are ValueErrors
         aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
         path.rename(aside)
         warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
         return _create(path, name, seed, trials)
+
+
+def _cut_off(path: Path) -> None:
+    """Drop a last line without an end, which a killed process leaves: the next append would make it unreadable."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)
 
 
 def _create(path: Path, name: str, seed: int, trials: int) -> optuna.Study:

@@ -13,6 +13,9 @@ class StudyStatus:
     """One study: an operation's backend in one size bucket."""
 
     label: str
+    """For people: ``indexer.triton, queries 1025+``."""
+    spec: str
+    """The spec's id: an operation may be tuned for several."""
     evaluated: int
     trials: int
     """Evaluated at most."""

@@ -172,7 +172,9 @@ class _Run:
         default_us = known[1].time_us if known and known[1].ok else None
         best_us = study.best.time_us if study.best else None
         counts = dict(study.counts)
-        return StudyStatus(study.label, len(study.seen), study.trials, best_us, default_us, counts, study.exhausted)
+        return StudyStatus(
+            study.label, study.space.spec.id, len(study.seen), study.trials, best_us, default_us, counts, study.exhausted
+        )
 
 
 def _complaint(study: Study) -> str:

@@ -72,8 +72,7 @@ class Search:
         improved = study.tell(candidate, done.outcome)
         if improved or self._evaluator.free:
             for sibling in self._siblings(study):
-                if not sibling.knows(candidate.key):
-                    sibling.suggest([candidate.config])
+                sibling.suggest([candidate.config])
 
     def _siblings(self, study: Study) -> Sequence[Study]:
         return [other for other in self._problems if other is not study and other.space == study.space]

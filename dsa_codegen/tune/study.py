@@ -88,7 +88,8 @@ class Study:
         self._study = open_study(self.path, f"{self.label} {digest}", sampler_seed, trials)
         self._study.set_user_attr("identity", key)
         self._restore()
-        self._first: deque[Config] = deque(filter(space.fits, seeds))
+        self._first: deque[Config] = deque()
+        self.suggest(seeds)
         self._near: deque[Config] = deque()
         self._rest = self._everything(random.Random(sampler_seed))
 
@@ -169,7 +170,8 @@ class Study:
 
     def suggest(self, configs: Iterable[Config]) -> None:
         """Try these configs next: what another study of the same code has found."""
-        self._first.extend(filter(self.space.fits, configs))
+        fitting = filter(self.space.fits, configs)
+        self._first.extend(config for config in fitting if not self.knows(self.space.candidate(config).key))
 
     def knows(self, key: Key) -> bool:
         """Whether the candidate was evaluated or is under way."""

@@ -1,0 +1,208 @@
+"""The operations as functions: what a model calls. CUDA tensors run tuned kernels, CPU tensors the reference.
+
+Every function raises InputError, naming the argument, before anything is launched. "No token" is -1 or any index at or beyond
+the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
+the sizes in question, and all are traced by ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .torch_ops import function
+
+_indexer_logits = function("indexer_logits")
+_indexer_logits_paged = function("indexer_logits_paged")
+_select = function("select")
+_sparse_attention = function("sparse_attention")
+_sparse_attention_paged = function("sparse_attention_paged")
+_quantize = function("quantize")
+_quantize_paged = function("quantize_paged")
+_gather_paged = function("gather_paged")
+
+
+def indexer_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    clean: bool = False,
+) -> Tensor:
+    """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
+
+    Args:
+        q: e4m3 [queries, heads, head_dim]; heads 8, 16, 32 or 64, head_dim 32, 64 or 128.
+        k: e4m3 [tokens, head_dim].
+        k_scale: fp32 [tokens].
+        weights: fp32 [queries, heads], with the scale of q, head_dim^-0.5 and heads^-0.5 folded in (``quantize_index_q``).
+        starts, ends: int32 [queries], the window [start, end) of each query: causal, ragged batches, context parallelism.
+        score: "weighted_relu", or "relu_bias" for ``Σ_j ReLU(q[t,j] · k[s] + w[t,j])``.
+        logits: "fp32" or "bf16".
+        clean: write -inf outside the windows; otherwise those columns keep whatever was in memory.
+
+    Returns:
+        [queries, tokens]; rows are padded to 128 elements.
+    """
+    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean)
+
+
+def indexer_logits_paged(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    max_context: int,
+    *,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    clean: bool = False,
+) -> Tensor:
+    """Lightning indexer, decode: the newest queries of every sequence against its paged key cache.
+
+    Args:
+        q: e4m3 [batch, next_n, heads, head_dim].
+        cache: uint8 [blocks, page, 1, head_dim + 4], planar inside a page: the keys of the page, then its fp32 scales.
+        weights: fp32 [batch · next_n, heads].
+        lengths: int32 [batch, next_n], tokens that each query sees.
+        page_table: int32 [batch, max_pages], the block of each page.
+        max_context: columns of the result; at least the longest length.
+        score, logits, clean: as in ``indexer_logits``.
+
+    Returns:
+        [batch · next_n, max_context].
+    """
+    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean)
+
+
+def select(
+    scores: Tensor,
+    ends: Tensor,
+    topk: int,
+    *,
+    starts: Tensor | None = None,
+    page_table: Tensor | None = None,
+    page: int = 64,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+) -> Tensor:
+    """The k highest scores of each row's window [start, end): highest first, ties to the lowest token, emitted ascending.
+
+    Args:
+        scores: fp32 or bf16 [rows, columns]; rows may be strided.
+        ends: int32 [rows].
+        topk: 64 to 4096.
+        starts: int32 [rows]; 0 where absent.
+        page_table: int32 [requests, max_pages]; with it the result holds physical slots (block · page + offset), and
+            rows / requests consecutive rows share a request.
+        keep_first, keep_recent: so many tokens at the window's start and end are always chosen; they count among the k.
+
+    Returns:
+        int32 [rows, topk], -1 behind the last chosen token of a short window. The same input gives the same bits, always.
+    """
+    return _select(scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
+
+
+def sparse_attention(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
+
+    Args:
+        q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512.
+        kv: bf16 [tokens, 1, d]; the first 512 channels are the value.
+        indices: int32 [queries, 1, topk], invalid ones anywhere.
+        sm_scale: factor of the scores, usually d^-0.5.
+        lengths: int32 [queries]; only so many entries of a row count.
+        sink: fp32 [heads], a logit that joins the softmax's denominator; lse stays as it is.
+
+    Returns:
+        out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
+    """
+    return _sparse_attention(q, kv, indices, sm_scale, lengths, sink)
+
+
+def sparse_attention_paged(
+    q: Tensor,
+    cache: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache.
+
+    Args:
+        q: bf16 [batch, next_n, heads, d].
+        cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token.
+        indices: int32 [batch, next_n, topk], physical slots (block · page + offset), invalid ones anywhere.
+        sm_scale, lengths, sink: as in ``sparse_attention``; lengths is int32 [batch, next_n] or [batch].
+
+    Returns:
+        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads].
+    """
+    return _sparse_attention_paged(q, cache, indices, sm_scale, lengths, sink)
+
+
+def quantize_index_q(q: Tensor, weights: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Queries of the indexer to e4m3, their scales folded into the weights.
+
+    Args:
+        q: bf16 [queries, heads, head_dim].
+        weights: fp32 or bf16 [queries, heads].
+        power_of_two: round scales up to a power of two (ue8m0).
+
+    Returns:
+        e4m3 [queries, heads, head_dim] and fp32 [queries, heads]: ``weights · scale · head_dim^-0.5 · heads^-0.5``.
+    """
+    return _quantize(q, weights, power_of_two)
+
+
+def quantize_index_k(k: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Keys of the indexer, bf16 [tokens, head_dim], to e4m3 [tokens, head_dim] and one fp32 scale per token."""
+    return _quantize(k, None, power_of_two)
+
+
+def store_index_k(k: Tensor, slots: Tensor, cache: Tensor, *, power_of_two: bool = False) -> None:
+    """Quantise keys of the indexer, bf16 [tokens, head_dim], into their slots [tokens] of a paged cache.
+
+    A slot is block · page + offset; one outside the cache (-1) is skipped.
+    """
+    _quantize_paged(k, None, slots, cache, "index_k", power_of_two)
+
+
+def store_kv(
+    nope: Tensor, rope: Tensor, slots: Tensor, cache: Tensor, *, layout: str = "v32", power_of_two: bool = False
+) -> None:
+    """Quantise latent vectors into their slots [tokens] of a paged KV cache.
+
+    Args:
+        nope: bf16 [tokens, 512] ("v32") or [tokens, 448] ("v4"), quantised in groups of 128 or 64 channels.
+        rope: bf16 [tokens, 64], stored as it is.
+        layout: "v32" (656 bytes a token) or "v4" (584); the latter has power-of-two scales only.
+    """
+    _quantize_paged(nope, rope, slots, cache, layout, power_of_two or layout == "v4")
+
+
+def gather_index_k(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of the indexer at ``slots`` [tokens]: e4m3 [tokens, head_dim] and fp32 scales; zeros at invalid slots."""
+    keys, scales = _gather_paged(cache, slots, "index_k")
+    return keys, scales
+
+
+def gather_kv(cache: Tensor, slots: Tensor, *, layout: str = "v32") -> Tensor:
+    """Latent vectors at ``slots`` [tokens], dequantised: bf16 [tokens, 576] ("v32") or [tokens, 512] ("v4")."""
+    (latent,) = _gather_paged(cache, slots, layout)
+    return latent

@@ -1,0 +1,72 @@
+"""The search space: fixed integer ranges, what is feasible, which configs are the same candidate."""
+
+from __future__ import annotations
+
+import pytest
+from support import H200
+from tune_support import DEFAULT, SPACE, config
+
+from dsa_codegen.errors import NoConfig
+from dsa_codegen.gpu import resolve
+from dsa_codegen.op import Config
+from dsa_codegen.ops.indexer import OP, IndexerSpec
+from dsa_codegen.tune.space import Space
+
+
+class Recorder:
+    """Suggests the highest index and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[str, tuple[int, int]] = {}
+
+    def suggest_int(self, name, low, high):
+        self.ranges[name] = (low, high)
+        return high
+
+
+def test_a_config_is_drawn_as_indices_of_ordered_choices():
+    recorder = Recorder()
+    drawn = SPACE.suggest(recorder)
+    assert recorder.ranges == {parameter.name: (0, len(parameter.choices) - 1) for parameter in OP.parameters("triton")}
+    assert drawn == Config.of("triton", **{parameter.name: parameter.choices[-1] for parameter in OP.parameters("triton")})
+
+
+def test_decode_undoes_encode():
+    assert SPACE.decode(SPACE.encode(DEFAULT)) == DEFAULT
+
+
+def test_feasible_are_exactly_those_without_violations():
+    feasible = SPACE.feasible()
+    assert 0 < len(feasible) < SPACE.size
+    assert len(set(feasible)) == len(feasible)
+    assert all(not OP.violations(SPACE.spec, each, H200) for each in feasible)
+    assert SPACE.feasible(limit=10) is None
+
+
+def test_neighbours_differ_in_one_step_and_are_feasible():
+    found = SPACE.neighbours(DEFAULT)
+    assert found
+    for neighbour in found:
+        there, here = SPACE.encode(neighbour), SPACE.encode(DEFAULT)
+        assert sum(abs(there[name] - here[name]) for name in here) == 1
+        assert SPACE.fits(neighbour)
+
+
+def test_launch_only_values_share_the_source_but_not_the_key():
+    one, two, other = (SPACE.candidate(config(splits=1)), SPACE.candidate(config(splits=2)), SPACE.candidate(config(block_q=2)))
+    assert one.rendered == two.rendered != other.rendered
+    assert len({one.key, two.key, other.key}) == 3
+    assert one.key == SPACE.candidate(config(splits=1)).key
+
+
+def test_closest_keeps_what_another_backend_has_in_common():
+    foreign = Config.of("tilelang", block_n=128, num_stages=4, threads=256, splits=2)
+    found = SPACE.closest(foreign)
+    assert SPACE.fits(found)
+    assert (found["block_n"], found["num_stages"], found["splits"]) == (128, 4, 2)
+
+
+def test_closest_says_when_nothing_fits():
+    old = Space(OP, IndexerSpec(64, 128), "triton", resolve("A100"))
+    with pytest.raises(NoConfig, match="sm_89"):
+        old.closest(DEFAULT)
