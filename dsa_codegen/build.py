@@ -10,14 +10,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from . import backends, paths
-from .errors import BuildError
+from .errors import BuildError, DsaError
 from .gpu import Gpu
 from .render import Rendered
 
@@ -77,6 +80,30 @@ def build(rendered: Rendered, gpu: Gpu) -> Built:
         ToolMissing: the backend's compiler is not installed.
     """
     return find(rendered, gpu) or _build(rendered, gpu)
+
+
+def build_all(sources: Iterable[Rendered], gpu: Gpu, processes: int | None = None) -> dict[str, str]:
+    """Build sources in parallel, each once; returns the reason of each failure by the source's sha.
+
+    A source that is missing from the cache afterwards (it failed, or took its compiler down) can still be built alone.
+    """
+    missing = {rendered.sha: rendered for rendered in sources if find(rendered, gpu) is None}
+    if not missing:
+        return {}
+    size = min(processes or len(os.sched_getaffinity(0)), len(missing))
+    with ProcessPoolExecutor(size, mp_context=get_context("spawn")) as pool:  # a forked child cannot use CUDA
+        jobs = {sha: pool.submit(_build_quietly, rendered, gpu) for sha, rendered in missing.items()}
+        wait(jobs.values())
+    failures = {sha: str(job.exception() or job.result() or "") for sha, job in jobs.items()}
+    return {sha: reason for sha, reason in failures.items() if reason}
+
+
+def _build_quietly(rendered: Rendered, gpu: Gpu) -> str:
+    try:
+        build(rendered, gpu)
+    except DsaError as error:
+        return str(error)
+    return ""
 
 
 def _build(rendered: Rendered, gpu: Gpu) -> Built:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import gpu as gpus
-from .build import build, find
+from .build import build, build_all
 from .errors import CaptureError, NoGpu
 from .lookup import Found, lookup
 from .op import Config, Inputs, Op, Outputs
@@ -101,22 +98,15 @@ def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = Non
     if gpu is None:
         raise NoGpu("warmup")
     device = torch.cuda.current_device()
-    missing = {}
+    missing: dict[tuple[str, Spec, Bucket, int], tuple[Op, Spec, Sizes]] = {}
     for op, spec, sizes in wanted:
         key = (op.name, spec, sizes.bucket(), device)
         if key not in _variants:
-            missing[key] = (op, spec, sizes, render(op, spec, chosen(op, spec, sizes, gpu).config))
-    sources = {rendered.sha: rendered for *_, rendered in missing.values() if find(rendered, gpu) is None}
-    if len(sources) > 1:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            list(pool.map(functools.partial(_build_ahead, gpu=gpu), sources.values()))
-    for key, (op, spec, sizes, _) in missing.items():
+            missing[key] = (op, spec, sizes)
+    build_all((render(op, spec, chosen(op, spec, sizes, gpu).config) for op, spec, sizes in missing.values()), gpu, processes)
+    for key, (op, spec, sizes) in missing.items():
         _load(op, spec, sizes, key)
     return len(missing)
-
-
-def _build_ahead(rendered: Any, gpu: gpus.Gpu) -> None:
-    build(rendered, gpu)  # what it returns stays in the cache, where the parent finds it
 
 
 def _load(op: Op, spec: Spec, sizes: Sizes, key: tuple[str, Spec, Bucket, int]) -> Variant:

@@ -154,7 +154,7 @@ def detect() -> Gpu | None:
 def _match(name: str) -> Gpu | None:
     squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
     for gpu_id in _BY_LENGTH:
-        if gpu_id in squeezed:
+        if re.search(rf"{gpu_id}(?!\d)", squeezed):
             return GPUS[gpu_id]
     return None
 

@@ -107,6 +107,9 @@ def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Fo
             continue
         notes.append(f"the default needs {missing}; {backend} stands in")
         break
+    broken = op.violations(spec, config, gpu)
+    if broken:
+        raise NoConfig(op.name, gpu.name, [violation.reason for violation in broken])
     return Found(config, "default", notes=tuple(notes))
 
 

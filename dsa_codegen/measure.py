@@ -1,13 +1,13 @@
 """Measure: microseconds per call of several variants that take turns, in the way that serving runs them.
 
 A sample is one replay of a CUDA graph of at least 20 calls, divided by its calls. Cold: the calls rotate over input sets that
-together exceed twice the L2, so that no call finds its inputs there from the call before; warm: one set again and again.
+together touch more than twice the L2, so that no call finds its inputs there; warm: one set again and again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,8 @@ class InputSet:
 
     inputs: Inputs
     outputs: Outputs
+    moved: int | None = None
+    """Bytes that a call moves, where it reads little of what is there (a cache through indices); None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,28 @@ def measure(
         sets: the input sets to rotate over, from ``input_sets``; a warm policy reads the first only.
         limit_s: device seconds for the samples of all variants; at least 3 rounds are taken.
     """
+    cold = bool(variants) and _exceeds_l2(sets, variants[0].gpu)
+    contestants = [[_call(variant, each) for each in sets] for variant in variants]
+    return measure_calls(contestants, policy, stopwatch, limit_s, cold=cold)
+
+
+def measure_calls(
+    contestants: Sequence[Sequence[Run]],
+    policy: Policy = COLD,
+    stopwatch: Stopwatch | None = None,
+    limit_s: float = math.inf,
+    cold: bool = True,
+) -> list[Measured]:
+    """As ``measure``, of anything that can be called: for each contestant one call per input set.
+
+    Args:
+        cold: whether the sets together exceed the L2; what fits there must not be called cold.
+    """
     stopwatch = stopwatch or CudaStopwatch()
-    sets = sets if policy.cold_l2 else sets[:1]
-    reps = max(policy.reps, len(sets))
-    runs = [_prepare(variant, sets, reps, policy, stopwatch) for variant in variants]
+    contestants = contestants if policy.cold_l2 else [calls[:1] for calls in contestants]
+    sets = max((len(calls) for calls in contestants), default=0)
+    reps = max(policy.reps, sets)
+    runs = [_prepare(calls, reps, policy, stopwatch) for calls in contestants]
     for run, _ in runs:
         _warm_up(run, policy, stopwatch)
     samples: list[list[float]] = [[] for _ in runs]
@@ -73,16 +93,16 @@ def measure(
             elapsed = stopwatch.time_us(run)
             taken.append(elapsed / reps)
             spent += elapsed / 1e6
-    cold = policy.cold_l2 and _exceeds_l2(sets, variants[0].gpu) if variants else False
+    cold = cold and policy.cold_l2
     return [
-        Measured(Timing.of(taken), replace(policy, graph=graph, cold_l2=cold, reps=reps, rounds=len(taken)), len(sets))
+        Measured(Timing.of(taken), replace(policy, graph=graph, cold_l2=cold, reps=reps, rounds=len(taken)), sets)
         for (_, graph), taken in zip(runs, samples, strict=True)
     ]
 
 
-def _prepare(variant: Variant, sets: Sequence[InputSet], reps: int, policy: Policy, stopwatch: Stopwatch) -> tuple[Run, bool]:
+def _prepare(each: Sequence[Run], reps: int, policy: Policy, stopwatch: Stopwatch) -> tuple[Run, bool]:
     """Something that runs ``reps`` calls, and whether it is a graph."""
-    calls = [_call(variant, sets[number % len(sets)]) for number in range(reps)]
+    calls = [each[number % len(each)] for number in range(reps)]
     graph = stopwatch.capture(calls) if policy.graph else None
 
     def plainly() -> None:
@@ -106,19 +126,29 @@ def _warm_up(run: Run, policy: Policy, stopwatch: Stopwatch) -> None:
 
 
 def input_sets(op: Op, spec: Spec, case: Case, gpu: Gpu, device: str = "cuda", seed: int = 0) -> list[InputSet]:
-    """As many input sets as it takes to exceed twice the L2, within 8 GB and at least one; outputs are allocated."""
-    first = _set(op, spec, op.inputs(spec, case, Draw(seed, device)))
-    size = max(nbytes(first), 1)
-    count = max(1, min(math.ceil(2 * gpu.l2 / size), MEMORY_LIMIT // size, SETS_LIMIT))
-    drawn = [first]
-    for number in range(1, min(count, DISTINCT)):
-        drawn.append(_set(op, spec, op.inputs(spec, case, Draw(seed + number, device))))
-    copies = [_set(op, spec, _copy(drawn[number % len(drawn)].inputs)) for number in range(len(drawn), count)]
-    return [*drawn, *copies]
+    """As many input sets as it takes to touch twice the L2, within 8 GB and at least one; outputs are allocated."""
+    moved = int(op.cost(spec, case).bytes)
+
+    def draw(number: int) -> Inputs:
+        return op.inputs(spec, case, Draw(seed + number, device))
+
+    inputs = draw(0)
+    first = InputSet(inputs, op.allocate(spec, inputs), moved)
+    drawn = rotation(draw, inputs, nbytes(first), moved, gpu)
+    return [first, *(InputSet(inputs, op.allocate(spec, inputs), moved) for inputs in drawn[1:])]
 
 
-def _set(op: Op, spec: Spec, inputs: Inputs) -> InputSet:
-    return InputSet(inputs, op.allocate(spec, inputs))
+def rotation(draw: Callable[[int], Inputs], first: Inputs, size: int, moved: int, gpu: Gpu) -> list[Inputs]:
+    """``first`` and as many further inputs as it takes for their calls to touch twice the L2.
+
+    Args:
+        draw: fresh inputs by number.
+        size: bytes of a set with its outputs, of which a call moves ``moved``; 8 GB of sets are never exceeded.
+    """
+    size = max(size, 1)
+    count = max(1, min(math.ceil(2 * gpu.l2 / max(1, min(moved, size))), MEMORY_LIMIT // size, SETS_LIMIT))
+    drawn = [first, *(draw(number) for number in range(1, min(count, DISTINCT)))]
+    return [*drawn, *(_copy(drawn[number % len(drawn)]) for number in range(len(drawn), count))]
 
 
 def nbytes(each: InputSet) -> int:
@@ -127,8 +157,13 @@ def nbytes(each: InputSet) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def touched(each: InputSet) -> int:
+    """Bytes of a set that a call moves."""
+    return nbytes(each) if each.moved is None else min(each.moved, nbytes(each))
+
+
 def _exceeds_l2(sets: Sequence[InputSet], gpu: Gpu) -> bool:
-    return sum(map(nbytes, sets)) > gpu.l2
+    return sum(map(touched, sets)) > gpu.l2
 
 
 def _copy(inputs: Inputs) -> Inputs:

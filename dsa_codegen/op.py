@@ -148,13 +148,8 @@ class Op(ABC, Generic[S, Z]):
     # The problem.
 
     @abstractmethod
-    def from_model(self, model: Model) -> S | None:
-        """The spec that a model needs of this operation; None where it has no use for it."""
-
     def specs(self, model: Model) -> Sequence[S]:
-        """Every spec that serving the model needs of this operation."""
-        spec = self.from_model(model)
-        return () if spec is None else (spec,)
+        """Every spec that serving the model needs of this operation; none where it has no use for it."""
 
     @abstractmethod
     def bind(self, *args: Any) -> tuple[S, Z, Inputs]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import dispatch, ops
-from .build import build
+from .build import build, build_all
 from .errors import BuildError, DsaError, NoConfig, ToolMissing
 from .gpu import Gpu
 from .needs import specs
@@ -77,6 +77,11 @@ def _configs(op: Op, spec: Spec, gpu: Gpu, tuned: bool) -> Iterator[Config]:
             yield op.seed_config(spec, backend, gpu)
         except NoConfig:  # this template does not serve the spec; another backend's does
             continue
+
+
+def build_ahead(subjects: Sequence[Subject], gpu: Gpu) -> None:
+    """Build all subjects in parallel; one that fails to build says so when it is checked."""
+    build_all((render(subject.op, subject.spec, subject.config) for subject in subjects), gpu)
 
 
 def offline(subject: Subject, gpu: Gpu, interpreter: Worker) -> Iterator[Verdict]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import DsaError
 
+_START_SECONDS = 120.0  # on top of a job's own time, where the child has to start (imports) before it
+_GRACE_SECONDS = 1.0
 _EXIT_SECONDS = 5.0  # from the closed pipe to an exit code that can be told
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked child cannot use CUDA
 
@@ -45,13 +49,17 @@ class Worker:
 
     Args:
         environment: variables set in the child before it imports anything (``{"TRITON_INTERPRET": "1"}``).
+        log: a file that what the child prints is appended to (compilers print dumps); by default the parent's terminal.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
         self._environment = dict(environment or {})
+        self._log = log
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
         self._deadline: float | None = None
+        self._timeout = 0.0
+        self._up = False
 
     def call(self, job: Callable[..., Any], *args: Any, timeout: float = 600.0) -> Any:
         """Run ``job(*args)`` (a module-level function) in the child and return its result.
@@ -65,10 +73,11 @@ class Worker:
         return self.result()
 
     def submit(self, job: Callable[..., Any], *args: Any, timeout: float = 600.0) -> None:
-        """Start a job without waiting for it; one at a time."""
+        """Start a job without waiting for it; one at a time. Its time counts from when the child is up."""
         assert self._deadline is None, "the worker is busy"
         connection = self._start()
-        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout + (0.0 if self._up else _START_SECONDS)
         try:
             connection.send((job, args))
         except OSError as error:
@@ -89,17 +98,21 @@ class Worker:
         """Whether ``result`` would return or raise at once."""
         if self._deadline is None or self._connection is None:
             return False
-        return self._connection.poll() or time.monotonic() > self._deadline
+        try:
+            return self._arrived(self._connection, wait=False) or time.monotonic() > self._deadline
+        except (EOFError, OSError):
+            return True
 
     def result(self) -> Any:
         """Wait for the submitted job; see ``call`` for what it raises."""
         assert self._deadline is not None and self._connection is not None, "nothing was submitted"
-        remaining, self._deadline = max(0.0, self._deadline - time.monotonic()), None
+        connection = self._connection
         try:
-            if not self._connection.poll(remaining):
+            if not self._arrived(connection, wait=True):
                 self.kill()
-                raise WorkerTimeout(f"no result within the deadline ({remaining:.0f} s were left); the worker was killed")
-            outcome, value = self._connection.recv()
+                raise WorkerTimeout(f"no result within {self._timeout:g} s; the worker was killed")
+            self._deadline = None
+            outcome, value = connection.recv()
         except (EOFError, OSError) as error:
             assert self._process is not None
             self._process.join(_EXIT_SECONDS)
@@ -110,14 +123,33 @@ class Worker:
             raise JobFailed(*value)
         return value
 
-    def kill(self) -> None:
-        """End the child at once; the next job starts a new one."""
+    def _arrived(self, connection: Connection, wait: bool) -> bool:
+        """Whether the result is there, at once or before the deadline; the child's sign of life starts the job's own time."""
+        assert self._deadline is not None
+        while connection.poll(max(0.0, self._deadline - time.monotonic()) if wait else 0.0):
+            if self._up:
+                return True
+            connection.recv()
+            self._up = True
+            self._deadline = time.monotonic() + self._timeout
+        return False
+
+    def terminate(self) -> None:
+        """Ask the child to end; it takes its own children (nvcc) along. ``kill`` makes sure that it does."""
         if self._process is not None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End the child, within a second by force; the next job starts a new one."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join(_GRACE_SECONDS)
             self._process.kill()
             self._process.join()
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = self._deadline = None
+        self._up = False
 
     def __enter__(self) -> Worker:
         return self
@@ -134,7 +166,7 @@ class Worker:
         before = {name: os.environ.get(name) for name in self._environment}
         os.environ.update(self._environment)  # a spawned child inherits the environment of this moment
         try:
-            self._process = _CONTEXT.Process(target=_serve, args=(child,), daemon=True)
+            self._process = _CONTEXT.Process(target=_serve, args=(child, self._log), daemon=True)
             self._process.start()
         finally:
             for name, value in before.items():
@@ -146,8 +178,15 @@ class Worker:
         return self._connection
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, log: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; what to do then is the parent's to say
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    connection.send(None)  # the sign of life
     while True:
         try:
             job, args = connection.recv()

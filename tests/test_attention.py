@@ -94,7 +94,7 @@ def test_is_registered_by_its_stem():
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_has_a_spec(name):
     model = presets.preset(name)
-    spec = OP.from_model(model)
+    spec = OP.specs(model)[0]
     assert (spec.heads, spec.topk, spec.sink) == (model.heads, model.topk, model.attn_sink)
     assert spec.d_qk in (D_V, D_V + 64)
 

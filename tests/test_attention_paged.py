@@ -41,7 +41,7 @@ def test_every_form_matches_the_reference(interpreter, spec, changes):
 
 @pytest.mark.parametrize("name", presets.names())
 def test_default_config_compiles_for_hopper(name):
-    spec = OP.from_model(presets.preset(name))
+    spec = OP.specs(presets.preset(name))[0]
     assert_compiles(OP, spec, default(OP, spec, "triton"), spills=64)
 
 
@@ -57,6 +57,11 @@ def test_default_config_compiles_for_hopper(name):
 )
 def test_configs_without_violations_fit(changes):
     assert_compiles(OP, AttentionPagedSpec(128, 2048, sink=True), SMALL.replace(**changes), spills=64)
+
+
+@pytest.mark.parametrize("spec", SPECS[1::2], ids=lambda spec: spec.id)
+def test_the_specialised_kernel_compiles_for_hopper(spec):
+    assert_compiles(OP, spec, Config.of("gluon", lookahead=3, splits=1))
 
 
 @BY_SPEC
@@ -80,7 +85,7 @@ def test_is_registered_by_its_stem():
 
 
 def test_serves_the_models_whose_latents_a_cache_can_hold():
-    v4 = OP.from_model(presets.preset("deepseek-v4-pro"))
+    v4 = OP.specs(presets.preset("deepseek-v4-pro"))[0]
     assert (v4.kv_layout, v4.heads, v4.topk, v4.sink) == ("v4", 128, 1024, True)
 
 

@@ -14,7 +14,7 @@ from dsa_codegen.ops.gather_paged import OP, GatherPagedSizes, GatherPagedSpec
 
 QUANTIZE = ops.get("quantize_paged")
 SPECS = [
-    *OP.options(OP.from_model(presets.preset("deepseek-v3.2"))),
+    *OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]),
     GatherPagedSpec("v4", 448, page=61),
     GatherPagedSpec("index_k", 32, page=16),
 ]

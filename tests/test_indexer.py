@@ -9,6 +9,7 @@ from support import assert_compiles, assert_matches_reference
 from dsa_codegen import ops
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 
@@ -19,6 +20,8 @@ SPECS = [
     IndexerSpec(32, 128, logits="bf16"),
 ]
 SMALL = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
+TILELANG = Config.of("tilelang", block_q=2, block_n=64, num_stages=3, splits=1, pipeline="plain", threads=128, blocks_per_sm=4)
+PAIRED = TILELANG.replace(pipeline="paired", num_stages=4, blocks_per_sm=2)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -30,6 +33,25 @@ def test_matches_the_reference(interpreter, spec, case):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 def test_compiles_for_hopper(spec):
     assert_compiles(OP, spec, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (SPECS[0], TILELANG),
+        (SPECS[1], PAIRED),
+        (SPECS[2], TILELANG.replace(block_q=4, threads=256)),
+        (SPECS[3], TILELANG.replace(block_n=128, threads=256, blocks_per_sm=2)),
+    ],
+    ids=["plain", "paired-clean", "queries-shared-out", "tokens-shared-out-bf16"],
+)
+def test_tilelang_compiles_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+
+
+def test_tilelang_is_for_hopper_only():
+    for name in ("l40s", "b200"):
+        assert "wgmma" in {violation.name for violation in OP.violations(SPECS[3], TILELANG, resolve(name))}
 
 
 def test_is_registered_by_its_stem():

@@ -41,14 +41,14 @@ def test_compiles_for_hopper(spec, config):
 
 
 @pytest.mark.parametrize("sizes", [case.sizes for case in OP.workloads(PAIRS[0][0])], ids=lambda sizes: sizes.id)
-@pytest.mark.parametrize("spec", OP.options(OP.from_model(presets.preset("deepseek-v3.2"))), ids=lambda spec: spec.id)
+@pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_fits_every_gpu(spec, sizes):
     for name in ("l40s", "h100", "h20", "b200", "rtx5090"):
         gpu = resolve(name)
         assert not OP.violations(spec, OP.default_config(spec, sizes, gpu), gpu)
 
 
-@pytest.mark.parametrize("spec", OP.options(OP.from_model(presets.preset("deepseek-v3.2"))), ids=lambda spec: spec.id)
+@pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_compiles(spec):
     assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200))
 

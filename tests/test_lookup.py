@@ -8,6 +8,7 @@ import json
 import pytest
 from support import H200
 from test_records import CASE, CONFIG, SPEC, make
+from toy import OP
 
 from dsa_codegen import lookup as rooms
 from dsa_codegen import records
@@ -15,7 +16,7 @@ from dsa_codegen.explain import Difference, distance, explain, nearest
 from dsa_codegen.gpu import resolve
 from dsa_codegen.lookup import lookup, search_path
 from dsa_codegen.op import Case
-from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
+from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.record import MODELLED
 
 H100 = resolve("H100")

@@ -13,8 +13,8 @@ from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.quantize_paged import OP, QuantizePagedSizes, QuantizePagedSpec
 
 SPECS = [
-    *OP.options(OP.from_model(presets.preset("deepseek-v3.2"))),
-    OP.from_model(presets.preset("deepseek-v4-pro")),
+    *OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]),
+    OP.specs(presets.preset("deepseek-v4-pro"))[0],
     QuantizePagedSpec("v4", 448, page=61, power_of_two=True),
     QuantizePagedSpec("index_k", 32, page=16),
 ]

@@ -8,11 +8,12 @@ import multiprocessing
 
 import pytest
 from support import H200
+from toy import OP
 
 from dsa_codegen import record, records
 from dsa_codegen.errors import RecordError
 from dsa_codegen.op import Case, Config
-from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
+from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
 from dsa_codegen.render import render
 from dsa_codegen.timing import Policy, Timing

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from tune_support import CASE, PROBLEM, SPACE, InstantEvaluator, config, landscape, open_study, timed
+from tune_jobs import landscape, timed
+from tune_support import CASE, PROBLEM, SPACE, InstantEvaluator, config, open_study
 
 from dsa_codegen.op import Case
 from dsa_codegen.ops.indexer import IndexerSizes

@@ -9,10 +9,12 @@ from collections import Counter
 import optuna
 import pytest
 from support import H200
-from tune_support import CASE, DEFAULT, PASSED, SPACE, config, landscape, open_study, timed
+from toy import OP
+from tune_jobs import PASSED, landscape, timed
+from tune_support import CASE, DEFAULT, SPACE, config, open_study
 
 from dsa_codegen.op import Accuracy, Case, Parameter
-from dsa_codegen.ops.indexer import OP, IndexerSizes
+from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.study import StudyBusy
 
@@ -56,9 +58,9 @@ def test_what_is_infeasible_is_told_with_its_excess_and_never_handed_out(tmp_pat
 
 
 def test_candidates_are_distinct_and_the_budget_counts_them(tmp_path):
-    study = open_study(tmp_path, trials=40)
+    study = open_study(tmp_path, trials=25)
     told = run(study)
-    assert len({candidate.key for candidate in told}) == len(told) == 40
+    assert len({candidate.key for candidate in told}) == len(told) == 25
     assert study.exhausted and study.ask() is None
 
 
@@ -72,17 +74,10 @@ def test_failures_are_constraints_not_silence(tmp_path):
     assert "far off" in study.first_failure[Kind.MISMATCH]
 
 
-def test_the_search_beats_random_luck(tmp_path):
-    study = open_study(tmp_path, trials=40)
-    run(study)
-    optimum = min(map(landscape, SPACE.feasible()))
-    assert study.best.time_us <= 1.05 * optimum
-
-
 def test_the_same_seed_proposes_the_same(tmp_path):
-    one = run(open_study(tmp_path / "one", trials=24, seed=3))
-    two = run(open_study(tmp_path / "two", trials=24, seed=3))
-    other = run(open_study(tmp_path / "other", trials=24, seed=4))
+    one = run(open_study(tmp_path / "one", trials=12, seed=3))
+    two = run(open_study(tmp_path / "two", trials=12, seed=3))
+    other = run(open_study(tmp_path / "other", trials=12, seed=4))
     assert [candidate.config for candidate in one] == [candidate.config for candidate in two]
     assert [candidate.config for candidate in one] != [candidate.config for candidate in other]
 
@@ -174,7 +169,7 @@ def test_what_does_not_compare_is_another_study(tmp_path, monkeypatch, change):
         "choices": {},
     }[change]
     if change == "choices":
-        table = (*OP.parameters("triton")[:-1], Parameter("splits", (1, 2, 4), "fewer", launch_only=True))
+        table = (*OP.parameters("triton")[:-1], Parameter("num_warps", (4,), "fewer"))
         monkeypatch.setattr(type(OP), "parameters", lambda self, backend: table)
     assert open_study(tmp_path, **changes).path != study.path
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import pytest
-import tune_support as fake
+import tune_jobs as fake
 from support import H200
-from tune_support import FAKE, PROBLEM, config, landscape, open_study
+from tune_jobs import landscape
+from tune_support import FAKE, config, open_study
 
 from dsa_codegen.tune import on_gpu
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
 from dsa_codegen.tune.pool import CompilePool
+
+ANY = SimpleNamespace(id="any")  # the jobs here do not look at the problem
 
 
 def collect(evaluator, study, configs, seconds=60.0):
@@ -22,7 +26,7 @@ def collect(evaluator, study, configs, seconds=60.0):
     waiting = set()
     for _ in configs:
         candidate = study.ask()
-        evaluator.submit(study, PROBLEM, candidate)
+        evaluator.submit(study, ANY, candidate)
         waiting.add(candidate.config)
     found = {}
     end = time.monotonic() + seconds
@@ -35,28 +39,33 @@ def collect(evaluator, study, configs, seconds=60.0):
     return [found[each] for each in configs]
 
 
-@pytest.fixture
-def pool(tmp_path):
-    with CompilePool(H200, tmp_path / "builds", 2, compile=fake.compile_quickly, deadline_s=6.0) as made:
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    with CompilePool(H200, tmp_path_factory.mktemp("builds"), 2, compile=fake.compile_quickly, deadline_s=2.0) as made:
         yield made
 
 
-def test_what_befalls_the_compiler(tmp_path, pool):
+@pytest.fixture(scope="module")
+def shared(pool):
+    """One process for all tests: starting one takes seconds."""
+    with GpuEvaluator(pool, FAKE) as evaluator:
+        yield evaluator
+
+
+def test_what_befalls_the_compiler(tmp_path, shared):
     study = open_study(tmp_path, seeds=[])
     unruly = [config(block_n=256, block_q=1, num_warps=8, num_stages=stages) for stages in (2, 3, 4)]
-    with GpuEvaluator(pool, FAKE) as evaluator:
-        outcomes = collect(evaluator, study, [*unruly, config()])
+    outcomes = collect(shared, study, [*unruly, config()])
     assert [outcome.kind for outcome in outcomes] == [Kind.COMPILE_ERROR, Kind.COMPILE_TIMEOUT, Kind.WORKER_DIED, Kind.OK]
     assert "shared memory" in outcomes[0].detail
     assert "exit code 11" in outcomes[2].detail
 
 
-def test_what_befalls_the_gpu(tmp_path, pool, monkeypatch):
+def test_what_befalls_the_gpu(tmp_path, shared, monkeypatch):
     monkeypatch.setattr(on_gpu, "RUN_SECONDS", 2.0)
     study = open_study(tmp_path, seeds=[])
     unruly = [config(block_q=1, block_n=128, splits=splits) for splits in (1, 2, 4, 8)]
-    with GpuEvaluator(pool, FAKE) as evaluator:
-        outcomes = collect(evaluator, study, [*unruly, config()])
+    outcomes = collect(shared, study, [*unruly, config()])
     kinds = [outcome.kind for outcome in outcomes]
     assert kinds == [Kind.LAUNCH_ERROR, Kind.RUN_TIMEOUT, Kind.WORKER_DIED, Kind.LAUNCH_ERROR, Kind.OK]
     assert "illegal memory access" in outcomes[3].detail
@@ -64,16 +73,14 @@ def test_what_befalls_the_gpu(tmp_path, pool, monkeypatch):
     assert study.counts[Kind.LAUNCH_ERROR] == 2
 
 
-def test_only_an_error_that_poisons_costs_a_new_process(tmp_path, pool):
+def test_only_an_error_that_poisons_costs_a_new_process(tmp_path, shared):
     study = open_study(tmp_path, seeds=[])
-    with GpuEvaluator(pool, FAKE) as evaluator:
-        collect(evaluator, study, [config()])
-        process = evaluator._worker._process
-        collect(evaluator, study, [config(block_q=1, block_n=128, splits=1)])
-        assert evaluator._worker._process is process, "out of resources leaves the context whole"
-        collect(evaluator, study, [config(block_q=1, block_n=128, splits=8)])
-        collect(evaluator, study, [config(splits=2)])
-        assert evaluator._worker._process is not process
+    collect(shared, study, [config()])
+    process = shared._worker._process
+    collect(shared, study, [config(block_q=1, block_n=128, splits=1)])
+    assert shared._worker._process is process, "out of resources leaves the context whole"
+    collect(shared, study, [config(block_q=1, block_n=128, splits=8)])
+    assert shared._worker._process is not process
 
 
 def test_a_problem_that_cannot_be_set_up_ends_its_study_alone(tmp_path, pool):
@@ -86,9 +93,9 @@ def test_a_problem_that_cannot_be_set_up_ends_its_study_alone(tmp_path, pool):
     assert study.exhausted
 
 
-def test_one_compilation_serves_every_launch(tmp_path, pool):
+def test_one_compilation_serves_every_launch(tmp_path, shared):
     study = open_study(tmp_path, seeds=[])
-    with GpuEvaluator(pool, FAKE) as evaluator:
-        outcomes = collect(evaluator, study, [config(splits=splits) for splits in (1, 2, 4)])
-        assert all(outcome.ok for outcome in outcomes)
-        assert len(pool.results) == 1
+    before = len(shared.pool.results)
+    outcomes = collect(shared, study, [config(num_stages=2, splits=splits) for splits in (1, 2, 4)])
+    assert all(outcome.ok for outcome in outcomes)
+    assert len(shared.pool.results) == before + 1

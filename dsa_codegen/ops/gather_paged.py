@@ -81,8 +81,9 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
     backends = ("triton",)
     min_capability = 89
 
-    def from_model(self, model: Model) -> GatherPagedSpec:
-        return GatherPagedSpec("index_k", model.index_head_dim, model.page)
+    def specs(self, model: Model) -> Sequence[GatherPagedSpec]:
+        keys = GatherPagedSpec("index_k", model.index_head_dim, model.page)
+        return (keys, GatherPagedSpec(model.kv_layout, WIDTHS[model.kv_layout][0], model.page))
 
     def bind(self, *args: Any) -> tuple[GatherPagedSpec, GatherPagedSizes, Inputs]:
         cache, slots, layout = args
@@ -143,8 +144,8 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         return (
-            Parameter("block_t", (4, 1, 2, 8, 16, 32, 64), "rows per block"),
-            Parameter("num_warps", (4, 1, 2, 8), "warps per block"),
+            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
+            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
         )
 
     def constraints(self, spec: GatherPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

@@ -67,8 +67,8 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
     backends = ("triton",)
     min_capability = 89
 
-    def from_model(self, model: Model) -> QuantizeSpec:
-        return QuantizeSpec(model.index_head_dim, model.index_heads, "fp32")
+    def specs(self, model: Model) -> Sequence[QuantizeSpec]:
+        return (QuantizeSpec(model.index_head_dim, model.index_heads, "fp32"), QuantizeSpec(model.index_head_dim))
 
     def bind(self, *args: Any) -> tuple[QuantizeSpec, QuantizeSizes, Inputs]:
         source, weights, power_of_two = args
@@ -119,8 +119,8 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         return (
-            Parameter("block_t", (16, 1, 2, 4, 8, 32, 64), "rows per block"),
-            Parameter("num_warps", (4, 1, 2, 8), "warps per block"),
+            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
+            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
         )
 
     def constraints(self, spec: QuantizeSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

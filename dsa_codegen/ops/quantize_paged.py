@@ -86,10 +86,11 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
     backends = ("triton",)
     min_capability = 89
 
-    def from_model(self, model: Model) -> QuantizePagedSpec | None:
+    def specs(self, model: Model) -> Sequence[QuantizePagedSpec]:
+        keys = QuantizePagedSpec("index_k", model.index_head_dim, model.page)
         if model.d_nope not in WIDTHS[model.kv_layout] or model.d_rope != rope_of(layout_of(model.kv_layout, 1, model.d_nope)):
-            return None
-        return QuantizePagedSpec(model.kv_layout, model.d_nope, model.page, model.kv_layout == "v4")
+            return (keys,)
+        return (QuantizePagedSpec(model.kv_layout, model.d_nope, model.page, model.kv_layout == "v4"), keys)
 
     def bind(self, *args: Any) -> tuple[QuantizePagedSpec, QuantizePagedSizes, Inputs]:
         source, rope, slots, cache, layout, power_of_two = args
@@ -160,8 +161,8 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         return (
-            Parameter("block_t", (4, 1, 2, 8, 16, 32, 64), "rows per block"),
-            Parameter("num_warps", (4, 1, 2, 8), "warps per block"),
+            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
+            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
         )
 
     def constraints(self, spec: QuantizePagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

@@ -79,9 +79,6 @@ class Select(Op[SelectSpec, SelectSizes]):
     sizes_type = SelectSizes
     backends = ("tilelang", "triton")
 
-    def from_model(self, model: Model) -> SelectSpec:
-        return SelectSpec(model.topk)
-
     def specs(self, model: Model) -> Sequence[SelectSpec]:
         return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
 
@@ -153,12 +150,24 @@ class Select(Op[SelectSpec, SelectSizes]):
         )
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
-        sizes = ((4096, 32768), (4096, 8192), (4096, 131072), (64, 32768), (64, 8192), (64, 131072), (1, 65536), (1, 8192), (1, 131072))
+        sizes = (
+            (4096, 32768),
+            (4096, 8192),
+            (4096, 131072),
+            (64, 32768),
+            (64, 8192),
+            (64, 131072),
+            (1, 65536),
+            (1, 8192),
+            (1, 131072),
+        )
         return [Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         shared = (
-            Parameter("scheme", ("row", "split"), "one block per row, or several and a second kernel that joins what they kept"),
+            Parameter(
+                "scheme", ("row", "split"), "one block per row, or several and a second kernel that joins what they kept"
+            ),
             Parameter("capacity", (4096, 256, 512, 1024, 2048, 8192, 16384), "scores that are kept of a row"),
         )
         if backend == "triton":
@@ -196,7 +205,8 @@ class Select(Op[SelectSpec, SelectSizes]):
         yield from exceeds("pool registers", config["capacity"] / threads, 16)
         yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
         yield from exceeds("scores per lane", config["vectors"] * values["vector"], 16)
-        registers = 34 + max(config["vectors"] * values["vector"], 2 * config["capacity"] // threads)
+        # A fit to what ptxas reports: kept scores are moved with their tokens, a tile waits while its scores are ranked.
+        registers = 2 + 7 * config["capacity"] // (2 * threads) + config["vectors"] * values["vector"]
         yield from exceeds("registers", registers * threads * blocks, gpu.regs_per_sm)
         smem = 8 * config["capacity"] + 4 * ((1 << config["bins_log2"]) + values["max_tiles"]) + 1024
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
@@ -204,27 +214,28 @@ class Select(Op[SelectSpec, SelectSizes]):
 
     def default_config(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Config:
         capacity = next(c for c in (256, 512, 1024, 2048, 4096, 8192) if c >= spec.topk * 3 // 2)
+        threads = min(512 if capacity <= 4096 else 1024, capacity)
         config = Config.of(
             "tilelang",
             scheme="row",
             capacity=capacity,
-            threads=min(512, capacity),
+            threads=threads,
             vectors=2,
             bins_log2=11,
-            sample_vectors=1,
+            sample_vectors=1 if capacity >= 1024 else 2,
             whole=False,
-            blocks_per_sm=2,
+            blocks_per_sm=2 if threads <= 512 else 1,
             splits=1,
         )
-        if sizes.rows > gpu.sms:  # many rows hide each other's latencies
-            return config
-        config = config.replace(threads=min(1024, capacity), blocks_per_sm=1, sample_vectors=2 if capacity < 1024 else 1)
-        if sizes.columns <= max(capacity, 8192):
-            return config.replace(capacity=max(capacity, 8192), threads=1024, whole=True)
-        splits = 2
-        while splits < 32 and 2 * splits * sizes.rows <= 2 * gpu.sms and sizes.columns >= 8192 * splits:
-            splits *= 2
-        return config.replace(scheme="split", vectors=1, splits=splits)
+        if sizes.rows <= gpu.sms:  # few rows: latency counts, many threads shorten it
+            config = config.replace(threads=min(1024, capacity), blocks_per_sm=1)
+            if sizes.columns <= 8192:
+                config = config.replace(capacity=8192, threads=1024, sample_vectors=1, whole=True)
+            else:
+                config = config.replace(scheme="split", vectors=1, splits=_splits(sizes, gpu))
+        if self.violations(spec, config, gpu):
+            config = config.replace(blocks_per_sm=1)
+        return config if not self.violations(spec, config, gpu) else self.seed_config(spec, "triton", gpu)
 
     def derived(self, spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         return _derived(spec, config)
@@ -259,6 +270,14 @@ class Select(Op[SelectSpec, SelectSizes]):
             Launch("select_keep", (splits, rows, 1), (*window, pools, limit, *stride, *count)),
             Launch("select_finish", (rows, 1, 1), (*window, *tables, pools, chosen, limit, *stride, *count, *pages)),
         )
+
+
+def _splits(sizes: SelectSizes, gpu: Gpu) -> int:
+    """Blocks per row that fill the GPU once or twice and leave each at least 4096 scores."""
+    splits = 2
+    while splits < 32 and splits * sizes.rows < gpu.sms and sizes.columns >= 8192 * splits:
+        splits *= 2
+    return splits
 
 
 def _derived(spec: SelectSpec, config: Config) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from types import TracebackType
 from ..build import Built
 from ..measure import Measured
 from ..op import Accuracy
-from .jobs import Problem
 from .outcome import Outcome
 from .pool import CompilePool
+from .problem import Problem
 from .space import Candidate
 from .study import Study
 

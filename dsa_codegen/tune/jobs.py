@@ -11,16 +11,17 @@ import torch
 from .. import backends
 from ..build import Built
 from ..compare import same_bits, worst
-from ..gpu import Gpu
 from ..measure import InputSet, Measured, input_sets, measure, nbytes
-from ..op import Accuracy, Case, Config, Op, Outputs
+from ..op import Accuracy, Outputs
 from ..timing import COLD, Policy
 from ..values import Spec
 from ..variant import Variant
 from ..verify import poison, verify
 from .outcome import Kind, Outcome
-from .space import Candidate, Key
+from .problem import Entrant, Problem
+from .space import Key
 
+DEVICE = "cuda"
 PROBE = Policy(reps=5, rounds=1, warmup_ms=0.0)
 DOMINATED = 2.0  # a probe this many times slower than the best is not timed further
 _ROUND_US = 20_000  # of device time in a round of the search: slow kernels are replayed fewer times
@@ -28,34 +29,6 @@ _KERNELS_LIMIT = 64  # modules that stay loaded: each holds device memory
 # A workload whose reference is dearer than this (a second or two on a GPU) is represented by the op's small cases alone.
 _REFERENCE_FLOPS = 8e12
 _REFERENCE_BYTES = 4e9
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An operation, its spec and the case that is timed."""
-
-    op: Op
-    spec: Spec
-    case: Case
-    gpu: Gpu
-
-    @property
-    def id(self) -> str:
-        """Unique among problems."""
-        return f"{self.op.name}/{self.spec.id}/{self.case.id}"
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A candidate with its build: all that the worker needs to run it."""
-
-    candidate: Candidate
-    built: Built
-
-    @property
-    def config(self) -> Config:
-        """The candidate's config."""
-        return self.candidate.config
 
 
 @dataclass(frozen=True)
@@ -119,7 +92,7 @@ def _gate(problem: Problem, entrant: Entrant, variant: Variant) -> Accuracy:
     if key not in _gated:
         results = []
         for case in problem.op.cases(problem.spec):
-            results.append(verify(variant, case, "cuda", repeats=2))
+            results.append(verify(variant, case, DEVICE, repeats=2))
             if not results[-1].passed:
                 break
         _gated[key] = worst(*results)
@@ -136,14 +109,13 @@ def _on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]
     variant.run(first.inputs, first.outputs)
     outputs = {name: tensor.clone() for name, tensor in first.outputs.items()}
     if prepared.reference is None:
-        torch.cuda.synchronize()
         return Accuracy(True, 0.0, 0.0), outputs
     return problem.op.check(problem.spec, first.inputs, outputs, prepared.reference), outputs
 
 
 def _prepared(problem: Problem) -> _Prepared:
     if problem.id not in _problems:
-        sets = input_sets(problem.op, problem.spec, problem.case, problem.gpu)
+        sets = input_sets(problem.op, problem.spec, problem.case, problem.gpu, DEVICE)
         _problems[problem.id] = _Prepared(sets, _reference(problem, sets[0]))
         _evict()
     _problems.move_to_end(problem.id)
@@ -160,10 +132,13 @@ def _reference(problem: Problem, first: InputSet) -> Outputs | None:
 
 def _evict() -> None:
     """Drop the problems used longest ago until the others leave half of the device's memory free."""
-    limit = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2
+    limit = _memory() / 2
     while len(_problems) > 1 and sum(prepared.nbytes for prepared in _problems.values()) > limit:
         _problems.popitem(last=False)
-    torch.cuda.empty_cache()
+
+
+def _memory() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def _variant(problem: Problem, entrant: Entrant) -> Variant:

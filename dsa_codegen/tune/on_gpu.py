@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..measure import Measured
@@ -13,9 +14,9 @@ from ..op import Accuracy
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from . import jobs
 from .evaluate import Done, Evaluator, Task
-from .jobs import Entrant, Problem
 from .outcome import Kind, Outcome
 from .pool import CompilePool
+from .problem import Entrant, Problem
 from .space import Candidate
 
 PREPARE_SECONDS = 180.0
@@ -46,9 +47,9 @@ class GpuEvaluator(Evaluator):
     measures = True
     free = False
 
-    def __init__(self, pool: CompilePool, table: Jobs = JOBS) -> None:
+    def __init__(self, pool: CompilePool, table: Jobs = JOBS, log: Path | None = None) -> None:
         super().__init__(pool)
-        self._worker = Worker()
+        self._worker = Worker(log=log)
         self._jobs = table
         self._current: Task | None = None
         self._begun = 0.0

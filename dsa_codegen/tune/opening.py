@@ -12,7 +12,7 @@ from ..lookup import missing_tool, search_path
 from ..op import Config, Op
 from ..record import Record
 from ..records import read_all
-from .jobs import Problem
+from .problem import Problem
 from .space import Space
 from .study import Study
 
@@ -54,12 +54,13 @@ class Opener:
     Args:
         folder: of the journals, ``.tune/<gpu>``.
         tuned: of the records that the run will write; those that are there are seeds.
-        backends: only these; empty means all.
+        backends: only these; empty means all, or, where nothing is measured, the default's: no model compares compilers.
     """
 
     folder: Path
     tuned: Path
     method: str
+    measures: bool
     trials: int
     seed: int = 0
     fresh: bool = False
@@ -77,9 +78,12 @@ class Opener:
             except NoConfig as error:
                 opened.note(str(error))
                 continue
-            for backend in op.backends:
-                if not self.backends or backend in self.backends:
-                    self._open(problem, backend, opened)
+            for backend in self._backends(problem, opened.defaults[problem.id]):
+                self._open(problem, backend, opened)
+
+    def _backends(self, problem: Problem, default: Config) -> list[str]:
+        usual = problem.op.backends if self.measures else (default.backend,)
+        return [backend for backend in problem.op.backends if backend in (self.backends or usual)]
 
     def _open(self, problem: Problem, backend: str, opened: Opened) -> None:
         lacking = missing_tool(backend)

@@ -12,7 +12,7 @@ from ..op import Case, Op
 from ..presets import Model
 from ..record import Record
 from ..values import Bucket, Spec
-from .jobs import Problem
+from .problem import Problem
 from .progress import StudyStatus
 
 

@@ -25,14 +25,22 @@ class CompilePool:
     Args:
         cache: the build cache of the tuning run, apart from the user's, so that the losers can be removed in one go.
         compile: the job; another one for tests.
+        log: what the compilers print is appended to it.
     """
 
     def __init__(
-        self, gpu: Gpu, cache: Path, size: int, *, compile: Compile = build, deadline_s: float = COMPILE_SECONDS
+        self,
+        gpu: Gpu,
+        cache: Path,
+        size: int,
+        *,
+        compile: Compile = build,
+        deadline_s: float = COMPILE_SECONDS,
+        log: Path | None = None,
     ) -> None:
         environment = {"DSA_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._gpu, self._compile, self._deadline_s = gpu, compile, deadline_s
-        self._workers = [Worker(environment) for _ in range(size)]
+        self._workers = [Worker(environment, log) for _ in range(size)]
         self._running: dict[Worker, tuple[Rendered, float]] = {}
         self._queue: deque[Rendered] = deque()
         self._requested: set[str] = set()
@@ -88,6 +96,8 @@ class CompilePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.terminate()  # all at once, so that their last second is one second
         for worker in self._workers:
             worker.kill()
 

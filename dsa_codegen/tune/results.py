@@ -12,8 +12,8 @@ from ..render import template_name, template_sha
 from ..toolchain import versions
 from .evaluate import Evaluator
 from .finals import Finalist, choose
-from .jobs import Problem
 from .outcome import Kind, Outcome
+from .problem import Problem
 from .space import Candidate
 from .study import Study
 

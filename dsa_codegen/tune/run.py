@@ -21,13 +21,13 @@ from ..op import Op
 from ..record import Record
 from ..values import Spec
 from .evaluate import Evaluator
-from .jobs import Problem
 from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
 from .outcome import Kind
 from .plan import OFFLINE, ON_GPU, Budget, Report, problems
 from .pool import CompilePool
+from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
 from .results import contenders, settle
 from .search import Search
@@ -58,7 +58,7 @@ def tune(
         budget: by default ``plan.ON_GPU`` or ``plan.OFFLINE``.
         folder: the records are merged into ``<folder>/<gpu>/<op>.json``.
         offline: rank compiled candidates by the model, without a GPU; records say "modelled".
-        backends: only these; all by default.
+        backends: only these; by default all, offline the one that each operation prefers.
         processes: compilers that run at once; by default the cores this process may use.
         fresh: forget what earlier runs found.
         notify: called with the progress several times a second.
@@ -73,10 +73,19 @@ def tune(
     session = Session(state / gpu.id, aim, budget.wall_s)
     if fresh:
         session.restart()
-    with CompilePool(gpu, session.builds, processes or _cores(offline)) as pool:
-        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool)
+    with CompilePool(gpu, session.builds, processes or _cores(offline), log=session.log) as pool:
+        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=session.log)
         with evaluator:
-            opener = Opener(session.folder, folder, evaluator.method, budget.trials, seed, fresh, tuple(backends))
+            opener = Opener(
+                session.folder,
+                folder,
+                evaluator.method,
+                evaluator.measures,
+                budget.trials,
+                seed,
+                fresh,
+                tuple(backends),
+            )
             return _Run(folder, opener, session, notify).go(chosen, evaluator)
 
 

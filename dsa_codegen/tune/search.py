@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from .evaluate import Done, Evaluator
-from .jobs import Problem
+from .problem import Problem
+from .space import Candidate
 from .study import Study
 
 _IDLE_SECONDS = 0.005
@@ -56,10 +57,13 @@ class Search:
             begun = time.monotonic()
             candidate = study.ask()
             study.spent_s += time.monotonic() - begun  # a space that is mostly infeasible must not hold up the others
-            if candidate is not None:
-                self._evaluator.submit(study, self._problems[study], candidate)
-                asked += 1
+            asked += self._submit(study, candidate)
         return asked
+
+    def _submit(self, study: Study, candidate: Candidate | None) -> bool:
+        if candidate is not None:
+            self._evaluator.submit(study, self._problems[study], candidate)
+        return candidate is not None
 
     def _neediest(self) -> Study | None:
         """The study that has had the least time; what is in flight counts as the time it will probably take."""
@@ -70,8 +74,10 @@ class Search:
         study, candidate = done.task.study, done.task.candidate
         study.spent_s += done.seconds
         improved = study.tell(candidate, done.outcome)
-        if improved or self._evaluator.free:
-            for sibling in self._siblings(study):
+        for sibling in self._siblings(study):
+            if self._evaluator.free:
+                self._submit(sibling, sibling.ask_for(candidate.config))
+            elif improved:
                 sibling.suggest([candidate.config])
 
     def _siblings(self, study: Study) -> Sequence[Study]:

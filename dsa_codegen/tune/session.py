@@ -14,7 +14,9 @@ _SAVE_EVERY_S = 2.0
 
 
 class Session:
-    """The clock of a run and the folder of its builds; both lie in ``.tune/<gpu>/`` under the aim's digest until it is over.
+    """The clock of a run, its builds and the log of its workers, in ``.tune/<gpu>/`` under the aim's digest.
+
+    Clock and builds go when the run is over; the log stays, for whoever wants to know why candidates failed.
 
     Args:
         aim: what identifies the run: problems, backends, method.
@@ -25,6 +27,7 @@ class Session:
         digest = hashlib.sha256("\n".join(aim).encode()).hexdigest()[:12]
         self._path = folder / f"{digest}.session"
         self.builds = folder / f"{digest}.builds"
+        self.log = folder / f"{digest}.log"
         self.budget_s = budget_s
         self.earlier_s = self._load()
         self._start = time.monotonic()
@@ -59,6 +62,7 @@ class Session:
     def restart(self) -> None:
         """Begin anew, as if nothing had been spent."""
         self.finish()
+        self.log.unlink(missing_ok=True)
         self.earlier_s = 0.0
 
     def _load(self) -> float:

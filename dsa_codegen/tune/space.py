@@ -82,12 +82,7 @@ class Space:
 
     def feasible(self, limit: int = ENUMERABLE) -> list[Config] | None:
         """All configs that break no constraint, in the order of their choices; None where there are too many to ask."""
-        if self.size > limit:
-            return None
-        names = [parameter.name for parameter in self.table]
-        points = itertools.product(*(parameter.choices for parameter in self.table))
-        configs = (Config.of(self.backend, **dict(zip(names, values, strict=True))) for values in points)
-        return [config for config in configs if self.fits(config)]
+        return None if self.size > limit else list(_feasible(self, self.table))
 
     def neighbours(self, config: Config) -> list[Config]:
         """The feasible configs one step away in one parameter."""
@@ -116,3 +111,12 @@ class Space:
         rendered = _rendered(self.op, self.spec, config)
         launch = tuple((p.name, config[p.name]) for p in self.table if p.launch_only)
         return Candidate(config, rendered, (rendered.sha, launch))
+
+
+@functools.lru_cache(maxsize=64)
+def _feasible(space: Space, table: tuple[Parameter, ...]) -> tuple[Config, ...]:
+    """All that fit; the studies of all size buckets ask for the same."""
+    names = [parameter.name for parameter in table]
+    points = itertools.product(*(parameter.choices for parameter in table))
+    configs = (Config.of(space.backend, **dict(zip(names, values, strict=True))) for values in points)
+    return tuple(config for config in configs if space.fits(config))

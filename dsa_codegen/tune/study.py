@@ -122,6 +122,19 @@ class Study:
         """The fastest outcome so far."""
         return self._best
 
+    def ask_for(self, config: Config) -> Candidate | None:
+        """This config as a candidate to evaluate; None where it is infeasible or known, or the trials are spent."""
+        if self.evaluated >= self.trials or self.failure or not self.space.fits(config):
+            return None
+        candidate = self.space.candidate(config)
+        if self.knows(candidate.key):
+            return None
+        self._study.enqueue_trial(self.space.encode(config))
+        trial = self._study.ask()
+        self.space.suggest(trial)
+        self._pending[candidate.key] = trial
+        return candidate
+
     def ask(self) -> Candidate | None:
         """The next candidate to evaluate, or None where this ask found none (ask again unless ``exhausted``)."""
         for _ in range(_FREE_ASKS):

@@ -1,0 +1,174 @@
+"""Cases: the problems that the benchmark times, by stage; the one list that names shapes, distributions and suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnknownName
+
+STAGES = (
+    "indexer_prefill",
+    "indexer_decode",
+    "select",
+    "index_select_prefill",
+    "index_select_decode",
+    "attention_prefill",
+    "attention_decode",
+    "layer_prefill",
+    "layer_decode",
+)
+KEYS = ("rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k", "page")
+"""The keys of a shape, in the order in which they are shown."""
+SUITES = ("core", "distributions", "flashmla", "deepgemm")
+"""core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
+which those libraries time themselves."""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One problem. ``heads`` are the indexer's in the indexer's stages, the attention's elsewhere."""
+
+    stage: str
+    shape: tuple[tuple[str, int], ...]
+    distribution: str
+    suite: str = "core"
+
+    @property
+    def id(self) -> str:
+        """Readable and unique: ``select-rows64-context8192-k2048-normal``."""
+        return "-".join((self.stage, *(f"{name}{value}" for name, value in self.shape), self.distribution))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two results those of the same problem."""
+        return self.stage, tuple(sorted(self.shape)), self.distribution
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.shape)[name]
+
+
+def case(stage: str, distribution: str, shape: Mapping[str, int], suite: str = "core") -> BenchCase:
+    """A case with its shape in the order of ``KEYS``."""
+    return BenchCase(stage, tuple((name, shape[name]) for name in KEYS if name in shape), distribution, suite)
+
+
+def _indexer_prefill() -> Iterator[BenchCase]:
+    def one(queries: int, context: int, heads: int = 64, suite: str = "core") -> BenchCase:
+        shape = {"queries": queries, "context": context, "heads": heads, "head_dim": 128}
+        return case("indexer_prefill", "causal", shape, suite)
+
+    for queries, context in ((4096, 32768), (4096, 4096), (2048, 8192), (4096, 131072)):
+        yield one(queries, context)
+    for heads in (32, 16, 8):
+        yield one(4096, 32768, heads)
+    for queries, context in ((2048, 4096), (4096, 8192)):
+        yield one(queries, context, suite="deepgemm")
+
+
+def _indexer_decode() -> Iterator[BenchCase]:
+    def one(batch: int, context: int, next_n: int = 1, suite: str = "core") -> BenchCase:
+        shape = {"batch": batch, "next_n": next_n, "context": context, "heads": 64, "head_dim": 128, "page": 64}
+        return case("indexer_decode", "full", shape, suite)
+
+    for batch in (64, 8, 1):
+        yield one(batch, 65536)
+        yield one(batch, 8192)
+    yield one(1, 131072)
+    for next_n in (2, 3, 4, 6):
+        yield one(64, 65536, next_n)
+    for batch, next_n in ((64, 1), (64, 2), (128, 1)):
+        yield one(batch, 32768, next_n, "deepgemm")
+    yield one(128, 8192, 1, "deepgemm")
+    yield one(64, 8192, 2, "deepgemm")
+
+
+def _select() -> Iterator[BenchCase]:
+    sizes = ((1, 65536), (1, 8192), (1, 131072), (8, 65536), (64, 8192), (64, 32768), (64, 131072), (128, 65536))
+    for rows, context in (*sizes, (4096, 32768), (4096, 8192), (4096, 131072)):
+        yield case("select", "normal", {"rows": rows, "context": context, "k": 2048})
+    for distribution in ("relu", "equal", "up", "down", "few"):
+        for rows, context in ((64, 32768), (4096, 32768)):
+            yield case("select", distribution, {"rows": rows, "context": context, "k": 2048}, "distributions")
+
+
+def _index_select() -> Iterator[BenchCase]:
+    for queries, context in ((4096, 32768), (4096, 131072)):
+        shape = {"queries": queries, "context": context, "heads": 64, "head_dim": 128, "k": 2048}
+        yield case("index_select_prefill", "causal", shape)
+    for batch in (64, 8, 1):
+        shape = {"batch": batch, "next_n": 1, "context": 65536, "heads": 64, "head_dim": 128, "k": 2048, "page": 64}
+        yield case("index_select_decode", "full", shape)
+
+
+def _attention_prefill() -> Iterator[BenchCase]:
+    def one(queries: int, context: int, heads: int, indices: str = "random", suite: str = "core", **other: int) -> BenchCase:
+        shape = {"queries": queries, "context": context, "heads": heads, "head_dim": 576, "k": 2048, **other}
+        return case("attention_prefill", indices, shape, suite)
+
+    yield one(4096, 32768, 128)
+    yield one(4096, 8192, 128)
+    yield one(4096, 131072, 128)
+    yield one(512, 32768, 128)
+    for heads in (64, 32, 16, 8):
+        yield one(4096, 32768, heads)
+    yield one(4096, 131072, 128, "local")
+    yield one(4096, 131072, 16, "local")
+    for context in (65536, 98304):
+        yield one(4096, context, 128, suite="flashmla")
+    for heads, k in ((64, 512), (128, 1024)):
+        for context in (8192, 32768, 49152, 65536):
+            yield one(4096, context, heads, suite="flashmla", head_dim=512, k=k)
+
+
+def _attention_decode() -> Iterator[BenchCase]:
+    def one(batch: int, next_n: int, heads: int, suite: str = "core", k: int = 2048) -> BenchCase:
+        shape = {"batch": batch, "next_n": next_n, "context": 32768, "heads": heads, "head_dim": 576, "k": k, "page": 64}
+        return case("attention_decode", "random", shape, suite)
+
+    for batch in (64, 1, 8, 128):
+        yield one(batch, 1, 128)
+    yield one(128, 2, 128)
+    for heads in (64, 32, 16, 8):
+        for batch in (64, 8, 1):
+            yield one(batch, 1, heads)
+    for batch in (2, 64, 74):
+        yield one(batch, 2, 128, "flashmla")
+    for heads in (64, 128):
+        yield one(148, 2, heads, "flashmla", k=16384)
+
+
+def _layer() -> Iterator[BenchCase]:
+    prefill = {"queries": 4096, "context": 32768, "heads": 128, "head_dim": 576, "k": 2048}
+    yield case("layer_prefill", "real", prefill)
+    for batch in (64, 1):
+        shape = {"batch": batch, "next_n": 1, "context": 65536, "heads": 128, "head_dim": 576, "k": 2048, "page": 64}
+        yield case("layer_decode", "real", shape)
+
+
+def all_cases() -> list[BenchCase]:
+    """Every case, stage by stage, the headline of a stage first."""
+    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, _attention_prefill, _attention_decode, _layer)
+    found = [each for maker in makers for each in maker()]
+    return sorted(found, key=lambda each: STAGES.index(each.stage))
+
+
+def chosen(stages: Sequence[str] = (), suites: Iterable[str] = ("core",), per_stage: int = 0) -> list[BenchCase]:
+    """The cases of some stages (all by default) and suites; ``per_stage`` > 0 keeps so many of each stage.
+
+    Raises:
+        UnknownName: a stage or suite that does not exist.
+    """
+    suites = tuple(suites)
+    for kind, names, known in (("stage", stages, STAGES), ("suite", suites, SUITES)):
+        for name in names:
+            if name not in known:
+                raise UnknownName(kind, name, known)
+    left = dict.fromkeys(STAGES, per_stage or len(all_cases()))
+    found = []
+    for each in all_cases():
+        if each.suite in suites and each.stage in (stages or STAGES) and left[each.stage]:
+            left[each.stage] -= 1
+            found.append(each)
+    return found

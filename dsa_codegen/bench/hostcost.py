@@ -1,0 +1,127 @@
+"""Host cost: what a call costs the host on a hit of the dispatcher, against the bare kernel and the peers' entry points."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import dispatch
+from ..build import build
+from ..draw import Draw
+from ..gpu import Gpu
+from ..measure import measure_calls
+from ..render import render
+from ..stopwatch import Stopwatch
+from ..timing import Policy
+from ..variant import Variant
+from . import peers as adapters
+from .cases import BenchCase, case
+from .contest import OURS
+from .problems import stage_of
+from .stage import Run
+
+_CALLS = 500
+_ROUNDS = 7
+_IN_GRAPH = Policy(cold_l2=False, reps=100, rounds=10, warmup_ms=5.0)
+# Small enough that the device is never behind the host, which would then wait for it.
+_CASES = (
+    case("select", "normal", {"rows": 1, "context": 4096, "k": 2048}),
+    case("indexer_decode", "full", {"batch": 1, "next_n": 1, "context": 2048, "heads": 64, "head_dim": 128, "page": 64}),
+    case(
+        "attention_decode",
+        "random",
+        {"batch": 1, "next_n": 1, "context": 4096, "heads": 128, "head_dim": 576, "k": 2048, "page": 64},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Microseconds of a call: the host's without a graph, the device's inside one."""
+
+    name: str
+    what: str
+    host_us: float | None
+    graph_us: float | None
+    note: str = ""
+
+
+def measure_host(gpu: Gpu, sources: Sequence[str], device: str = "cuda", stopwatch: Stopwatch | None = None) -> list[HostCost]:
+    """Every entry point of the small cases, and plain launches to compare them with."""
+    found = [_timed(name, what, run, stopwatch) for name, what, run in _plain(device)]
+    for each in _CASES:
+        inputs = stage_of(each.stage).inputs(each, Draw(0, device))
+        found += [_timed(name, each.stage, run, stopwatch) for name, run in _ours(each, inputs, gpu, device)]
+        for peer in adapters.load(sources):
+            if each.stage in peer.stages:
+                found.append(_of_peer(peer, each, inputs, stopwatch))
+    return found
+
+
+def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, stopwatch: Stopwatch | None) -> HostCost:
+    missing = peer.available()
+    if missing:
+        return HostCost(peer.name, each.stage, None, None, missing)
+    try:
+        prepared = peer.prepare(each, inputs)
+        if prepared is None:
+            return HostCost(peer.name, each.stage, None, None, "does not serve the case")
+        return _timed(prepared.label, each.stage, prepared.run, stopwatch)
+    except Exception as error:  # a foreign library may fail in any way
+        return HostCost(peer.name, each.stage, None, None, f"failed: {type(error).__name__}: {error}"[:200])
+
+
+def _ours(each: BenchCase, inputs: Any, gpu: Gpu, device: str) -> Iterator[tuple[str, Run]]:
+    stage = stage_of(each.stage)
+    yield f"{OURS}: public function", stage.ours(each, inputs).run
+    if not device.startswith("cuda"):
+        return
+    (part,) = stage.parts(each)
+    found = dispatch.chosen(part.op, part.spec, part.sizes, gpu)
+    variant = Variant(part.op, part.spec, found.config, gpu, build(render(part.op, part.spec, found.config), gpu).load())
+    outputs = part.op.allocate(part.spec, inputs)
+    yield f"{OURS}: kernel and its launch parameters", lambda: variant.run(inputs, outputs)
+    launches = part.op.launches(part.spec, found.config, inputs, outputs, gpu)
+    kernels = [(variant.kernels[launch.kernel], launch.grid, launch.args) for launch in launches]
+
+    def bare() -> None:
+        for kernel, grid, args in kernels:
+            kernel(grid, args)
+
+    yield f"{OURS}: bare kernel launch ({len(kernels)})", bare
+
+
+def _plain(device: str) -> Iterator[tuple[str, str, Run]]:
+    """Launches that everybody knows the price of."""
+    x = torch.zeros(1024, device=device)
+    yield "torch add_", "plain", lambda: x.add_(1)
+    if device.startswith("cuda"):
+        from .jit_launch import touch
+
+        yield "Triton JIT launch, one argument", "plain", lambda: touch[(1,)](x)
+
+
+def _timed(name: str, what: str, run: Run, stopwatch: Stopwatch | None) -> HostCost:
+    for _ in range(20):
+        run()
+    (in_graph,) = measure_calls([[lambda: (run(), None)[1]]], _IN_GRAPH, stopwatch)
+    graph_us = round(in_graph.timing.median, 3) if in_graph.policy.graph else None
+    return HostCost(name, what, round(host_us(run), 3), graph_us, "" if graph_us else "not captured in a graph")
+
+
+def host_us(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int = _CALLS) -> float:
+    """Microseconds of the host per call: the median of rounds that never wait for the device inside."""
+    rounds = []
+    for _ in range(_ROUNDS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        before = clock()
+        for _ in range(calls):
+            run()
+        rounds.append((clock() - before) / calls * 1e6)
+    return statistics.median(rounds)

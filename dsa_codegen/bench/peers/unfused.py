@@ -1,0 +1,75 @@
+"""The method in plain PyTorch operations, as one would write it first; only where it is not hopeless."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...caches import KvV32Layout
+from ...op import Inputs
+from ..cases import BenchCase
+from ..stage import Prepared, Run
+from .base import Peer
+
+_PAIRS = 1 << 24  # of query and token in the indexer: 64 heads of them take 12 ms on an H200
+_GATHERED = 1 << 20  # latent vectors that attention gathers at once: 1.2 GB
+_D_V = 512
+
+
+def _logits(inputs: Inputs) -> Run:
+    q, key = inputs["q"].bfloat16(), inputs["k"].bfloat16()
+    weights, k_scale = inputs["weights"], inputs["k_scale"]
+
+    def run() -> Tensor:
+        logits = torch.zeros(len(q), len(key), device=q.device)
+        for head in range(q.shape[1]):
+            logits += weights[:, head, None] * (q[:, head] @ key.T).relu()
+        return logits * k_scale
+
+    return run
+
+
+def _attend(q: Tensor, latent: Tensor, sm_scale: float) -> Tensor:
+    """bf16 [rows, heads, 512] of queries [rows, heads, d] and the latents that they chose [rows, topk, d]."""
+    weights = (q @ latent.mT * sm_scale).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ latent[..., :_D_V]
+
+
+def _prefill(inputs: Inputs) -> Run:
+    q, kv, indices, sm_scale = inputs["q"], inputs["kv"][:, 0], inputs["indices"][:, 0], inputs["sm_scale"]
+    return lambda: _attend(q, kv[indices], sm_scale)
+
+
+def _decode(inputs: Inputs) -> Run:
+    q, cache, indices, sm_scale = (inputs[name] for name in ("q", "cache", "indices", "sm_scale"))
+    layout = KvV32Layout(cache.shape[1])
+
+    def run() -> Tensor:
+        latent = layout.dequantize(cache, indices.flatten(0, 1)).bfloat16()
+        return _attend(q.flatten(0, 1), latent, sm_scale).view(*q.shape[:3], _D_V)
+
+    return run
+
+
+class Unfused(Peer):
+    """See the module's first lines."""
+
+    name = "PyTorch (unfused)"
+    stages = ("indexer_prefill", "attention_prefill", "attention_decode")
+
+    def available(self) -> str | None:
+        return None
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if case.stage == "indexer_prefill":
+            if case["queries"] * case["context"] > _PAIRS:
+                return None
+            return Prepared(self.name, _logits(inputs), lambda logits: {"logits": logits})
+        rows = case["queries"] if case.stage == "attention_prefill" else case["batch"] * case["next_n"]
+        if rows * case["k"] > _GATHERED:
+            return None
+        run = _prefill(inputs) if case.stage == "attention_prefill" else _decode(inputs)
+        return Prepared(self.name, run, lambda out: {"out": out})
+
+
+PEERS = (Unfused(),)

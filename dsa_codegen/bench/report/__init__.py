@@ -1,0 +1,6 @@
+"""The report: one HTML page with pictures, and the README's tables, from what was measured."""
+
+from .page import write
+from .readme import update
+
+__all__ = ["update", "write"]

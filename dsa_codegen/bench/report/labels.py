@@ -1,0 +1,94 @@
+"""How rows are named and summed up for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..cases import STAGES
+
+Row = Mapping[str, Any]
+
+TITLES = {
+    "indexer_prefill": "Indexer, prefill",
+    "indexer_decode": "Indexer, decode",
+    "select": "Selection",
+    "index_select_prefill": "Indexer + selection, prefill",
+    "index_select_decode": "Indexer + selection, decode",
+    "attention_prefill": "Sparse attention, prefill",
+    "attention_decode": "Sparse attention, decode",
+    "layer_prefill": "Whole layer, prefill",
+    "layer_decode": "Whole layer, decode",
+}
+_USUAL = {"normal", "causal", "full", "random", "real"}
+
+
+def by_stage(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each stage that has any, in the stages' order."""
+    return {stage: found for stage in STAGES if (found := [row for row in rows if row["stage"] == stage])}
+
+
+def tokens(number: int) -> str:
+    """``32K``, ``1M``, ``300``."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if number >= size and number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
+def shape(row: Row) -> str:
+    """``4096 queries of 32K, 64 heads``; the distribution where it is not the usual one."""
+    of: Mapping[str, int] = row["shape"]
+    words = []
+    for name, one in (("queries", "query"), ("rows", "row")):
+        if name in of:
+            words.append(f"{of[name]} {one if of[name] == 1 else name} of {tokens(of['context'])}")
+    if "batch" in of:
+        words.append(f"batch {of['batch']}, {tokens(of['context'])}")
+        words += [f"next_n {of['next_n']}"] if of.get("next_n", 1) > 1 else []
+    words += [f"{of['heads']} heads"] if "heads" in of else []
+    words += [f"k {of['k']}"] if of.get("k", 2048) != 2048 else []
+    words += [f"d {of['head_dim']}"] if of.get("head_dim", 576) not in (128, 576) else []
+    words += [row["distribution"]] if row["distribution"] not in _USUAL else []
+    return ", ".join(words)
+
+
+def microseconds(value: float | None) -> str:
+    """Three digits, or more where there are more before the point."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def ratio(value: float | None) -> str:
+    """``1.12×``."""
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def share_of_limit(row: Row) -> float | None:
+    """The roofline's time over ours."""
+    return row["limit_us"] / row["ours_us"] if row["ours_us"] and row["limit_us"] else None
+
+
+def percent(value: float | None) -> str:
+    """``62 %``."""
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def geomean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return statistics.geometric_mean(values) if values else None
+
+
+def ratios(rows: Sequence[Row]) -> list[float]:
+    """The ratios there are."""
+    return [row["ratio"] for row in rows if row["ratio"]]
+
+
+def best_peer(row: Row) -> str:
+    """``FlashMLA 3905``, or why there is no figure."""
+    if row["best_peer"]:
+        return f"{row['best_peer']} {microseconds(row['peers'][row['best_peer']])}"
+    notes = [f"{name}: {note}" for name, note in row.get("notes", {}).items() if name != "ours"]
+    return "; ".join(notes) if notes else "not served"

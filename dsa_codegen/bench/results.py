@@ -1,0 +1,151 @@
+"""Results: the rows of ``benchmarks/results/<gpu>.json``, merged one by one, and what is measured of the machine beside them.
+
+A row stays until its problem is measured again, and says which commit it was measured at. ``benchmarks/machine/<gpu>.json``
+holds what is not a row: ceilings, the host's cost of a call, the sweep of contexts, each with its commit and date.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ..errors import RecordError
+from .cases import STAGES, BenchCase
+
+Row = dict[str, Any]
+FOLDER = Path("benchmarks")
+REQUIRED = (
+    "stage",
+    "shape",
+    "distribution",
+    "ours_us",
+    "ours_variant",
+    "peers",
+    "best_peer",
+    "ratio",
+    "limit_us",
+    "similarity",
+    "date",
+    "commit",
+    "toolchain",
+)
+_LOCK_TIMEOUT_S = 60
+
+
+def rows_path(folder: Path, gpu_id: str) -> Path:
+    """Where the rows of a GPU lie."""
+    return folder / "results" / f"{gpu_id}.json"
+
+
+def machine_path(folder: Path, gpu_id: str) -> Path:
+    """Where the rest lies."""
+    return folder / "machine" / f"{gpu_id}.json"
+
+
+def gpus_in(folder: Path) -> list[str]:
+    """The GPUs that have rows."""
+    return sorted(path.stem for path in (folder / "results").glob("*.json"))
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows those of the same problem; equal to ``BenchCase.key``."""
+    return row["stage"], tuple(sorted(row["shape"].items())), row["distribution"]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; none where it is missing.
+
+    Raises:
+        RecordError: the file is no list of rows; it is not touched.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        complete = all(name in row for row in rows for name in REQUIRED)
+    except (OSError, ValueError, TypeError) as error:
+        raise RecordError(f"{path} is not a list of results ({type(error).__name__}: {error}); it is left as it is") from error
+    if not isinstance(rows, list) or not complete:
+        raise RecordError(f"{path} holds something else than results; it is left as it is")
+    return rows
+
+
+def merge_rows(path: Path, fresh: Iterable[Row]) -> list[Row]:
+    """Put fresh rows in the place of those of the same problems, keep all others, and return what the file now holds."""
+    fresh = list(fresh)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
+        rows = {key_of(row): row for row in (*read_rows(path), *fresh)}
+        ordered = sorted(rows.values(), key=_order)
+        _publish(path, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
+    return ordered
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    stage = row["stage"]
+    return STAGES.index(stage) if stage in STAGES else len(STAGES), stage, list(row["shape"].items()), row["distribution"]
+
+
+def read_machine(path: Path) -> dict[str, Any]:
+    """What was measured of the machine; empty where nothing was, or the file cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def merge_machine(path: Path, fresh: Mapping[str, Any]) -> None:
+    """Replace some entries, keep the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
+        _publish(path, json.dumps({**read_machine(path), **fresh}, indent=1) + "\n")
+
+
+def row_of(case: BenchCase, measured: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+    """One row.
+
+    Args:
+        measured: what ``summary`` says of the case.
+        facts: date, commit, toolchain.
+    """
+    return {"stage": case.stage, "shape": dict(case.shape), "distribution": case.distribution, **measured, **facts}
+
+
+def commit() -> str:
+    """``DSA_COMMIT``, or the checkout's commit with ``+`` where files differ from it, or "unknown"."""
+    named = os.environ.get("DSA_COMMIT")
+    if named:
+        return named
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "dsa_codegen", "templates", "tuned")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def _publish(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,181 @@
+"""The stages that are a single operation: how a benchmark case becomes a call, a reference and a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import functions, ops
+from ..draw import Draw
+from ..op import Accuracy, Case, Inputs, Op, Outputs
+from ..values import Sizes, Spec
+from . import agreement
+from .cases import BenchCase
+from .stage import Part, Prepared, Stage
+
+LOCAL_GROUP = 16  # neighbouring queries that share indices where they are "local"
+LOCAL_SHARE = 0.8  # of a query's indices
+
+
+class _Call(Protocol):
+    def __call__(self, case: BenchCase, inputs: Inputs) -> Callable[[], Any]: ...
+
+
+class OpStage(Stage):
+    """A stage that calls one public function.
+
+    Args:
+        stated: the operation's spec and sizes for a case.
+        call: the public function with its arguments.
+        names: its outputs.
+    """
+
+    def __init__(self, name: str, op: str, stated: Callable[[BenchCase], tuple[Spec, Sizes]], call: _Call, *names: str) -> None:
+        self.name = name
+        self._op_name, self._stated, self._call, self._names = op, stated, call, names
+
+    @property
+    def op(self) -> Op:
+        """The operation."""
+        return ops.get(self._op_name)
+
+    def part(self, case: BenchCase) -> Part:
+        """The one part."""
+        spec, sizes = self._stated(case)
+        return Part(self.op, spec, Case(sizes, case.distribution))
+
+    def parts(self, case: BenchCase) -> Sequence[Part]:
+        return (self.part(case),)
+
+    def inputs(self, case: BenchCase, draw: Draw) -> Inputs:
+        part = self.part(case)
+        return self.op.inputs(part.spec, part.case, draw)
+
+    def ours(self, case: BenchCase, inputs: Inputs) -> Prepared:
+        def outputs(result: Any) -> Outputs:
+            return dict(zip(self._names, result if isinstance(result, tuple) else (result,), strict=True))
+
+        return Prepared("ours", self._call(case, inputs), outputs)
+
+    def reference(self, case: BenchCase, inputs: Inputs) -> Outputs:
+        return self.op.reference(self.part(case).spec, inputs)
+
+    def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
+        return self.op.check(self.part(case).spec, inputs, {**reference, **outputs}, reference)
+
+
+class SelectStage(OpStage):
+    """Selection: a peer is judged by the scores that it chose."""
+
+    def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
+        if exact:
+            return super().check(case, inputs, outputs, reference, exact)
+        scores, chosen = inputs["scores"], outputs["chosen"]
+        return agreement.selection(chosen, scores, case["k"], exact=True)
+
+
+class AttentionStage(OpStage):
+    """Prefill attention: indices may also be shared between neighbouring queries, as a real indexer's are."""
+
+    def part(self, case: BenchCase) -> Part:
+        return super().part(replace(case, distribution="random"))
+
+    def inputs(self, case: BenchCase, draw: Draw) -> Inputs:
+        if case.distribution != "local":
+            return super().inputs(case, draw)
+        few = super().part(replace(case, distribution="random", shape=tuple({**dict(case.shape), "queries": 1}.items())))
+        drawn = dict(self.op.inputs(few.spec, few.case, draw))
+        queries, heads, head_dim = case["queries"], case["heads"], case["head_dim"]
+        drawn["q"] = draw.normal(queries, heads, head_dim, dtype=torch.bfloat16, scale=10.0)
+        drawn["indices"] = local_indices(draw, queries, case["context"], case["k"])[:, None]
+        return drawn
+
+
+def local_indices(draw: Draw, queries: int, tokens: int, topk: int) -> Tensor:
+    """int32 [queries, topk]: distinct random tokens, of which 16 neighbouring queries share 80 %."""
+    shared = int(LOCAL_SHARE * topk)
+    own = topk - shared
+    chosen = torch.empty(queries, topk, dtype=torch.int32, device=draw.device)
+    for first in range(0, queries, LOCAL_GROUP):
+        rows = chosen[first : first + LOCAL_GROUP]
+        order = draw.permutation(tokens)[: shared + own * len(rows)].int()
+        rows[:, :shared] = order[:shared]
+        rows[:, shared:] = order[shared:].view(len(rows), own)
+    return chosen
+
+
+def indexer_spec(case: BenchCase) -> tuple[Spec, Sizes]:
+    """The prefill indexer of a case."""
+    op = ops.get("indexer")
+    spec = {"heads": case["heads"], "head_dim": case["head_dim"]}
+    return op.spec_type(**spec), op.sizes_type(**{"queries": case["queries"], "context": case["context"]})
+
+
+def indexer_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
+    """The decode indexer of a case."""
+    op = ops.get("indexer_paged")
+    spec = {name: case[name] for name in ("heads", "head_dim", "next_n", "page")}
+    return op.spec_type(**spec), op.sizes_type(**{"batch": case["batch"], "context": case["context"]})
+
+
+def _select_spec(case: BenchCase) -> tuple[Spec, Sizes]:
+    op = ops.get("select")
+    return op.spec_type(**{"topk": case["k"]}), op.sizes_type(**{"rows": case["rows"], "columns": case["context"]})
+
+
+def _attention_spec(case: BenchCase) -> tuple[Spec, Sizes]:
+    op = ops.get("attention")
+    spec = {"heads": case["heads"], "d_qk": case["head_dim"], "topk": case["k"]}
+    return op.spec_type(**spec), op.sizes_type(**{"queries": case["queries"], "tokens": case["context"]})
+
+
+def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
+    op = ops.get("attention_paged")
+    spec = {"heads": case["heads"], "topk": case["k"], "page": case["page"]}
+    sizes = {"batch": case["batch"], "next_n": case["next_n"], "tokens": case["batch"] * case["context"]}
+    return op.spec_type(**spec), op.sizes_type(**sizes)
+
+
+def _indexer(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
+    x = inputs
+    return lambda: functions.indexer_logits(x["q"], x["k"], x["k_scale"], x["weights"], x["starts"], x["ends"])
+
+
+def _indexer_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
+    x = inputs
+    rest = x["weights"], x["lengths"], x["page_table"], x["max_context"]
+    return lambda: functions.indexer_logits_paged(x["q"], x["cache"], *rest)
+
+
+def _select(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
+    x, topk = inputs, case["k"]
+    return lambda: functions.select(x["scores"], x["ends"], topk, starts=x["starts"])
+
+
+def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
+    x = inputs
+    return lambda: functions.sparse_attention(x["q"], x["kv"], x["indices"], x["sm_scale"])
+
+
+def _attention_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
+    x = inputs
+    return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"])
+
+
+def masked_logits(op_name: str, spec: Spec, inputs: Inputs) -> Tensor:
+    """The reference's logits, fp32, -inf outside the windows."""
+    return ops.get(op_name).reference(spec, inputs)["logits"].float().nan_to_num(nan=-math.inf, neginf=-math.inf)
+
+
+SINGLE = (
+    OpStage("indexer_prefill", "indexer", indexer_spec, _indexer, "logits"),
+    OpStage("indexer_decode", "indexer_paged", indexer_paged_spec, _indexer_paged, "logits"),
+    SelectStage("select", "select", _select_spec, _select, "chosen"),
+    AttentionStage("attention_prefill", "attention", _attention_spec, _attention, "out", "lse"),
+    OpStage("attention_decode", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
+)
