@@ -24,7 +24,8 @@ from dsa_codegen import doctor as diagnosis
 from dsa_codegen import explain as explanation
 from dsa_codegen import generate as generation
 from dsa_codegen import gpu as gpus
-from dsa_codegen.bench import ours
+from dsa_codegen.bench import command as benchmark
+from dsa_codegen.bench import ours, printing, results
 from dsa_codegen.errors import DsaError, NoGpu, SpecError, ToolMissing
 from dsa_codegen.timing import COLD, WARM
 from dsa_codegen.worker import Worker
@@ -127,14 +128,51 @@ def bench(
     spec: SpecFile = None,
     op: OpNames = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave the inputs in L2.")] = False,
+    against: Annotated[str, typer.Option(help="Beside peers: all, none, or adapters such as deep_gemm,flashmla.")] = "",
+    stage: Annotated[str, typer.Option(help="Only these stages, separated by commas.")] = "",
+    suite: Annotated[str, typer.Option(help="Which shapes: core, distributions, flashmla, deepgemm, all.")] = "core",
+    limit: Annotated[int, typer.Option(help="So many cases of each stage; 0 for all.", min=0)] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="The first case of each stage.")] = False,
+    host: Annotated[bool, typer.Option("--host", help="Also what a call costs the host.")] = False,
+    sweep: Annotated[str, typer.Option(help="context: also time and memory from 4K to 1M tokens.")] = "",
+    folder: Annotated[Path, typer.Option("--out", help="Results are merged into files below this folder.")] = results.FOLDER,
+    commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Time this package's kernels on the GPU, as the dispatcher would choose them, against the roofline."""
+    """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
     target = gpus.resolve("auto")
-    policy = WARM if warm else COLD
-    cases = ours.plan(_model(preset, spec), target, op or ())
-    rows = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
-    _print(as_json, show.bench(rows, target, policy), [show.bench_row(row) for row in rows])
+    if sweep not in ("", "context"):
+        raise SpecError("--sweep", sweep, "context")
+    if not (against or stage or host or sweep):
+        policy = WARM if warm else COLD
+        cases = ours.plan(_model(preset, spec), target, op or ())
+        timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
+        return _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
+    stages = tuple(filter(None, stage.split(",")))
+    request = benchmark.Request(against or "all", stages, suite.split(","), benchmark.QUICK if quick else limit, folder, commit)
+    rows = printing.campaign(err, lambda notify: benchmark.run(request, target, notify)) if against or stage else []
+    host_rows = benchmark.run_host(request, target) if host else []
+    sweep_rows = benchmark.run_sweep(request, target) if sweep else []
+    parts = [printing.rows(rows, target.name)] if rows else []
+    parts += [printing.host(host_rows)] if host_rows else []
+    parts += [printing.sweep(sweep_rows)] if sweep_rows else []
+    _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Option("--results", help="The folder that bench writes to.")] = results.FOLDER,
+    page: Annotated[Path, typer.Option("--out", help="The page to write.")] = results.FOLDER / "report.html",
+    readme: Annotated[Path, typer.Option(help="Its marked tables are written anew.")] = Path("README.md"),
+    gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows.")] = OFFLINE_GPU,
+    merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
+) -> None:
+    """Write one HTML page of all results, and the README's tables, from what bench has measured."""
+    if merge is not None:
+        taken = benchmark.merge(merge, folder)
+        out.print(f"took over {len(taken)} rows from {merge}")
+    written = benchmark.write_report(folder, page, readme, gpus.resolve(gpu).id, Path(".tune"))
+    show.lines(*written)(out)
 
 
 @app.command("list")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_compiles, assert_matches_reference
+from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import ops
 from dsa_codegen.draw import Draw
@@ -12,6 +12,7 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
+from dsa_codegen.tune.model import plan
 
 SPECS = [
     IndexerSpec(8, 64),
@@ -22,6 +23,8 @@ SPECS = [
 SMALL = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
 TILELANG = Config.of("tilelang", block_q=2, block_n=64, num_stages=3, splits=1, pipeline="plain", threads=128, blocks_per_sm=4)
 PAIRED = TILELANG.replace(pipeline="paired", num_stages=4, blocks_per_sm=2)
+GLUON = Config.of("gluon", accumulators=1, block_n=64, num_stages=4, blocks_per_sm=3)
+IN_TURN = GLUON.replace(accumulators=2, blocks_per_sm=2)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -52,6 +55,53 @@ def test_tilelang_compiles_for_hopper(spec, config):
 def test_tilelang_is_for_hopper_only():
     for name in ("l40s", "b200"):
         assert "wgmma" in {violation.name for violation in OP.violations(SPECS[3], TILELANG, resolve(name))}
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (IndexerSpec(64, 128), GLUON),
+        (SPECS[1], IN_TURN),
+        (SPECS[2], GLUON.replace(num_stages=5)),
+        (IndexerSpec(16, 128, score="relu_bias", logits="bf16"), GLUON),
+        (SPECS[3], GLUON.replace(num_stages=5)),
+        (IndexerSpec(32, 128), IN_TURN.replace(block_n=128, num_stages=3)),
+        (SPECS[0], IN_TURN),
+        (IndexerSpec(8, 128, score="relu_bias", logits="bf16", clean=True), IN_TURN),
+    ],
+    ids=["64", "64-in-turn-clean", "16-bias-clean", "16-bias-bf16", "32-bf16", "32-wide-stages", "8", "8-bias-bf16-clean"],
+)
+def test_gluon_compiles_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "changes", "gpu"),
+    [
+        ("wgmma", 64, {}, "b200"),
+        ("registers", 8, {}, "h200"),
+        ("registers", 64, {"accumulators": 2}, "h200"),
+        ("smem", 64, {"num_stages": 6}, "h200"),
+        ("tiles of a stage", 64, {"block_n": 128, "accumulators": 2, "blocks_per_sm": 2}, "h200"),
+    ],
+)
+def test_gluon_refuses(name, heads, changes, gpu):
+    found = OP.violations(IndexerSpec(heads, 128), GLUON.replace(**changes), resolve(gpu))
+    assert name in {violation.name for violation in found}
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_gluon_fills_the_gpu_with_few_queries(heads):
+    spec, sizes = IndexerSpec(heads, 128), IndexerSizes(512, 8192)
+    config = OP.default_config(spec, sizes, H200)
+    (launch,) = plan(OP, spec, config, Case(sizes, "causal"), H200)
+    assert config.backend == "gluon"
+    assert launch.grid[0] >= 0.9 * config["blocks_per_sm"] * H200.sms
+
+
+def test_nothing_is_launched_for_nothing():
+    for sizes in (IndexerSizes(0, 40), IndexerSizes(3, 0)):
+        assert not plan(OP, SPECS[0], IN_TURN, Case(sizes, "ragged"), H200)
 
 
 def test_is_registered_by_its_stem():

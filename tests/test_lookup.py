@@ -104,8 +104,12 @@ def test_another_bucket_spec_or_architecture_is_a_miss(folders):
 def test_borrowed_only_where_nothing_is_violated(folders):
     PUT["borrowed"](folders)
     assert found(folders).notes == ("borrowed from h100: no record for h200",)
-    small = dataclasses.replace(H200, smem_per_block=48 * 1024)
-    assert found(folders, gpu=small).origin == "default"
+    records.merge(folders["tuned"], [make(CONFIG.replace(block_q=2, block_n=128, num_stages=5), gpu=H100)])
+    assert found(folders).origin == "borrowed"
+    small = dataclasses.replace(H200, smem_per_block=64 * 1024)
+    result = found(folders, gpu=small)
+    assert result.origin == "default"
+    assert "smem" in result.notes[0]
 
 
 def test_a_borrowed_record_is_of_the_most_similar_gpu(folders):

@@ -12,7 +12,7 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.quantize import OP, QuantizeSizes, QuantizeSpec
 
-SPECS = OP.options(OP.specs(presets.preset("tiny"))[0])
+SPECS = [option for spec in OP.specs(presets.preset("tiny")) for option in OP.options(spec)]
 SMALL = Config.of("triton", block_t=32, num_warps=4)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 BF16 = torch.zeros(3, 128, dtype=torch.bfloat16)

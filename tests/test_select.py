@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import emulator
 import pytest
 import torch
 from support import H200, assert_compiles, assert_matches_reference
 
-from dsa_codegen import ops
+from dsa_codegen import build, ops
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
+from dsa_codegen.render import render
+from dsa_codegen.variant import Variant
+from dsa_codegen.verify import verify
 
 PLAIN = SelectSpec(64)
 SLOTS = SelectSpec(77, scores="bf16", starts=False, output="slots", page=48, keep_first=3, keep_recent=17)
@@ -30,10 +34,30 @@ def test_split_matches_the_reference(interpreter, case):
     assert_matches_reference(interpreter, OP, SLOTS, SPLIT, case)
 
 
-@pytest.mark.parametrize("sizes", [SelectSizes(4096, 32768), SelectSizes(1, 65536)], ids=lambda sizes: sizes.id)
-def test_default_compiles_for_hopper(sizes):
-    spec = SelectSpec(2048, starts=sizes.rows > 1, output="tokens" if sizes.rows > 1 else "slots")
-    config = OP.default_config(spec, sizes, H200)
+@pytest.fixture(scope="module", params=["row", "split"])
+def tilelang(request):
+    """A small TileLang variant, built for Hopper: (spec, config, build)."""
+    values = {"capacity": 256, "threads": 128, "vectors": 2, "bins_log2": 10, "sample_vectors": 1, "blocks_per_sm": 1}
+    split = request.param == "split"
+    spec = SLOTS if split else PLAIN
+    config = Config.of("tilelang", **values, scheme=request.param, splits=4 if split else 1, whole=split)
+    assert not OP.violations(spec, config, H200)
+    return spec, config, build.build(render(OP, spec, config), H200)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_tilelang_matches_the_reference(tilelang, order):
+    spec, config, built = tilelang
+    variant = Variant(OP, spec, config, H200, emulator.kernels(built, order))
+    for case in [*OP.cases(spec), Case(SelectSizes(3, 3001), "ragged_normal")]:
+        accuracy = verify(variant, case, "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
+def test_default_compiles_for_hopper():
+    spec = SelectSpec(2048)
+    config = OP.default_config(spec, SelectSizes(4096, 32768), H200)
     assert config.backend == "tilelang"
     assert_compiles(OP, spec, config)
 

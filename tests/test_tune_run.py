@@ -15,17 +15,16 @@ from toy import OP
 from tune_jobs import landscape, timed
 from tune_support import CASE, DEFAULT, SPEC, InstantGpu
 
-from dsa_codegen import ops, paths, records
+from dsa_codegen import paths, records
 from dsa_codegen.errors import RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.lookup import lookup
 from dsa_codegen.op import Accuracy
 from dsa_codegen.ops.indexer import IndexerSpec
-from dsa_codegen.presets import preset
 from dsa_codegen.tune import opening
 from dsa_codegen.tune import run as room
 from dsa_codegen.tune.outcome import Kind, Outcome
-from dsa_codegen.tune.plan import Budget, problems, targets
+from dsa_codegen.tune.plan import Budget, problems
 from dsa_codegen.tune.run import tune
 
 TRIALS = 8
@@ -176,6 +175,18 @@ def test_a_killed_run_goes_on(go, one_bucket, tmp_path):
     assert stored(tmp_path)[0].search["trials"] == 12
 
 
+def test_no_record_before_the_default_was_tried(go, one_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(OP), "default_config", lambda self, spec, sizes, gpu: config(block_n=256))  # does not fit
+
+    def interrupt(progress):
+        if sum(study.evaluated for study in progress.studies) >= 3:
+            raise KeyboardInterrupt
+
+    report = go(notify=interrupt)
+    assert report.studies[0].evaluated >= 3
+    assert report.records == ()
+
+
 def test_an_earlier_record_is_a_seed(go, one_bucket, tmp_path):
     (record,) = go().records
     evaluator = InstantGpu(folder=tmp_path / "builds")
@@ -209,11 +220,7 @@ def test_what_is_left_out_is_said(go, one_bucket, monkeypatch):
     assert report.records == ()
 
 
-def test_targets_of_a_model():
-    model = preset("tiny")
-    chosen = targets(model, ["indexer"])
-    assert chosen == [(ops.get("indexer"), spec) for spec in ops.get("indexer").specs(model)]
-    assert {op.name for op, _ in targets(model)} <= set(ops.all_ops())
+def test_a_problem_is_tuned_once_however_often_it_is_asked_for():
     assert len(problems([(OP, SPEC)] * 2, H200)) == len(problems([(OP, SPEC)], H200)) == 4
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from tune_jobs import landscape, timed
-from tune_support import CASE, PROBLEM, SPACE, InstantEvaluator, config, open_study
+from tune_support import CASE, DEFAULT, PROBLEM, SPACE, InstantEvaluator, config, open_study
 
 from dsa_codegen.op import Case
 from dsa_codegen.ops.indexer import IndexerSizes
@@ -86,6 +86,15 @@ def test_where_judging_is_free_every_study_sees_every_build(tmp_path):
     search([one, two], evaluator)
     shared = one.seen.keys() & two.seen.keys()
     assert len(shared) >= 12
+
+
+def test_every_default_is_tried_before_anything_else(tmp_path):
+    evaluator = InstantEvaluator()
+    cases = [CASE, OTHER, Case(IndexerSizes(512, 32768), "causal"), Case(IndexerSizes(4096, 8192), "causal")]
+    studies = [open_study(tmp_path, case=case, trials=6) for case in cases]
+    search(studies, evaluator)
+    assert [task.study for task in evaluator.judged[:4]] == studies
+    assert {task.candidate.config for task in evaluator.judged[:4]} == {DEFAULT}
 
 
 def test_failures_do_not_stop_the_search(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tilelang
+from tilelang.jit.adapter.kernel_cache import TVMFFIKernelCache
 
 from ..errors import BuildError, ToolMissing
 from ..gpu import Gpu
@@ -67,6 +68,8 @@ class TileLangBackend(Backend):
 def _compile(module: Any, kernel: str, gpu: Gpu, folder: Path) -> Any:
     """Compile, or find what an earlier call left in ``folder``: TileLang's own cache, which may have been moved there."""
     with _LOCK, _cache_folder(folder):
+        # A kernel that an earlier source had too would be found in memory, and leave nothing in this folder.
+        TVMFFIKernelCache()._memory_cache.clear()
         return tilelang.compile(
             module.KERNELS[kernel](),
             target={"kind": "cuda", "arch": gpu.arch},

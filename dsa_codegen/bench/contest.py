@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..dispatch import Untuned
 from ..draw import Draw
 from ..gpu import Gpu
 from ..measure import InputSet, Measured, measure_calls, nbytes, rotation
@@ -86,7 +88,12 @@ def hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[st
         sources: modules that state the peers, by import path.
         without: names of peers that are left out (they took the process with them before).
     """
-    how = how or How()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Untuned)  # the row says where its variant comes from
+        return _hold(case, gpu, sources, without, how or How())
+
+
+def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[str], how: How) -> Outcome:
     stage = stage_of(case.stage)
     contestants = [_Contestant(None, OURS)]
     entries: list[Entry] = []

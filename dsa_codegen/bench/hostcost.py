@@ -114,9 +114,9 @@ def _timed(name: str, what: str, run: Run, stopwatch: Stopwatch | None) -> HostC
     return HostCost(name, what, round(host_us(run), 3), graph_us, "" if graph_us else "not captured in a graph")
 
 
-def host_us(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int = _CALLS) -> float:
+def host_us(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int | None = None) -> float:
     """Microseconds of the host per call: the median of rounds that never wait for the device inside."""
-    rounds = []
+    rounds, calls = [], calls or _CALLS
     for _ in range(_ROUNDS):
         if torch.cuda.is_available():
             torch.cuda.synchronize()

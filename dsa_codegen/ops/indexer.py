@@ -151,7 +151,7 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
                 Parameter("accumulators", (1, 2), "products in flight: one at a time, or two that take turns"),
                 Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
                 Parameter("num_stages", (2, 3, 4, 5, 6, 8), "stages of keys in flight"),
-                Parameter("blocks_per_sm", (2, 3), "resident blocks: the cap on registers leaves room for them, waves count them"),
+                Parameter("blocks_per_sm", (2, 3), "resident blocks: registers are capped and waves counted for so many"),
             )
         tiles = (
             Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),

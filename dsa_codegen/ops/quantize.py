@@ -111,8 +111,8 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
         return [Case(QuantizeSizes(tokens)) for tokens in (37, 1, 66, 0)]
 
     def options(self, spec: QuantizeSpec) -> Sequence[QuantizeSpec]:
-        keys = QuantizeSpec(spec.width)
-        return (spec, replace(spec, weights="bf16", power_of_two=True), keys, replace(keys, power_of_two=True))
+        other: dict[str, Any] = {} if spec.weights == "none" else {"weights": "bf16"}
+        return (spec, replace(spec, power_of_two=True, **other))
 
     def workloads(self, spec: QuantizeSpec) -> Sequence[Case[QuantizeSizes]]:
         return [Case(QuantizeSizes(tokens)) for tokens in (4096, 64)]

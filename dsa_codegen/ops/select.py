@@ -206,7 +206,7 @@ class Select(Op[SelectSpec, SelectSizes]):
         yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
         yield from exceeds("scores per lane", config["vectors"] * values["vector"], 16)
         # A fit to what ptxas reports: kept scores are moved with their tokens, a tile waits while its scores are ranked.
-        registers = 2 + 7 * config["capacity"] // (2 * threads) + config["vectors"] * values["vector"]
+        registers = 6 + 7 * config["capacity"] // (2 * threads) + config["vectors"] * values["vector"]
         yield from exceeds("registers", registers * threads * blocks, gpu.regs_per_sm)
         smem = 8 * config["capacity"] + 4 * ((1 << config["bins_log2"]) + values["max_tiles"]) + 1024
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
@@ -267,7 +267,7 @@ class Select(Op[SelectSpec, SelectSizes]):
             return (Launch("select_row", (programs, 1, 1), args),)
         count = (splits,) if triton else ()
         return (
-            Launch("select_keep", (splits, rows, 1), (*window, pools, limit, *stride, *count)),
+            Launch("select_keep", (rows, splits, 1), (*window, pools, limit, *stride, *count)),
             Launch("select_finish", (rows, 1, 1), (*window, *tables, pools, chosen, limit, *stride, *count, *pages)),
         )
 

@@ -37,8 +37,12 @@ def identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
 
 
 def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
-    """The study that the journal at ``path`` holds, or a new one; a journal that cannot be read is put aside."""
+    """The study that the journal at ``path`` holds, or a new one; a journal that cannot be read is put aside.
+
+    The caller keeps other processes away from it.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # a killed process's; Optuna would wait 30 s for it
     _cut_off(path)
     try:
         return _create(path, name, seed, trials)

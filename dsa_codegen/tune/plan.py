@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import ops
 from ..gpu import Gpu
 from ..op import Case, Op
-from ..presets import Model
 from ..record import Record
 from ..values import Bucket, Spec
 from .problem import Problem
@@ -43,12 +41,6 @@ class Report:
     """What was left out and why; what failed more often than not, with its first message."""
     interrupted: bool
     elapsed_s: float
-
-
-def targets(model: Model, names: Sequence[str] = ()) -> list[tuple[Op, Spec]]:
-    """The operations of a model (or the named ones) with their specs."""
-    chosen = [ops.get(name) for name in names] or list(ops.all_ops().values())
-    return [(op, spec) for op in chosen for spec in op.specs(model)]
 
 
 def problems(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu) -> list[Problem]:

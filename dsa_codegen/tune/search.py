@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .evaluate import Done, Evaluator
 from .problem import Problem
-from .space import Candidate
+from .space import Candidate, Space
 from .study import Study
 
 _IDLE_SECONDS = 0.005
@@ -26,6 +26,9 @@ class Search:
     def __init__(self, studies: Mapping[Study, Problem], evaluator: Evaluator, on_change: Callable[[], None]) -> None:
         self._problems, self._evaluator, self._on_change = studies, evaluator, on_change
         self._told = 0.0
+        self._by_space: dict[Space, list[Study]] = {}
+        for study in studies:
+            self._by_space.setdefault(study.space, []).append(study)
 
     def run(self, deadline: float) -> None:
         """Search until every study is exhausted or ``time.monotonic()`` passes the deadline."""
@@ -66,9 +69,19 @@ class Search:
         return candidate is not None
 
     def _neediest(self) -> Study | None:
-        """The study that has had the least time; what is in flight counts as the time it will probably take."""
+        """The study to ask next: one that has not tried its default, else the one that has had the least time."""
         open_studies = [study for study in self._problems if not study.exhausted]
-        return min(open_studies, key=_claim, default=None)
+        return min(open_studies, key=lambda study: (study.begun, self._claim(study), study.evaluated), default=None)
+
+    def _claim(self, study: Study) -> float:
+        """Seconds that a study has had and will probably have for what is under way.
+
+        Where judging is free only compiling takes time, and that serves all studies of the same code alike.
+        """
+        sharing = [study, *self._siblings(study)] if self._evaluator.free else [study]
+        spent = sum(each.spent_s for each in sharing)
+        typical = spent / max(sum(len(each.seen) for each in sharing), 1) or 1.0
+        return spent + typical * sum(each.in_flight for each in sharing)
 
     def _take(self, done: Done) -> None:
         study, candidate = done.task.study, done.task.candidate
@@ -81,15 +94,10 @@ class Search:
                 sibling.suggest([candidate.config])
 
     def _siblings(self, study: Study) -> Sequence[Study]:
-        return [other for other in self._problems if other is not study and other.space == study.space]
+        return [other for other in self._by_space[study.space] if other is not study]
 
     def _tell(self, changed: bool) -> None:
         now = time.monotonic()
         if changed or now - self._told > 0.25:
             self._told = now
             self._on_change()
-
-
-def _claim(study: Study) -> tuple[float, int]:
-    typical = study.spent_s / max(len(study.seen), 1) or 1.0
-    return study.spent_s + study.in_flight * typical, study.evaluated

@@ -90,6 +90,8 @@ class Study:
         self._restore()
         self._first: deque[Config] = deque()
         self.suggest(seeds)
+        self.begun = not self._first
+        """Whether the first seed, the default, was asked for; without it no find is known to be worth a record."""
         self._near: deque[Config] = deque()
         self._rest = self._everything(random.Random(sampler_seed))
 
@@ -211,7 +213,7 @@ class Study:
     def _next_trial(self) -> optuna.Trial:
         self._turn += 1
         if self._first:
-            queue = self._first
+            queue, self.begun = self._first, True
         elif self._near and (self._turn % 2 or self._rest == deque()):
             queue = self._near
         else:

@@ -48,7 +48,9 @@ def _case(axes: plt.Axes, place: int, row: Row) -> float:
         longest = max(longest, _bar(axes, place + 0.24, 1.0, "peer", note))
     if row["limit_us"]:
         at = row["limit_us"] / unit
-        axes.plot([at, at], [place - 0.2, place + 0.39], color=COLOURS["limit"], linewidth=1.6, solid_capstyle="butt")
+        axes.plot(
+            [at, at], [place - 0.2, place + 0.39], color=COLOURS["limit"], linewidth=1.6, solid_capstyle="butt", zorder=2.5
+        )
     return longest
 
 
@@ -59,5 +61,5 @@ def _bar(axes: plt.Axes, y: float, length: float, role: str, note: str, bold: bo
     inside = shown > 0.55 and len(note) * 0.021 < shown
     x, align = (shown - 0.015, "right") if inside else (shown + 0.015, "left")
     colour = "paper" if inside and role == "ours" else "ink"
-    axes.text(x, y + 0.01, note, va="center", ha=align, color=COLOURS[colour], fontsize=7.5, fontweight=weight)
+    axes.text(x, y + 0.01, note, va="center", ha=align, color=COLOURS[colour], fontsize=8, fontweight=weight)
     return shown

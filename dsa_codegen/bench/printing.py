@@ -1,0 +1,87 @@
+"""How the command line shows a benchmark: one bar while it runs, a line for each row as it is written, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..show import Printer, table, together
+from .campaign import Notify
+from .report import labels
+from .results import Row
+
+
+def campaign(console: Console, run: Callable[[Notify], list[Row]]) -> list[Row]:
+    """Run under a bar that says which case is being held and how long the rest will take."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("compiling", total=None)
+
+        def notify(what: str, done: int, of: int, row: Row | None) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+            if row is not None:
+                console.print(line(row), highlight=False, markup=False, soft_wrap=True)
+
+        return run(notify)
+
+
+def line(row: Row) -> str:
+    """``select: 64 rows of 8K: 6.1 µs, fast_topk 9.8, 1.61×``, and who could not take part."""
+    ours = f"{labels.microseconds(row['ours_us'])} µs" if row["ours_us"] else "no time"
+    peers = "".join(f", {name} {labels.microseconds(us)}" for name, us in row["peers"].items())
+    ratio = f", {labels.ratio(row['ratio'])}" if row["ratio"] else ""
+    notes = "".join(f"\n  {name}: {note}" for name, note in row["notes"].items() if not note.endswith("not installed"))
+    return f"{row['stage']}: {labels.shape(row)}: {ours}{peers}{ratio}{notes}"
+
+
+def rows(found: Sequence[Row], title: str) -> Printer:
+    """One table of everything, stage by stage, and who was missing everywhere."""
+    body = [
+        (
+            row["stage"],
+            labels.shape(row),
+            labels.microseconds(row["ours_us"]),
+            labels.microseconds(row["warm_us"].get("ours")) if row["warm_us"] else "",
+            labels.best_peer(row),
+            labels.ratio(row["ratio"]),
+            labels.percent(labels.share_of_limit(row)),
+            row["commit"],
+        )
+        for row in found
+    ]
+    columns = ("stage", "case", "ours µs", "warm µs", "best peer µs", "# ratio", "limit %", "commit")
+    return together(table(title, columns, body), _summary(found))
+
+
+def _summary(found: Sequence[Row]) -> Printer:
+    body = []
+    for stage, each in labels.by_stage(found).items():
+        ratios = labels.ratios(each)
+        spread = f"{min(ratios):.2f} – {max(ratios):.2f}" if ratios else "–"
+        body.append((labels.TITLES[stage], str(len(each)), labels.ratio(labels.geomean(ratios)), spread))
+    return table("against the best peer of each case", ("stage", "# cases", "# geometric mean", "# from – to"), body)
+
+
+def host(found: Sequence[Mapping[str, Any]]) -> Printer:
+    """What a call costs the host."""
+    body = [
+        (each["what"], each["name"], labels.microseconds(each["host_us"]), labels.microseconds(each["graph_us"]), each["note"])
+        for each in found
+    ]
+    return table("a call: the host's time, and the device's in a graph", ("call", "by", "host µs", "graph µs", "note"), body)
+
+
+def sweep(found: Sequence[Mapping[str, Any]]) -> Printer:
+    """Time and memory over the context."""
+    body = [
+        (labels.tokens(row["context"]), row["method"], _over(row["us"], 1e3), _over(row["bytes"], 1e9), row["note"])
+        for row in found
+    ]
+    return table("the last 1024 queries of a context", ("context", "method", "# ms", "# peak GB", "note"), body)
+
+
+def _over(value: float | None, unit: float) -> str:
+    return "–" if value is None else f"{value / unit:.3g}"

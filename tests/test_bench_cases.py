@@ -1,0 +1,55 @@
+"""The list of cases: complete, unique, and possible."""
+
+from __future__ import annotations
+
+import pytest
+from support import H200
+
+from dsa_codegen.bench.cases import KEYS, STAGES, SUITES, all_cases, chosen
+from dsa_codegen.bench.problems import Roofs, stage_of
+from dsa_codegen.dispatch import chosen as dispatched
+from dsa_codegen.errors import UnknownName
+
+CASES = all_cases()
+
+
+def test_every_stage_and_suite_has_cases():
+    assert {case.stage for case in CASES} == set(STAGES)
+    assert {case.suite for case in CASES} == set(SUITES)
+    assert [case.stage for case in CASES] == sorted((case.stage for case in CASES), key=STAGES.index)
+
+
+def test_no_problem_is_listed_twice():
+    assert len({case.key for case in CASES}) == len({case.id for case in CASES}) == len(CASES)
+    assert all(set(dict(case.shape)) <= set(KEYS) for case in CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_case_has_parts_that_fit_and_a_limit(case):
+    stage = stage_of(case.stage)
+    for part in stage.parts(case):
+        config = dispatched(part.op, part.spec, part.sizes, H200).config
+        assert not part.op.violations(part.spec, config, H200)
+    assert Roofs.of_datasheet(H200).limit_us(stage.costs(case)) > 0
+    assert stage.variant(case, H200).count("[") == len(stage.parts(case))
+
+
+def test_a_run_can_be_cut_to_stages_suites_and_headlines():
+    assert {case.suite for case in chosen()} == {"core"}
+    assert [case.stage for case in chosen(per_stage=1)] == list(STAGES)
+    assert all(case["rows"] for case in chosen(["select"], ["distributions"]))
+    headline = chosen(["attention_prefill"], per_stage=1)[0]
+    assert (headline["queries"], headline["context"], headline["heads"]) == (4096, 32768, 128)
+
+
+@pytest.mark.parametrize(("stages", "suites"), [(["attention"], ["core"]), ([], ["flash"])])
+def test_unknown_names_are_refused(stages, suites):
+    with pytest.raises(UnknownName):
+        chosen(stages, suites)
+
+
+def test_chained_stages_need_less_than_their_parts():
+    (case,) = chosen(["index_select_prefill"], per_stage=1)
+    stage = stage_of(case.stage)
+    alone = sum(part.op.cost(part.spec, part.case).bytes for part in stage.parts(case))
+    assert sum(cost.bytes for cost in stage.costs(case)) < alone / 10, "logits stay on the chip"
