@@ -169,6 +169,7 @@ static int __shfl_up_sync(uint, int value, int distance, int) {
   int lane = emulator::current % emulator::lanes;
   return (int)values[lane >= distance ? lane - distance : lane];
 }
+static int __popc(uint value) { return __builtin_popcount(value); }
 static int atomicAdd(int *address, int value) {
   int before = *address;
   *address += value;

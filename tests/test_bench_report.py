@@ -7,13 +7,18 @@ import re
 import bench_fakes
 import pytest
 from bench_support import SMALL, made_up_folder, made_up_histories, made_up_machine, made_up_rows, row
+from optuna.trial import TrialState
+from typer.testing import CliRunner
 
+import cli
 from dsa_codegen.bench import ceilings, command, hostcost, printing, report, results, sweep
 from dsa_codegen.bench.problems import Roofs
 from dsa_codegen.bench.report import labels, tables
 from dsa_codegen.errors import RecordError, UnknownName
 from dsa_codegen.gpu import resolve
 from dsa_codegen.timing import Policy
+from dsa_codegen.tune.history import histories
+from dsa_codegen.tune.journal import open_study
 
 H200 = resolve("H200")
 QUICK = Policy(cold_l2=False, reps=2, rounds=3, warmup_ms=0)
@@ -150,3 +155,32 @@ def test_machine_facts_reach_the_tables():
     assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
     assert set(named) == {"summary", "host", "ceilings", *labels.TITLES}
     assert results.REQUIRED[0] == "stage"
+
+
+def test_the_tuning_history_is_read_from_journals(tmp_path):
+    path = tmp_path / "h200" / "select" / "triton-0123.journal"
+    path.parent.mkdir(parents=True)
+    study = open_study(path, "select.triton, rows 0-16 0123", 0, 10)
+    for value in (5.0, 4.0, None, 4.5):
+        trial = study.ask()
+        study.tell(trial, value, state=TrialState.COMPLETE if value else TrialState.FAIL)
+    (path.parent / "broken-4567.journal").write_text("{\n{}\n")
+    with pytest.warns(UserWarning, match="broken-4567"):
+        found = histories(tmp_path)
+    assert found == {"h200": [{"name": "select.triton, rows 0-16", "times_us": [5.0, 4.0, 4.5]}]}
+
+
+def test_the_command_line_writes_the_report(tmp_path):
+    folder = made_up_folder(tmp_path)
+    arguments = [
+        "report",
+        "--results",
+        str(folder),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--readme",
+        str(tmp_path / "none.md"),
+    ]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "page.html").exists()

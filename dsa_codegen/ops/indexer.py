@@ -187,13 +187,16 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
 
     def default_config(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Config:
-        if gpu.capability == 90:  # one accumulator and three blocks; with 8 heads 184 bytes would be spilled: 518 us, not 262
-            accumulators, resident = (2, 2) if spec.heads == 8 else (1, 3)
-            return Config.of("gluon", accumulators=accumulators, block_n=64, num_stages=4, blocks_per_sm=resident)
-        # 1085 TFLOPS at 64 heads on the H200: several blocks per SM, one's epilogue behind another's products.
+        # One accumulator and three blocks per SM; with 8 heads 184 bytes would be spilled: 518 µs, not 262.
+        accumulators, resident = (2, 2) if spec.heads == 8 else (1, 3)
+        hopper = Config.of("gluon", accumulators=accumulators, block_n=64, num_stages=3, blocks_per_sm=resident)
         blocks = -(-sizes.queries // max(1, 256 // spec.heads))
         splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
-        return Config.of("triton", block_q=min(16, 256 // spec.heads), block_n=64, num_warps=4, num_stages=3, splits=splits)
+        plain = Config.of("triton", block_q=min(16, 256 // spec.heads), block_n=64, num_warps=4, num_stages=3, splits=splits)
+        for config in (hopper, plain):
+            if not self.violations(spec, config, gpu):
+                return config
+        return self.seed_config(spec, "triton", gpu)
 
     def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "gluon":

@@ -7,6 +7,7 @@ both ends of the window may always be kept (attention sinks and a sliding window
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -220,9 +221,9 @@ class Select(Op[SelectSpec, SelectSizes]):
             scheme="row",
             capacity=capacity,
             threads=threads,
-            vectors=2,
+            vectors=4 if spec.scores == "fp32" else 2,  # a lane's 16 scores share one scan and one reservation
             bins_log2=11,
-            sample_vectors=1 if capacity >= 1024 else 2,
+            sample_vectors=4 if sizes.columns > 65536 else 2,
             whole=False,
             blocks_per_sm=2 if threads <= 512 else 1,
             splits=1,
@@ -230,7 +231,7 @@ class Select(Op[SelectSpec, SelectSizes]):
         if sizes.rows <= gpu.sms:  # few rows: latency counts, many threads shorten it
             config = config.replace(threads=min(1024, capacity), blocks_per_sm=1)
             if sizes.columns <= 8192:
-                config = config.replace(capacity=8192, threads=1024, sample_vectors=1, whole=True)
+                config = config.replace(capacity=8192, threads=1024, whole=True)
             else:
                 config = config.replace(scheme="split", vectors=1, splits=_splits(sizes, gpu))
         if self.violations(spec, config, gpu):
@@ -281,17 +282,20 @@ def _splits(sizes: SelectSizes, gpu: Gpu) -> int:
 
 
 def _derived(spec: SelectSpec, config: Config) -> dict[str, Any]:
-    margin = 4  # with 4 standard deviations a guess fails once in 30 000 rows of independent scores
+    guess: dict[str, Any] = {
+        "margin": 5,  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
+        "balance": math.isqrt(spec.topk * config["capacity"]),
+    }
     if config.backend == "triton":
         pool = POOL_HEAD + 2 * config["capacity"]
         sample_log2 = config["sample"].bit_length() - 1
-        return {"block_k": _power_of_two(spec.topk), "pool": pool, "sample_log2": sample_log2, "margin": margin}
+        return {"block_k": _power_of_two(spec.topk), "pool": pool, "sample_log2": sample_log2, **guess}
     vector = 16 // SCORES[spec.scores].itemsize
     tile = 32 * config["vectors"] * vector
     longest = 1 << (20 if config["scheme"] == "row" else 18)  # scores of a row or of a split whose tiles have a place
     return {
         "vector": vector,
-        "margin": margin,
+        **guess,
         "max_tiles": longest // tile,
         "whole_limit": config["capacity"] if config["whole"] else 0,
     }

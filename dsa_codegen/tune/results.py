@@ -64,7 +64,7 @@ def settle(
     Args:
         evaluator: holds the final on its GPU; None (an interrupted run) and a model leave the search's times as they are.
     """
-    if any(study.space.backend == default.backend and study.outcome_of(default) is None for study in studies):
+    if any(study.lacks(default) for study in studies):
         return []  # the default was not tried yet: nothing is known to be better
     field = contenders(studies, default)
     final = False

@@ -198,6 +198,11 @@ class Study:
             return None
         return self.seen.get(self.space.candidate(config).key)
 
+    def lacks(self, config: Config) -> bool:
+        """Whether a config of this backend that could be tried was not tried yet."""
+        own = config.backend == self.space.backend and self.space.fits(config)
+        return own and self.outcome_of(config) is None
+
     def fastest(self, count: int) -> list[tuple[Candidate, Outcome]]:
         """The fastest candidates, fully timed."""
         timed = [pair for pair in self.seen.values() if pair[1].ok and not pair[1].dominated]
