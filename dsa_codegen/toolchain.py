@@ -18,7 +18,12 @@ def versions(backend: str) -> dict[str, str]:
     """
     import torch
 
-    return {**backends.get(backend).toolchain(), "torch": torch.__version__, "cuda": torch.version.cuda or "none", "driver": driver()}
+    return {
+        **backends.get(backend).toolchain(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "driver": driver(),
+    }
 
 
 def driver() -> str:

@@ -137,5 +137,3 @@ def run_cases(subject: Subject, gpu: Gpu) -> list[Verdict]:
         seconds = time.monotonic() - start
         verdicts.append(Verdict(subject, f"run {case.id}", accuracy.passed, accuracy.similarity, seconds, accuracy.detail))
     return verdicts
-
-

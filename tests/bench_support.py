@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support import H200
-
 from dsa_codegen.bench import results
 from dsa_codegen.bench.cases import BenchCase, all_cases, case
 from dsa_codegen.bench.contest import OURS, Entry, Outcome
 from dsa_codegen.bench.problems import Roofs, stage_of
 from dsa_codegen.bench.summary import summarise
 from dsa_codegen.timing import Timing
+
+from support import H200
 
 SHEET = Roofs.of_datasheet(H200)
 FACTS = {"date": "2026-01-02T03:04:05Z", "commit": "abc1234", "toolchain": {"torch": "2.11.0", "triton": "3.6.0"}}

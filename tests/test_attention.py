@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference, default
 
 from dsa_codegen import ops, presets
 from dsa_codegen.draw import Draw
@@ -14,6 +13,8 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.attention import D_V, OP, AttentionSizes, AttentionSpec
+
+from support import H200, assert_compiles, assert_matches_reference, default
 
 SPECS = [
     AttentionSpec(5, 576, topk=70),

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference, default
 
 from dsa_codegen import ops, presets
 from dsa_codegen.caches import KvV4Layout, KvV32Layout
@@ -15,6 +14,8 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
+
+from support import H200, assert_compiles, assert_matches_reference, default
 
 SPECS = [
     AttentionPagedSpec(16, 64),

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import bench_fakes
 import pytest
 import torch
-from bench_support import SHEET, SMALL
-from support import H200
 from typer.testing import CliRunner
 
 import cli
@@ -19,6 +16,10 @@ from dsa_codegen.bench.contest import OURS, How
 from dsa_codegen.errors import NoGpu, UnknownName
 from dsa_codegen.timing import Policy
 from dsa_codegen.worker import Worker, WorkerTimeout
+
+import bench_fakes
+from bench_support import SHEET, SMALL
+from support import H200
 
 QUICK = Policy(reps=2, rounds=3, warmup_ms=0)
 GPU = dataclasses.replace(H200, l2=1)

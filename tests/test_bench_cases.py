@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from support import H200
 
 from dsa_codegen.bench.cases import KEYS, STAGES, SUITES, all_cases, chosen
 from dsa_codegen.bench.problems import Roofs, stage_of
 from dsa_codegen.dispatch import chosen as dispatched
 from dsa_codegen.errors import UnknownName
+
+from support import H200
 
 CASES = all_cases()
 

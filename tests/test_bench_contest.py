@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import bench_fakes
 import pytest
-from bench_support import SHEET, SMALL
-from support import H200
 
 from dsa_codegen.bench import contest
 from dsa_codegen.bench.cases import case
@@ -16,6 +13,10 @@ from dsa_codegen.bench.contest import OURS, How
 from dsa_codegen.bench.stages import OpStage
 from dsa_codegen.bench.summary import failure, summarise
 from dsa_codegen.timing import Policy
+
+import bench_fakes
+from bench_support import SHEET, SMALL
+from support import H200
 
 GPU = dataclasses.replace(H200, l2=20_000)
 QUICK = Policy(reps=4, rounds=3, warmup_ms=0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-import bench_fakes
 import pytest
-from bench_support import SMALL, made_up_folder, made_up_histories, made_up_machine, made_up_rows, row
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
@@ -19,6 +17,9 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.timing import Policy
 from dsa_codegen.tune.history import histories
 from dsa_codegen.tune.journal import open_study
+
+import bench_fakes
+from bench_support import SMALL, made_up_folder, made_up_histories, made_up_machine, made_up_rows, row
 
 H200 = resolve("H200")
 QUICK = Policy(cold_l2=False, reps=2, rounds=3, warmup_ms=0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench_support import SMALL, made_up_folder, row
 
 from dsa_codegen.bench import command, results
 from dsa_codegen.bench.cases import case
 from dsa_codegen.errors import RecordError
+
+from bench_support import SMALL, made_up_folder, row
 
 OTHER = case("select", "normal", {"rows": 1, "context": 8192, "k": 2048})
 

@@ -11,6 +11,7 @@ from dsa_codegen.errors import CaptureError, InputError, NoGpu
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 from dsa_codegen.variant import Variant
+
 from support import H200
 
 SPEC = IndexerSpec(8, 64)
@@ -37,7 +38,7 @@ def test_cpu_tensors_go_to_the_reference():
 
 
 def test_the_operator_refuses_before_it_runs():
-    with pytest.raises(InputError, match="^logits"):
+    with pytest.raises(InputError, match=r"^logits"):
         call(logits="fp64")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import caches, dispatch, ops, presets
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.gather_paged import OP, GatherPagedSizes, GatherPagedSpec
+
+from support import H200, assert_compiles, assert_matches_reference
 
 QUANTIZE = ops.get("quantize_paged")
 SPECS = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import ops
 from dsa_codegen.draw import Draw
@@ -13,6 +12,8 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 from dsa_codegen.tune.model import plan
+
+from support import H200, assert_compiles, assert_matches_reference
 
 SPECS = [
     IndexerSpec(8, 64),

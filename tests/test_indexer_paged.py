@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import ops, presets
 from dsa_codegen.draw import Draw
@@ -12,6 +11,8 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec
+
+from support import H200, assert_compiles, assert_matches_reference
 
 SPLIT = Config.of("triton", schedule="split", block_n=64, block_q=1, num_warps=4, num_stages=3, blocks_per_sm=1)
 PERSISTENT = SPLIT.replace(schedule="persistent")

@@ -90,7 +90,6 @@ def assert_prefill_matches(layer: dsa.Layer, inputs: dict) -> None:
 def assert_decode_matches(layer: dsa.Layer, inputs: dict) -> None:
     """As ``assert_prefill_matches``, over the paged caches."""
     out, lse, chosen = layer.decode(**inputs)
-    batch, next_n = inputs["lengths"].shape
     q8, folded = dsa.quantize_index_q(inputs["index_q"].flatten(0, 1), inputs["index_weights"].flatten(0, 1))
     paged = inputs["lengths"], inputs["page_table"], inputs["max_context"]
     q8 = q8.view(inputs["index_q"].shape)

@@ -6,9 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from support import H200
 from test_records import CASE, CONFIG, SPEC, make
-from toy import OP
 
 from dsa_codegen import lookup as rooms
 from dsa_codegen import records
@@ -18,6 +16,9 @@ from dsa_codegen.lookup import lookup, search_path
 from dsa_codegen.op import Case
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.record import MODELLED
+
+from support import H200
+from toy import OP
 
 H100 = resolve("H100")
 SIZES = CASE.sizes

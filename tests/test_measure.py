@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from support import H200
 
 from dsa_codegen import measure as room
 from dsa_codegen.measure import InputSet, input_sets, measure, nbytes, touched
@@ -16,6 +15,8 @@ from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 from dsa_codegen.stopwatch import CudaStopwatch, Stopwatch
 from dsa_codegen.timing import COLD, WARM, Policy, Timing
 from dsa_codegen.variant import Variant
+
+from support import H200
 
 SPEC = IndexerSpec(8, 64)
 CASE = Case(IndexerSizes(16, 64), "causal")

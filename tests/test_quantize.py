@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import dispatch, ops, presets
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops.quantize import OP, QuantizeSizes, QuantizeSpec
+
+from support import H200, assert_compiles, assert_matches_reference
 
 SPECS = [option for spec in OP.specs(presets.preset("tiny")) for option in OP.options(spec)]
 SMALL = Config.of("triton", block_t=32, num_warps=4)

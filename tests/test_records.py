@@ -7,8 +7,6 @@ import json
 import multiprocessing
 
 import pytest
-from support import H200
-from toy import OP
 
 from dsa_codegen import record, records
 from dsa_codegen.errors import RecordError
@@ -17,6 +15,9 @@ from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
 from dsa_codegen.render import render
 from dsa_codegen.timing import Policy, Timing
+
+from support import H200
+from toy import OP
 
 SPEC = IndexerSpec(64, 128)
 CASE = Case(IndexerSizes(4096, 32768), "causal")

@@ -14,6 +14,7 @@ from dsa_codegen import ops, presets, render
 from dsa_codegen.op import Config
 from dsa_codegen.ops.indexer import OP as INDEXER
 from dsa_codegen.ops.indexer import IndexerSpec
+
 from support import H200
 
 GOLDEN = Path(__file__).parent / "golden"

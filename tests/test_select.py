@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import emulator
 import pytest
 import torch
-from support import H200, assert_compiles, assert_matches_reference
 
 from dsa_codegen import build, ops
 from dsa_codegen.draw import Draw
@@ -17,6 +15,9 @@ from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
 from dsa_codegen.render import render
 from dsa_codegen.variant import Variant
 from dsa_codegen.verify import verify
+
+import emulator
+from support import H200, assert_compiles, assert_matches_reference
 
 PLAIN = SelectSpec(64)
 SLOTS = SelectSpec(77, scores="bf16", starts=False, output="slots", page=48, keep_first=3, keep_recent=17)

@@ -7,6 +7,7 @@ import pytest
 from dsa_codegen import ops, presets
 from dsa_codegen.errors import NoConfig
 from dsa_codegen.gpu import resolve
+
 from support import assert_compiles
 
 GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from tune_support import DEFAULT, config
 
 from dsa_codegen.timing import Timing
 from dsa_codegen.tune.finals import Finalist, choose, tied
+
+from tune_support import DEFAULT, config
 
 
 def finalist(choice, median, smem=1000, mad=0.0, default=False, n=10):

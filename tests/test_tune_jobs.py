@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import H200
-from toy import OP
-from tune_support import DEFAULT, SPACE, config
 
 from dsa_codegen import measure as measuring
 from dsa_codegen.backends import Resources
@@ -20,6 +17,10 @@ from dsa_codegen.stopwatch import Stopwatch
 from dsa_codegen.tune import jobs
 from dsa_codegen.tune.outcome import Kind
 from dsa_codegen.tune.problem import Entrant, Problem
+
+from support import H200
+from toy import OP
+from tune_support import DEFAULT, SPACE, config
 
 SPEC = IndexerSpec(8, 64)
 GPU = dataclasses.replace(H200, l2=1)  # so that one input set is enough

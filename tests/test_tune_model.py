@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from support import H200
-from toy import OP
-from tune_support import CASE, DEFAULT, SPEC, config
 
 from dsa_codegen import ops
 from dsa_codegen.backends import Resources
@@ -16,6 +13,10 @@ from dsa_codegen.gpu import GPUS
 from dsa_codegen.op import Launch
 from dsa_codegen.presets import preset
 from dsa_codegen.tune.model import blocks_per_sm, modelled_us, plan, stretch
+
+from support import H200
+from toy import OP
+from tune_support import CASE, DEFAULT, SPEC, config
 
 USAGE = Resources(registers=228, spills=0, smem=59 * 1024, threads=128)
 

@@ -10,10 +10,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support import H200
-from toy import OP
-from tune_jobs import landscape, timed
-from tune_support import CASE, DEFAULT, SPEC, InstantGpu
 
 from dsa_codegen import paths, records
 from dsa_codegen.errors import RecordError
@@ -26,6 +22,11 @@ from dsa_codegen.tune import run as room
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.plan import Budget, problems
 from dsa_codegen.tune.run import tune
+
+from support import H200
+from toy import OP
+from tune_jobs import landscape, timed
+from tune_support import CASE, DEFAULT, SPEC, InstantGpu
 
 TRIALS = 8
 
@@ -205,7 +206,7 @@ def test_losers_are_removed_and_the_winner_is_kept(go, one_bucket, tmp_path):
     evaluator = InstantGpu(folder=state / "elsewhere")
     (record,) = go(evaluator).records
     assert (paths.cache() / record.source_sha[:32]).is_dir()
-    assert not list(state.glob("*.builds")) and not list(state.glob("*.session"))
+    assert not list(state.glob("*.builds")) and not list(state.glob("*.clock"))
 
 
 def test_an_unreadable_file_stops_the_run_before_it_begins(go, tmp_path):

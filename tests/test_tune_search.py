@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 
 import pytest
-from tune_jobs import landscape, timed
-from tune_support import CASE, DEFAULT, PROBLEM, SPACE, InstantEvaluator, config, open_study
 
 from dsa_codegen.op import Case
 from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.progress import Progress, StudyStatus
 from dsa_codegen.tune.search import Search
+
+from tune_jobs import landscape, timed
+from tune_support import CASE, DEFAULT, PROBLEM, SPACE, InstantEvaluator, config, open_study
 
 OTHER = Case(IndexerSizes(512, 8192), "causal")
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from support import H200
-from toy import OP
-from tune_support import DEFAULT, SPACE, config
 
 from dsa_codegen.errors import NoConfig
 from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Config
 from dsa_codegen.ops.indexer import IndexerSpec
 from dsa_codegen.tune.space import Space
+
+from support import H200
+from toy import OP
+from tune_support import DEFAULT, SPACE, config
 
 
 class Recorder:

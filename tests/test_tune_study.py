@@ -8,15 +8,16 @@ from collections import Counter
 
 import optuna
 import pytest
-from support import H200
-from toy import OP
-from tune_jobs import PASSED, landscape, timed
-from tune_support import CASE, DEFAULT, SPACE, config, open_study
 
 from dsa_codegen.op import Accuracy, Case, Parameter
 from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.study import StudyBusy
+
+from support import H200
+from toy import OP
+from tune_jobs import PASSED, landscape, timed
+from tune_support import CASE, DEFAULT, SPACE, config, open_study
 
 
 def run(study, count=10**6, judge=lambda candidate: timed(landscape(candidate.config))):

@@ -7,15 +7,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import tune_jobs as fake
-from support import H200
-from tune_jobs import landscape
-from tune_support import FAKE, config, open_study
 
 from dsa_codegen.tune import on_gpu
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
 from dsa_codegen.tune.pool import CompilePool
+
+import tune_jobs as fake
+from support import H200
+from tune_jobs import landscape
+from tune_support import FAKE, config, open_study
 
 ANY = SimpleNamespace(id="any")  # the jobs here do not look at the problem
 

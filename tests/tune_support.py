@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import tune_jobs
-from support import H200
-from toy import OP
-from tune_jobs import landscape, timed
-
 from dsa_codegen.build import Built
 from dsa_codegen.measure import Measured
 from dsa_codegen.op import Accuracy, Case, Config
@@ -20,6 +15,11 @@ from dsa_codegen.tune.on_gpu import Jobs
 from dsa_codegen.tune.problem import Problem
 from dsa_codegen.tune.space import Space
 from dsa_codegen.tune.study import Study
+
+import tune_jobs
+from support import H200
+from toy import OP
+from tune_jobs import landscape, timed
 
 SPEC = IndexerSpec(64, 128)
 CASE = Case(IndexerSizes(4096, 32768), "causal")

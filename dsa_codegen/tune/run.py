@@ -21,6 +21,7 @@ from ..op import Op
 from ..record import Record
 from ..values import Spec
 from .evaluate import Evaluator
+from .ledger import Ledger
 from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
@@ -31,7 +32,6 @@ from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
 from .results import contenders, settle
 from .search import Search
-from .session import Session
 from .study import Study
 
 STATE = Path(".tune")
@@ -70,14 +70,14 @@ def tune(
     budget = budget or (OFFLINE if offline else ON_GPU)
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
-    session = Session(state / gpu.id, aim, budget.wall_s)
+    ledger = Ledger(state / gpu.id, aim, budget.wall_s)
     if fresh:
-        session.restart()
-    with CompilePool(gpu, session.builds, processes or _cores(offline), log=session.log) as pool:
-        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=session.log)
+        ledger.restart()
+    with CompilePool(gpu, ledger.builds, processes or _cores(offline), log=ledger.log) as pool:
+        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log)
         with evaluator:
             opener = Opener(
-                session.folder,
+                ledger.folder,
                 folder,
                 evaluator.method,
                 evaluator.measures,
@@ -86,7 +86,7 @@ def tune(
                 fresh,
                 tuple(backends),
             )
-            return _Run(folder, opener, session, notify).go(chosen, evaluator)
+            return _Run(folder, opener, ledger, notify).go(chosen, evaluator)
 
 
 def _cores(offline: bool) -> int:
@@ -98,7 +98,7 @@ def _cores(offline: bool) -> int:
 class _Run:
     folder: Path
     opener: Opener
-    session: Session
+    ledger: Ledger
     notify: Notify
     opened: Opened = field(default_factory=Opened)
     written: dict[str, list[Record]] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class _Run:
         try:
             self.opener.open(wanted, self.opened)
             try:
-                Search(self.opened.studies, evaluator, self._tell).run(self.session.deadline(evaluator.search_share))
+                Search(self.opened.studies, evaluator, self._tell).run(self.ledger.deadline(evaluator.search_share))
                 self._finals(evaluator)
             except KeyboardInterrupt:
                 interrupted = True
@@ -121,12 +121,12 @@ class _Run:
         finally:
             self.opened.close()
         if not interrupted:
-            self.session.finish()
+            self.ledger.finish()
         for complaint in filter(None, map(_complaint, self.opened.studies)):
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        return Report(found, tuple(files), statuses, tuple(self.opened.notes), interrupted, self.session.elapsed_s)
+        return Report(found, tuple(files), statuses, tuple(self.opened.notes), interrupted, self.ledger.elapsed_s)
 
     def _finals(self, evaluator: Evaluator) -> None:
         self.phase = "finals"
@@ -135,7 +135,7 @@ class _Run:
             self._rebuild(evaluator)
         while waiting:
             problem, studies = waiting[0]
-            left_s = self.session.deadline(1.0) - time.monotonic()
+            left_s = self.ledger.deadline(1.0) - time.monotonic()
             limit_s = min(_FINAL_SECONDS, max(0.2, left_s / (2 * len(waiting))))
             default = self.opened.defaults[problem.id]
             settled = settle(problem, studies, default, evaluator, seed=self.opener.seed, limit_s=limit_s)
@@ -170,11 +170,11 @@ class _Run:
         records.merge(self.folder, fresh)
 
     def _tell(self) -> None:
-        session = self.session
-        session.save()
+        ledger = self.ledger
+        ledger.save()
         statuses = tuple(map(self._status, self.opened.studies))
         count = len(self.opened.by_problem())
-        self.notify(Progress(self.phase, session.elapsed_s, session.budget_s, statuses, len(self.written), count))
+        self.notify(Progress(self.phase, ledger.elapsed_s, ledger.budget_s, statuses, len(self.written), count))
 
     def _status(self, study: Study) -> StudyStatus:
         known = study.outcome_of(self.opened.defaults[self.opened.studies[study].id])

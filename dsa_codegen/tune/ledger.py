@@ -1,4 +1,4 @@
-"""Session: how much of its budget an interrupted run had used, so that the next one with the same aim goes on with the rest."""
+"""Ledger: how much of its budget an interrupted run had used, so that the next one with the same aim goes on with the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 _SAVE_EVERY_S = 2.0
 
 
-class Session:
+class Ledger:
     """The clock of a run, its builds and the log of its workers, in ``.tune/<gpu>/`` under the aim's digest.
 
     Clock and builds go when the run is over; the log stays, for whoever wants to know why candidates failed.
@@ -25,7 +25,7 @@ class Session:
     def __init__(self, folder: Path, aim: Iterable[str], budget_s: float | None) -> None:
         self.folder = folder
         digest = hashlib.sha256("\n".join(aim).encode()).hexdigest()[:12]
-        self._path = folder / f"{digest}.session"
+        self._path = folder / f"{digest}.clock"
         self.builds = folder / f"{digest}.builds"
         self.log = folder / f"{digest}.log"
         self.budget_s = budget_s
