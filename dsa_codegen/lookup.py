@@ -1,13 +1,13 @@
 """Lookup: which config serves a call, in one documented order.
 
 1. a measured record in ``DSA_TUNED_DIR``, 2. a measured record of the package's ``tuned/``, both for exactly this spec, bucket
-and GPU; 3. ("borrowed") a measured record of another GPU of the same architecture, where the config breaks no constraint of
-this one; 4. ("modelled") a record that ranked without a GPU; 5. the operation's default.
+and GPU; 3. ("kin") the same of a spec that differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record of
+another GPU of the same architecture; 5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
 
-A record is passed over, with a note, when its config is no longer one, breaks a constraint, renders to another source than
-the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is taken. Nothing here
-touches a GPU, compiles, or depends on anything but its arguments, the files and the installed compilers: all ranks that
-read the same files choose the same config.
+A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, renders to
+another source than the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is
+taken. Nothing here touches a GPU, compiles, or depends on anything but its arguments, the files and the installed compilers:
+all ranks that read the same files choose the same config.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .records import path_of, read, read_all
 from .render import render
 from .values import Bucket, Sizes, Spec
 
-ORIGINS = ("user", "tuned", "borrowed", "modelled", "default")
+ORIGINS = ("user", "tuned", "kin", "borrowed", "modelled", "default")
 """Where a config can come from, in the order of lookup."""
 
 
@@ -75,9 +75,11 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
 
 
 def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
-    def matching(records: Iterable[Record], evidence: str) -> list[Record]:
-        wanted = spec.to_dict()
-        found = [r for r in records if r.evidence == evidence and r.bucket == bucket and r.spec == wanted]
+    wanted = spec.to_dict()
+
+    def matching(records: Iterable[Record], evidence: str, kin: bool = False) -> list[Record]:
+        found = [r for r in records if r.evidence == evidence and r.bucket == bucket]
+        found = [r for r in found if (op.kin(spec, r.spec) if kin else r.spec == wanted)]
         return sorted(found, key=lambda r: (r.time_us.median, r.backend))
 
     own = {origin: read(path_of(folder, gpu.id, op.name)) for origin, folder in folders.items()}
@@ -85,6 +87,9 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
     for origin, records in own.items():
         for record in matching(records, MEASURED):
             yield origin, record
+    for records in own.values():
+        for record in matching(records, MEASURED, kin=True):
+            yield "kin", record
     for folder in folders.values():
         others = [r for r in read_all(folder, op.name) if r.gpu.arch == gpu.arch and r.gpu.id != gpu.id]
         # The most similar GPU first; `sorted` keeps the fastest first among equals.
@@ -116,13 +121,13 @@ def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Fo
 def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record) -> str | None:
     """Why a record whose spec matches cannot be used on this GPU today; None where it can."""
     try:
-        config = record.config_for(op)
+        config, own = record.config_for(op), op.spec_type.from_dict(record.spec)
     except DsaError as error:
         return str(error)
     broken = op.violations(spec, config, gpu)
     if broken:
         return "; ".join(violation.reason for violation in broken)
-    if _source_sha(op, spec, config) != record.source_sha:
+    if _source_sha(op, own, config) != record.source_sha:
         return "the template renders to another source now; tune again"
     return missing_tool(record.backend)
 

@@ -142,6 +142,8 @@ class Op(ABC, Generic[S, Z]):
     sizes_type: ClassVar[type[Sizes]]
     backends: ClassVar[tuple[str, ...]]
     """The backends that have a template, the preferred one first."""
+    minor: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the spec that leave the best config nearly as it is: where no record has their values, another's serves."""
     min_capability: ClassVar[int] = 80
     """The oldest GPU generation the templates compile for (FP8 arithmetic needs 89)."""
 
@@ -249,6 +251,11 @@ class Op(ABC, Generic[S, Z]):
                 return config
             reasons.update(violation.reason for violation in broken)
         raise NoConfig(f"{self.name} ({backend})", gpu.name, sorted(reasons)[:5])
+
+    def kin(self, spec: S, other: Mapping[str, Any]) -> bool:
+        """Whether a record's spec differs from ``spec`` in minor fields only."""
+        own = spec.to_dict()
+        return own.keys() == other.keys() and all(other[name] == own[name] for name in own.keys() - self.minor)
 
     def config(self, backend: str, values: Mapping[str, Any]) -> Config:
         """A config of untrusted values (a record, a command line), checked by name and type.

@@ -249,7 +249,8 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     printers: list[Printer] = []
     for spec, found, compared in answers:
         used = f"{op.name} {spec.id}\n  at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
-        printers.append(lines(used, *(f"  {note}" for note in found.notes)))
+        kin = [f"  tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
+        printers.append(lines(used, *kin, *(f"  {note}" for note in found.notes)))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
             (f"{record.gpu.id} {record.backend} {describe(record.bucket)}", each.field, each.wanted, each.there)

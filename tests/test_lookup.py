@@ -172,3 +172,14 @@ def test_nearest_in_octaves():
     assert distance(exact, SPEC, SIZES, H200) == 0
     assert distance(double, SPEC, SIZES, H200) == pytest.approx(1, abs=1e-3)
     assert nearest([heads, other_gpu, double, exact], SPEC, SIZES, H200) == [exact, double, other_gpu]
+
+
+def test_kin_serves_where_only_minor_fields_differ(folders, monkeypatch):
+    monkeypatch.setattr(type(OP), "minor", frozenset({"clean"}))
+    PUT["borrowed"](folders)
+    PUT["tuned"](folders)
+    cousin = dataclasses.replace(SPEC, clean=not SPEC.clean)
+    result = found(folders, spec=cousin)
+    assert (result.origin, result.config["num_stages"]) == ("kin", STAGES["tuned"])
+    assert found(folders, spec=dataclasses.replace(SPEC, heads=16)).origin == "default"
+    assert found(folders).origin == "tuned"

@@ -78,6 +78,7 @@ class Attention(Op[AttentionSpec, AttentionSizes]):
     spec_type = AttentionSpec
     sizes_type = AttentionSizes
     backends = ("tilelang", "triton")
+    minor = frozenset({"lengths", "sink"})
 
     def specs(self, model: Model) -> Sequence[AttentionSpec]:
         return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)

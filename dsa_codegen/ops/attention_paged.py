@@ -82,6 +82,7 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
     spec_type = AttentionPagedSpec
     sizes_type = AttentionPagedSizes
     backends = ("gluon", "triton")
+    minor = frozenset({"lengths", "sink", "page"})
 
     def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
         layout = kv_layout(model.kv_layout, model.page)

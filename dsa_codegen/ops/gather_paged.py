@@ -79,6 +79,7 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
     spec_type = GatherPagedSpec
     sizes_type = GatherPagedSizes
     backends = ("triton",)
+    minor = frozenset({"slots", "page"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[GatherPagedSpec]:

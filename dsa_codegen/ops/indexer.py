@@ -69,6 +69,7 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
     spec_type = IndexerSpec
     sizes_type = IndexerSizes
     backends = ("gluon", "triton", "tilelang")
+    minor = frozenset({"clean", "score"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[IndexerSpec]:

@@ -80,6 +80,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
     spec_type = IndexerPagedSpec
     sizes_type = IndexerPagedSizes
     backends = ("triton",)
+    minor = frozenset({"clean", "score", "page"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[IndexerPagedSpec]:

@@ -65,6 +65,7 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
     spec_type = QuantizeSpec
     sizes_type = QuantizeSizes
     backends = ("triton",)
+    minor = frozenset({"power_of_two", "weights"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[QuantizeSpec]:

@@ -84,6 +84,7 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
     spec_type = QuantizePagedSpec
     sizes_type = QuantizePagedSizes
     backends = ("triton",)
+    minor = frozenset({"power_of_two", "slots", "page"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[QuantizePagedSpec]:

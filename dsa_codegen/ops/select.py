@@ -79,6 +79,7 @@ class Select(Op[SelectSpec, SelectSizes]):
     spec_type = SelectSpec
     sizes_type = SelectSizes
     backends = ("tilelang", "triton")
+    minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
 
     def specs(self, model: Model) -> Sequence[SelectSpec]:
         return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
@@ -140,6 +141,7 @@ class Select(Op[SelectSpec, SelectSizes]):
         topk = spec.topk
         kinds = [Case(SelectSizes(4, 5 * topk + 77), f"ragged_{kind}") for kind in _DISTRIBUTIONS]
         plain = [Case(SelectSizes(2, 14 * topk), kind) for kind in ("normal", "relu")]
+        # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
         sizes = ((1, 1), (1, topk), (3, topk + 1), (2, 0), (0, 40))
         return [*plain, *kinds, *(Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes)]
 
@@ -151,17 +153,10 @@ class Select(Op[SelectSpec, SelectSizes]):
         )
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
-        sizes = (
-            (4096, 32768),
-            (4096, 8192),
-            (4096, 131072),
-            (64, 32768),
-            (64, 8192),
-            (64, 131072),
-            (1, 65536),
-            (1, 8192),
-            (1, 131072),
-        )
+        # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
+        prefill, decode = ((4096, 32768), (4096, 8192), (4096, 131072)), ((64, 65536), (64, 8192), (1, 65536), (1, 8192))
+        longer = ((64, 131072), (64, 32768), (1, 131072), (1, 32768))
+        sizes = prefill if spec.output == "tokens" else decode + longer
         return [Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
