@@ -1,0 +1,43 @@
+"""The records that ship: each was measured, fits its GPU, and renders today to the source that was measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsa_codegen import ops, paths, records
+from dsa_codegen.gpu import GPUS
+from dsa_codegen.record import MEASURED
+from dsa_codegen.render import render, template_name, template_sha
+
+SHIPPED = [record for name in ops.all_ops() for record in records.read_all(paths.shipped_records(), name)]
+
+
+def name(record) -> str:
+    low = "-".join(str(bounds[1]) for bounds in record.bucket)
+    return f"{record.gpu.id}-{record.op}-{record.backend}-{'-'.join(map(str, record.spec.values()))}-{low}"
+
+
+def test_there_are_records_for_the_h200():
+    assert {record.op for record in SHIPPED if record.gpu.id == "h200"} == set(ops.all_ops())
+
+
+@pytest.mark.parametrize("record", SHIPPED, ids=name)
+def test_a_shipped_record_holds(record):
+    op = ops.get(record.op)
+    spec, config = op.spec_type.from_dict(record.spec), record.config_for(op)
+    assert record.evidence == MEASURED
+    assert record.accuracy is not None
+    assert record.time_us.n >= 3
+    assert not op.violations(spec, config, GPUS[record.gpu.id])
+    assert record.template == template_sha(template_name(op, record.backend)), "the template changed: tune again"
+    assert record.source_sha == render(op, spec, config).sha, "the source changed: tune again"
+
+
+@pytest.mark.parametrize("record", SHIPPED, ids=name)
+def test_a_shipped_record_is_no_slower_than_the_default(record):
+    fastest = min(
+        r.time_us.median
+        for r in SHIPPED
+        if (r.gpu, r.op, r.spec, r.bucket) == (record.gpu, record.op, record.spec, record.bucket)
+    )
+    assert record.default_time_us is None or fastest <= record.default_time_us * 1.02
