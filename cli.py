@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -70,6 +71,9 @@ def verify(
     spec: SpecFile = None,
     op: OpNames = None,
     gpu: GpuName = "auto",
+    repeats: Annotated[
+        int, typer.Option(help="Runs on the GPU that must agree bit for bit.", min=1)
+    ] = verification.GPU_REPEATS,
     as_json: Json = False,
 ) -> None:
     """Check every operation, option and template of a model against the reference; offline, interpret and compile them."""
@@ -77,10 +81,11 @@ def verify(
     subjects = verification.subjects(_model(preset, spec), target, op or ())
     here = gpus.detect()
     if here is not None and here.arch == target.arch:
-        environment, check = {}, verification.on_gpu
-        verification.build_ahead(subjects, target)
+        environment, check = {}, functools.partial(verification.on_gpu, repeats=repeats)
     else:
         environment, check = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, verification.offline
+    with err.status(f"compiling {len(subjects)} sources for {target.name}"):
+        verification.build_ahead(subjects, target)
     with Worker(environment) as worker:
         batches = show.progress(err, "verify", subjects, lambda subject: list(check(subject, target, worker)))
         verdicts = [verdict for batch in batches for verdict in batch]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from .lookup import Found
 from .op import Op
 from .record import Record
 from .timing import Policy
-from .values import Sizes, Spec, describe
+from .values import Scalar, Sizes, Spec, describe
 from .verification import Verdict
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         drawn = Table(title=title, title_justify="left", header_style="bold")
         for column in columns:
             right = column.endswith((" µs", "%", "/s", "TFLOPS", "±")) or column.startswith("#")
-            drawn.add_column(column, justify="right" if right else "left", overflow="fold")
+            drawn.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right or column == "op")
         for row in rows:
             drawn.add_row(*map(escape, row))
         console.print(drawn)
@@ -128,7 +128,7 @@ def verdicts(found: Sequence[Verdict]) -> Printer:
         rows.append(
             (op, backend, check, str(len(group)), state, f"{worst:.1e}" if check != "compile" else "", f"{seconds:.0f}")
         )
-    columns = ("op", "backend", "check", "# checks", "outcome", "# worst similarity", "# seconds")
+    columns = ("op", "backend", "check", "# checks", "outcome", "# similarity", "# seconds")
     failures = [
         f"{verdict.subject.op.name} {verdict.subject.spec.id} {verdict.subject.config}\n  {verdict.check}: {verdict.detail}"
         for verdict in found
@@ -154,39 +154,49 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
 
 
 def tuned(report: Report) -> Printer:
-    """The chosen variants, where they lie, and what was left out."""
+    """The chosen variants (the fastest backend of each problem), where all records lie, and what was left out."""
+    fastest: dict[tuple[object, ...], Record] = {}
+    for record in sorted(report.records, key=lambda record: record.time_us.median):
+        fastest.setdefault((record.op, tuple(record.spec.items()), record.bucket), record)
+    chosen = [record for record in report.records if record in fastest.values()]
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
     files = [f"wrote {path}" for path in report.files]
-    return together(records(report.records, head), lines(*files), lines(*report.notes, style="yellow"))
+    return together(records(chosen, head), lines(*files), lines(*report.notes, style="yellow"))
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:
-    """Records, the fastest backend of each problem first."""
+    """Records by GPU and evidence, a table each."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        groups.setdefault((record.gpu.id, record.evidence), []).append(record)
+    tables = [_records(group, f"{gpu}, {evidence}") for (gpu, evidence), group in groups.items()]
+    return together(lines(title), *tables)
+
+
+def _records(found: Sequence[Record], title: str) -> Printer:
     rows = [
         (
-            record.gpu.id,
             record.op,
             _short(record.spec),
             describe(record.bucket),
-            record.backend,
-            values(record.config),
+            f"{record.backend}: {values(record.config)}",
             f"{record.time_us.median:.1f}",
-            _gain(record),
+            f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
             f"{100 * record.limit_us / record.time_us.median:.0f}",
-            record.evidence,
         )
         for record in found
     ]
-    columns = ("GPU", "op", "spec", "sizes", "backend", "config", "time µs", "# vs default", "limit %", "evidence")
-    return table(title, columns, rows)
+    return table(title, ("op", "spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
 
 
-def _gain(record: Record) -> str:
-    return f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else ""
-
-
-def _short(spec: Any) -> str:
-    return " ".join(str(value) if isinstance(value, str) else f"{name}={value}" for name, value in spec.items())
+def _short(spec: Mapping[str, Scalar]) -> str:
+    """A spec for people: what is off or zero is left out."""
+    parts = (
+        value if isinstance(value, str) else name if value is True else f"{name}={value}"
+        for name, value in spec.items()
+        if value
+    )
+    return " ".join(part for part in parts if part != "none")
 
 
 def record_row(record: Record) -> dict[str, Any]:

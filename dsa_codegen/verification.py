@@ -114,10 +114,10 @@ def compiled(subject: Subject, gpu: Gpu) -> Verdict:
     return Verdict(subject, f"compile {gpu.arch}", passed, 0.0, time.monotonic() - start, detail)
 
 
-def on_gpu(subject: Subject, gpu: Gpu, worker: Worker) -> list[Verdict]:
+def on_gpu(subject: Subject, gpu: Gpu, worker: Worker, repeats: int = GPU_REPEATS) -> list[Verdict]:
     """Run every case in the worker's process; a crash is a verdict, not the end."""
     try:
-        return worker.call(run_cases, subject, gpu, timeout=CASE_SECONDS * 5)
+        return worker.call(run_cases, subject, gpu, repeats, timeout=CASE_SECONDS * 5)
     except JobFailed as error:
         detail = f"{error.kind}: {error.message}"
     except DsaError as error:
@@ -126,14 +126,14 @@ def on_gpu(subject: Subject, gpu: Gpu, worker: Worker) -> list[Verdict]:
     return [Verdict(subject, "run", False, float("nan"), 0.0, detail)]
 
 
-def run_cases(subject: Subject, gpu: Gpu) -> list[Verdict]:
+def run_cases(subject: Subject, gpu: Gpu, repeats: int) -> list[Verdict]:
     """The worker's job: build, load and verify all cases on the current device."""
     op, spec, config = subject.op, subject.spec, subject.config
     variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
     verdicts = []
     for case in op.cases(spec):
         start = time.monotonic()
-        accuracy = verify(variant, case, "cuda", repeats=GPU_REPEATS)
+        accuracy = verify(variant, case, "cuda", repeats=repeats)
         seconds = time.monotonic() - start
         verdicts.append(Verdict(subject, f"run {case.id}", accuracy.passed, accuracy.similarity, seconds, accuracy.detail))
     return verdicts
