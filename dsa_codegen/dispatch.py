@@ -45,6 +45,13 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
     device = _device(inputs)
     if device.type != "cuda":
         return _reference(op, spec, inputs)
+    if device.index != torch.cuda.current_device():  # kernels are loaded and launched on the current device
+        with torch.cuda.device(device):
+            return _run(op, spec, sizes, inputs, device)
+    return _run(op, spec, sizes, inputs, device)
+
+
+def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device) -> Outputs:
     key = (op.name, spec, sizes.bucket(), device.index)
     variant = _variants.get(key) or _load(op, spec, sizes, key)
     _counts[f"{op.name}: calls"] += 1

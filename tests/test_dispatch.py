@@ -80,6 +80,7 @@ class FakeGpuCalls:
         self.loads, self.runs = [], 0
         monkeypatch.setattr(dispatch, "_device", lambda inputs: torch.device("cuda", 0))
         monkeypatch.setattr(dispatch.torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(dispatch.torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(dispatch.gpus, "detect", lambda: H200)
         monkeypatch.setattr(dispatch, "build", self.build)
         monkeypatch.setattr(Variant, "run", self.run)
