@@ -63,15 +63,16 @@ class Layer:
             out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
         """
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
-        chosen = torch.empty(len(q), self.model.topk, dtype=torch.int32, device=q.device)
+        parts = []
         step = max(4, self._logits_bytes // max(4 * len(index_k), 1) // 4 * 4)  # every chunk begins 16-byte aligned
-        for first in range(0, len(q), step):
+        for first in range(0, max(len(q), 1), step):
             rows = slice(first, first + step)
             windows = starts[rows].contiguous(), ends[rows].contiguous()
             logits = functions.indexer_logits(
                 index_q[rows], index_k, index_k_scale, index_weights[rows], *windows, score=self.model.score
             )
-            chosen[rows] = functions.select(logits, windows[1], self.model.topk, starts=windows[0])
+            parts.append(functions.select(logits, windows[1], self.model.topk, starts=windows[0]))
+        chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
         out, lse = functions.sparse_attention(q, kv, chosen[:, None], self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)
 

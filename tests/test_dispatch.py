@@ -19,7 +19,8 @@ CASE = Case(IndexerSizes(5, 40), "ragged")
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch, tmp_path):
+    monkeypatch.setattr("dsa_codegen.paths.shipped_records", lambda: tmp_path)  # whatever tuned/ holds
     dispatch.reset()
     yield
     dispatch.reset()

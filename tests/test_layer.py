@@ -108,7 +108,7 @@ def assert_decode_matches(layer: dsa.Layer, inputs: dict) -> None:
 
 
 @pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
-@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("queries", [0, 1, 9])
 def test_prefill(model, queries):
     assert_prefill_matches(dsa.Layer(model), prefill_inputs(model, queries, 150))
 
