@@ -32,7 +32,7 @@ from dsa_codegen.timing import COLD, WARM
 from dsa_codegen.worker import Worker
 
 OFFLINE_GPU = "h200"
-"""What ``--gpu auto`` means where there is no GPU and the command can work without one."""
+"""What ``--gpu auto`` means where there is no GPU and the command can work without one; the GPU with shipped records."""
 
 app = typer.Typer(
     help="Generate, verify and tune kernels for DeepSeek Sparse Attention.",
@@ -99,7 +99,7 @@ def tune(
     preset: Preset = "deepseek-v3.2",
     spec: SpecFile = None,
     op: OpNames = None,
-    budget: Annotated[str, typer.Option(help="Wall time: 90s, 10m, 1h.")] = "6m",
+    budget: Annotated[str, typer.Option(help="Wall time, earlier interrupted runs included: 90s, 10m, 1h.")] = "6m",
     trials: Annotated[int, typer.Option(help="Candidates per operation, size bucket and backend at most.", min=1)] = 48,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     folder: Annotated[Optional[Path], typer.Option(help="Where records go; by default tuned/.")] = None,  # noqa: UP045
@@ -109,6 +109,7 @@ def tune(
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
     from dsa_codegen.tune import run
 
+    limits = run.Budget(_seconds(budget), trials)
     target, here = _gpu(gpu), gpus.detect()
     report = show.tuning(
         err,
@@ -116,7 +117,7 @@ def tune(
             needs.specs(_model(preset, spec), op or (), target),
             target,
             folder or paths.user_records() or paths.shipped_records(),
-            budget=run.Budget(_seconds(budget), trials),
+            budget=limits,
             offline=here is None or here.id != target.id,
             seed=seed,
             fresh=fresh,
@@ -145,7 +146,9 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
-    target = gpus.resolve("auto")
+    target = gpus.detect()
+    if target is None:
+        raise NoGpu("bench")
     if sweep not in ("", "context"):
         raise SpecError("--sweep", sweep, "context")
     if not (against or stage or host or sweep):
@@ -191,7 +194,8 @@ def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU."
         for record in records.read_all(folder, name)
         if wanted in (None, record.gpu.id)
     ]
-    _print(as_json, show.records(found), [show.record_row(record) for record in found])
+    head = "records" if found else f"no records; python cli.py tune --gpu {wanted or 'auto'} makes some"
+    _print(as_json, show.records(found, head), [show.record_row(record) for record in found])
 
 
 @app.command()
@@ -229,7 +233,7 @@ def _gpu(name: str) -> gpus.Gpu:
     try:
         return gpus.resolve(name)
     except NoGpu:
-        err.print(f"No GPU is visible: compiling for {OFFLINE_GPU.upper()} (--gpu names another).", style="dim")
+        err.print(f"No GPU is visible: taking {OFFLINE_GPU.upper()} as the target (--gpu names another).", style="dim")
         return gpus.resolve(OFFLINE_GPU)
 
 
@@ -260,16 +264,25 @@ def _print(as_json: bool, table: Callable[[Console], None], rows: list[Any]) -> 
         table(out)
 
 
+def _complain(what: object) -> None:
+    err.print(str(what), style="red", highlight=False, markup=False)
+
+
 def main() -> None:
     """Run the command line; the project's errors become one line and an exit code."""
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
     try:
         app()
     except (NoGpu, ToolMissing) as error:
-        err.print(f"[red]{error}[/red]", highlight=False)
+        _complain(error)
         sys.exit(3)
     except DsaError as error:
-        err.print(f"[red]{error}[/red]", highlight=False)
+        _complain(error)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # not about a path that somebody named
+            raise
+        _complain(f"cannot use {error.filename}: {error.strerror}; name another place (--out, --folder, DSA_CACHE_DIR).")
         sys.exit(2)
 
 

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
 from . import backends, paths
@@ -43,10 +43,6 @@ class Built:
         """The kernels by name, loaded on the current CUDA device."""
         return backends.get(self.rendered.backend).load(self.source, self.gpu, self.folder)
 
-    def discard(self) -> None:
-        """Remove the entry (the losers of a tuning run are of no further use)."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 @functools.cache
 def _toolchain(backend: str) -> str:
@@ -65,11 +61,11 @@ def find(rendered: Rendered, gpu: Gpu) -> Built | None:
     try:
         report = json.loads((folder / "build.json").read_text())
         resources = {name: backends.Resources(**values) for name, values in report["resources"].items()}
-        if (folder / f"{rendered.module_name}.py").read_text() != rendered.text:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = (folder / f"{rendered.module_name}.py").read_text() == rendered.text
+        whole = whole and all(_digest(folder / name) == digest for name, digest in report["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Built(rendered, gpu, folder, resources)
+    return Built(rendered, gpu, folder, resources) if whole else None
 
 
 def build(rendered: Rendered, gpu: Gpu) -> Built:
@@ -90,12 +86,17 @@ def build_all(sources: Iterable[Rendered], gpu: Gpu, processes: int | None = Non
     missing = {rendered.sha: rendered for rendered in sources if find(rendered, gpu) is None}
     if not missing:
         return {}
+    if current_process().daemon:  # a server's worker, say: it may not have children
+        return _reasons({sha: _build_quietly(rendered, gpu) for sha, rendered in missing.items()})
     size = min(processes or len(os.sched_getaffinity(0)), len(missing))
     with ProcessPoolExecutor(size, mp_context=get_context("spawn")) as pool:  # a forked child cannot use CUDA
         jobs = {sha: pool.submit(_build_quietly, rendered, gpu) for sha, rendered in missing.items()}
         wait(jobs.values())
-    failures = {sha: str(job.exception() or job.result() or "") for sha, job in jobs.items()}
-    return {sha: reason for sha, reason in failures.items() if reason}
+    return _reasons({sha: str(job.exception() or job.result()) for sha, job in jobs.items()})
+
+
+def _reasons(outcomes: Mapping[str, str]) -> dict[str, str]:
+    return {sha: reason for sha, reason in outcomes.items() if reason}
 
 
 def _build_quietly(rendered: Rendered, gpu: Gpu) -> str:
@@ -114,7 +115,8 @@ def _build(rendered: Rendered, gpu: Gpu) -> Built:
         source = staging / f"{rendered.module_name}.py"
         source.write_text(rendered.text)
         resources = backends.get(rendered.backend).compile(source, gpu, staging)
-        report = {"arch": gpu.arch, "resources": {name: asdict(usage) for name, usage in resources.items()}}
+        usages = {name: asdict(usage) for name, usage in resources.items()}
+        report = {"arch": gpu.arch, "resources": usages, "files": _digests(staging)}
         (staging / "build.json").write_text(json.dumps(report, indent=1))
         _publish(staging, final, rendered, gpu)
     finally:
@@ -123,6 +125,16 @@ def _build(rendered: Rendered, gpu: Gpu) -> Built:
     if built is None:
         raise BuildError(rendered.module_name, f"the build cache at {final} cannot be written or read")
     return built
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the entry must hold to be whole; Python's own cache of the module aside."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc")
+    return {str(path.relative_to(folder)): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _publish(staging: Path, final: Path, rendered: Rendered, gpu: Gpu) -> None:

@@ -39,6 +39,7 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
 
     Raises:
         InputError: an argument is wrong; nothing was launched.
+        SpecError: a size or option is one that no kernel serves; nothing was launched.
         CaptureError: the variant is not built yet and a CUDA graph is being captured.
     """
     spec, sizes, inputs = op.bind(*args)
@@ -123,7 +124,8 @@ def _load(op: Op, spec: Spec, sizes: Sizes, key: tuple[str, Spec, Bucket, int]) 
         if key in _variants:
             return _variants[key]
         gpu = gpus.detect()
-        assert gpu is not None
+        if gpu is None:  # a device that is older than any GPU kernels are generated for
+            raise NoGpu(op.name)
         found = chosen(op, spec, sizes, gpu)
         _report(op, sizes, gpu, found)
         kernels = build(render(op, spec, found.config), gpu).load()

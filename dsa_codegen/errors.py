@@ -41,8 +41,8 @@ class NoGpu(DsaError, RuntimeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} needs a CUDA GPU and none is visible; name a GPU to compile for it offline (--gpu H100) "
-            "or run `python cli.py doctor` to see what is missing."
+            f"{what} needs a CUDA GPU and none is visible; `python cli.py doctor` says what is missing, and generate, "
+            "verify, tune and explain work without one for the GPU that you name (--gpu H100)."
         )
 
 

@@ -1,6 +1,7 @@
 """The operations as functions: what a model calls. CUDA tensors run tuned kernels, CPU tensors the reference.
 
-Every function raises InputError, naming the argument, before anything is launched. "No token" is -1 or any index at or beyond
+Every function raises InputError, naming the argument, before anything is launched, or SpecError, naming the field, where a
+size or option is one that no kernel serves (12 heads of the indexer, topk 10). "No token" is -1 or any index at or beyond
 the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
 the sizes in question, and all are traced by ``torch.compile``.
 """
@@ -91,7 +92,7 @@ def select(
     keep_first: int = 0,
     keep_recent: int = 0,
 ) -> Tensor:
-    """The k highest scores of each row's window [start, end): highest first, ties to the lowest token, emitted ascending.
+    """The k highest scores of each row's window [start, end), in ascending order of tokens; ties go to the lowest token.
 
     Args:
         scores: fp32 or bf16 [rows, columns]; rows may be strided.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import dispatch
-from .errors import NoConfig
+from . import backends, dispatch
+from .errors import NoConfig, UnknownName
 from .gpu import Gpu
 from .needs import Need, needs
 from .op import Config
@@ -31,8 +31,13 @@ def generate(model: Model, gpu: Gpu, folder: Path, names: Sequence[str] = (), ba
     Args:
         names: only these operations.
         backend: only this backend, with its first config that fits where the dispatcher would choose another.
+
+    Raises:
+        UnknownName: there is no such operation or backend.
+        NoConfig: no template serves any of the calls.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if backend and backend not in backends.NAMES:
+        raise UnknownName("backend", backend, backends.NAMES)
     written = []
     for need in needs(model, names, gpu):
         try:
@@ -41,8 +46,11 @@ def generate(model: Model, gpu: Gpu, folder: Path, names: Sequence[str] = (), ba
             continue
         rendered = render(need.op, need.spec, config)
         path = folder / f"{rendered.module_name}.py"
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(rendered.text)
         written.append(Generated(path, need, config, origin))
+    if not written:
+        raise NoConfig(f"{', '.join(names) or model.name}{f' ({backend})' if backend else ''}", gpu.name, ["no template of it"])
     return written
 
 

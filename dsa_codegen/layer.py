@@ -27,7 +27,7 @@ class Layer:
     """Indexer, selection and sparse attention of one model.
 
     Args:
-        model: a preset's name or a ``Model``.
+        model: a ``Model``: ``preset("glm-5")``, ``load("my-model.yaml")``.
         logits_bytes: prefill holds at most so many bytes of logits at once; longer contexts are done in chunks of queries.
     """
 
@@ -72,6 +72,7 @@ class Layer:
                 index_q[rows], index_k, index_k_scale, index_weights[rows], *windows, score=self.model.score
             )
             parts.append(functions.select(logits, windows[1], self.model.topk, starts=windows[0]))
+            del logits  # before the next chunk's are allocated
         chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
         out, lse = functions.sparse_attention(q, kv, chosen[:, None], self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)

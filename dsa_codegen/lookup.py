@@ -100,8 +100,14 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
             yield "modelled", record
 
 
+def _stand_in(op: Op, spec: Spec, sizes: Sizes) -> Sizes:
+    """The workload of the same bucket, where there is one: a default must not depend on which call came first."""
+    bucket = sizes.bucket()
+    return next((case.sizes for case in op.workloads(spec) if case.sizes.bucket() == bucket), sizes)
+
+
 def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Found:
-    config = op.default_config(spec, sizes, gpu)
+    config = op.default_config(spec, _stand_in(op, spec, sizes), gpu)
     missing = missing_tool(config.backend)
     for backend in op.backends if missing else ():
         if missing_tool(backend):

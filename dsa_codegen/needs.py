@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import ops
+from .errors import NoConfig
 from .gpu import Gpu
 from .op import Case, Op
 from .presets import Model
@@ -22,13 +23,18 @@ class Need:
 
 
 def specs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> list[tuple[Op, Spec]]:
-    """The operations of a model (or the named ones, where ``gpu`` can run them) with each of their specs.
+    """The operations of a model that ``gpu`` can run (or the named ones) with each of their specs.
 
     Raises:
         UnknownName: a name is no operation.
+        NoConfig: ``gpu`` is too old for an operation that was named.
     """
     chosen = [ops.get(name) for name in names] or list(ops.all_ops().values())
     able = [op for op in chosen if gpu is None or gpu.capability >= op.min_capability]
+    for op in chosen if names else ():
+        if op not in able:
+            assert gpu is not None
+            raise NoConfig(op.name, gpu.name, [f"sm_{op.min_capability} or newer needed, it is sm_{gpu.capability}"])
     return [(op, spec) for op in able for spec in op.specs(model)]
 
 

@@ -270,6 +270,7 @@ class Op(ABC, Generic[S, Z]):
         for name in values.keys() ^ table.keys():
             raise SpecError(f"{self.name}.{backend}.{name}", values.get(name), f"exactly the parameters {', '.join(table)}")
         for name, parameter in table.items():
-            if values[name] not in parameter.choices:
+            kinds = {type(choice) for choice in parameter.choices}  # True equals 1, and renders as another text
+            if values[name] not in parameter.choices or type(values[name]) not in kinds:
                 raise SpecError(f"{self.name}.{backend}.{name}", values[name], ", ".join(map(str, parameter.choices)))
         return Config.of(backend, **values)

@@ -37,6 +37,15 @@ def rope_of(layout: Layout) -> int:
     return 0 if isinstance(layout, IndexKLayout) else layout.d_rope
 
 
+def pack(layout: Layout, cache: Tensor, slots: Tensor, values: Tensor, scales: Tensor, rope: Tensor | None) -> None:
+    """Write quantised rows (e4m3 [tokens, width], fp32 scales [tokens, groups]) and their rope, if any, to their slots."""
+    if isinstance(layout, IndexKLayout):
+        layout.pack(cache, slots, values, scales[:, 0])
+    else:
+        assert rope is not None
+        layout.pack(cache, slots, values, scales, rope)
+
+
 def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
     """What a template must know of a layout: groups, and base and stride of every field."""
     groups = width // group_of(layout)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from typing import Any
 import filelock
 
 from .errors import RecordError
+from .publish import publish
 from .record import MEASURED, GpuKey, Record, entry, parse, parse_gpu, pretty
 
 SCHEMA = 1
@@ -75,7 +74,7 @@ def _load(path: Path) -> tuple[GpuKey, list[Any]]:
         schema, op_name = content["schema"], content["op"]
         gpu = parse_gpu(content["gpu"])
         entries = content["records"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a file of records ({type(error).__name__}: {error}); it is left as it is") from error
     if schema != SCHEMA:
         raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; it is left as it is")
@@ -131,7 +130,7 @@ def _merge_file(path: Path, fresh: list[Record]) -> None:
     kept.sort(key=_order)
     entries = [*map(entry, kept), *foreign]
     content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": entries}
-    _publish(path, pretty(content) + "\n")
+    publish(path, pretty(content) + "\n")
 
 
 def _ranked(records: list[Record], fresh: Record) -> list[Record]:
@@ -150,17 +149,3 @@ def _order(record: Record) -> tuple[object, ...]:
     spec = tuple((name, str(type(value)), value) for name, value in sorted(record.spec.items()))
     bucket = tuple((name, low, high is None, high or 0) for name, low, high in record.bucket)
     return spec, bucket, record.backend, record.evidence
-
-
-def _publish(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the record from a team
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -60,16 +60,22 @@ def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
         return run(notify)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Printer:
-    """A table to print; columns whose names end in a unit or start with # are right-aligned."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Printer:
+    """A table to print. A row of one cell is the heading of those behind it.
+
+    Columns whose names end in a unit, or start with "# " (which is not shown), are right-aligned.
+    """
 
     def show(console: Console) -> None:
         drawn = Table(title=title, title_justify="left", header_style="bold")
         for column in columns:
             right = column.endswith((" µs", "%", "/s", "TFLOPS", "±")) or column.startswith("#")
-            drawn.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right or column == "op")
+            head = column.removeprefix("# ")
+            drawn.add_column(head, justify="right" if right else "left", overflow="fold", no_wrap=right or column == "op")
         for row in rows:
-            drawn.add_row(*map(escape, row))
+            if len(row) == 1:
+                drawn.add_section()
+            drawn.add_row(*map(escape, row), style="bold" if len(row) == 1 else "")
         console.print(drawn)
 
     return show
@@ -103,8 +109,9 @@ def values(mapping: Any) -> str:
 def generated(written: Sequence[Generated]) -> Printer:
     """The files that ``generate`` wrote."""
     rows = [(each.path.name, describe(each.need.case.sizes.bucket()), str(each.config), each.origin) for each in written]
-    folder = written[0].path.parent if written else Path()
-    return table(f"{len(written)} kernels in {folder}", ("file", "sizes", "config", "from"), rows)
+    modules = len({each.path for each in written})
+    head = f"{modules} modules for {len(written)} calls in {written[0].path.parent}"
+    return table(head, ("file", "sizes", "config", "from"), rows)
 
 
 def generated_row(each: Generated) -> dict[str, Any]:
@@ -165,7 +172,7 @@ def tuned(report: Report) -> Printer:
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:
-    """Records by GPU and evidence, a table each."""
+    """Records by GPU and evidence, a table each; an operation is a heading, as its column would leave the others no room."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in found:
         groups.setdefault((record.gpu.id, record.evidence), []).append(record)
@@ -174,19 +181,21 @@ def records(found: Sequence[Record], title: str = "records") -> Printer:
 
 
 def _records(found: Sequence[Record], title: str) -> Printer:
-    rows = [
-        (
-            record.op,
-            _short(record.spec),
-            describe(record.bucket),
-            f"{record.backend}: {values(record.config)}",
-            f"{record.time_us.median:.1f}",
-            f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
-            f"{100 * record.limit_us / record.time_us.median:.0f}",
-        )
-        for record in found
-    ]
-    return table(title, ("op", "spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
+    rows: list[tuple[str, ...]] = []
+    for op, group in itertools.groupby(found, key=lambda record: record.op):
+        rows += [(op,), *map(_record, group)]
+    return table(title, ("spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
+
+
+def _record(record: Record) -> tuple[str, ...]:
+    return (
+        _short(record.spec),
+        describe(record.bucket),
+        f"{record.backend}: {values(record.config)}",
+        f"{record.time_us.median:.1f}",
+        f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
+        f"{100 * record.limit_us / record.time_us.median:.0f}",
+    )
 
 
 def _short(spec: Mapping[str, Scalar]) -> str:

@@ -50,9 +50,14 @@ class Value:
         for field in dataclasses.fields(self):
             value, expected = getattr(self, field.name), str(field.type)
             if type(value).__name__ != expected:
-                raise SpecError(self._qualified(field.name), value, f"a value of type {expected}")
+                self._take_symbolic(field.name, value, expected)
             if isinstance(value, str) and not _IDENTIFIER.match(value):
                 raise SpecError(self._qualified(field.name), value, "an identifier of letters, digits, '_', '.', '-'")
+
+    def _take_symbolic(self, field: str, value: object, expected: str) -> None:
+        """Let pass a size that ``torch.compile`` traces as a symbol; any other value of the wrong type is refused."""
+        if (type(value).__name__, expected) != ("SymInt", "int"):
+            raise SpecError(self._qualified(field), value, f"a value of type {expected}")
 
     def _qualified(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
@@ -74,6 +79,10 @@ class Value:
 @dataclass(frozen=True)
 class Spec(Value):
     """What changes the generated code: heads, dims, dtypes, layout, k, options. Subclassed by every operation."""
+
+    def _take_symbolic(self, field: str, value: Any, expected: str) -> None:
+        super()._take_symbolic(field, value, expected)
+        object.__setattr__(self, field, int(value))  # code is generated for it: the trace holds for this number only
 
 
 Bucket = tuple[tuple[str, int, int | None], ...]

@@ -76,13 +76,13 @@ class Worker:
         """Start a job without waiting for it; one at a time. Its time counts from when the child is up."""
         assert self._deadline is None, "the worker is busy"
         connection = self._start()
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout + (0.0 if self._up else _START_SECONDS)
         try:
-            connection.send((job, args))
+            connection.send((job, args))  # raises at once, before the worker counts as busy, where the job cannot be pickled
         except OSError as error:
             self.kill()
             raise WorkerDied(f"the worker could not be reached: {error}") from error
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout + (0.0 if self._up else _START_SECONDS)
 
     @property
     def busy(self) -> bool:

@@ -146,6 +146,18 @@ def test_bind_names_what_it_took(spec):
     assert list(inputs) == ["q", "cache", "indices", "sm_scale", "lengths", "sink"]
 
 
+def test_a_long_prompt_is_not_split_until_memory_ends():
+    """Splits are tuned for a query or two per sequence; with 4096 of 128 heads each, 32 parts would take 34 GB."""
+    spec = AttentionPagedSpec(128, 2048)
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(1, 4096, 4096), "random"), Draw(0, "meta"))
+    config = Config.of("gluon", lookahead=3, splits=32)
+    (launch,) = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
+    assert launch.grid == (4096 * 2, 1, 1)
+    inputs = {**inputs, "q": inputs["q"][:, :2]}
+    main, combine = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
+    assert (main.grid[0], combine.args[-1]) == (2 * 2 * 32, 32)
+
+
 def test_takes_the_v4_cache_as_engines_view_it():
     layout = KvV4Layout(61)
     pages = layout.empty(3)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dsa_codegen import dispatch, torch_ops
+from dsa_codegen import dispatch, ops, presets, torch_ops
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import CaptureError, InputError, NoGpu
-from dsa_codegen.op import Case, Config
+from dsa_codegen.op import Case, Config, Inputs, Op
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
+from dsa_codegen.values import Spec
 from dsa_codegen.variant import Variant
 
 from support import H200
@@ -51,13 +54,41 @@ def test_torch_compile_traces_the_operator():
     assert torch.equal(compiled(*inputs.values()), eager)
 
 
-def test_the_fake_kernel_agrees_with_the_real_one():
-    inputs, _ = call()
-    torch.library.opcheck(
-        torch.ops.dsa_codegen.indexer_logits.default,
-        (*inputs.values(), "weighted_relu", "fp32", True),
-        test_utils="test_faketensor",
-    )
+PAIRS = [(op, spec) for op in ops.all_ops().values() for spec in op.options(op.specs(presets.preset("tiny"))[-1])[:2]]
+every_operation = pytest.mark.parametrize(("op", "spec"), PAIRS, ids=lambda value: getattr(value, "id", None) or value.name)
+
+
+def arguments(op: Op, spec: Spec, inputs: Inputs) -> list:
+    """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
+    schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
+    options = {**spec.to_dict(), "weights": None, "starts": None, "lengths": None, "sink": None}
+    return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
+
+
+@every_operation
+def test_the_fake_kernel_agrees_with_the_real_one(op, spec):
+    args = arguments(op, spec, op.inputs(spec, op.cases(spec)[0], Draw(3)))
+    torch.library.opcheck(torch_ops.function(op.function), tuple(args), test_utils="test_faketensor")
+
+
+@every_operation
+def test_one_trace_serves_all_sizes(op, spec):
+    """Sizes become symbols in the second trace: a decode batch that grows and shrinks is not compiled again and again."""
+    torch._dynamo.reset()
+    traces = []
+
+    def count(graph, example):
+        traces.append(graph)
+        return graph
+
+    operator = torch_ops.function(op.function)
+    traced = torch.compile(lambda *args: operator(*args), backend=count, fullgraph=True)
+    case = op.cases(spec)[0]
+    for factor in (1, 2, 3, 4):
+        larger = {name: factor * max(size, 2) for name, size in case.sizes.to_dict().items()}
+        inputs = op.inputs(spec, replace(case, sizes=op.sizes_type.from_dict(larger)), Draw(3))
+        traced(*arguments(op, spec, inputs))
+    assert len(traces) <= 2
 
 
 def test_override_wins_inside_its_block_only():

@@ -87,6 +87,7 @@ SLOTS = torch.tensor([0, 70, -1], dtype=torch.int32)
         ("layout", (CACHE, SLOTS, "v5")),
         ("cache", (CACHE.float(), SLOTS, "index_k")),
         ("cache", (CACHE[..., :100], SLOTS, "index_k")),
+        ("cache", (torch.tensor(0, dtype=torch.uint8), SLOTS, "index_k")),
         ("cache", (CACHE, SLOTS, "v32")),
         ("slots", (CACHE, SLOTS[:, None], "index_k")),
         ("slots", (CACHE, SLOTS.float(), "index_k")),

@@ -85,6 +85,7 @@ def arguments(**changes):
         ("lengths", torch.zeros(3, dtype=torch.int32)),
         ("page_table", torch.zeros(3, 4, dtype=torch.int64)),
         ("max_context", -1),
+        ("max_context", 1 << 31),
         ("score", "softmax"),
         ("logits", "fp64"),
     ],

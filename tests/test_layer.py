@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
+from dsa_codegen import functions, ops
 from dsa_codegen.caches import IndexKLayout, kv_layout
 from dsa_codegen.compare import ATTENTION, LOGITS, LSE, close, equal
 from dsa_codegen.draw import Draw
@@ -117,6 +119,20 @@ def test_prefill_in_chunks_of_queries_is_the_same():
     inputs = prefill_inputs(TINY, 9, 150)
     whole, chunked = dsa.Layer(TINY).prefill(**inputs), dsa.Layer(TINY, logits_bytes=4 * 150 * 4).prefill(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(whole, chunked, strict=True))
+
+
+def test_prefill_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
+    made, compute = [], functions.indexer_logits
+
+    def watched(*args, **options):
+        assert all(logits() is None for logits in made)
+        logits = compute(*args, **options)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(functions, "indexer_logits", watched)
+    dsa.Layer(TINY, logits_bytes=4 * 150 * 4).prefill(**prefill_inputs(TINY, 9, 150))
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)

@@ -9,7 +9,7 @@ import pytest
 from test_records import CASE, CONFIG, SPEC, make
 
 from dsa_codegen import lookup as rooms
-from dsa_codegen import records
+from dsa_codegen import ops, presets, records
 from dsa_codegen.explain import Difference, distance, explain, nearest
 from dsa_codegen.gpu import resolve
 from dsa_codegen.lookup import lookup, search_path
@@ -80,11 +80,12 @@ def test_the_fastest_backend_serves(folders, monkeypatch):
     [
         ({"source_sha": "0" * 64}, "renders to another source"),
         ({"config": {**CONFIG.to_dict(), "block_q": 3}}, "block_q"),
+        ({"config": {**CONFIG.to_dict(), "splits": True}}, "splits"),
         ({"config": {"block_q": 2}}, "exactly the parameters"),
         ({"config": {**CONFIG.to_dict(), "num_warps": 8}}, "warpgroup rows"),
         ({"backend": "cuda"}, "backend"),
     ],
-    ids=["source", "value", "parameters", "violation", "backend"],
+    ids=["source", "value", "type", "parameters", "violation", "backend"],
 )
 def test_what_is_passed_over_is_said(folders, change, note):
     records.merge(folders["tuned"], [dataclasses.replace(make(), **change)])
@@ -183,3 +184,12 @@ def test_kin_serves_where_only_minor_fields_differ(folders, monkeypatch):
     assert (result.origin, result.config["num_stages"]) == ("kin", STAGES["tuned"])
     assert found(folders, spec=dataclasses.replace(SPEC, heads=16)).origin == "default"
     assert found(folders).origin == "tuned"
+
+
+def test_the_default_is_one_for_the_whole_bucket(tmp_path):
+    op = ops.get("attention_paged")
+    (spec,) = op.specs(presets.preset("glm-5"))
+    sizes = [op.sizes_type(batch=17, next_n=1, tokens=5000), op.sizes_type(batch=64, next_n=4, tokens=1 << 20)]
+    assert sizes[0].bucket() == sizes[1].bucket()
+    first, second = (lookup(op, spec, each, H200, {"tuned": tmp_path}) for each in sizes)
+    assert first.config == second.config

@@ -118,6 +118,7 @@ DAMAGE = {
     "empty": "",
     "truncated": '{"schema": 1, "op": "indexer", "gpu"',
     "not an object": "[1, 2]",
+    "nested without end": "[" * 100_000,
     "future schema": None,
     "another gpu": None,
     "another op": None,
@@ -195,7 +196,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def broken(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records.os, "replace", broken)
+    monkeypatch.setattr("os.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         records.merge(tmp_path, [make(time_us=1.0)])
     assert path.read_text() == before

@@ -146,6 +146,7 @@ def arguments(**changes):
         ("scores", torch.zeros(4, 300, dtype=torch.float64)),
         ("scores", torch.zeros(300, 4).T),
         ("scores", torch.zeros(1200)),
+        ("scores", torch.empty(4, 1 << 31, device="meta")),
         ("ends", torch.zeros(3, dtype=torch.int32)),
         ("starts", torch.zeros(4, dtype=torch.int64)),
         ("page_table", torch.zeros(3, 5, dtype=torch.int32)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,10 +65,10 @@ class InstantGpu(InstantEvaluator):
 
     measures = True
 
-    def __init__(self, judge=lambda task: timed(landscape(task.candidate.config)), folder: Path = Path("nowhere")) -> None:
+    def __init__(self, judge=lambda task: timed(landscape(task.candidate.config)), folder: Path | None = None) -> None:
         super().__init__(judge)
         self.pool.request, self.pool.backlog = lambda rendered: True, 0
-        self.folder = folder
+        self.folder = folder or Path(tempfile.mkdtemp())
         self.finals: list[list[Config]] = []
         self.refusals = 0
         """How many winners fail their last check."""

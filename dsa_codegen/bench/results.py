@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import filelock
 
 from ..errors import RecordError
+from ..publish import publish
 from .cases import STAGES, BenchCase
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ def merge_rows(path: Path, fresh: Iterable[Row]) -> list[Row]:
     with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
         rows = {key_of(row): row for row in (*read_rows(path), *fresh)}
         ordered = sorted(rows.values(), key=_order)
-        _publish(path, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
+        publish(path, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
     return ordered
 
 
@@ -106,7 +106,7 @@ def merge_machine(path: Path, fresh: Mapping[str, Any]) -> None:
     """Replace some entries, keep the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-        _publish(path, json.dumps({**read_machine(path), **fresh}, indent=1) + "\n")
+        publish(path, json.dumps({**read_machine(path), **fresh}, indent=1) + "\n")
 
 
 def row_of(case: BenchCase, measured: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
@@ -135,17 +135,3 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
-def _publish(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

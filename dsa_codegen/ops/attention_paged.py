@@ -31,6 +31,7 @@ _COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: a
 _GLUON_TILE = 64  # heads of a block, and entries per step: what one warpgroup instruction takes
 # Per thread: together they fill the register file, lead takes 216. The accumulators are 128 of them.
 _GLUON_REGISTERS = {"registers": 168, "follow_registers": 160, "produce_registers": 128}
+_PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -243,13 +244,15 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
     ) -> Sequence[Launch]:
         q, cache, out, lse = inputs["q"], inputs["cache"], outputs["out"], outputs["lse"]
         batch, next_n = q.shape[:2]
-        rows, splits, d_v = batch * next_n, config["splits"], spec.layout.d_v
+        rows, d_v = batch * next_n, spec.layout.d_v
         if not rows:
             return ()
         if not len(cache):
             out.zero_()
             lse.fill_(-math.inf)
             return ()
+        # Records are tuned for few queries per sequence; a prompt's thousands would make the parts take tens of GB.
+        splits = max(1, min(config["splits"], _PARTIAL_BYTES // (4 * d_v * rows * spec.heads)))
         parts = rows * spec.heads * splits if splits > 1 else 0
         partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)

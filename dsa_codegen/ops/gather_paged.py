@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks, compare
+from .. import checks
 from ..caches import IndexKLayout, Layout, quantize_groups, tokens_of, valid_slots
 from ..draw import Draw
 from ..errors import InputError
@@ -29,12 +29,13 @@ from ..paged import (
     draw_slots,
     group_of,
     layout_of,
+    pack,
     rope_of,
     template_names,
 )
 from ..presets import Model
 from ..values import Scalar, Sizes, Spec
-from .quantize import as_bytes, draw_rows, values_per_thread
+from .quantize import ROW_PARAMETERS, draw_rows, same_bytes, values_per_thread
 from .quantize_paged import default_config
 
 
@@ -90,7 +91,7 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
         cache, slots, layout = args
         checks.one_of("layout", layout, LAYOUTS)
         # A cache of index keys states their width in its last dimension.
-        width = cache.shape[-1] - 4 if layout == "index_k" else WIDTHS[layout][0]
+        width = (cache.shape[-1] if cache.dim() else 0) - 4 if layout == "index_k" else WIDTHS[layout][0]
         if width not in WIDTHS[layout]:
             allowed = ", ".join(str(width + 4) for width in WIDTHS[layout])
             raise InputError("cache", f"shape {list(cache.shape)}", f"[blocks, page, 1, {allowed}]")
@@ -126,7 +127,7 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
         return {"values": values, "scales": torch.empty(tokens, dtype=torch.float32, device=device)}
 
     def check(self, spec: GatherPagedSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
-        return compare.worst(*(compare.equal(name, as_bytes(outputs[name]), as_bytes(reference[name])) for name in reference))
+        return same_bytes(outputs, reference)
 
     def cost(self, spec: GatherPagedSpec, case: Case[GatherPagedSizes]) -> Cost:
         tokens, stored, d_rope = case.sizes.tokens, spec.cache.bytes_per_token, rope_of(spec.cache)
@@ -144,10 +145,7 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
         return [Case(GatherPagedSizes(tokens)) for tokens in (32768, 1024)]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
-        return (
-            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
-            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
-        )
+        return ROW_PARAMETERS
 
     def constraints(self, spec: GatherPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         names = self.derived(spec, config)
@@ -176,10 +174,8 @@ def _filled(spec: GatherPagedSpec, blocks: int, draw: Draw) -> Tensor:
         return cache
     slots = torch.arange(blocks * spec.page, device=draw.device)
     values, scales = quantize_groups(draw_rows(draw, len(slots), spec.width), group_of(layout), spec.layout == "v4")
-    if isinstance(layout, IndexKLayout):
-        layout.pack(cache, slots, values, scales[:, 0])
-    else:
-        layout.pack(cache, slots, values, scales, draw_rows(draw, len(slots), layout.d_rope))
+    rope = draw_rows(draw, len(slots), rope_of(layout)) if rope_of(layout) else None
+    pack(layout, cache, slots, values, scales, rope)
     return cache
 
 

@@ -25,7 +25,7 @@ from ..waves import share_out
 
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GLUON_COLUMNS = 256  # queries × heads of a block
-ROW_ALIGNMENT = 128  # elements; rows of logits start on cache lines, so that neighbouring tiles never share one
+_ROW_ALIGNMENT = 128  # elements of a row of logits
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,7 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
 
     def allocate(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
         queries, tokens = inputs["q"].shape[0], inputs["k"].shape[0]
-        stride = -(-tokens // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        rows = torch.empty(queries, stride, dtype=LOGITS[spec.logits], device=inputs["q"].device)
-        return {"logits": rows[:, :tokens]}
+        return {"logits": empty_logits(queries, tokens, spec.logits, inputs["q"].device)}
 
     def check(self, spec: IndexerSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         logits = outputs["logits"]
@@ -226,6 +224,12 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         if config.backend == "tilelang":
             return (Launch("indexer", grid, (*tensors, config["splits"])),)
         return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0))),)
+
+
+def empty_logits(rows: int, columns: int, dtype: str, device: torch.device) -> Tensor:
+    """Uninitialised logits [rows, columns] whose rows start on cache lines, so that neighbouring tiles never share one."""
+    stride = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    return torch.empty(rows, stride, dtype=LOGITS[dtype], device=device)[:, :columns]
 
 
 def inside(inputs: Inputs) -> Tensor:

@@ -23,7 +23,7 @@ from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Para
 from ..paged import check_cache
 from ..presets import SCORES, Model
 from ..values import Scalar, Sizes, Spec
-from .indexer import LOGITS, ROW_ALIGNMENT
+from .indexer import LOGITS, empty_logits
 
 SCHEDULES = ("split", "persistent")
 
@@ -74,7 +74,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
     summary = "FP8 lightning indexer over a paged key cache: logits of the newest queries of each sequence."
     function = "indexer_logits_paged"
     schema = (
-        "(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor page_table, int max_context, "
+        "(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor page_table, SymInt max_context, "
         "str score='weighted_relu', str logits='fp32', bool clean=False) -> Tensor"
     )
     spec_type = IndexerPagedSpec
@@ -97,8 +97,8 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
         checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
-        if max_context < 0:
-            raise InputError("max_context", max_context, "0 or more")
+        if not 0 <= max_context < 1 << 31:
+            raise InputError("max_context", max_context, "0 to 2147483647")
         inputs = {"q": q, "cache": cache, "weights": weights, "lengths": lengths, "page_table": page_table}
         spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean)
         return spec, IndexerPagedSizes(batch, max_context), {**inputs, "max_context": max_context}
@@ -138,9 +138,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
 
     def allocate(self, spec: IndexerPagedSpec, inputs: Inputs) -> Outputs:
         q, context = inputs["q"], inputs["max_context"]
-        stride = -(-context // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        rows = torch.empty(q.shape[0] * spec.next_n, stride, dtype=LOGITS[spec.logits], device=q.device)
-        return {"logits": rows[:, :context]}
+        return {"logits": empty_logits(q.shape[0] * spec.next_n, context, spec.logits, q.device)}
 
     def check(self, spec: IndexerPagedSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         logits = outputs["logits"]

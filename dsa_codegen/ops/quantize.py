@@ -24,6 +24,11 @@ from ..values import Scalar, Sizes, Spec
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHT_NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
+ROW_PARAMETERS = (
+    Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
+    Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
+)
+"""What there is to tune where a block works on rows, each by itself: here and in the operations on paged caches."""
 _ROW_ALIGNMENT = 16  # elements; rows are read 16 bytes at a time
 
 
@@ -101,7 +106,7 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
         return {"values": values, "scales" if spec.weights == "none" else "folded": per_row}
 
     def check(self, spec: QuantizeSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
-        return compare.worst(*(compare.equal(name, as_bytes(outputs[name]), as_bytes(reference[name])) for name in reference))
+        return same_bytes(outputs, reference)
 
     def cost(self, spec: QuantizeSpec, case: Case[QuantizeSizes]) -> Cost:
         rows = case.sizes.tokens * spec.heads
@@ -119,10 +124,7 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
         return [Case(QuantizeSizes(tokens)) for tokens in (4096, 64)]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
-        return (
-            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
-            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
-        )
+        return ROW_PARAMETERS
 
     def constraints(self, spec: QuantizeSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         yield from values_per_thread(config, spec.width)
@@ -166,6 +168,11 @@ def draw_rows(draw: Draw, tokens: int, *shape: int) -> Tensor:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The tensor's bytes, for exact comparison."""
     return tensor.contiguous().view(torch.uint8)
+
+
+def same_bytes(outputs: Outputs, reference: Outputs) -> Accuracy:
+    """Whether every output agrees with the reference bit for bit, NaNs and the sign of zero included."""
+    return compare.worst(*(compare.equal(name, as_bytes(outputs[name]), as_bytes(reference[name])) for name in reference))
 
 
 def values_per_thread(config: Config, width: int) -> Iterable[Violation]:

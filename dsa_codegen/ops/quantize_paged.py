@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import checks, compare
-from ..caches import IndexKLayout, Layout, quantize_groups
+from ..caches import Layout, quantize_groups
 from ..draw import Draw
 from ..errors import InputError
 from ..gpu import Gpu
@@ -30,12 +30,13 @@ from ..paged import (
     draw_slots,
     group_of,
     layout_of,
+    pack,
     rope_of,
     template_names,
 )
 from ..presets import Model
 from ..values import Scalar, Sizes, Spec
-from .quantize import as_bytes, check_rows, draw_rows, limits, values_per_thread
+from .quantize import ROW_PARAMETERS, as_bytes, check_rows, draw_rows, limits, values_per_thread
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,7 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
     def reference(self, spec: QuantizePagedSpec, inputs: Inputs) -> Outputs:
         layout, cache = spec.cache, inputs["cache"].clone()
         values, scales = quantize_groups(inputs["source"], group_of(layout), spec.power_of_two)
-        if isinstance(layout, IndexKLayout):
-            layout.pack(cache, inputs["slots"], values, scales[:, 0])
-        else:
-            layout.pack(cache, inputs["slots"], values, scales, inputs["rope"])
+        pack(layout, cache, inputs["slots"], values, scales, inputs.get("rope"))
         return {"cache": cache}
 
     def allocate(self, spec: QuantizePagedSpec, inputs: Inputs) -> Outputs:
@@ -161,10 +159,7 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
         return [Case(QuantizePagedSizes(tokens)) for tokens in (4096, 64)]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
-        return (
-            Parameter("block_t", (1, 2, 4, 8, 16, 32, 64), "rows per block"),
-            Parameter("num_warps", (1, 2, 4, 8), "warps per block"),
-        )
+        return ROW_PARAMETERS
 
     def constraints(self, spec: QuantizePagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         names = self.derived(spec, config)

@@ -88,13 +88,16 @@ class Select(Op[SelectSpec, SelectSizes]):
         scores, ends, topk, starts, page_table, page, keep_first, keep_recent = args
         scores = checks.tensor("scores", scores, (None, None), tuple(_NAMES), inner_contiguous=True)
         rows, columns = scores.shape
+        if columns >= 1 << 31:  # tokens are int32
+            raise InputError("scores", f"{columns} columns", "at most 2147483647")
         checks.tensor("ends", ends, (rows,), torch.int32, like=scores)
         if starts is not None:
             checks.tensor("starts", starts, (rows,), torch.int32, like=scores)
         if page_table is not None:
             table = checks.tensor("page_table", page_table, (None, None), torch.int32, like=scores, inner_contiguous=True)
-            if rows % max(len(table), 1) or (rows and not len(table)):
-                raise InputError("page_table", f"{len(table)} rows", f"a row per request, and the {rows} rows of scores shared")
+            requests = table.shape[0]
+            if rows % max(requests, 1) or (rows and not requests):
+                raise InputError("page_table", f"{requests} rows", f"a row per request, and the {rows} rows of scores shared")
         inputs = {"scores": scores, "ends": ends, "starts": starts, "page_table": page_table}
         paged = {} if page_table is None else {"output": "slots", "page": page}
         dtype = _NAMES[scores.dtype]
@@ -128,7 +131,7 @@ class Select(Op[SelectSpec, SelectSizes]):
 
     def allocate(self, spec: SelectSpec, inputs: Inputs) -> Outputs:
         scores = inputs["scores"]
-        return {"chosen": torch.empty(len(scores), spec.topk, dtype=torch.int32, device=scores.device)}
+        return {"chosen": torch.empty(scores.shape[0], spec.topk, dtype=torch.int32, device=scores.device)}
 
     def check(self, spec: SelectSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         return compare.equal("chosen", outputs["chosen"], reference["chosen"])

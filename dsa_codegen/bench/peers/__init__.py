@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .base import Peer
 
-_HELPERS = ("base", "libraries")
+_HELPERS = ("base", "dense", "libraries")
 
 
 def sources() -> tuple[str, ...]:

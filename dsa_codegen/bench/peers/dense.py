@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from ..stage import Run
-from .base import Peer
 
 D_QK, D_V = 192, 128
 """Channels of a head's expanded key and value in DeepSeek-V3.2."""
 GROUP = 16
 """Heads whose keys and values exist at a time: 10.7 GB at one million tokens."""
-
-PEERS: tuple[Peer, ...] = ()
-"""None: what dense attention computes is no stage of the sparse one."""
 
 
 def attention_of(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Run:
