@@ -27,7 +27,7 @@ from dsa_codegen import generate as generation
 from dsa_codegen import gpu as gpus
 from dsa_codegen.bench import command as benchmark
 from dsa_codegen.bench import ours, printing, results
-from dsa_codegen.errors import DsaError, NoGpu, SpecError, ToolMissing
+from dsa_codegen.errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing
 from dsa_codegen.timing import COLD, WARM
 from dsa_codegen.worker import Worker
 
@@ -99,8 +99,8 @@ def tune(
     preset: Preset = "deepseek-v3.2",
     spec: SpecFile = None,
     op: OpNames = None,
-    budget: Annotated[str, typer.Option(help="Wall time, earlier interrupted runs included: 90s, 10m, 1h.")] = "6m",
-    trials: Annotated[int, typer.Option(help="Candidates per operation, size bucket and backend at most.", min=1)] = 48,
+    budget: Annotated[str, typer.Option(help="Wall time, interrupted runs included: 90s, 1h; 10m, without the GPU 4m.")] = "",
+    trials: Annotated[int, typer.Option(help="Candidates per study at most; 48, without the GPU 24.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     folder: Annotated[Optional[Path], typer.Option(help="Where records go; by default tuned/.")] = None,  # noqa: UP045
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")] = False,
@@ -109,8 +109,10 @@ def tune(
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
     from dsa_codegen.tune import run
 
-    limits = run.Budget(_seconds(budget), trials)
     target, here = _gpu(gpu), gpus.detect()
+    offline = here is None or here.id != target.id
+    usual = run.OFFLINE if offline else run.ON_GPU
+    limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
     report = show.tuning(
         err,
         lambda notify: run.tune(
@@ -118,7 +120,7 @@ def tune(
             target,
             folder or paths.user_records() or paths.shipped_records(),
             budget=limits,
-            offline=here is None or here.id != target.id,
+            offline=offline,
             seed=seed,
             fresh=fresh,
             notify=notify,
@@ -276,6 +278,9 @@ def main() -> None:
     except (NoGpu, ToolMissing) as error:
         _complain(error)
         sys.exit(3)
+    except BuildError as error:
+        _complain(error)
+        sys.exit(1)
     except DsaError as error:
         _complain(error)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -168,7 +169,15 @@ def tuned(report: Report) -> Printer:
     chosen = [record for record in report.records if record in fastest.values()]
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
     files = [f"wrote {path}" for path in report.files]
-    return together(records(chosen, head), lines(*files), lines(*report.notes, style="yellow"))
+    return together(records(chosen, head), lines(_outcomes(report), *files), lines(*report.notes, style="yellow"))
+
+
+def _outcomes(report: Report) -> str:
+    """``candidates: 412 ok, 31 infeasible``."""
+    counts: Counter[str] = Counter()
+    for study in report.studies:
+        counts.update({kind.value: number for kind, number in study.counts.items() if number})
+    return "candidates: " + (", ".join(f"{number} {kind}" for kind, number in counts.most_common()) or "none")
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:

@@ -43,7 +43,7 @@ class Value:
         for name, field in known.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in mapping:
-                raise SpecError(f"{cls.__name__}.{name}", None, "a value (the field has no default)")
+                raise SpecError(f"{cls.__name__}.{name}", "nothing", f"a value; the fields are {', '.join(known)}")
         return cls(**mapping)
 
     def __post_init__(self) -> None:
