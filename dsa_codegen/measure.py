@@ -7,6 +7,7 @@ together touch more than twice the L2, so that no call finds its inputs there; w
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ MEMORY_LIMIT = 8 << 30  # bytes of input sets with their outputs
 SETS_LIMIT = 256  # a problem that is smaller than L2 / 128 stays in L2 however it is served
 DISTINCT = 4  # sets drawn anew; the others are copies of them, which cost a tenth of the time to make
 _MIN_ROUNDS = 3
+_FAR_BEHIND = 4.0  # times the fastest: whoever is slower rests after _MIN_ROUNDS and costs the others no rounds
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def measure(
     Args:
         variants: what to time; all of one operation and spec.
         sets: the input sets to rotate over, from ``input_sets``; a warm policy reads the first only.
-        limit_s: device seconds for the samples of all variants; at least 3 rounds are taken.
+        limit_s: device seconds for the samples of all variants; at least 3 rounds are taken, and no more of those that are
+            far behind the fastest.
     """
     cold = bool(variants) and _exceeds_l2(sets, variants[0].gpu)
     contestants = [[_call(variant, each) for each in sets] for variant in variants]
@@ -82,20 +85,16 @@ def measure_calls(
     sets = max((len(calls) for calls in contestants), default=0)
     reps = max(policy.reps, sets)
     runs = [_prepare(calls, reps, policy, stopwatch) for calls in contestants]
-    for run, _ in runs:
-        _warm_up(run, policy, stopwatch)
-    samples: list[list[float]] = [[] for _ in runs]
-    spent = 0.0
-    for number in range(policy.rounds):
-        if number >= _MIN_ROUNDS and spent > limit_s:
-            break
-        for (run, _), taken in zip(runs, samples, strict=True):
-            elapsed = stopwatch.time_us(run)
-            taken.append(elapsed / reps)
-            spent += elapsed / 1e6
+    replays = [run for run, _ in runs]
+    _warm_up(replays, policy, stopwatch)
+    samples = _take_turns(replays, policy.rounds, limit_s, stopwatch)
     cold = cold and policy.cold_l2
     return [
-        Measured(Timing.of(taken), replace(policy, graph=graph, cold_l2=cold, reps=reps, rounds=len(taken)), sets)
+        Measured(
+            Timing.of([elapsed / reps for elapsed in taken]),
+            replace(policy, graph=graph, cold_l2=cold, reps=reps, rounds=len(taken)),
+            sets,
+        )
         for (_, graph), taken in zip(runs, samples, strict=True)
     ]
 
@@ -119,10 +118,30 @@ def _call(variant: Variant, each: InputSet) -> Run:
     return call
 
 
-def _warm_up(run: Run, policy: Policy, stopwatch: Stopwatch) -> None:
-    elapsed = stopwatch.time_us(run)
-    while elapsed < policy.warmup_ms * 1000:
-        elapsed += max(stopwatch.time_us(run), 1.0)
+def _warm_up(runs: Sequence[Run], policy: Policy, stopwatch: Stopwatch) -> None:
+    """Whole rounds that do not count: clocks and power settle on the very mix that is timed afterwards."""
+    goal, elapsed = policy.warmup_ms * 1000 * len(runs), 0.0
+    while runs and elapsed <= goal:
+        elapsed += sum(max(stopwatch.time_us(run), 1.0) for run in runs)
+
+
+def _take_turns(runs: Sequence[Run], rounds: int, limit_s: float, stopwatch: Stopwatch) -> list[list[float]]:
+    """Samples of each run in microseconds. Every other round goes backwards: nobody always has the same predecessor."""
+    samples: list[list[float]] = [[] for _ in runs]
+    racing = list(range(len(runs)))
+    spent = 0.0
+    for number in range(rounds):
+        if number == _MIN_ROUNDS:
+            medians = [statistics.median(taken) for taken in samples]
+            racing = [who for who in racing if medians[who] <= _FAR_BEHIND * min(medians)]
+            spent = sum(sum(samples[who]) for who in racing)
+        if number >= _MIN_ROUNDS and spent > limit_s * 1e6:
+            break
+        for who in racing if number % 2 == 0 else reversed(racing):
+            elapsed = stopwatch.time_us(runs[who])
+            samples[who].append(elapsed)
+            spent += elapsed
+    return samples
 
 
 def input_sets(op: Op, spec: Spec, case: Case, gpu: Gpu, device: str = "cuda", seed: int = 0) -> list[InputSet]:

@@ -35,6 +35,21 @@ def test_a_case_has_parts_that_fit_and_a_limit(case):
     assert stage.variant(case, H200).count("[") == len(stage.parts(case))
 
 
+@pytest.mark.parametrize(
+    ("stage", "wanted"),
+    [
+        ("attention_prefill", {"context": 1 << 20, "heads": 128}),
+        ("index_select_prefill", {"context": 1 << 20}),
+        ("indexer_decode", {"batch": 64, "next_n": 6}),
+        ("attention_decode", {"batch": 8, "heads": 64}),
+        ("attention_decode", {"batch": 8, "heads": 16}),
+        ("layer_decode", {"batch": 1, "heads": 128}),
+    ],
+)
+def test_the_shapes_that_people_ask_about_are_there(stage, wanted):
+    assert any(wanted.items() <= dict(case.shape).items() for case in chosen([stage]))
+
+
 def test_a_run_can_be_cut_to_stages_suites_and_headlines():
     assert {case.suite for case in chosen()} == {"core"}
     assert [case.stage for case in chosen(per_stage=1)] == list(STAGES)

@@ -12,7 +12,8 @@ from dsa_codegen.bench.cases import case
 from dsa_codegen.bench.contest import OURS, How
 from dsa_codegen.bench.stages import OpStage
 from dsa_codegen.bench.summary import failure, summarise
-from dsa_codegen.timing import Policy
+from dsa_codegen.measure import Measured
+from dsa_codegen.timing import Policy, Timing
 
 import bench_fakes
 from bench_support import SHEET, SMALL
@@ -125,6 +126,18 @@ def test_decode_is_also_timed_warm(clock):
     row = summarise(case("indexer_decode", "full", shape), hold(clock, case=case("indexer_decode", "full", shape)), SHEET)
     assert row["warm_us"] == {OURS: 2.0}
     assert row["peers"] == {} and row["best_peer"] is None and row["ratio"] is None
+
+
+def test_who_is_far_behind_is_not_timed_warm():
+    times = [Timing.of([us]) for us in (2.0, 19.0, 21.0)]
+    assert contest._near([Measured(timing, QUICK, 1) for timing in times]) == [0, 1]
+    assert contest._near([]) == []
+
+
+def test_a_contest_can_do_without_ours(clock):
+    entries = hold(clock, without=(OURS,)).entries
+    assert OURS not in {entry.name for entry in entries}
+    assert {entry.name for entry in entries if entry.timing} == {"fast", "crashing", "padded (padded to 64)"}
 
 
 def test_a_contest_that_did_not_come_about_is_a_row():

@@ -20,8 +20,10 @@ INDEXER = case("indexer_prefill", "causal", {"queries": 8, "context": 96, **_IND
 INDEXER_DECODE = case("indexer_decode", "full", {**_PAGED, **_INDEX})
 INDEXER_MTP = case("indexer_decode", "full", {**_PAGED, "next_n": 3, **_INDEX})
 SELECT = case("select", "normal", {"rows": 3, "context": 2500, "k": 2048})
-ATTENTION = case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 8, "head_dim": 576, "k": 64})
+ATTENTION = case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 8, "head_dim": 576, "k": 128})
+ATTENTION_512 = case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 64, "head_dim": 512, "k": 128})
 ATTENTION_DECODE = case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 576, "k": 64})
+ATTENTION_DECODE_V4 = case("attention_decode", "random", {**_PAGED, "next_n": 2, "heads": 16, "head_dim": 512, "k": 64})
 CHOICE = case("index_select_prefill", "causal", {"queries": 4, "context": 2100, "k": 2048, **_INDEX})
 CHOICE_DECODE = case("index_select_decode", "full", {**_PAGED, "context": 2112, "k": 2048, **_INDEX})
 LAYER = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 64, "head_dim": 576, "k": 2048})
@@ -44,7 +46,7 @@ def _fast_topk_slots(score, lengths, dst_page_table, src_page_table, cu_seqlens_
 
 
 def _sparse_prefill(q, kv, indices, sm_scale, d_v):
-    assert q.shape[1] in flashmla.HEADS and q.is_contiguous() and d_v == 512
+    assert q.shape[1] in flashmla.HEADS and q.stride(-1) == 1 and d_v == 512 and indices.shape[2] % 128 == 0
     out, lse = functions.sparse_attention(q, kv, indices, sm_scale)
     return [out, lse, lse]
 
@@ -56,6 +58,10 @@ def _metadata(seqlens_k, num_q_tokens_per_head_k, h_k, h_q, is_fp8_kvcache, topk
 
 def _decode(q, cache, d_v, seqlens, table, scale, causal, tiles, splits, is_fp8, indices):
     assert is_fp8 and not causal and len(seqlens) == len(table) == len(q) and len(splits) == len(q) + 1
+    assert q.shape[2] in flashmla.HEADS and indices.shape[2] % 64 == 0
+    assert cache.shape[2] == 1 and cache.stride(1) == cache.shape[3] == {576: 656, 512: 584}[q.shape[3]]
+    if q.shape[3] == 512:  # our functions take a v4 cache as padded pages
+        cache = cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1))
     out, lse = functions.sparse_attention_paged(q, cache, indices, scale)
     return [out, lse.transpose(1, 2).contiguous()]
 
@@ -120,7 +126,9 @@ def deep_gemm_stand_in(monkeypatch):
         (fast_topk, SELECT, "fast_topk"),
         (torch_topk, SELECT, "torch.topk"),
         (flashmla, ATTENTION, "FlashMLA (padded to 64)"),
+        (flashmla, ATTENTION_512, "FlashMLA"),
         (flashmla, ATTENTION_DECODE, "FlashMLA"),
+        (flashmla, ATTENTION_DECODE_V4, "FlashMLA (padded to 64)"),
         (unfused, INDEXER, "PyTorch (unfused)"),
         (unfused, ATTENTION, "PyTorch (unfused)"),
         (unfused, ATTENTION_DECODE, "PyTorch (unfused)"),
@@ -146,6 +154,9 @@ def test_adapters_say_what_they_do_not_serve():
     few_heads = case("indexer_prefill", "causal", {"queries": 8, "context": 96, "heads": 16, "head_dim": 64})
     assert deep_gemm.PEERS[0].prepare(few_heads, {}) is None
     assert fast_topk.PEERS[0].prepare(case("select", "normal", {"rows": 1, "context": 4096, "k": 512}), {}) is None
+    for wrong in ({"k": 96}, {"head_dim": 192}, {"heads": 256}):
+        assert flashmla.PEERS[0].prepare(case("attention_prefill", "random", {**dict(ATTENTION.shape), **wrong}), {}) is None
+    assert unfused.PEERS[0].prepare(ATTENTION_DECODE_V4, {}) is None
     long = case("indexer_prefill", "causal", {"queries": 4096, "context": 32768, "heads": 64, "head_dim": 128})
     assert unfused.PEERS[0].prepare(long, {}) is None
 
@@ -160,11 +171,41 @@ def test_flashinfer_is_called_with_its_options(monkeypatch):
     monkeypatch.setattr(flashinfer, "imported", lambda name: SimpleNamespace(top_k=top_k))
     stage = stage_of("select")
     inputs = stage.inputs(SELECT, Draw(0, "cpu"))
-    for peer in flashinfer.PEERS:
+    for peer in flashinfer.PEERS[:2]:
         prepared = peer.prepare(SELECT, inputs)
         outputs = prepared.outputs(prepared.run())
         assert stage.check(SELECT, inputs, outputs, stage.reference(SELECT, inputs), exact=False).passed
     assert calls == [{}, {"deterministic": True}]
+
+
+class _Mla:
+    """FlashInfer's paged MLA in plain operations: a page is a token."""
+
+    def __init__(self, workspace, backend):
+        assert workspace.dtype == torch.int8 and backend == "auto"
+
+    def plan(self, qo, kv, pages, lengths, heads, d_v, d_rope, page, causal, sm_scale, q_dtype, kv_dtype):
+        assert page == 1 and not causal and q_dtype == kv_dtype == torch.bfloat16
+        assert qo.tolist() == list(range(len(lengths) + 1)) and kv[-1] == len(pages) and qo.dtype == kv.dtype == torch.int32
+        self.pages, self.lengths, self.sm_scale, self.shape = pages, lengths, sm_scale, (heads, d_v, d_rope)
+
+    def run(self, q_nope, q_rope, kv_nope, kv_rope, return_lse):
+        assert not return_lse and (*q_nope.shape[1:], q_rope.shape[2]) == self.shape
+        chosen = self.pages.view(len(self.lengths), 1, -1)
+        kv = torch.cat([kv_nope, kv_rope], -1)
+        return functions.sparse_attention(torch.cat([q_nope, q_rope], -1), kv, chosen, self.sm_scale)[0]
+
+
+@pytest.mark.parametrize("each", [ATTENTION, ATTENTION_512], ids=lambda each: each.id)
+def test_flashinfer_attends_page_by_page(monkeypatch, each):
+    library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=_Mla))
+    monkeypatch.setattr(flashinfer, "imported", lambda name: library)
+    monkeypatch.setattr(flashinfer, "_WORKSPACE", 16)
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(0, "cpu"))
+    prepared = flashinfer.PEERS[2].prepare(each, inputs)
+    accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), stage.reference(each, inputs), exact=False)
+    assert prepared.label == "FlashInfer MLA" and accuracy.passed, accuracy.detail
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import cli
 from dsa_codegen.bench import ceilings, command, hostcost, printing, report, results, sweep
 from dsa_codegen.bench.problems import Roofs
-from dsa_codegen.bench.report import labels, tables
+from dsa_codegen.bench.report import bars, labels, tables, theme
 from dsa_codegen.errors import RecordError, UnknownName
 from dsa_codegen.gpu import resolve
 from dsa_codegen.timing import Policy
@@ -41,13 +41,14 @@ def test_the_page_needs_no_network(page):
 def test_the_page_has_every_stage_and_curve(page):
     for title in (
         *labels.TITLES.values(),
+        "At a glance",
         "Roofline",
         "Time and memory over the context",
         "Tuning",
         "What a call costs the host",
     ):
         assert f"<h3>{title}</h3>" in page
-    assert page.count("<svg role=") == len(labels.TITLES) + 3
+    assert page.count("<svg role=") == len(labels.TITLES) + 4
     assert "abc1234" in page and "triton 3.6.0" in page
     assert "failed: made up" in page and "flashinfer is not installed" in page
 
@@ -106,6 +107,36 @@ def test_tables_say_who_was_the_best_and_what_is_missing():
     assert summary.count("\n") == 1 + len(labels.TITLES)
 
 
+def test_a_peer_that_is_not_there_is_told_once():
+    gone = {"FlashInfer": "flashinfer is not installed", "FlashMLA": "failed: it cannot be launched"}
+    rows = [row(SMALL, 5.0, {}, gone), row(SMALL, 5.0, {"DeepGEMM": 6.0}, {"DeepGEMM": "deep_gemm is not installed"})]
+    assert labels.absent(rows) == {"FlashInfer": "flashinfer is not installed"}, "DeepGEMM has a time elsewhere"
+    assert labels.notes(rows[0]) == {"FlashMLA": "failed: it cannot be launched"}
+    assert labels.best_peer(rows[0]) == "FlashMLA: failed: it cannot be launched"
+
+
+def test_every_peer_has_a_bar():
+    def texts(*rows):
+        figure = bars.bars(rows)
+        shown = [text.get_text() for text in figure.axes[0].texts]
+        lengths = [patch.get_width() for patch in figure.axes[0].patches]
+        theme.plt.close(figure)
+        return shown, lengths
+
+    shown, lengths = texts(row(SMALL, 5.0, {"slow": 60.0, "DeepGEMM": 6.0}))
+    assert [text for text in shown if text] == [
+        "16 queries of 64, 8 heads, d 64",
+        "5.00 µs · 1.20×",
+        "DeepGEMM",
+        "6.00 µs",
+        "slow",
+        "» 60.0 µs",
+    ]
+    assert lengths == pytest.approx([5 / 6, 1.0, 1.2]), "the slow one is cut"
+    shown, lengths = texts(row(SMALL, None, {"DeepGEMM": 6.0}), row(SMALL, 5.0, {}))
+    assert "failed: made up" in shown and "5.00 µs · no peer" in shown and lengths == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(("number", "text"), [(4096, "4K"), (1 << 20, "1M"), (98304, "96K"), (300, "300")])
 def test_tokens_are_short(number, text):
     assert labels.tokens(number) == text
@@ -143,8 +174,11 @@ def test_host_costs_of_whoever_is_there(monkeypatch):
     assert hostcost.host_us(lambda: None, clock=lambda: next(ticks) / 1e6, calls=1) == pytest.approx(1.0)
     monkeypatch.setattr(hostcost, "_CALLS", 1)
     monkeypatch.setattr(hostcost, "_IN_GRAPH", QUICK)
-    monkeypatch.setattr(hostcost, "_CASES", (SMALL,))
-    found = {each.name: each for each in hostcost.measure_host(H200, ["bench_fakes"], "cpu", bench_fakes.Clock())}
+    monkeypatch.setattr(hostcost, "CASES", (SMALL,))
+    jobs, clock = hostcost.jobs(["bench_fakes"]), bench_fakes.Clock()
+    assert [job.name for job in jobs] == ["plain", "ours", *(peer.name for peer in bench_fakes.PEERS)]
+    rows = [row for job in jobs for row in hostcost.measure_host(job, H200, ["bench_fakes"], "cpu", clock)]
+    found = {each.name: each for each in rows}
     assert found["torch add_"].host_us > 0 and found["ours: public function"].graph_us == 10.0
     assert found["missing"].note == "missing is not installed" and found["raising"].note.startswith("failed: ValueError")
     assert found["unwilling"].note == "does not serve the case"
@@ -154,7 +188,9 @@ def test_machine_facts_reach_the_tables():
     named = tables.named(made_up_rows(), made_up_machine())
     assert "device copy, read and written | 4.27 TB/s" in named["ceilings"]
     assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
-    assert set(named) == {"summary", "host", "ceilings", *labels.TITLES}
+    assert set(named) == {"summary", "headlines", "host", "ceilings", *labels.TITLES}
+    assert named["headlines"].count("\n") == 1 + len(labels.TITLES)
+    assert "| Sparse attention, prefill | 4096 queries of 32K, 128 heads |" in named["headlines"]
     assert results.REQUIRED[0] == "stage"
 
 

@@ -17,11 +17,13 @@ SMALL = [
     case("indexer_prefill", "causal", {"queries": 8, "context": 96, **_INDEX}),
     case("indexer_decode", "full", {**_DECODE, **_INDEX}),
     case("select", "relu", {"rows": 3, "context": 300, "k": 64}),
+    case("select", "indexed", {"rows": 3, "context": 300, "k": 64}),
     case("index_select_prefill", "causal", {"queries": 8, "context": 160, "k": 64, **_INDEX}),
     case("index_select_decode", "full", {**_DECODE, "k": 64, **_INDEX}),
     case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_prefill", "local", {"queries": 20, "context": 400, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 512, "k": 64}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
 ]

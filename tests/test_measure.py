@@ -71,7 +71,38 @@ def test_variants_take_turns(sets):
     fast, slow = measure([clock.variant("a", 1.0), clock.variant("b", 2.0)], sets, QUICK, clock)
     assert (fast.timing.median, slow.timing.median) == (1.0, 2.0)
     names = [name for name, _ in clock.log]
-    assert names[:: fast.policy.reps] == ["a", "b"] * (1 + QUICK.rounds)  # the first turn is the warm-up
+    turns = names[:: fast.policy.reps]
+    assert turns == ["a", "b", "a", "b", "b", "a", "a", "b"], "the first turn is the warm-up, every other goes back"
+
+
+def test_clocks_that_fall_cost_both_the_same(sets):
+    """A device that slows down all the time, as one does that gets hot: the ratio of two equal variants stays 1."""
+    clock = FakeClock()
+
+    def slower_and_slower(name):
+        def kernel(grid, args):
+            clock.now += 10.0 + clock.now / 100
+
+        return dataclasses.replace(clock.variant(name), kernels={"indexer": kernel})
+
+    policy = dataclasses.replace(QUICK, rounds=8)
+    one, two = measure([slower_and_slower("a"), slower_and_slower("b")], sets, policy, clock)
+    assert one.timing.median / two.timing.median == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_slow_rest_after_three_rounds(sets):
+    clock = FakeClock()
+    policy = dataclasses.replace(QUICK, rounds=20)
+    fast, near, slow = measure([clock.variant(name, us) for name, us in (("a", 1), ("b", 3), ("c", 50))], sets, policy, clock)
+    assert (fast.timing.n, near.timing.n, slow.timing.n) == (20, 20, 3)
+    assert slow.timing.median == 50.0
+
+
+def test_the_slow_do_not_use_up_the_limit_of_the_fast(sets):
+    clock = FakeClock()
+    policy = dataclasses.replace(QUICK, rounds=20)
+    fast, slow = measure([clock.variant("a", 100.0), clock.variant("b", 1e6)], sets, policy, clock, limit_s=1.0)
+    assert (fast.timing.n, slow.timing.n) == (20, 3)
 
 
 def test_cold_rotates_and_warm_repeats(sets):
@@ -112,6 +143,15 @@ def test_warm_up_lasts(sets):
     clock = FakeClock()
     measure([clock.variant("a", 10.0)], sets[:1], dataclasses.replace(QUICK, warmup_ms=2.0), clock)
     assert clock.now == pytest.approx(2000 + 3 * 40, abs=40)
+
+
+def test_variants_warm_up_together(sets):
+    clock = FakeClock()
+    policy = dataclasses.replace(QUICK, warmup_ms=0.2)
+    measured, _ = measure([clock.variant("a", 10.0), clock.variant("b", 10.0)], sets, policy, clock)
+    names = [name for name, _ in clock.log][:: measured.policy.reps]
+    warm = names[: len(names) - 2 * policy.rounds]
+    assert len(warm) > 2 and warm == ["a", "b"] * (len(warm) // 2)
 
 
 def test_spread_is_by_percentiles():

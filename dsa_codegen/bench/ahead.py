@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,37 +13,50 @@ from ..dispatch import chosen
 from ..errors import DsaError
 from ..gpu import Gpu
 from ..render import Rendered, render
-from ..worker import Worker
+from ..worker import JobFailed, Worker
 from . import contest
 from .cases import BenchCase
+from .deadline import Deadline
 from .peers import Peer
 from .problems import stage_of
 
-_WORKERS = 6
+_WORKERS = 8
 _FIRST_CALL_SECONDS = 90.0
+_BUILD_SECONDS = 180.0
 
 PeersOf = Callable[[BenchCase], Sequence[Peer]]
+Crashes = dict[tuple[str, str], str]
+"""By peer and stage: how its first call ended the process."""
 
 
-def build(cases: Sequence[BenchCase], gpu: Gpu, peers_of: PeersOf, sources: Sequence[str], device: str) -> None:
+def build(
+    cases: Sequence[BenchCase], gpu: Gpu, peers_of: PeersOf, sources: Sequence[str], device: str, deadline: Deadline
+) -> Crashes:
     """Build our kernels; run the first calls with which peers compile. What fails here says so in its row."""
-    ours = threading.Thread(target=build_all, args=(kernels(cases, gpu), gpu))
+    ours = threading.Thread(target=build_ours, args=(cases, gpu), daemon=True)
     ours.start()
-    _first_calls(first_calls(cases, peers_of), sources, device)
-    ours.join()
+    crashes = _first_calls(first_calls(cases, peers_of), sources, device, deadline)
+    ours.join(min(_BUILD_SECONDS, deadline.left))
+    return crashes
+
+
+def build_ours(cases: Sequence[BenchCase], gpu: Gpu) -> None:
+    """Build every kernel of this package that the cases call."""
+    build_all(kernels(cases, gpu), gpu)
 
 
 def kernels(cases: Sequence[BenchCase], gpu: Gpu) -> list[Rendered]:
     """What the dispatcher will want built."""
-    parts = [part for case in cases for part in stage_of(case.stage).parts(case)]
+    stages = ((stage_of(case.stage), case) for case in cases)
+    parts = [part for stage, case in stages for part in (*stage.parts(case), *stage.helpers(case))]
     rendered = (render(part.op, part.spec, chosen(part.op, part.spec, part.sizes, gpu).config) for part in parts)
     return list({each.sha: each for each in rendered}.values())
 
 
 def first_calls(cases: Sequence[BenchCase], peers_of: PeersOf) -> list[tuple[BenchCase, str]]:
-    """One case, the shortest, and the peer's name for everything that a peer compiles."""
+    """One case, the smallest, and the peer's name for everything that a peer compiles."""
     found: dict[Any, tuple[BenchCase, str]] = {}
-    for case in sorted(cases, key=lambda each: each["context"]):
+    for case in sorted(cases, key=lambda each: (each["context"], math.prod(value for _, value in each.shape))):
         for peer in peers_of(case):
             key = peer.build_key(case)
             if key is not None:
@@ -50,24 +64,31 @@ def first_calls(cases: Sequence[BenchCase], peers_of: PeersOf) -> list[tuple[Ben
     return list(found.values())
 
 
-def _first_calls(waiting: list[tuple[BenchCase, str]], sources: Sequence[str], device: str) -> None:
-    workers = [Worker() for _ in range(min(_WORKERS, len(waiting)))]
+def _first_calls(waiting: list[tuple[BenchCase, str]], sources: Sequence[str], device: str, deadline: Deadline) -> Crashes:
+    workers = {Worker(): ("", "") for _ in range(min(_WORKERS, len(waiting)))}
+    crashes: Crashes = {}
     try:
-        while waiting or any(worker.busy for worker in workers):
-            for worker in workers:
+        while not deadline.passed and (waiting or any(worker.busy for worker in workers)):
+            for worker, who in workers.items():
                 if worker.busy and worker.ready():
-                    _take(worker)
+                    crashes |= _taken(worker, who)
                 if not worker.busy and waiting:
                     case, name = waiting.pop()
+                    workers[worker] = name, case.stage
                     worker.submit(contest.attempt, case, sources, name, device, timeout=_FIRST_CALL_SECONDS)
             time.sleep(0.05)
     finally:
         for worker in workers:
             worker.kill()
+    return crashes
 
 
-def _take(worker: Worker) -> None:
+def _taken(worker: Worker, who: tuple[str, str]) -> Crashes:
     try:
         worker.result()
-    except DsaError:
+    except JobFailed:  # it raises the same in its case, where it becomes a note
         worker.kill()
+    except DsaError as error:
+        worker.kill()
+        return {who: f"crashed: {error}"}
+    return {}

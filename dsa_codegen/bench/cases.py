@@ -24,6 +24,8 @@ KEYS = ("rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k
 SUITES = ("core", "distributions", "flashmla", "deepgemm")
 """core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
 which those libraries time themselves."""
+INDEXED = "indexed"
+"""The distribution of scores that an indexer gave."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _indexer_prefill() -> Iterator[BenchCase]:
         yield one(queries, context)
     for heads in (32, 16, 8):
         yield one(4096, 32768, heads)
-    for queries, context in ((2048, 4096), (4096, 8192)):
+    for queries, context in ((2048, 4096), (4096, 8192), (2048, 65536), (8192, 8192), (8192, 65536)):
         yield one(queries, context, suite="deepgemm")
 
 
@@ -82,19 +84,22 @@ def _indexer_decode() -> Iterator[BenchCase]:
         yield one(batch, 32768, next_n, "deepgemm")
     yield one(128, 8192, 1, "deepgemm")
     yield one(64, 8192, 2, "deepgemm")
+    for context in (8192, 65536):
+        for next_n in (1, 2):
+            yield one(256, context, next_n, "deepgemm")
 
 
 def _select() -> Iterator[BenchCase]:
     sizes = ((1, 65536), (1, 8192), (1, 131072), (8, 65536), (64, 8192), (64, 32768), (64, 131072), (128, 65536))
     for rows, context in (*sizes, (4096, 32768), (4096, 8192), (4096, 131072)):
         yield case("select", "normal", {"rows": rows, "context": context, "k": 2048})
-    for distribution in ("relu", "equal", "up", "down", "few"):
+    for distribution in ("relu", "equal", "up", "down", "few", INDEXED):
         for rows, context in ((64, 32768), (4096, 32768)):
             yield case("select", distribution, {"rows": rows, "context": context, "k": 2048}, "distributions")
 
 
 def _index_select() -> Iterator[BenchCase]:
-    for queries, context in ((4096, 32768), (4096, 131072)):
+    for queries, context in ((4096, 32768), (4096, 131072), (1024, 1 << 20)):
         shape = {"queries": queries, "context": context, "heads": 64, "head_dim": 128, "k": 2048}
         yield case("index_select_prefill", "causal", shape)
     for batch in (64, 8, 1):
@@ -110,6 +115,7 @@ def _attention_prefill() -> Iterator[BenchCase]:
     yield one(4096, 32768, 128)
     yield one(4096, 8192, 128)
     yield one(4096, 131072, 128)
+    yield one(4096, 1 << 20, 128)
     yield one(512, 32768, 128)
     for heads in (64, 32, 16, 8):
         yield one(4096, 32768, heads)
@@ -123,9 +129,9 @@ def _attention_prefill() -> Iterator[BenchCase]:
 
 
 def _attention_decode() -> Iterator[BenchCase]:
-    def one(batch: int, next_n: int, heads: int, suite: str = "core", k: int = 2048) -> BenchCase:
-        shape = {"batch": batch, "next_n": next_n, "context": 32768, "heads": heads, "head_dim": 576, "k": k, "page": 64}
-        return case("attention_decode", "random", shape, suite)
+    def one(batch: int, next_n: int, heads: int, suite: str = "core", **other: int) -> BenchCase:
+        shape = {"batch": batch, "next_n": next_n, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048, "page": 64}
+        return case("attention_decode", "random", {**shape, **other}, suite)
 
     for batch in (64, 1, 8, 128):
         yield one(batch, 1, 128)
@@ -136,7 +142,8 @@ def _attention_decode() -> Iterator[BenchCase]:
     for batch in (2, 64, 74):
         yield one(batch, 2, 128, "flashmla")
     for heads in (64, 128):
-        yield one(148, 2, heads, "flashmla", k=16384)
+        for head_dim in (576, 512):
+            yield one(148, 2, heads, "flashmla", k=16384, head_dim=head_dim)
 
 
 def _layer() -> Iterator[BenchCase]:
@@ -152,6 +159,17 @@ def all_cases() -> list[BenchCase]:
     makers = (_indexer_prefill, _indexer_decode, _select, _index_select, _attention_prefill, _attention_decode, _layer)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))
+
+
+def headlines_first(cases: Iterable[BenchCase]) -> list[BenchCase]:
+    """The first case of every stage, then all others: a run that is cut short has something of everything."""
+    seen: set[str] = set()
+    heads: list[BenchCase] = []
+    others: list[BenchCase] = []
+    for each in cases:
+        (others if each.stage in seen else heads).append(each)
+        seen.add(each.stage)
+    return heads + others
 
 
 def chosen(stages: Sequence[str] = (), suites: Iterable[str] = ("core",), per_stage: int = 0) -> list[BenchCase]:

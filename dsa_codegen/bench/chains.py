@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import compare, functions, ops, presets
 from ..caches import IndexKLayout, KvV32Layout, quantize_groups
 from ..draw import Draw
-from ..layer import Layer
+from ..layer import LOGITS_BYTES, Layer
 from ..op import Accuracy, Case, Cost, Inputs, Outputs
 from ..values import Sizes, Spec
 from .agreement import selection, tokens_of_slots
@@ -29,9 +29,10 @@ _FILL = 1 << 18  # tokens of a cache that are drawn at a time
 
 
 def layer_of(case: BenchCase) -> Layer:
-    """The layer of DeepSeek-V3.2, with the heads of the case."""
-    model = replace(presets.preset("deepseek-v3.2"), heads=case["heads"], topk=case["k"])
-    return Layer(model)
+    """The layer of DeepSeek-V3.2, with the heads and the page of the case."""
+    model = presets.preset("deepseek-v3.2")
+    page = dict(case.shape).get("page", model.page)
+    return Layer(replace(model, heads=case["heads"], topk=case["k"], page=page))
 
 
 class IndexSelectPrefill(Stage):
@@ -118,6 +119,16 @@ class LayerPrefill(Stage):
         )
         return *IndexSelectPrefill().parts(self._index_case(case)), attention
 
+    def helpers(self, case: BenchCase) -> Sequence[Part]:
+        portion = min(case["queries"], max(4, LOGITS_BYTES // (4 * case["context"]) // 4 * 4))  # as the layer divides them
+        smaller = replace(case, shape=tuple({**dict(case.shape), "queries": portion}.items()))
+        return *self.parts(smaller)[:2], self._quantize(case, case["queries"])
+
+    def _quantize(self, case: BenchCase, queries: int) -> Part:
+        model = layer_of(case).model
+        spec: Fields = {"width": model.index_head_dim, "heads": model.index_heads, "weights": "fp32"}
+        return _part("quantize", spec, {"tokens": queries}, "normal")
+
     def costs(self, case: BenchCase) -> Sequence[Cost]:
         return _fused(self.parts(case))
 
@@ -170,6 +181,9 @@ class LayerDecode(LayerPrefill):
             "random",
         )
         return *IndexSelectDecode().parts(self._index_case(case)), attention
+
+    def helpers(self, case: BenchCase) -> Sequence[Part]:
+        return (self._quantize(case, case["batch"] * case["next_n"]),)
 
     def inputs(self, case: BenchCase, draw: Draw) -> Inputs:
         batch, next_n, context, page = (case[name] for name in ("batch", "next_n", "context", "page"))

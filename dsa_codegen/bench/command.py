@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import backends, toolchain
-from ..errors import DsaError, UnknownName
+from ..errors import DsaError, SpecError, UnknownName
 from ..gpu import Gpu
 from ..worker import Worker
-from . import cases, peers, report, results
+from . import ahead, cases, hostcost, peers, report, results
 from .campaign import Campaign, Notify
-from .hostcost import measure_host
+from .deadline import Deadline
 from .results import Row
-from .sweep import sweep
+from .sweep import CONTEXTS, METHODS, case_of, sweep
 
-HOST_SECONDS = 180.0
-SWEEP_SECONDS = 300.0
+HOST_SECONDS = 90.0
+"""For one entry point; a peer may compile in it."""
+SWEEP_SECONDS = 90.0
+"""For one context."""
 QUICK = 1
 """Cases per stage of a quick run: the headlines."""
 
@@ -32,6 +35,8 @@ class Request:
         against: "all", "none", or the adapters' names (deep_gemm, flashmla, …), separated by commas.
         stages, suites: which cases; all stages and the core suite where empty.
         per_stage: so many cases of each stage; 0 for all.
+        budget_s: wall seconds after which nothing new begins.
+        resume: leave out what has been measured at this commit against these peers.
     """
 
     against: str = "all"
@@ -40,21 +45,58 @@ class Request:
     per_stage: int = 0
     folder: Path = results.FOLDER
     commit: str = ""
+    budget_s: float = math.inf
+    resume: bool = False
     extra: Sequence[str] = field(default=())
     """Modules with further adapters, by import path."""
 
     def cases(self) -> list[cases.BenchCase]:
-        """The cases."""
+        """The cases, every stage's headline first.
+
+        Raises:
+            UnknownName: there is no such stage or suite.
+            SpecError: the stages have no case in the suites.
+        """
         suites = cases.SUITES if "all" in self.suites else self.suites
-        return cases.chosen(self.stages, suites, self.per_stage)
+        found = cases.chosen(self.stages, suites, self.per_stage)
+        if not found:
+            have = sorted({case.suite for case in cases.chosen(self.stages, cases.SUITES)})
+            raise SpecError(
+                "--suite", ",".join(suites), f"those in which {', '.join(self.stages)} has cases: {', '.join(have)}"
+            )
+        return cases.headlines_first(found)
 
     def sources(self) -> tuple[str, ...]:
-        """The modules whose peers take part."""
+        """The modules whose peers take part.
+
+        Raises:
+            UnknownName: there is no such adapter.
+        """
         return (*chosen_sources(self.against), *self.extra)
 
-    def campaign(self, gpu: Gpu) -> Campaign:
+    def campaign(self, gpu: Gpu, deadline: Deadline | None = None) -> Campaign:
         """A run that is ready to go."""
-        return Campaign(gpu, self.folder, self.sources(), self.commit or results.commit(), versions())
+        commit = self.commit or results.commit()
+        return Campaign(gpu, self.folder, self.sources(), commit, versions(), deadline=deadline or Deadline(self.budget_s))
+
+
+def check(request: Request, sweep: str, foreign: Mapping[str, Any]) -> None:
+    """Complain of a mistake before a GPU is looked for.
+
+    Args:
+        foreign: options that belong to timing this package's operations alone, with their values.
+
+    Raises:
+        UnknownName, SpecError: see ``Request``; an option that would be ignored; a sweep of something else than the context.
+    """
+    if sweep not in ("", "context"):
+        raise SpecError("--sweep", sweep, "context")
+    for name, value in foreign.items():
+        if value:
+            alone = "only without --against, --stage, --suite, --limit, --quick, --host and --sweep, whose cases are listed"
+            raise SpecError(name, str(value), alone)
+    request.cases()
+    request.sources()
 
 
 def chosen_sources(against: str) -> tuple[str, ...]:
@@ -72,29 +114,65 @@ def chosen_sources(against: str) -> tuple[str, ...]:
     return tuple(known[name] for name in against.split(","))
 
 
-def run(request: Request, gpu: Gpu, notify: Notify) -> list[Row]:
+def run(request: Request, campaign: Campaign, notify: Notify) -> list[Row]:
     """Time the cases; every row has been merged into the results when it is reported."""
-    campaign = request.campaign(gpu)
     campaign.notify = notify
-    return campaign.run(request.cases())
+    wanted = request.cases()
+    if request.resume:
+        rows = results.read_rows(results.rows_path(campaign.folder, campaign.gpu.id))
+        done = results.settled(rows, campaign.commit, campaign.against)
+        wanted = [case for case in wanted if case.key not in done]
+    return campaign.run(wanted) if wanted else []
 
 
-def run_host(request: Request, gpu: Gpu) -> list[dict[str, Any]]:
-    """Time what a call costs the host."""
-    campaign = request.campaign(gpu)
+def run_host(campaign: Campaign) -> list[dict[str, Any]]:
+    """Time what a call costs the host, entry point by entry point; what is behind is written."""
+    rows: list[dict[str, Any]] = []
+    ahead.build_ours(hostcost.CASES, campaign.gpu)
     with Worker() as worker:
-        rows = [asdict(each) for each in worker.call(measure_host, gpu, campaign.sources, timeout=HOST_SECONDS)]
-    campaign.note(host={"rows": rows, **campaign.facts()})
+        for job in hostcost.jobs(campaign.sources):
+            if campaign.deadline.passed:
+                break
+            timeout = min(HOST_SECONDS, campaign.deadline.left)
+            try:
+                found = worker.call(hostcost.measure_host, job, campaign.gpu, campaign.sources, timeout=timeout)
+            except DsaError as error:
+                worker.kill()
+                if campaign.deadline.passed:
+                    break
+                found = [hostcost.HostCost(job.name, job.what, None, None, f"failed: {error}"[:200])]
+            rows += [asdict(each) for each in found]
+            campaign.note(host={"rows": rows, **campaign.facts()})
     return rows
 
 
-def run_sweep(request: Request, gpu: Gpu) -> list[dict[str, Any]]:
-    """Time everything over the context."""
-    campaign = request.campaign(gpu)
+def run_sweep(campaign: Campaign, contexts: Sequence[int] = CONTEXTS, resume: bool = False) -> list[dict[str, Any]]:
+    """Time everything over the context; what is behind is written."""
+    rows = _swept(campaign) if resume else []
+    done = {row["context"] for row in rows}
+    waiting = [context for context in contexts if context not in done]
+    ahead.build_ours([case_of(context) for context in waiting], campaign.gpu)
     with Worker() as worker:
-        rows: list[dict[str, Any]] = worker.call(sweep, timeout=SWEEP_SECONDS)
-    campaign.note(context={"rows": rows, **campaign.facts()})
-    return rows
+        for context in waiting:
+            if campaign.deadline.passed:
+                break
+            try:
+                rows += worker.call(sweep, (context,), timeout=min(SWEEP_SECONDS, campaign.deadline.left))
+            except DsaError as error:
+                worker.kill()
+                if campaign.deadline.passed:
+                    break
+                failed = {"context": context, "us": None, "bytes": None, "note": f"failed: {error}"[:200]}
+                rows += [{**failed, "method": method} for method in METHODS]
+            campaign.note(context={"rows": sorted(rows, key=lambda row: row["context"]), **campaign.facts()})
+    return sorted(rows, key=lambda row: row["context"])
+
+
+def _swept(campaign: Campaign) -> list[dict[str, Any]]:
+    """The rows of the sweep that have been measured at this commit."""
+    found = results.read_machine(results.machine_path(campaign.folder, campaign.gpu.id)).get("context", {})
+    rows = found.get("rows", []) if found.get("commit") == campaign.commit else []
+    return [row for row in rows if not row["note"].startswith("failed")]
 
 
 def merge(source: Path, folder: Path) -> list[Row]:
@@ -118,7 +196,7 @@ def write_report(folder: Path, out: Path, readme: Path | None, gpu_id: str, stat
 
         rows = results.read_rows(results.rows_path(folder, gpu_id))
         named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)))
-        empty = dict.fromkeys((*cases.STAGES, "host", "ceilings"), "")
+        empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "ceilings"), "")
         changed = report.update(readme, {**empty, **named})
         lines.append(f"{readme}: {', '.join(changed)} rewritten" if changed else f"{readme}: up to date")
     return lines

@@ -30,7 +30,8 @@ FEW_ROWS = 128
 
 
 _COLD = Policy(rounds=20)
-_WARM = Policy(cold_l2=False, rounds=20, warmup_ms=5.0)
+_WARM = Policy(cold_l2=False, reps=50, rounds=20, warmup_ms=5.0)
+_WARM_WITHIN = 10.0  # times the fastest: nobody asks for the warm time of those behind
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class How:
 
     cold: Policy = _COLD
     warm: Policy = _WARM
-    limit_s: float = 1.0
+    limit_s: float = 1.5
     """Device seconds for the cold samples of all contestants; a third of it for the warm ones."""
     device: str = "cuda"
     stopwatch: Stopwatch | None = None
@@ -86,7 +87,7 @@ def hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[st
 
     Args:
         sources: modules that state the peers, by import path.
-        without: names of peers that are left out (they took the process with them before).
+        without: who is left out, by name (they took the process with them before).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Untuned)  # the row says where its variant comes from
@@ -95,7 +96,7 @@ def hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[st
 
 def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[str], how: How) -> Outcome:
     stage = stage_of(case.stage)
-    contestants = [_Contestant(None, OURS)]
+    contestants = [] if OURS in without else [_Contestant(None, OURS)]
     entries: list[Entry] = []
     versions: dict[str, str] = {}
     for peer in adapters.load(sources):
@@ -114,26 +115,29 @@ def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[s
     calls = [[_guarded(_ready(each, stage, case, one)) for one in sets] for each in fit]
     cold = len(sets) * moved(stage.costs(case)) > gpu.l2
     timed = measure_calls(calls, how.cold, how.stopwatch, how.limit_s, cold=cold)
-    warm: list[Measured | None] = [None for _ in fit]
-    if _also_warm(case):
-        warm = list(measure_calls(calls, how.warm, how.stopwatch, how.limit_s / 3))
-    entries += [_entry(*each) for each in zip(fit, timed, warm, strict=True)]
+    near = _near(timed) if _also_warm(case) else []
+    warm = dict(zip(near, measure_calls([calls[who] for who in near], how.warm, how.stopwatch, how.limit_s / 3), strict=True))
+    entries += [_entry(each, timed[who], warm.get(who)) for who, each in enumerate(fit)]
     del calls, sets, inputs
     _give_back(how.device)
     return Outcome(tuple(entries), stage.variant(case, gpu), timed[0].sets if timed else 0, cold, versions)
 
 
+def get_ready(sources: Sequence[str], device: str) -> None:
+    """Load what every case needs: the peers' libraries and the device."""
+    for peer in adapters.load(sources):
+        peer.available()
+    torch.zeros(1, device=device)
+
+
 def attempt(case: BenchCase, sources: Sequence[str], name: str, device: str) -> None:
     """Run one contestant once; whether the process survives it is what the caller wants to know."""
+    able: list[Peer | None] = [peer for peer in adapters.load(sources) if peer.name == name and not peer.available()]
     stage = stage_of(case.stage)
-    inputs = stage.inputs(case, Draw(seed_of(case.id), device))
-    for peer in adapters.load(sources):
-        if peer.name == name and not peer.available():
-            prepared = peer.prepare(case, inputs)
-            if prepared is not None:
-                prepared.run()
-    if name == OURS:
-        stage.ours(case, inputs).run()
+    for peer in [None] if name == OURS else able:
+        prepared = _Contestant(peer, name).prepare(stage, case, stage.inputs(case, Draw(seed_of(case.id), device)))
+        if prepared is not None:
+            prepared.run()
     _synchronise(device)
 
 
@@ -199,6 +203,12 @@ def _guarded(run: Run) -> Run:
 def _entry(each: _Contestant, timed: Measured, warm: Measured | None) -> Entry:
     note = "" if timed.policy.graph else "not captured in a graph: its time includes the host's"
     return Entry(each.name, timed.timing, warm.timing if warm else None, _finite(each.similarity), note)
+
+
+def _near(timed: Sequence[Measured]) -> list[int]:
+    """Who is not hopelessly slow, by place."""
+    fastest = min((each.timing.median for each in timed), default=0.0)
+    return [who for who, each in enumerate(timed) if each.timing.median <= _WARM_WITHIN * fastest]
 
 
 def _also_warm(case: BenchCase) -> bool:

@@ -25,11 +25,13 @@ from .contest import OURS
 from .problems import stage_of
 from .stage import Run
 
-_CALLS = 500
+_CALLS = 300  # each launches up to two kernels, and the device's queue holds 1024
 _ROUNDS = 7
 _IN_GRAPH = Policy(cold_l2=False, reps=100, rounds=10, warmup_ms=5.0)
-# Small enough that the device is never behind the host, which would then wait for it.
-_CASES = (
+PLAIN = "plain"
+"""Launches that everybody knows the price of."""
+# Small enough that the device is never far behind the host, which would then wait for it.
+CASES = (
     case("select", "normal", {"rows": 1, "context": 4096, "k": 2048}),
     case("indexer_decode", "full", {"batch": 1, "next_n": 1, "context": 2048, "heads": 64, "head_dim": 128, "page": 64}),
     case(
@@ -51,16 +53,35 @@ class HostCost:
     note: str = ""
 
 
-def measure_host(gpu: Gpu, sources: Sequence[str], device: str = "cuda", stopwatch: Stopwatch | None = None) -> list[HostCost]:
-    """Every entry point of the small cases, and plain launches to compare them with."""
-    found = [_timed(name, what, run, stopwatch) for name, what, run in _plain(device)]
-    for each in _CASES:
-        inputs = stage_of(each.stage).inputs(each, Draw(0, device))
-        found += [_timed(name, each.stage, run, stopwatch) for name, run in _ours(each, inputs, gpu, device)]
-        for peer in adapters.load(sources):
-            if each.stage in peer.stages:
-                found.append(_of_peer(peer, each, inputs, stopwatch))
+@dataclass(frozen=True)
+class Job:
+    """Whose entry points are timed, on which of ``CASES`` (or ``PLAIN`` launches)."""
+
+    what: str
+    name: str
+
+
+def jobs(sources: Sequence[str]) -> list[Job]:
+    """Everything there is to time, one job for each that might take the process with it."""
+    found = [Job(PLAIN, PLAIN)]
+    for each in CASES:
+        found.append(Job(each.stage, OURS))
+        found += [Job(each.stage, peer.name) for peer in adapters.load(sources) if each.stage in peer.stages]
     return found
+
+
+def measure_host(
+    job: Job, gpu: Gpu, sources: Sequence[str], device: str = "cuda", stopwatch: Stopwatch | None = None
+) -> list[HostCost]:
+    """Time the entry points of one job."""
+    if job.what == PLAIN:
+        return [_timed(name, PLAIN, run, stopwatch) for name, run in _plain(device)]
+    (each,) = (each for each in CASES if each.stage == job.what)
+    inputs = stage_of(each.stage).inputs(each, Draw(0, device))
+    if job.name == OURS:
+        return [_timed(name, each.stage, run, stopwatch) for name, run in _ours(each, inputs, gpu, device)]
+    named = (peer for peer in adapters.load(sources) if peer.name == job.name and each.stage in peer.stages)
+    return [_of_peer(peer, each, inputs, stopwatch) for peer in named]
 
 
 def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, stopwatch: Stopwatch | None) -> HostCost:
@@ -96,14 +117,13 @@ def _ours(each: BenchCase, inputs: Any, gpu: Gpu, device: str) -> Iterator[tuple
     yield f"{OURS}: bare kernel launch ({len(kernels)})", bare
 
 
-def _plain(device: str) -> Iterator[tuple[str, str, Run]]:
-    """Launches that everybody knows the price of."""
+def _plain(device: str) -> Iterator[tuple[str, Run]]:
     x = torch.zeros(1024, device=device)
-    yield "torch add_", "plain", lambda: x.add_(1)
+    yield "torch add_", lambda: x.add_(1)
     if device.startswith("cuda"):
         from .jit_launch import touch
 
-        yield "Triton JIT launch, one argument", "plain", lambda: touch[(1,)](x)
+        yield "Triton JIT launch, one argument", lambda: touch[(1,)](x)
 
 
 def _timed(name: str, what: str, run: Run, stopwatch: Stopwatch | None) -> HostCost:

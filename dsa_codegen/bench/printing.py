@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..show import Printer, table, together
+from ..show import Printer, lines, table, together
 from .campaign import Notify
+from .cases import BenchCase
+from .comparison import Comparison
 from .report import labels
 from .results import Row
 
@@ -33,7 +35,7 @@ def line(row: Row) -> str:
     ours = f"{labels.microseconds(row['ours_us'])} µs" if row["ours_us"] else "no time"
     peers = "".join(f", {name} {labels.microseconds(us)}" for name, us in row["peers"].items())
     ratio = f", {labels.ratio(row['ratio'])}" if row["ratio"] else ""
-    notes = "".join(f"\n  {name}: {note}" for name, note in row["notes"].items() if not note.endswith("not installed"))
+    notes = "".join(f"\n  {name}: {note}" for name, note in labels.notes(row).items())
     return f"{row['stage']}: {labels.shape(row)}: {ours}{peers}{ratio}{notes}"
 
 
@@ -54,6 +56,30 @@ def rows(found: Sequence[Row], title: str) -> Printer:
     ]
     columns = ("stage", "case", "ours µs", "warm µs", "best peer µs", "# ratio", "limit %", "commit")
     return together(table(title, columns, body), _summary(found))
+
+
+def unreached(cases: Sequence[BenchCase], budget_s: float) -> Printer:
+    """What the budget left."""
+    return lines(f"{len(cases)} cases were not reached within {budget_s:.0f} s; the same command with --resume measures them")
+
+
+def comparison(found: Comparison) -> Printer:
+    """Two files of results beside each other, the ratios that differ most first."""
+    body = [
+        (
+            each.stage,
+            each.shape,
+            labels.ratio(each.first),
+            labels.ratio(each.second),
+            f"{100 * each.difference:+.1f} %",
+            each.why,
+        )
+        for each in found.pairs
+    ]
+    title = f"{len(found.pairs)} ratios in both; {len(found.outside)} differ by more than {100 * found.limit:g} %"
+    columns = ("stage", "case", "# first", "# second", "# difference", "times that moved, first → second µs")
+    alone = lines(*(f"only in one: {text}" for text in found.alone))
+    return together(table(title, columns, body), alone)
 
 
 def _summary(found: Sequence[Row]) -> Printer:

@@ -88,6 +88,18 @@ def merge_rows(path: Path, fresh: Iterable[Row]) -> list[Row]:
     return ordered
 
 
+def settled(rows: Iterable[Row], commit: str, against: Iterable[str]) -> set[tuple[Any, ...]]:
+    """The problems, by key, whose rows need not be measured again: ours has a time at this commit, against the same peers.
+
+    Nothing is settled at a commit that files differ from, or that is unknown.
+    """
+    if commit == "unknown" or commit.endswith("+"):
+        return set()
+    asked = list(against)
+    same = (row for row in rows if row["commit"] == commit and row.get("against") == asked)
+    return {key_of(row) for row in same if row["ours_us"] is not None}
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     stage = row["stage"]
     return STAGES.index(stage) if stage in STAGES else len(STAGES), stage, list(row["shape"].items()), row["distribution"]

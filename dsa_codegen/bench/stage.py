@@ -71,6 +71,10 @@ class Stage(ABC):
             exact: the outputs are ours, which must keep this package's promises; a peer may break ties as it likes.
         """
 
+    def helpers(self, case: BenchCase) -> Sequence[Part]:
+        """Further operations of this package that a case calls, to make inputs or in smaller portions: to be built ahead."""
+        return ()
+
     def costs(self, case: BenchCase) -> Sequence[Cost]:
         """What the stage's parts need at least, were all of them fused into one."""
         return [part.op.cost(part.spec, part.case) for part in self.parts(case)]

@@ -15,11 +15,13 @@ from ..draw import Draw
 from ..op import Accuracy, Case, Inputs, Op, Outputs
 from ..values import Sizes, Spec
 from . import agreement
-from .cases import BenchCase
+from .cases import INDEXED, BenchCase
 from .stage import Part, Prepared, Stage
 
 LOCAL_GROUP = 16  # neighbouring queries that share indices where they are "local"
 LOCAL_SHARE = 0.8  # of a query's indices
+_KV_LAYOUTS = {576: "v32", 512: "v4"}  # by the channels of a query
+_INDEXER = {"heads": 64, "head_dim": 128}  # that scores selections of "indexed" scores
 
 
 class _Call(Protocol):
@@ -70,7 +72,27 @@ class OpStage(Stage):
 
 
 class SelectStage(OpStage):
-    """Selection: a peer is judged by the scores that it chose."""
+    """Selection: a peer is judged by the scores that it chose. Scores may also be those of a random indexer."""
+
+    def part(self, case: BenchCase) -> Part:
+        return super().part(replace(case, distribution="normal") if case.distribution == INDEXED else case)
+
+    def helpers(self, case: BenchCase) -> Sequence[Part]:
+        op, sizes = ops.get("indexer"), {"queries": case["rows"], "context": case["context"]}
+        indexer = Part(op, op.spec_type(**_INDEXER), Case(op.sizes_type(**sizes), "causal"))
+        return (indexer,) if case.distribution == INDEXED else ()
+
+    def inputs(self, case: BenchCase, draw: Draw) -> Inputs:
+        if case.distribution != INDEXED:
+            return super().inputs(case, draw)
+        rows, columns = case["rows"], case["context"]
+        starts = torch.zeros(rows, dtype=torch.int32, device=draw.device)
+        windows = {"starts": starts, "ends": torch.full_like(starts, columns)}
+        (indexer,) = self.helpers(case)
+        drawn = indexer.op.inputs(indexer.spec, indexer.case, draw)
+        none = self.part(replace(case, shape=tuple({**dict(case.shape), "rows": 0}.items())))
+        given = self.op.inputs(none.spec, none.case, draw)
+        return {**given, **windows, "scores": _indexer(case, {**drawn, **windows})()}
 
     def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
         if exact:
@@ -136,7 +158,8 @@ def _attention_spec(case: BenchCase) -> tuple[Spec, Sizes]:
 
 def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
     op = ops.get("attention_paged")
-    spec = {"heads": case["heads"], "topk": case["k"], "page": case["page"]}
+    layout = _KV_LAYOUTS[case["head_dim"]]
+    spec: dict[str, Any] = {"heads": case["heads"], "topk": case["k"], "kv_layout": layout, "page": case["page"]}
     sizes = {"batch": case["batch"], "next_n": case["next_n"], "tokens": case["batch"] * case["context"]}
     return op.spec_type(**spec), op.sizes_type(**sizes)
 

@@ -39,13 +39,14 @@ def sweep(
     stopwatch: Stopwatch | None = None,
 ) -> list[dict[str, Any]]:
     """One row per context and method: ``{"context", "method", "us", "bytes", "note"}``; bytes is the peak beside the model."""
-    rows = []
-    for context in contexts:
-        shape = {"queries": min(queries, context), "context": context, "heads": heads, "head_dim": HEAD_DIM, "k": TOPK}
-        each = case("layer_prefill", "real", shape)
-        for method in METHODS:
-            rows.append(_measured(each, method, device, stopwatch))
-    return rows
+    cases = [case_of(context, queries, heads) for context in contexts]
+    return [_measured(each, method, device, stopwatch) for each in cases for method in METHODS]
+
+
+def case_of(context: int, queries: int = QUERIES, heads: int = HEADS) -> BenchCase:
+    """The layer whose attention is compared at a context."""
+    shape = {"queries": min(queries, context), "context": context, "heads": heads, "head_dim": HEAD_DIM, "k": TOPK}
+    return case("layer_prefill", "real", shape)
 
 
 def _measured(each: BenchCase, method: str, device: str, stopwatch: Stopwatch | None) -> dict[str, Any]:

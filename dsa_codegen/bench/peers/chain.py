@@ -10,11 +10,9 @@ from torch import Tensor
 from ... import functions
 from ...op import Inputs
 from ..cases import BenchCase
-from ..chains import layer_of
 from ..stage import Prepared, Run
 from . import deep_gemm, fast_topk, flashmla
 from .base import Peer
-from .libraries import sgl_kernel
 
 _NAME = "DeepGEMM + fast_topk"
 
@@ -80,12 +78,10 @@ class WholeLayer(Peer):
     distributions = ("sgl-deep-gemm", "sglang-kernel")
 
     def available(self) -> str | None:
-        return deep_gemm.reason() or fast_topk.reason() or sgl_kernel("flashmla_ops.abi3.so")
+        return deep_gemm.reason() or fast_topk.reason() or flashmla.reason()
 
     def build_key(self, case: BenchCase) -> Hashable | None:
-        model = layer_of(case).model
-        shape = {**dict(case.shape), "heads": model.index_heads, "head_dim": model.index_head_dim}
-        return deep_gemm.build_key(BenchCase(case.stage, tuple(shape.items()), case.distribution))
+        return self.name, case.stage
 
     def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
         if case["k"] != fast_topk.TOPK or case["heads"] not in flashmla.HEADS:

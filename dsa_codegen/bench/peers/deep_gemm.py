@@ -60,7 +60,10 @@ def build_key(case: BenchCase) -> Hashable | None:
     shape = dict(case.shape)
     if "batch" not in shape:
         return "prefill", shape["heads"], shape["head_dim"]
-    return "decode", shape["heads"], shape["head_dim"], shape["next_n"], -(-shape["batch"] // 32)
+    batch, next_n = shape["batch"], shape["next_n"]
+    if next_n not in NEXT_N:
+        batch, next_n = batch * next_n, 1
+    return "decode", shape["heads"], shape["head_dim"], next_n, -(-batch // 32)
 
 
 def as_tensor(result: Any) -> Tensor:

@@ -1,18 +1,32 @@
-"""FlashInfer's top-k: its radix selection, and the same with a deterministic outcome."""
+"""FlashInfer's top-k (radix, and with a deterministic outcome), and its MLA over pages of one token as sparse prefill."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...op import Inputs
 from ..cases import BenchCase
-from ..stage import Prepared
+from ..stage import Prepared, Run
 from .base import Peer
 from .libraries import imported, needs_gpu
 
+_D_V = 512
+_WORKSPACE = 128 << 20  # bytes, as its documentation recommends
+
+
+def reason(capability: int = 80) -> str | None:
+    """Why it cannot be used here."""
+    found = needs_gpu(capability) or imported("flashinfer")
+    return found if isinstance(found, str) else None
+
 
 class FlashInferTopk(Peer):
-    """See the module's first lines."""
+    """Its selection."""
 
     stages = ("select",)
     distributions = ("flashinfer-python",)
@@ -22,8 +36,10 @@ class FlashInferTopk(Peer):
         self._options = options
 
     def available(self) -> str | None:
-        found = needs_gpu(80) or imported("flashinfer")
-        return found if isinstance(found, str) else None
+        return reason()
+
+    def build_key(self, case: BenchCase) -> Hashable | None:
+        return "FlashInfer", case.stage
 
     def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
         library: Any = imported("flashinfer")
@@ -35,4 +51,49 @@ class FlashInferTopk(Peer):
         return Prepared(self.name, run, lambda result: {"chosen": result[1].int()})
 
 
-PEERS = (FlashInferTopk("FlashInfer"), FlashInferTopk("FlashInfer (deterministic)", deterministic=True))
+class FlashInferMla(Peer):
+    """Its MLA of BF16 latents: every query a request of its own, every token that it chose a page."""
+
+    name = "FlashInfer MLA"
+    stages = ("attention_prefill",)
+    distributions = ("flashinfer-python",)
+
+    def available(self) -> str | None:
+        return reason()
+
+    def build_key(self, case: BenchCase) -> Hashable | None:
+        return self.name, case["head_dim"]
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        return Prepared(self.name, _attend(inputs["q"], inputs["kv"], inputs["indices"], inputs["sm_scale"]), _named)
+
+
+def _attend(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
+    library: Any = imported("flashinfer")
+    queries, heads, d = q.shape
+    topk = indices.shape[2]
+    each = torch.arange(queries + 1, dtype=torch.int32, device=q.device)
+    lengths = torch.full((queries,), topk, dtype=torch.int32, device=q.device)
+    wrapper = library.mla.BatchMLAPagedAttentionWrapper(_workspace(q.device), backend="auto")
+    wrapper.plan(
+        each, each * topk, indices.flatten(), lengths, heads, _D_V, d - _D_V, 1, False, sm_scale, torch.bfloat16, torch.bfloat16
+    )
+    parts = q[..., :_D_V].contiguous(), q[..., _D_V:].contiguous(), kv[..., :_D_V], kv[..., _D_V:]
+    return lambda: wrapper.run(*parts, return_lse=False)
+
+
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    """Shared by all calls: they follow one another on a stream."""
+    return torch.empty(_WORKSPACE, dtype=torch.int8, device=device)
+
+
+def _named(out: Tensor) -> dict[str, Tensor]:
+    return {"out": out}
+
+
+PEERS = (
+    FlashInferTopk("FlashInfer"),
+    FlashInferTopk("FlashInfer (deterministic)", deterministic=True),
+    FlashInferMla(),
+)

@@ -12,7 +12,7 @@ from ..stage import Prepared, Run
 from .base import Peer
 
 _PAIRS = 1 << 24  # of query and token in the indexer: 64 heads of them take 12 ms on an H200
-_GATHERED = 1 << 20  # latent vectors that attention gathers at once: 1.2 GB
+_GATHERED = {"attention_prefill": 1 << 20, "attention_decode": 1 << 17}  # latent vectors at once: 1.2 GB, or some 5 ms of work
 _D_V = 512
 
 
@@ -66,7 +66,8 @@ class Unfused(Peer):
                 return None
             return Prepared(self.name, _logits(inputs), lambda logits: {"logits": logits})
         rows = case["queries"] if case.stage == "attention_prefill" else case["batch"] * case["next_n"]
-        if rows * case["k"] > _GATHERED:
+        v4 = case.stage == "attention_decode" and case["head_dim"] == 512
+        if v4 or rows * case["k"] > _GATHERED[case.stage]:
             return None
         run = _prefill(inputs) if case.stage == "attention_prefill" else _decode(inputs)
         return Prepared(self.name, run, lambda out: {"out": out})

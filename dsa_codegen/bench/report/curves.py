@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
 _METHOD_NAMES = {"dense": "dense attention", "window": "sliding window", "sparse": "sparse attention (DSA)"}
 _METHOD_ROLES = {"dense": "muted", "window": "series3", "sparse": "ours"}
 _MARKERS = "osD^vPX*"
+_RATIOS = (0.25, 0.5, 0.8, 1, 1.5, 2, 3, 5, 10, 20)
 _HISTORIES = 12  # lines that can still be told apart
 
 
 def roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
     """Arithmetic per second over arithmetic per byte; selection does no arithmetic to speak of and is left out."""
     shown = [row for row in rows if row["ours_us"] and row.get("unit") in ("fp8", "bf16") and row.get("bytes")]
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.1))
     intensities = [row["flops"] / row["bytes"] for row in shown] or [100.0]
     low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * roofs.tflops["fp8"] / roofs.bandwidth)
     for unit, role in (("fp8", "ink"), ("bf16", "muted")):
@@ -38,7 +40,7 @@ def roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
         role, marker = f"series{number % 6 + 1}", _MARKERS[number % 8]
         _points(axes, found, role, marker, labels.TITLES[stage])
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOPS")
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.17), ncols=2, handletextpad=0.3, columnspacing=1.0)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.17), ncols=2, handletextpad=0.2, columnspacing=0.6, fontsize=7.5)
     return figure
 
 
@@ -51,6 +53,29 @@ def _points(axes: plt.Axes, rows: Sequence[Row], role: str, marker: str, label: 
     axes.plot(x, y, marker, markerfacecolor="none", markeredgecolor=COLOURS[role], markeredgewidth=0.9)
 
 
+def glance(rows: Sequence[Row]) -> Figure:
+    """Every case's ratio, stage by stage: right of the line ours is faster."""
+    stages = {stage: ratios for stage, found in labels.by_stage(rows).items() if (ratios := labels.ratios(found))}
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.5 + 0.24 * max(len(stages), 1)))
+    figure.subplots_adjust(left=0.42, right=0.88, top=1, bottom=0.16)
+    for place, ratios in enumerate(stages.values()):
+        axes.plot(ratios, [place] * len(ratios), "o", color=COLOURS["ours"], alpha=0.45, markeredgewidth=0)
+        mean = statistics.geometric_mean(ratios)
+        axes.vlines(mean, place - 0.32, place + 0.32, color=COLOURS["ink"], linewidth=2)
+        axes.text(1.02, place, labels.ratio(mean), transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
+    every = [1.0, *(ratio for ratios in stages.values() for ratio in ratios)]
+    axes.axvline(1.0, color=COLOURS["limit"], linewidth=1.2)
+    axes.set(xscale="log", xlim=(min(every) / 1.12, max(every) * 1.12), ylim=(len(stages) - 0.5, -0.5))
+    ticks = [tick for tick in _RATIOS if min(every) / 1.12 <= tick <= max(every) * 1.12]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(stages)), [labels.TITLES[stage] for stage in stages])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("time of the best peer over ours")
+    return figure
+
+
 def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds and gigabytes over the context, and where sparse attention overtakes dense."""
     figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 4.9), sharex=True)
@@ -60,6 +85,8 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if points:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, "o-", color=COLOURS[_METHOD_ROLES[method]], label=_METHOD_NAMES[method])
+                last = {"textcoords": "offset points", "va": "center", "color": COLOURS[_METHOD_ROLES[method]], "fontsize": 7.5}
+                axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), xytext=(6, 0), **last)
         axes.set(xscale="log", yscale="log", ylabel=name)
         axes.minorticks_off()
     contexts = sorted({row["context"] for row in rows})
@@ -76,7 +103,7 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
             va="top",
             fontsize=7.5,
         )
-    panels[1].legend(loc="upper left")
+    panels[0].legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=3, handletextpad=0.4, columnspacing=1.0, fontsize=7.5)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ TITLES = {
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
 }
+_ABSENT = ("is not installed", "needs a CUDA GPU", "or newer")
 _USUAL = {"normal", "causal", "full", "random", "real"}
 
 
@@ -90,5 +92,21 @@ def best_peer(row: Row) -> str:
     """``FlashMLA 3905``, or why there is no figure."""
     if row["best_peer"]:
         return f"{row['best_peer']} {microseconds(row['peers'][row['best_peer']])}"
-    notes = [f"{name}: {note}" for name, note in row.get("notes", {}).items() if name != "ours"]
-    return "; ".join(notes) if notes else "not served"
+    told = [f"{name}: {note}" for name, note in notes(row).items() if name != "ours"]
+    return "; ".join(told) if told else "not served"
+
+
+def notes(row: Row) -> dict[str, str]:
+    """What is to be known of this case; that a library is not there at all is said once, by ``absent``."""
+    return {name: note for name, note in row.get("notes", {}).items() if not _is_absence(note)}
+
+
+def absent(rows: Sequence[Row]) -> dict[str, str]:
+    """The peers that nobody could run, and why."""
+    ran = {name for row in rows for name in row["peers"]}
+    told = {name: note for row in rows for name, note in row.get("notes", {}).items() if _is_absence(note)}
+    return {name: note for name, note in told.items() if name not in ran}
+
+
+def _is_absence(note: str) -> bool:
+    return note.endswith(_ABSENT) or re.match(r"\S+ cannot be (imported|loaded)", note) is not None

@@ -80,6 +80,9 @@ def _curves(
     def curve(kind: str, title: str, text: str, *args: Any) -> dict[str, str]:
         return {"title": title, "text": text, "picture": _drawn("curves", kind, *args, name=f"{gpu_id}-{kind}", title=title)}
 
+    if labels.ratios(rows):
+        text = "A dot is a case; right of the line ours is faster. The bar is the geometric mean, printed at the right."
+        yield curve("glance", "At a glance", text, rows)
     if gpu is not None:
         text = "Filled: ours; hollow: the best peer. The roofs are what this GPU reached with a copy and with cuBLAS."
         yield curve("roofline", "Roofline", text, rows, roofs(machine.get("ceilings", {}), gpu))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .. import results
+from ..cases import chosen
 from . import labels
 from .labels import Row
 
@@ -23,6 +25,23 @@ def summary(rows: Sequence[Row]) -> str:
         )
     head = ("stage", "cases", "speed against the best peer", "from – to", "best share of the limit", "best peers")
     return markdown(head, body, right=(1, 2, 3, 4))
+
+
+def headlines(rows: Sequence[Row]) -> str:
+    """The first case of every stage, as the list of cases has them."""
+    first = {each.key for each in chosen(per_stage=1)}
+    body = [
+        (
+            labels.TITLES[row["stage"]],
+            labels.shape(row),
+            labels.microseconds(row["ours_us"]),
+            labels.best_peer(row),
+            labels.ratio(row["ratio"]),
+        )
+        for row in rows
+        if results.key_of(row) in first
+    ]
+    return markdown(("stage", "case", "µs", "best peer, µs", "ratio"), body, right=(2, 4))
 
 
 def stage(rows: Sequence[Row], name: str) -> str:
@@ -71,7 +90,11 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence
 
 def named(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, str]:
     """Every table by the name under which a README asks for it."""
-    found = {"summary": summary(rows), **{name: stage(rows, name) for name in labels.by_stage(rows)}}
+    found = {
+        "summary": summary(rows),
+        "headlines": headlines(rows),
+        **{name: stage(rows, name) for name in labels.by_stage(rows)},
+    }
     if machine.get("host"):
         found["host"] = host(machine["host"]["rows"])
     if machine.get("ceilings"):

@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROLES = ("ink", "muted", "grid", "ours", "peer", "limit", "paper", *(f"series{n}" for n in range(1, 7)))
+ROLES = ("ink", "muted", "grid", "ours", "peer", "other", "limit", "paper", *(f"series{n}" for n in range(1, 7)))
 COLOURS = {role: f"#0{number:x}0{number:x}0{number:x}" for number, role in enumerate(ROLES, start=1)}
-WIDTH = 4.9
-"""Inches; at 72 units per inch this is a phone's width, so that text keeps its size there."""
+WIDTH = 4.0
+"""Inches; at 72 units per inch somewhat less than a phone's width, so that text is a little larger there than stated here."""
 _FONT = 8.5
 
 _SETTINGS: Any = {

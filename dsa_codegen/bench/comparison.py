@@ -1,0 +1,91 @@
+"""Comparison: whether two runs of the benchmark tell the same story: their ratios beside each other, the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecordError
+from . import results
+from .report import labels
+from .results import Row
+
+LIMIT = 0.05
+"""What two runs' ratios may differ by."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case in both runs."""
+
+    stage: str
+    shape: str
+    first: float
+    second: float
+    """Ratios."""
+    why: str = ""
+    """Whose time moved most, and from what to what."""
+
+    @property
+    def difference(self) -> float:
+        """Of the second ratio from the first, as a share of the first."""
+        return self.second / self.first - 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs.
+
+    Attributes:
+        pairs: the cases that have a ratio in both, the largest difference first.
+        alone: cases with a ratio in one of them only.
+    """
+
+    pairs: Sequence[Pair]
+    alone: Sequence[str]
+    limit: float = LIMIT
+
+    @property
+    def outside(self) -> list[Pair]:
+        """Those that differ by more than the limit."""
+        return [pair for pair in self.pairs if abs(pair.difference) > self.limit]
+
+
+def rows_of(path: Path, gpu_id: str) -> list[Row]:
+    """The rows of a file of results, or of the folder that a benchmark wrote to.
+
+    Raises:
+        RecordError: there are none, or they cannot be read.
+    """
+    file = results.rows_path(path, gpu_id) if path.is_dir() else path
+    rows = results.read_rows(file)
+    if not rows:
+        raise RecordError(f"there are no results in {file}")
+    return rows
+
+
+def compare(first: Sequence[Row], second: Sequence[Row], limit: float = LIMIT) -> Comparison:
+    """Pair the rows of the same problems."""
+    ones, twos = ({results.key_of(row): row for row in rows} for rows in (first, second))
+    both = [(ones[key], twos[key]) for key in ones if key in twos and ones[key]["ratio"] and twos[key]["ratio"]]
+    pairs = [
+        Pair(labels.TITLES[one["stage"]], labels.shape(one), one["ratio"], two["ratio"], _moved(one, two)) for one, two in both
+    ]
+    paired = {results.key_of(one) for one, _ in both}
+    single = [row for rows in (ones, twos) for key, row in rows.items() if key not in paired and row["ratio"]]
+    alone = [f"{row['stage']}: {labels.shape(row)} ({row['commit']}, {row['date']})" for row in single]
+    return Comparison(sorted(pairs, key=lambda pair: -abs(pair.difference)), alone, limit)
+
+
+def _moved(one: Row, two: Row) -> str:
+    """The contestant whose time changed by the largest share."""
+    times = [(name, us, _times(two)[name]) for name, us in _times(one).items() if name in _times(two)]
+    name, before, after = max(times, key=lambda each: abs(each[2] / each[1] - 1))
+    return f"{name} {before:.4g} → {after:.4g}"
+
+
+def _times(row: Mapping[str, Any]) -> dict[str, float]:
+    """Ours and the best peer's."""
+    return {"ours": row["ours_us"], row["best_peer"]: row["peers"][row["best_peer"]]}
