@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -26,9 +28,9 @@ from dsa_codegen import explain as explanation
 from dsa_codegen import generate as generation
 from dsa_codegen import gpu as gpus
 from dsa_codegen.bench import command as benchmark
-from dsa_codegen.bench import ours, printing, results
+from dsa_codegen.bench import comparison, ours, printing, results
 from dsa_codegen.errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing
-from dsa_codegen.timing import COLD, WARM
+from dsa_codegen.timing import COLD, WARM, Policy
 from dsa_codegen.worker import Worker
 
 OFFLINE_GPU = "h200"
@@ -45,8 +47,14 @@ err = Console(stderr=True)
 
 Preset = Annotated[str, typer.Option(help=f"A model: {', '.join(presets.names())}.")]
 SpecFile = Annotated[Optional[Path], typer.Option("--spec", help="A YAML file that states a model, instead of --preset.")]  # noqa: UP045
-OpNames = Annotated[Optional[list[str]], typer.Option("--op", help="Only this operation; may be repeated.")]  # noqa: UP045
+OpNames = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--op", help=f"Only this operation ({', '.join(ops.all_ops())}); may be repeated."),
+]
 GpuName = Annotated[str, typer.Option("--gpu", help=f"auto, or one of {', '.join(gpus.GPUS)}.")]
+SIZES = "Sizes as name=value, all or none (then those that people serve). " + "; ".join(
+    f"{op.name}: {' '.join(f'{field.name}=…' for field in dataclasses.fields(op.sizes_type))}" for op in ops.all_ops().values()
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -81,7 +89,8 @@ def verify(
     subjects = verification.subjects(_model(preset, spec), target, op or ())
     here = gpus.detect()
     if here is not None and here.arch == target.arch:
-        environment, check = {}, functools.partial(verification.on_gpu, repeats=repeats)
+        environment: dict[str, str] = {}
+        check: Callable[..., Iterable[verification.Verdict]] = functools.partial(verification.on_gpu, repeats=repeats)
     else:
         environment, check = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, verification.offline
     with err.status(f"compiling {len(subjects)} sources for {target.name}"):
@@ -143,30 +152,44 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="The first case of each stage.")] = False,
     host: Annotated[bool, typer.Option("--host", help="Also what a call costs the host.")] = False,
     sweep: Annotated[str, typer.Option(help="context: also time and memory from 4K to 1M tokens.")] = "",
+    budget: Annotated[str, typer.Option(help="Wall time after which nothing new begins: 240s, 10m.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what has been measured at this commit.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Results are merged into files below this folder.")] = results.FOLDER,
     commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
+    listed = bool(against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep)))
+    if not (listed or host or sweep):
+        return _bench_ours(preset, spec, op, WARM if warm else COLD, as_json)
+    stages, per_stage = tuple(filter(None, stage.split(","))), benchmark.QUICK if quick else limit
+    until = _seconds(budget) if budget else math.inf
+    request = benchmark.Request(against or "all", stages, suite.split(","), per_stage, folder, commit, until, resume)
+    model = "" if preset == "deepseek-v3.2" else preset
+    benchmark.check(request, sweep, {"--preset": model, "--spec": spec, "--op": ",".join(op or ()), "--warm": warm})
+    campaign = request.campaign(_visible())
+    rows = printing.campaign(err, lambda notify: benchmark.run(request, campaign, notify)) if listed else []
+    host_rows = benchmark.run_host(campaign) if host else []
+    sweep_rows = benchmark.run_sweep(campaign, resume=resume) if sweep else []
+    parts = [printing.rows(rows, campaign.gpu.name)] if rows else []
+    parts += [printing.host(host_rows)] if host_rows else []
+    parts += [printing.sweep(sweep_rows)] if sweep_rows else []
+    parts += [printing.unreached(campaign.unreached, until)] if campaign.unreached else []
+    _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+
+
+def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, as_json: bool) -> None:
+    model, target = _model(preset, spec), _visible()
+    cases = ours.plan(model, target, op or ())
+    timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
+    _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
+
+
+def _visible() -> gpus.Gpu:
     target = gpus.detect()
     if target is None:
         raise NoGpu("bench")
-    if sweep not in ("", "context"):
-        raise SpecError("--sweep", sweep, "context")
-    if not (against or stage or host or sweep):
-        policy = WARM if warm else COLD
-        cases = ours.plan(_model(preset, spec), target, op or ())
-        timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
-        return _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
-    stages = tuple(filter(None, stage.split(",")))
-    request = benchmark.Request(against or "all", stages, suite.split(","), benchmark.QUICK if quick else limit, folder, commit)
-    rows = printing.campaign(err, lambda notify: benchmark.run(request, target, notify)) if against or stage else []
-    host_rows = benchmark.run_host(request, target) if host else []
-    sweep_rows = benchmark.run_sweep(request, target) if sweep else []
-    parts = [printing.rows(rows, target.name)] if rows else []
-    parts += [printing.host(host_rows)] if host_rows else []
-    parts += [printing.sweep(sweep_rows)] if sweep_rows else []
-    _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+    return target
 
 
 @app.command()
@@ -176,8 +199,17 @@ def report(
     readme: Annotated[Path, typer.Option(help="Its marked tables are written anew.")] = Path("README.md"),
     gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows.")] = OFFLINE_GPU,
     merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(help="Instead, compare the ratios of two runs: files of results or folders; exit code 1 beyond 5 %."),
+    ] = None,
 ) -> None:
     """Write one HTML page of all results, and the README's tables, from what bench has measured."""
+    if compare is not None:
+        first, second = (comparison.rows_of(path, gpus.resolve(gpu).id) for path in compare)
+        found = comparison.compare(first, second)
+        printing.comparison(found)(out)
+        raise typer.Exit(1 if found.outside or not found.pairs else 0)
     if merge is not None:
         taken = benchmark.merge(merge, folder)
         out.print(f"took over {len(taken)} rows from {merge}")
@@ -203,20 +235,29 @@ def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU."
 @app.command()
 def explain(
     op: Annotated[str, typer.Option("--op", help="The operation.")],
-    sizes: Annotated[list[str], typer.Argument(help="Sizes as name=value, e.g. queries=4096 context=32768.")],
+    sizes: Annotated[Optional[list[str]], typer.Argument(help=SIZES)] = None,  # noqa: UP045
     preset: Preset = "deepseek-v3.2",
     spec: SpecFile = None,
     gpu: GpuName = "auto",
     as_json: Json = False,
 ) -> None:
     """Say which record serves a call, or field by field why none does."""
-    target, operation = _gpu(gpu), ops.get(op)
-    size = operation.sizes_type.from_dict(_sizes(sizes))
-    answers = [
-        (each, dispatch.chosen(operation, each, size, target), explanation.explain(operation, each, size, target))
-        for _, each in needs.specs(_model(preset, spec), [op])
-    ]
-    _print(as_json, show.explanation(operation, size, target, answers), [show.explanation_row(*answer) for answer in answers])
+    operation = ops.get(op)
+    stated = operation.sizes_type.from_dict(_sizes(sizes)) if sizes else None
+    target, model = _gpu(gpu), _model(preset, spec)
+    if stated is None:
+        calls = [(need.spec, need.case.sizes) for need in needs.needs(model, [op], target)]
+    else:
+        calls = [(each, stated) for _, each in needs.specs(model, [op], target)]
+    printers, rows = [], []
+    for each, size in calls:
+        answer = each, dispatch.chosen(operation, each, size, target), explanation.explain(operation, each, size, target)
+        printers.append(show.explanation(operation, size, target, [answer]))
+        rows.append({"sizes": size.to_dict(), **show.explanation_row(*answer)})
+    if any(row["origin"] == "default" for row in rows):
+        state = f"--spec {spec}" if spec else f"--preset {preset}"
+        printers.append(show.lines(f"Tune it: python cli.py tune --gpu {target.id} --op {op} {state}"))
+    _print(as_json, show.together(*printers), rows)
 
 
 @app.command()
@@ -254,7 +295,7 @@ def _seconds(text: str) -> float:
 def _sizes(pairs: Iterable[str]) -> dict[str, Any]:
     split = [pair.partition("=") for pair in pairs]
     for name, _, value in split:
-        if not value.isdigit():
+        if not value.isdecimal():
             raise SpecError(name, value, "name=value with a whole number, e.g. queries=4096")
     return {name: int(value) for name, _, value in split}
 

@@ -13,16 +13,20 @@ import json
 import os
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import current_process, get_context
 from pathlib import Path
 
 from . import backends, paths
-from .errors import BuildError, DsaError
+from .errors import BuildError, DsaError, InputError
 from .gpu import Gpu
 from .render import Rendered
+from .worker import Worker
+
+_QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+"""A compiler's process needs no GPU, and one core."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +86,44 @@ def build_all(sources: Iterable[Rendered], gpu: Gpu, processes: int | None = Non
     """Build sources in parallel, each once; returns the reason of each failure by the source's sha.
 
     A source that is missing from the cache afterwards (it failed, or took its compiler down) can still be built alone.
+
+    Args:
+        processes: compilers that run at once; by default one per core.
+
+    Raises:
+        InputError: less than one process.
     """
+    if processes is not None and processes < 1:
+        raise InputError("processes", str(processes), "1 or more")
     missing = {rendered.sha: rendered for rendered in sources if find(rendered, gpu) is None}
     if not missing:
         return {}
-    if current_process().daemon:  # a server's worker, say: it may not have children
-        return _reasons({sha: _build_quietly(rendered, gpu) for sha, rendered in missing.items()})
-    size = min(processes or len(os.sched_getaffinity(0)), len(missing))
-    with ProcessPoolExecutor(size, mp_context=get_context("spawn")) as pool:  # a forked child cannot use CUDA
-        jobs = {sha: pool.submit(_build_quietly, rendered, gpu) for sha, rendered in missing.items()}
-        wait(jobs.values())
-    return _reasons({sha: str(job.exception() or job.result()) for sha, job in jobs.items()})
-
-
-def _reasons(outcomes: Mapping[str, str]) -> dict[str, str]:
+    # TileLang's take longest and are taken first, from the end, so that none is left when the other processes are done.
+    waiting = deque(sorted(missing.values(), key=lambda rendered: rendered.backend))
+    workers = [Worker(_QUIET) for _ in range(min(processes or len(os.sched_getaffinity(0)), len(missing)))]
+    outcomes: dict[str, str] = {}
+    with ThreadPoolExecutor(len(workers)) as threads:
+        try:
+            list(threads.map(lambda worker: _build_waiting(waiting, gpu, worker, outcomes), workers))
+        except BaseException:  # Ctrl-C: the threads wait for their children, which do not hear it
+            waiting.clear()
+            for worker in workers:
+                worker.terminate()
+            raise
     return {sha: reason for sha, reason in outcomes.items() if reason}
+
+
+def _build_waiting(waiting: deque[Rendered], gpu: Gpu, worker: Worker, outcomes: dict[str, str]) -> None:
+    with worker:
+        while True:
+            try:
+                rendered = waiting.pop()
+            except IndexError:
+                return
+            try:
+                outcomes[rendered.sha] = worker.call(_build_quietly, rendered, gpu)
+            except DsaError as error:
+                outcomes[rendered.sha] = str(error)
 
 
 def _build_quietly(rendered: Rendered, gpu: Gpu) -> str:

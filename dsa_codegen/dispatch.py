@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from . import gpu as gpus
+from .backends import Launchable
 from .build import build, build_all
 from .errors import CaptureError, NoGpu
 from .lookup import Found, lookup
 from .op import Config, Inputs, Op, Outputs
 from .render import render
+from .tally import Tally
 from .values import Bucket, Sizes, Spec, describe
 from .variant import Variant
 
@@ -26,9 +27,14 @@ class Untuned(UserWarning):
     """No record serves a call: the default config is used. The message names the command that tunes it."""
 
 
-_variants: dict[tuple[str, Spec, Bucket, int], Variant] = {}
+Key = tuple[str, Spec, Bucket, int]
+"""What a loaded variant serves: operation, spec, bucket of sizes, CUDA device."""
+
+_variants: dict[Key, Variant] = {}
+_kernels: dict[tuple[str, int], Mapping[str, Launchable]] = {}
+"""What is loaded, by the source's sha and the device."""
 _overrides: dict[str, Config] = {}
-_counts: Counter[str] = Counter()
+_tallies: dict[tuple[str, str], Tally] = {}
 _lock = threading.Lock()
 
 
@@ -54,21 +60,24 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
 
 def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device) -> Outputs:
     key = (op.name, spec, sizes.bucket(), device.index)
-    variant = _variants.get(key) or _load(op, spec, sizes, key)
-    _counts[f"{op.name}: calls"] += 1
+    variant = _variants.get(key) or _first_call(op, spec, sizes, key)
+    _count(op, "calls")
     return variant.run(inputs, op.allocate(spec, inputs))
 
 
 def stats() -> dict[str, int]:
     """What happened so far: calls per operation, and where each variant's config came from when it was loaded."""
-    return dict(sorted(_counts.items()))
+    values = {f"{op}: {what}": tally.value() for (op, what), tally in sorted(_tallies.items())}
+    return {name: value for name, value in values.items() if value}
 
 
 def reset() -> None:
     """Forget loaded variants and counts: records written since are seen by the next call."""
     with _lock:
         _variants.clear()
-        _counts.clear()
+        _kernels.clear()
+        for tally in list(_tallies.values()):
+            tally.zero()
 
 
 @contextmanager
@@ -95,55 +104,80 @@ def chosen(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Found:
 
 
 def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = None) -> int:
-    """Build in parallel and load every variant that these calls will need; returns how many were not loaded before.
+    """Build in parallel, and load on the current CUDA device, every variant that these calls will need.
 
-    Run it before the first request and before any CUDA graph is captured.
+    Run it before the first request and before any CUDA graph is captured: afterwards nothing compiles, and no kernel is left
+    whose code a first launch would load. Where a process serves several devices, run it under ``torch.cuda.device`` for each.
+
+    Returns:
+        How many variants were not loaded before.
 
     Raises:
         NoGpu: there is no CUDA device.
+        CaptureError: a CUDA graph is being captured.
+        BuildError: a kernel does not compile.
     """
     gpu = gpus.detect()
     if gpu is None:
         raise NoGpu("warmup")
     device = torch.cuda.current_device()
-    missing: dict[tuple[str, Spec, Bucket, int], tuple[Op, Spec, Sizes]] = {}
+    missing: dict[Key, tuple[Op, Spec, Sizes]] = {}
     for op, spec, sizes in wanted:
         key = (op.name, spec, sizes.bucket(), device)
         if key not in _variants:
             missing[key] = (op, spec, sizes)
     build_all((render(op, spec, chosen(op, spec, sizes, gpu).config) for op, spec, sizes in missing.values()), gpu, processes)
+    complaints: list[str] = []
     for key, (op, spec, sizes) in missing.items():
-        _load(op, spec, sizes, key)
+        _load(op, spec, sizes, key, complaints)
+    if missing:
+        torch.cuda.synchronize(device)  # a kernel that fails says so here, not while a request waits
+    if complaints:
+        warnings.warn("\n".join(dict.fromkeys(complaints)), Untuned, stacklevel=2)
     return len(missing)
 
 
-def _load(op: Op, spec: Spec, sizes: Sizes, key: tuple[str, Spec, Bucket, int]) -> Variant:
+def _first_call(op: Op, spec: Spec, sizes: Sizes, key: Key) -> Variant:
+    complaints: list[str] = []
+    variant = _load(op, spec, sizes, key, complaints)
+    for complaint in complaints:
+        warnings.warn(complaint, Untuned, stacklevel=4)
+    return variant
+
+
+def _load(op: Op, spec: Spec, sizes: Sizes, key: Key, complaints: list[str]) -> Variant:
     if torch.cuda.is_current_stream_capturing():
         raise CaptureError(op.name)
     with _lock:
         if key in _variants:
             return _variants[key]
-        gpu = gpus.detect()
+        gpu = gpus.detect(key[-1])
         if gpu is None:  # a device that is older than any GPU kernels are generated for
             raise NoGpu(op.name)
         found = chosen(op, spec, sizes, gpu)
-        _report(op, sizes, gpu, found)
-        kernels = build(render(op, spec, found.config), gpu).load()
-        variant = _variants[key] = Variant(op, spec, found.config, gpu, kernels)
+        _count(op, found.origin)
+        complaints += _complaints(op, sizes, gpu, found)
+        rendered = render(op, spec, found.config)
+        source = rendered.sha, key[-1]
+        if source not in _kernels:  # buckets often share a source
+            _kernels[source] = build(rendered, gpu).load()
+        variant = Variant(op, spec, found.config, gpu, _kernels[source])
+        variant.rehearse(f"cuda:{key[-1]}")
+        _variants[key] = variant
         return variant
 
 
-def _report(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> None:
-    _counts[f"{op.name}: {found.origin}"] += 1
-    for note in found.notes:
-        warnings.warn(f"{op.name}: {note}", Untuned, stacklevel=4)
+def _complaints(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> Iterator[str]:
+    yield from (f"{op.name}: {note}" for note in found.notes)
     if found.origin == "default":
-        warnings.warn(
+        yield (
             f"{op.name} is not tuned for {gpu.name} at {describe(sizes.bucket())}; its default config is used. "
-            f"Tune it: python cli.py tune --gpu {gpu.id} --op {op.name} --preset <your model>",
-            Untuned,
-            stacklevel=4,
+            f"Tune it: python cli.py tune --gpu {gpu.id} --op {op.name} --preset <your model>"
         )
+
+
+def _count(op: Op, what: str) -> None:
+    (_tallies.get((op.name, what)) or _tallies.setdefault((op.name, what), Tally())).add()
 
 
 def _forget(op: Op) -> None:
@@ -156,7 +190,7 @@ def _device(inputs: Inputs) -> torch.device:
 
 
 def _reference(op: Op, spec: Spec, inputs: Inputs) -> Outputs:
-    _counts[f"{op.name}: reference"] += 1
+    _count(op, "reference")
     outputs = op.allocate(spec, inputs)
     for name, value in op.reference(spec, inputs).items():
         outputs[name].copy_(value)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from . import backends, gpu, paths
-from .errors import DsaError
+from .backends.base import C_COMPILER
+from .errors import DsaError, ToolMissing
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,10 @@ class Finding:
 def diagnose() -> Iterator[Finding]:
     """Look at everything the package can use. A finding that is not ``ok`` says what to do."""
     yield Finding("python", platform.python_version(), True)
-    yield _gpu()
+    yield from _gpus()
     for name in backends.NAMES:
         yield _backend(name)
+    yield _c_compiler()
     yield _package("optuna", "tuning", "pip install 'dsa-codegen[tune]'")
     yield Finding("templates", f"{len(list(paths.templates().glob('*.py.jinja')))} in {paths.templates()}", True)
     yield Finding("shipped records", str(paths.shipped_records()), paths.shipped_records().is_dir(), "reinstall the package")
@@ -34,21 +40,36 @@ def diagnose() -> Iterator[Finding]:
     yield Finding("build cache", str(paths.cache()), True)
 
 
-def _gpu() -> Finding:
-    found = gpu.detect()
-    if found is None:
-        remedy = "kernels run on their CPU reference here; name a GPU to compile for one: --gpu H100"
-        return Finding("GPU", "none visible", False, remedy)
-    return Finding("GPU", f"{found.name} ({found.arch}, {found.sms} SMs), id {found.id}", True)
+def _gpus() -> Iterator[Finding]:
+    """One finding per visible device, or one that says that there is none."""
+    offline = "kernels run on their CPU reference here; name a GPU to compile for one: --gpu H100"
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not devices:
+        yield Finding("GPU", "none visible", False, offline)
+    for device in range(devices):
+        what = "GPU" if devices == 1 else f"GPU {device}"
+        try:
+            found = gpu.detect(device)
+        except DsaError as error:
+            yield Finding(what, str(error), False, "correct or unset DSA_GPU")
+            continue
+        if found is None:
+            yield Finding(what, f"{torch.cuda.get_device_name(device)} is older than sm_80", False, offline)
+        else:
+            yield Finding(what, f"{found.name} ({found.arch}, {found.sms} SMs), id {found.id}", True)
 
 
 def _backend(name: str) -> Finding:
     try:
         versions = backends.get(name).toolchain()
-    except (ImportError, DsaError) as error:
-        extra = "[tilelang]" if name == "tilelang" else ""
-        return Finding(name, f"cannot compile: {error}", False, f"pip install 'dsa-codegen{extra}'")
+    except ToolMissing as error:
+        return Finding(name, error.state, False, error.remedy)
     return Finding(name, ", ".join(f"{tool} {version}" for tool, version in versions.items()), True)
+
+
+def _c_compiler() -> Finding:
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return Finding("C compiler", found or "not found", bool(found), C_COMPILER)
 
 
 def _package(name: str, use: str, remedy: str) -> Finding:

@@ -50,7 +50,18 @@ class ToolMissing(DsaError, RuntimeError):
     """A compiler or package that this step needs is not installed."""
 
     def __init__(self, tool: str, remedy: str) -> None:
-        super().__init__(f"{tool} was not found; {remedy}.")
+        self._say(f"{tool} was not found", remedy)
+
+    def _say(self, state: str, remedy: str) -> None:
+        self.state, self.remedy = state, remedy
+        super().__init__(f"{state}; {remedy}.")
+
+
+class ToolBroken(ToolMissing):
+    """A compiler or package is installed and cannot be used: a library of its own is missing, it does not fit this machine."""
+
+    def __init__(self, tool: str, reason: str, remedy: str) -> None:
+        self._say(f"{tool} is installed but does not work ({reason})", remedy)
 
 
 class BuildError(DsaError, RuntimeError):
@@ -79,4 +90,5 @@ class NoConfig(DsaError, RuntimeError):
     """No configuration of any backend fits the spec on this GPU."""
 
     def __init__(self, op: str, gpu: str, reasons: Iterable[str]) -> None:
-        super().__init__(f"no configuration of {op} fits {gpu}: {'; '.join(reasons) or 'nothing to choose from'}.")
+        why = "; ".join(reasons) or "nothing to choose from"
+        super().__init__(f"no configuration of {op} fits {gpu}: {why}. Another GPU (--gpu) or other fields of the spec may.")

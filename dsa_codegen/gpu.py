@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import NoGpu, UnknownName
+from .errors import NoGpu, SpecError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,6 @@ GPUS: dict[str, Gpu] = {
     )
 }
 
-# Marketing strings drift ("NVIDIA H100 80GB HBM3", "H100 SXM"); longer ids are tried first so that H200 is not read as H20.
-_BY_LENGTH = sorted(GPUS, key=len, reverse=True)
-
 
 def resolve(name: str) -> Gpu:
     """The GPU that ``name`` means: an id ("h100"), a marketing name, or "auto" for the visible one.
@@ -133,29 +130,42 @@ def resolve(name: str) -> Gpu:
     return gpu
 
 
-@functools.cache
-def detect() -> Gpu | None:
-    """The visible CUDA device (``DSA_GPU`` overrides its name), or None where there is none."""
+def detect(device: int | None = None) -> Gpu | None:
+    """What a CUDA device is, by default the current one; None where there is none, or one older than all that are listed.
+
+    ``DSA_GPU`` names it where its own name is not recognised.
+
+    Raises:
+        UnknownName: ``DSA_GPU`` names no GPU.
+        SpecError: ``DSA_GPU`` names a GPU of another architecture, whose kernels this device could not run.
+    """
     import torch
 
-    override = os.environ.get("DSA_GPU")
-    if override:
-        return resolve(override)
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    return _detect(torch.cuda.current_device() if device is None else device, os.environ.get("DSA_GPU"))
+
+
+@functools.cache
+def _detect(device: int, override: str | None) -> Gpu | None:
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
-    known = _match(properties.name)
+    known = resolve(override) if override else _match(properties.name)
     if known is not None and known.capability == capability:
         return known
+    if override:
+        raise SpecError("DSA_GPU", override, f"a GPU of sm_{capability}, which {properties.name} (cuda:{device}) is, or unset")
     return _unlisted(properties, capability)
 
 
 def _match(name: str) -> Gpu | None:
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
-    for gpu_id in _BY_LENGTH:
-        if re.search(rf"{gpu_id}(?!\d)", squeezed):
-            return GPUS[gpu_id]
+    """The GPU whose id is a word of a marketing name: "NVIDIA H100 80GB HBM3", "H100-SXM"; "GH200" is none of them."""
+    joined = re.sub(r"(?<=[a-z])[^a-z0-9]+(?=\d)", "", name.lower())  # "RTX 4090" is one word, "H100 80GB" two
+    for gpu_id, gpu in GPUS.items():
+        if re.search(rf"(?<![a-z0-9]){gpu_id}(?!\d)", joined):
+            return gpu
     return None
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, functions
-from .needs import needs
+from .caches import kv_layout
+from .errors import InputError
+from .ops.indexer import chunk_rows
+from .paged import check_cache
 from .presets import Model
+from .serving import Limits, calls
 
 LOGITS_BYTES = 1 << 30
 
@@ -28,13 +33,15 @@ class Layer:
 
     Args:
         model: a ``Model``: ``preset("glm-5")``, ``load("my-model.yaml")``.
-        logits_bytes: prefill holds at most so many bytes of logits at once; longer contexts are done in chunks of queries.
+        logits_bytes: prefill holds at most so many bytes of logits at once, or those of 4 queries where these take more;
+            longer contexts are done in chunks of queries.
     """
 
     def __init__(self, model: Model, logits_bytes: int = LOGITS_BYTES) -> None:
         self.model = model
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
         self._logits_bytes = logits_bytes
+        self._kv_bytes = kv_layout(model.kv_layout, model.page).bytes_per_token
 
     def prefill(
         self,
@@ -57,14 +64,15 @@ class Layer:
             index_weights: fp32 or bf16 [queries, index_heads], not scaled.
             index_k, index_k_scale: e4m3 [tokens, index_head_dim] and fp32 [tokens], from ``quantize_index_k``.
             starts, ends: int32 [queries], each query's window.
-            sink: fp32 [heads], where the model has sinks.
+            sink: fp32 [heads] where the model has sinks (``attn_sink``), else None.
 
         Returns:
             out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
         """
+        self._check(q, index_q, sink)
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
         parts = []
-        step = max(4, self._logits_bytes // max(4 * len(index_k), 1) // 4 * 4)  # every chunk begins 16-byte aligned
+        step = max(4, chunk_rows(self._logits_bytes, len(q), len(index_k), "fp32"))
         for first in range(0, max(len(q), 1), step):
             rows = slice(first, first + step)
             windows = starts[rows].contiguous(), ends[rows].contiguous()
@@ -93,16 +101,20 @@ class Layer:
 
         Args:
             q: bf16 [batch, next_n, heads, d_nope + d_rope].
-            kv_cache, index_cache: the paged caches, which share a page table and page size.
+            kv_cache, index_cache: the paged caches, which share a page table and have the model's page size.
             index_q: bf16 [batch, next_n, index_heads, index_head_dim].
             index_weights: fp32 or bf16 [batch, next_n, index_heads], not scaled.
             lengths: int32 [batch, next_n], tokens that each query sees.
             page_table: int32 [batch, max_pages].
             max_context: at least the longest length; fixed while a graph is in use.
+            sink: as in ``prefill``.
 
         Returns:
             out bf16 [batch, next_n, heads, 512], lse fp32 [batch, next_n, heads], chosen int32 [batch, next_n, topk] (slots).
         """
+        self._check(q, index_q, sink)
+        self._check_page("kv_cache", kv_cache, self._kv_bytes)
+        self._check_page("index_cache", index_cache, self.model.index_head_dim + 4)
         batch, next_n = index_q.shape[:2]
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
         logits = functions.indexer_logits_paged(
@@ -114,6 +126,52 @@ class Layer:
         out, lse = functions.sparse_attention_paged(q, kv_cache, chosen, self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)
 
-    def warmup(self, processes: int | None = None) -> int:
-        """Build and load every kernel that the layer calls at the sizes people serve; returns how many were new."""
-        return dispatch.warmup(((need.op, need.spec, need.case.sizes) for need in needs(self.model)), processes)
+    def warmup(
+        self,
+        *,
+        max_queries: int | None = None,
+        max_batch: int | None = None,
+        max_context: int | None = None,
+        next_n: Sequence[int] = (1, 2),
+        processes: int | None = None,
+    ) -> int:
+        """Build and load every kernel that the layer, or an engine that fills its caches, can call within these limits.
+
+        Run it on each device before its first request: afterwards nothing compiles, and any step may be captured in a CUDA
+        graph at once. It covers fp32 and bf16 ``index_weights``, int32 and int64 slots and both forms of scales. Only the
+        first run on a machine takes long (minutes on few cores); later ones find the build cache.
+
+        Args:
+            max_queries: tokens of a prefill step at most; 0 for an engine that only decodes; None for any number.
+            max_batch: sequences of a decode step at most; 0 for an engine that only prefills; None for any number.
+            max_context: tokens that a query may have before it at most: in decode those of the longest sequence, in prefill
+                the keys of all the step's sequences together; None for any number.
+            next_n: the queries per sequence of decode steps: 1, and more with multi-token prediction.
+            processes: compilers that run at once; by default one per core.
+
+        Returns:
+            How many kernels were not loaded before.
+
+        Raises:
+            NoGpu, CaptureError, BuildError: see ``dsa_codegen.warmup``.
+        """
+        return dispatch.warmup(calls(self.model, Limits(max_queries, max_batch, max_context, next_n)), processes)
+
+    def _check(self, q: Tensor, index_q: Tensor, sink: Tensor | None) -> None:
+        """Other heads than the model's would be served, by kernels that nobody tuned or warmed up."""
+        model = self.model
+        for name, value, (heads, width) in (
+            ("q", q, (model.heads, model.d_nope + model.d_rope)),
+            ("index_q", index_q, (model.index_heads, model.index_head_dim)),
+        ):
+            if value.shape[-2:] != (heads, width):
+                raise InputError(name, f"shape {list(value.shape)}", f"[…, {heads}, {width}], as {model.name} has")
+        if (sink is not None) != model.attn_sink:
+            came, wanted = ("a tensor", "None") if sink is not None else ("None", f"fp32 [{model.heads}]")
+            raise InputError("sink", came, f"{wanted}, as {model.name} states attn_sink: {str(model.attn_sink).lower()}")
+
+    def _check_page(self, name: str, cache: Tensor, bytes_per_token: int) -> None:
+        """The selection makes slots of the model's page: in a cache of other pages they would name other tokens."""
+        page = cache.shape[1] if cache.dim() == 4 else check_cache(name, cache, bytes_per_token)
+        if page != self.model.page:
+            raise InputError(name, f"pages of {page} tokens", f"{self.model.page}, as {self.model.name} states")

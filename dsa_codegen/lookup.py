@@ -148,7 +148,7 @@ def missing_tool(backend: str) -> str | None:
     """What a backend lacks on this machine; None where it can compile."""
     try:
         backends.get(backend).toolchain()
-    except (ImportError, ToolMissing) as error:
+    except ToolMissing as error:
         return f"{backend} ({error})"
     return None
 
@@ -158,12 +158,17 @@ def toolchain_difference(record: Record) -> str:
 
     Only what a build depends on counts: a newer driver or torch changes no machine code.
     """
-    installed = backends.get(record.backend).toolchain()
     return ", ".join(
         f"{name} {record.toolchain.get(name, 'unknown')} (installed: {version})"
-        for name, version in installed.items()
+        for name, version in _installed(record.backend).items()
         if record.toolchain.get(name) != version
     )
+
+
+@functools.cache
+def _installed(backend: str) -> Mapping[str, str]:
+    """Asked once: a compiler is started for it, and a warmup looks up dozens of records."""
+    return backends.get(backend).toolchain()
 
 
 def label(record: Record) -> str:

@@ -185,6 +185,10 @@ class Op(ABC, Generic[S, Z]):
     def cases(self, spec: S) -> Sequence[Case[Z]]:
         """Small, awkward cases that verification runs (also in the interpreter: keep them tiny)."""
 
+    def long_cases(self, spec: S) -> Sequence[Case[Z]]:
+        """Cases that a GPU verifies as well, too long for the interpreter: loops and rings of buffers go round many times."""
+        return ()
+
     @abstractmethod
     def workloads(self, spec: S) -> Sequence[Case[Z]]:
         """The cases that are tuned and timed, at least one per bucket that people serve."""

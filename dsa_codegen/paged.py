@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ SLOTS = {"i32": torch.int32, "i64": torch.int64}
 SLOT_NAMES = {dtype: name for name, dtype in SLOTS.items()}
 
 _ALIGNMENT = 16  # bytes; kernels move 16 at a time
+_FLAT_PAGES = tuple(1 << power for power in range(11))
 
 
 def layout_of(name: str, page: int, width: int) -> Layout:
@@ -68,7 +71,8 @@ def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
 def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | None = None) -> int:
     """Check a cache, uint8 [blocks, page, 1, bytes_per_token] or [blocks, bytes of a page], and return its page size.
 
-    Blocks may lie further apart than they are long (padded pages, caches of several layers interleaved).
+    Blocks may lie further apart than they are long (padded pages, caches of several layers interleaved). The two-dimensional
+    form has to have exactly the length of a page of 1, 2, 4, … 1024 tokens: padding is never taken for tokens.
 
     Raises:
         InputError: names the argument, what came and what is allowed.
@@ -76,13 +80,36 @@ def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | N
     flat = isinstance(value, Tensor) and value.dim() == 2
     shape = (None, None) if flat else (None, None, 1, bytes_per_token)
     cache = checks.tensor(name, value, shape, torch.uint8, like=like, inner_contiguous=True)
-    blocks, page = cache.shape[0], cache.shape[1] // bytes_per_token if flat else cache.shape[1]
+    blocks, page = cache.shape[0], _flat_page(name, cache, int(bytes_per_token)) if flat else cache.shape[1]
     if not flat and page > 1 and cache.stride(1) != bytes_per_token:
         raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {bytes_per_token} between tokens)")
     if blocks > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * bytes_per_token):
         allowed = f"a multiple of {_ALIGNMENT} of at least {page * bytes_per_token}"
         raise InputError(name, f"{cache.stride(0)} bytes between blocks", allowed)
     return page
+
+
+def _flat_page(name: str, cache: Tensor, bytes_per_token: int) -> int:
+    """The page size of a cache [blocks, bytes of a page]."""
+    page = _page_by_bytes(bytes_per_token).get(int(cache.shape[1]))
+    if page is None:
+        padded = " (or the next multiple of 576)" if bytes_per_token == KvV4Layout.bytes_per_token else ""
+        raise InputError(
+            name,
+            f"blocks of {cache.shape[1]} bytes",
+            f"page · {bytes_per_token} bytes{padded} with a page of 1, 2, 4, … or {_FLAT_PAGES[-1]} tokens; of another page, "
+            f"or with other padding, pass {name}[:, :page * {bytes_per_token}].unflatten(1, (page, 1, {bytes_per_token}))",
+        )
+    return page
+
+
+@functools.cache
+def _page_by_bytes(bytes_per_token: int) -> dict[int, int]:
+    """Bytes of a block -> tokens of its page. Were every page allowed, 64 tokens with padding would be read as 65."""
+    sizes = {page * bytes_per_token: page for page in _FLAT_PAGES}
+    if bytes_per_token == KvV4Layout.bytes_per_token:
+        sizes |= {KvV4Layout(page).page_bytes: page for page in _FLAT_PAGES}
+    return sizes
 
 
 def check_slots(slots: object, tokens: int | None, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def preset(name: str) -> Model:
 
 
 def load(path: str | Path) -> Model:
-    """Read a model from a YAML file of the fields of ``Model`` (``name`` defaults to the file's stem).
+    """Read a model from a YAML file of the fields of ``Model``; ``name`` defaults to the file's, as far as it can be one.
 
     Raises:
         SpecError: not a mapping, an unknown field, or a value that no kernel can serve.
@@ -81,11 +82,12 @@ def load(path: str | Path) -> Model:
     path = Path(path)
     try:
         mapping = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise SpecError("spec file", str(path), f"a readable YAML file ({error})") from error
     if not isinstance(mapping, Mapping):
         raise SpecError("spec file", str(path), "a YAML mapping of the fields of Model")
-    return Model.from_dict({"name": path.stem, **mapping})
+    name = re.sub(r"^[^A-Za-z]+|[^A-Za-z0-9_.\-]", "", path.stem) or "model"
+    return Model.from_dict({"name": name, **mapping})
 
 
 def dump(model: Model) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -109,7 +110,7 @@ def parse(entry: Any, op: str, gpu: GpuKey) -> Record:
         known = {name: read(entry[name]) for name, read in _FIELDS.items()}
     except KeyError as error:
         raise RecordError(f"the field {error} is missing") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"a field has a value that it cannot have ({error})") from error
     return Record(op=op, gpu=gpu, **known)
 
@@ -166,8 +167,14 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{value!r} is not a number")
+    if type(value) not in (int, float) or not math.isfinite(value):  # JSON as Python reads it knows NaN and Infinity
+        raise TypeError(f"{value!r} is not a finite number")
+    return value
+
+
+def _time(value: Any) -> float:
+    if _number(value) <= 0:  # nothing would ever be faster
+        raise ValueError(f"{value!r} is not a time: a positive number of microseconds is expected")
     return value
 
 
@@ -197,7 +204,7 @@ def _evidence(value: Any) -> str:
 
 
 def _timing(value: Any) -> Timing:
-    return Timing(_number(value["median"]), _number(value["p20"]), _number(value["p80"]), _integer(value["n"]))
+    return Timing(_time(value["median"]), _number(value["p20"]), _number(value["p80"]), _integer(value["n"]))
 
 
 def _policy(value: Any) -> Policy:
@@ -211,7 +218,7 @@ def _policy(value: Any) -> Policy:
 
 
 def _runners_up(value: Any) -> tuple[RunnerUp, ...]:
-    return tuple(RunnerUp(_mapping(_scalar)(item["config"]), _number(item["time_us"])) for item in value)
+    return tuple(RunnerUp(_mapping(_scalar)(item["config"]), _time(item["time_us"])) for item in value)
 
 
 _FIELDS: Mapping[str, Callable[[Any], Any]] = {
@@ -221,7 +228,7 @@ _FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "config": _mapping(_scalar),
     "evidence": _evidence,
     "time_us": _timing,
-    "default_time_us": _optional(_number),
+    "default_time_us": _optional(_time),
     "limit_us": _number,
     "sizes": _mapping(_integer),
     "distribution": _text,

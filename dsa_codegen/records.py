@@ -25,6 +25,7 @@ from .record import MEASURED, GpuKey, Record, entry, parse, parse_gpu, pretty
 
 SCHEMA = 1
 _LOCK_TIMEOUT_S = 60
+_REMEDY = "it is left as it is: repair it, move it away, or tune into another --folder"
 
 
 class RecordWarning(UserWarning):
@@ -75,11 +76,11 @@ def _load(path: Path) -> tuple[GpuKey, list[Any]]:
         gpu = parse_gpu(content["gpu"])
         entries = content["records"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecordError(f"{path} is not a file of records ({type(error).__name__}: {error}); it is left as it is") from error
+        raise RecordError(f"{path} is not a file of records ({type(error).__name__}: {error}); {_REMEDY}") from error
     if schema != SCHEMA:
-        raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; it is left as it is")
+        raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {_REMEDY}")
     if (gpu.id, op_name) != (path.parent.name, path.stem) or not isinstance(entries, list):
-        raise RecordError(f"{path} speaks of {op_name} on {gpu.id}; a file belongs at <gpu>/<op>.json; it is left as it is")
+        raise RecordError(f"{path} speaks of {op_name} on {gpu.id}; a file belongs at <gpu>/<op>.json; {_REMEDY}")
     return gpu, entries
 
 
@@ -104,15 +105,21 @@ def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
     Safe when several processes write at once: a lock, a temporary file, fsync and an atomic rename.
 
     Raises:
-        RecordError: a file that is there cannot be read; it is not touched.
+        RecordError: a record states what no reader would accept (a time of NaN), a file that is there cannot be read, or
+            another process keeps its lock; it is not touched.
     """
     by_file: dict[Path, list[Record]] = {}
     for record in records:
+        parse(entry(record), record.op, record.gpu)
         by_file.setdefault(path_of(folder, record.gpu.id, record.op), []).append(record)
     for path, fresh in by_file.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-            _merge_file(path, fresh)
+        try:
+            with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
+                _merge_file(path, fresh)
+        except filelock.Timeout as error:
+            reason = f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s"
+            raise RecordError(f"{path} cannot be written: {reason}; end it and run this again") from error
     return list(by_file)
 
 

@@ -14,7 +14,7 @@ def versions(backend: str) -> dict[str, str]:
     """Versions of the backend's compilers, of torch, of CUDA as torch uses it and of the driver ("none" where absent).
 
     Raises:
-        ToolMissing, ImportError: the backend is not installed.
+        ToolMissing: the backend is not installed, or broken.
     """
     import torch
 

@@ -131,7 +131,7 @@ def run_cases(subject: Subject, gpu: Gpu, repeats: int) -> list[Verdict]:
     op, spec, config = subject.op, subject.spec, subject.config
     variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
     verdicts = []
-    for case in op.cases(spec):
+    for case in (*op.cases(spec), *op.long_cases(spec)):
         start = time.monotonic()
         accuracy = verify(variant, case, "cuda", repeats=repeats)
         seconds = time.monotonic() - start

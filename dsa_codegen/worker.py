@@ -5,13 +5,16 @@ A CUDA error poisons its process and Triton's interpreter is a setting of the wh
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +25,15 @@ from .errors import DsaError
 _START_SECONDS = 120.0  # on top of a job's own time, where the child has to start (imports) before it
 _GRACE_SECONDS = 1.0
 _EXIT_SECONDS = 5.0  # from the closed pipe to an exit code that can be told
-_CONTEXT = multiprocessing.get_context("spawn")  # a forked child cannot use CUDA
+# A forked child cannot use CUDA, and one that multiprocessing spawns would run the user's script anew, down to the line that
+# wanted the child. Ctrl-C reaches the whole group; what to do then is the parent's to say.
+_BOOT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = {path!r}
+from dsa_codegen.worker import serve
+serve({handle}, {log!r})
+"""
 
 
 class WorkerDied(DsaError):
@@ -55,14 +66,14 @@ class Worker:
     def __init__(self, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
         self._environment = dict(environment or {})
         self._log = log
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._deadline: float | None = None
         self._timeout = 0.0
         self._up = False
 
     def call(self, job: Callable[..., Any], *args: Any, timeout: float = 600.0) -> Any:
-        """Run ``job(*args)`` (a module-level function) in the child and return its result.
+        """Run ``job(*args)`` (a function of a module that can be imported) in the child and return its result.
 
         Raises:
             JobFailed: the job raised.
@@ -92,7 +103,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the child runs: not before the first job, nor after a crash or a timeout."""
-        return self._process is not None and self._process.is_alive()
+        return self._process is not None and self._process.poll() is None
 
     def ready(self) -> bool:
         """Whether ``result`` would return or raise at once."""
@@ -115,8 +126,7 @@ class Worker:
             outcome, value = connection.recv()
         except (EOFError, OSError) as error:
             assert self._process is not None
-            self._process.join(_EXIT_SECONDS)
-            code = self._process.exitcode
+            code = _ended(self._process, _EXIT_SECONDS)
             self.kill()
             raise WorkerDied(f"the worker ended (exit code {code})") from error
         if outcome == "raised":
@@ -142,10 +152,11 @@ class Worker:
     def kill(self) -> None:
         """End the child, within a second by force; the next job starts a new one."""
         if self._process is not None:
+            self._finalizer.detach()
             self._process.terminate()
-            self._process.join(_GRACE_SECONDS)
+            _ended(self._process, _GRACE_SECONDS)
             self._process.kill()
-            self._process.join()
+            self._process.wait()
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = self._deadline = None
@@ -158,41 +169,48 @@ class Worker:
         self.kill()
 
     def _start(self) -> Connection:
-        if self._process is not None and self._process.is_alive():
+        if self.alive:
             assert self._connection is not None
             return self._connection
         self.kill()
-        self._connection, child = _CONTEXT.Pipe()
-        before = {name: os.environ.get(name) for name in self._environment}
-        os.environ.update(self._environment)  # a spawned child inherits the environment of this moment
-        try:
-            self._process = _CONTEXT.Process(target=_serve, args=(child, self._log), daemon=True)
-            self._process.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        self._connection, child = Pipe()
+        boot = _BOOT.format(path=sys.path, handle=child.fileno(), log=str(self._log or ""))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", boot],
+            env={**os.environ, **self._environment},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(child.fileno(),),
+        )
+        self._finalizer = weakref.finalize(self, self._process.terminate)  # called at this process's end, too
         child.close()
         return self._connection
 
 
-def _serve(connection: Connection, log: Path | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; what to do then is the parent's to say
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code, waiting so long for it; None where the process still runs."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def serve(handle: int, log: str) -> None:
+    """The child's side: run the jobs that come through the pipe until it is closed."""
+    connection = Connection(handle)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
+    if log:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     connection.send(None)  # the sign of life
     while True:
         try:
-            job, args = connection.recv()
+            message = connection.recv_bytes()
         except EOFError:
             return
         try:
+            job, args = pickle.loads(message)
             reply = ("value", job(*args))
         except Exception as error:  # whatever a job raises is the parent's to judge; only text crosses the border
             reply = ("raised", (type(error).__name__, str(error), traceback.format_exc()))

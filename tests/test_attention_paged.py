@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsa_codegen import ops, presets
-from dsa_codegen.caches import KvV4Layout, KvV32Layout
+from dsa_codegen.caches import KvV4Layout, KvV32Layout, as_pages
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
@@ -140,7 +140,8 @@ def test_call_refuses(argument, value):
 
 @pytest.mark.parametrize("spec", SPECS[1::2], ids=lambda spec: spec.id)
 def test_bind_names_what_it_took(spec):
-    bound, sizes, inputs = OP.bind(*arguments(spec))
+    pages = as_pages(spec.layout, spec.layout.empty(2)).unflatten(1, (spec.page, 1, spec.layout.bytes_per_token))
+    bound, sizes, inputs = OP.bind(*arguments(spec, cache=pages))
     assert bound == spec
     assert (sizes.batch, sizes.next_n) == (2, 2)
     assert list(inputs) == ["q", "cache", "indices", "sm_scale", "lengths", "sink"]

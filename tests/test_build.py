@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from dsa_codegen import build, render
+from dsa_codegen import build, ops, render
 from dsa_codegen.backends import Resources, triton
+from dsa_codegen.errors import InputError
 from dsa_codegen.op import Config
 from dsa_codegen.ops.indexer import IndexerSpec
 
@@ -68,8 +74,49 @@ def test_a_damaged_entry_is_built_again(compiled, name, damage):
     assert (again.folder / "indexer.cubin").read_bytes() == b"machine code"
 
 
-def test_a_daemon_builds_without_children(compiled, monkeypatch):
+QUANTIZE = ops.get("quantize")
+SOURCES = [
+    render.render(QUANTIZE, QUANTIZE.spec_type(32), Config.of("triton", block_t=block_t, num_warps=1)) for block_t in (1, 2, 4)
+]
+UNGUARDED = """
+import os
+print("the script", flush=True)
+import dsa_codegen as dsa
+from dsa_codegen import build, render
+from dsa_codegen.gpu import resolve
+from dsa_codegen.op import Config
+op, h200 = dsa.ops.get("quantize"), resolve("H200")
+sources = [render.render(op, op.spec_type(32), Config.of("triton", block_t=block_t, num_warps=1)) for block_t in (1, 2, 4)]
+print(build.build_all(sources, h200, 2), [build.find(source, h200) is not None for source in sources])
+"""
+
+
+def test_a_script_without_a_main_guard_builds_in_children(monkeypatch, tmp_path):
+    """As a user writes it: the children must not run the script, which would load the model in each of them."""
+    script = tmp_path / "serve.py"
+    script.write_text(UNGUARDED)
+    environment = {**os.environ, "DSA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(build.__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["the script", "{} [True, True, True]"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_whose_process_may_have_no_children_builds_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSA_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-    assert build.build_all([RENDERED, RENDERED], H200) == {}
-    assert len(compiled) == 1
-    assert build.find(RENDERED, H200) is not None
+    assert build.build_all([SOURCES[0], SOURCES[0]], H200) == {}
+    assert build.find(SOURCES[0], H200) is not None
+
+
+def test_one_that_fails_does_not_keep_the_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSA_CACHE_DIR", str(tmp_path))
+    broken = dataclasses.replace(SOURCES[1], text=SOURCES[1].text.replace("tl.load", "tl.lode"))
+    reasons = build.build_all([SOURCES[0], broken, SOURCES[2]], H200, processes=1)
+    assert list(reasons) == [broken.sha]
+    assert "did not compile" in reasons[broken.sha]
+    assert [build.find(source, H200) is not None for source in (SOURCES[0], SOURCES[2])] == [True, True]
+
+
+def test_less_than_one_process_is_refused():
+    with pytest.raises(InputError, match=r"^processes: got 0"):
+        build.build_all(SOURCES, H200, processes=0)

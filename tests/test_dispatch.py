@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from dsa_codegen import dispatch, ops, presets, torch_ops
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import CaptureError, InputError, NoGpu
-from dsa_codegen.op import Case, Config, Inputs, Op
+from dsa_codegen.gpu import resolve
+from dsa_codegen.op import Case, Config, Inputs, Launch, Op
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 from dsa_codegen.values import Spec
-from dsa_codegen.variant import Variant
 
+from fake_gpu import FakeGpu
 from support import H200
 
 SPEC = IndexerSpec(8, 64)
@@ -105,41 +107,93 @@ def test_warmup_needs_a_gpu():
             dispatch.warmup([(OP, SPEC, CASE.sizes)])
 
 
-class FakeGpuCalls:
-    """Stands in for a CUDA device: tensors claim to lie on it and variants count their runs."""
-
-    def __init__(self, monkeypatch, capturing=False):
-        self.loads, self.runs = [], 0
-        monkeypatch.setattr(dispatch, "_device", lambda inputs: torch.device("cuda", 0))
-        monkeypatch.setattr(dispatch.torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        monkeypatch.setattr(dispatch.torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(dispatch.gpus, "detect", lambda: H200)
-        monkeypatch.setattr(dispatch, "build", self.build)
-        monkeypatch.setattr(Variant, "run", self.run)
-
-    def build(self, rendered, gpu):
-        self.loads.append(rendered.sha)
-        return self
-
-    def load(self):
-        return {}
-
-    def run(self, inputs, outputs):
-        self.runs += 1
-        return outputs
-
-
 def test_builds_once_per_spec_and_bucket(monkeypatch):
-    fake = FakeGpuCalls(monkeypatch)
+    fake = FakeGpu(monkeypatch)
     with pytest.warns(dispatch.Untuned, match="python cli.py tune --gpu h200 --op indexer"):
         call()
     call()
-    assert (len(fake.loads), fake.runs) == (1, 2)
+    assert (len(fake.builds), len(fake.runs)) == (1, 2)
     assert dispatch.stats() == {"indexer: calls": 2, "indexer: default": 1}
 
 
+@pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")
+def test_buckets_that_share_a_source_share_what_is_loaded(monkeypatch):
+    fake, loads = FakeGpu(monkeypatch, gpus={0: H200, 1: H200}), []
+    monkeypatch.setattr(fake, "load", lambda: loads.append(fake.current) or {})
+    wanted = [(OP, SPEC, IndexerSizes(queries, 40)) for queries in (5, 2000)]
+    with dispatch.override(OP, Config.of("triton", block_q=1, block_n=64, num_warps=4, num_stages=2, splits=1)):
+        assert dispatch.warmup(wanted) == 2
+        fake.current = 1
+        assert dispatch.warmup(wanted) == 2
+    assert loads == [0, 1]
+
+
 def test_never_compiles_while_a_graph_is_captured(monkeypatch):
-    fake = FakeGpuCalls(monkeypatch, capturing=True)
+    fake = FakeGpu(monkeypatch, capturing=True)
     with pytest.raises(CaptureError, match="warmup"):
         call()
-    assert not fake.loads
+    assert not fake.builds
+
+
+@pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")
+def test_each_device_is_served_by_its_own_gpu(monkeypatch):
+    """The second device is another model: its kernels are built for it, and launched while it is the current one."""
+    l40s = resolve("L40S")
+    fake = FakeGpu(monkeypatch, gpus={0: H200, 1: l40s})
+    call()
+    fake.device = 1
+    call()
+    call()
+    assert [gpu for _, gpu in fake.builds] == [H200, l40s]
+    assert [variant.gpu for variant in fake.runs] == [H200, l40s, l40s]
+    assert fake.entered == [1, 1]
+    assert not OP.violations(SPEC, fake.runs[-1].config, l40s)
+
+
+def test_warmup_serves_the_current_device_and_complains_once(monkeypatch):
+    fake = FakeGpu(monkeypatch, gpus={0: H200, 1: resolve("L40S")}, device=1)
+    fake.current = 1
+    wanted = [(OP, SPEC, IndexerSizes(queries, context)) for queries in (5, 6, 2000) for context in (40, 20000)]
+    with pytest.warns(dispatch.Untuned) as complaints:
+        assert dispatch.warmup(wanted) == 4  # buckets
+    (complaint,) = complaints
+    assert str(complaint.message).count("is not tuned for NVIDIA L40S") == 4
+    assert {gpu.id for _, gpu in fake.builds} == {"l40s"}
+    before = len(fake.builds)
+    call()
+    assert dispatch.warmup(wanted) == 0
+    assert len(fake.builds) == before
+
+
+def test_a_loaded_variant_has_launched_each_of_its_kernels(monkeypatch):
+    """TileLang loads code at a kernel's first launch, which must not be the captured one."""
+    launched = []
+
+    def launches(*args):  # which kernels a call launches may depend on its sizes: here no case launches both
+        kernel = "first" if len(launched) < 2 else "second"
+        return [Launch(kernel, (1, 1, 1), (kernel,))]
+
+    fake = FakeGpu(monkeypatch)
+    monkeypatch.setattr(fake, "load", lambda: dict.fromkeys(("first", "second"), lambda grid, args: launched.extend(args)))
+    monkeypatch.setattr(OP, "launches", launches)
+    monkeypatch.setattr("dsa_codegen.variant.Draw", lambda seed, device: Draw(seed))
+    with pytest.warns(dispatch.Untuned):
+        dispatch.warmup([(OP, SPEC, CASE.sizes)])
+    assert launched == ["first", "first", "second"]
+
+
+def test_counts_are_exact_with_many_threads():
+    calls, threads = 500, 8
+
+    def work():
+        for _ in range(calls):
+            call()
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for _ in range(10):
+        dispatch.stats()  # looking does not count
+    for worker in workers:
+        worker.join()
+    assert dispatch.stats() == {"indexer: reference": calls * threads}

@@ -45,7 +45,8 @@ def test_is_registered_by_its_stem():
 )
 def test_kv_round_trip(name, layout):
     latent = Draw(3).normal(100, layout.d_nope + layout.d_rope, dtype=torch.bfloat16)
-    slots, cache = Draw(4).permutation(2 * layout.page)[:100], layout.empty(2)
+    slots = Draw(4).permutation(2 * layout.page)[:100]
+    cache = caches.as_pages(layout, layout.empty(2)).unflatten(1, (layout.page, 1, layout.bytes_per_token))
     slots[7] = -1
     dispatch.call(QUANTIZE, (latent[:, : layout.d_nope], latent[:, layout.d_nope :], slots, cache, name, False))
     back = dispatch.call(OP, (cache, slots, name))["latent"]

@@ -2,73 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 import dsa_codegen as dsa
 from dsa_codegen import functions, ops
-from dsa_codegen.caches import IndexKLayout, kv_layout
+from dsa_codegen.caches import KvV4Layout
 from dsa_codegen.compare import ATTENTION, LOGITS, LSE, close, equal
-from dsa_codegen.draw import Draw
-from dsa_codegen.presets import Model
+from dsa_codegen.errors import InputError
 
-TINY = dsa.preset("tiny")
-V4 = Model("v4", heads=8, d_nope=448, d_rope=64, index_heads=8, index_head_dim=32, topk=64, kv_layout="v4", attn_sink=True)
-
-
-def prefill_inputs(model: Model, queries: int, tokens: int, device: str = "cpu"):
-    draw = Draw(11, device)
-    d = model.d_nope + model.d_rope
-    keys = draw.normal(tokens, model.index_head_dim, dtype=torch.bfloat16)
-    index_k, index_k_scale = dsa.quantize_index_k(keys)
-    ends = torch.arange(tokens - queries + 1, tokens + 1, dtype=torch.int32, device=device)
-    return {
-        "q": draw.normal(queries, model.heads, d, dtype=torch.bfloat16, scale=10.0),
-        "kv": draw.normal(tokens, 1, d, dtype=torch.bfloat16, scale=0.1),
-        "index_q": draw.normal(queries, model.index_heads, model.index_head_dim, dtype=torch.bfloat16),
-        "index_weights": draw.normal(queries, model.index_heads),
-        "index_k": index_k,
-        "index_k_scale": index_k_scale,
-        "starts": torch.zeros_like(ends),
-        "ends": ends,
-        "sink": draw.normal(model.heads) if model.attn_sink else None,
-    }
-
-
-def decode_inputs(model: Model, batch: int, next_n: int, context: int, device: str = "cpu"):
-    draw = Draw(12, device)
-    pages = -(-context // model.page)
-    blocks = batch * pages + 1
-    kv, index = kv_layout(model.kv_layout, model.page), IndexKLayout(model.page, model.index_head_dim)
-    kv_cache, index_cache = kv.empty(blocks, device=device), index.empty(blocks, device=device)
-    slots = torch.arange(blocks * model.page, dtype=torch.int32, device=device)
-    tokens = len(slots)
-    nope = draw.normal(tokens, model.d_nope, dtype=torch.bfloat16, scale=0.1)
-    dsa.store_kv(
-        nope, draw.normal(tokens, model.d_rope, dtype=torch.bfloat16, scale=0.1), slots, kv_cache, layout=model.kv_layout
-    )
-    dsa.store_index_k(draw.normal(tokens, model.index_head_dim, dtype=torch.bfloat16), slots, index_cache)
-    lengths = draw.integers(1, context + 1, batch, 1).expand(batch, next_n).contiguous()
-    d = model.d_nope + model.d_rope
-    return {
-        "q": draw.normal(batch, next_n, model.heads, d, dtype=torch.bfloat16, scale=10.0),
-        "kv_cache": kv_cache,
-        "index_q": draw.normal(batch, next_n, model.index_heads, model.index_head_dim, dtype=torch.bfloat16),
-        "index_weights": draw.normal(batch, next_n, model.index_heads),
-        "index_cache": index_cache,
-        "lengths": lengths,
-        "page_table": draw.permutation(blocks)[: batch * pages].view(batch, pages).int(),
-        "max_context": context,
-        "sink": draw.normal(model.heads) if model.attn_sink else None,
-    }
+from layer_inputs import TINY, V4, decode_inputs, prefill_inputs
 
 
 def reference(name: str, *args):
-    """The reference of a public function's operation, on the same device."""
+    """The reference of a public function's operation, on the same device; arguments may be left out as in a call."""
     op = next(op for op in ops.all_ops().values() if op.function == name)
-    spec, _, inputs = op.bind(*args)
+    arguments = torch._C.parse_schema(f"any::{op.function}{op.schema}").arguments
+    spec, _, inputs = op.bind(*args, *(argument.default_value for argument in arguments[len(args) :]))
     return op.reference(spec, inputs)
 
 
@@ -141,6 +97,25 @@ def test_decode(model, batch, next_n):
     assert_decode_matches(dsa.Layer(model), decode_inputs(model, batch, next_n, 200))
 
 
+@pytest.mark.parametrize(
+    ("model", "argument", "change"),
+    [
+        (TINY, "q", lambda q: q[..., :8, :].contiguous()),
+        (TINY, "index_q", lambda index_q: index_q.repeat(1, 1, 2, 1)),
+        (TINY, "sink", lambda sink: torch.zeros(16)),
+        (V4, "sink", lambda sink: None),
+        (TINY, "kv_cache", lambda cache: cache.view(-1, 32, 1, 656)),
+        (TINY, "index_cache", lambda cache: cache.view(-1, 32, 1, 68)),
+        (V4, "kv_cache", lambda cache: KvV4Layout(32).empty(9)),
+    ],
+    ids=lambda value: getattr(value, "name", value) if not callable(value) else "",
+)
+def test_refuses_what_the_model_does_not_state(model, argument, change):
+    inputs = decode_inputs(model, 2, 1, 100)
+    with pytest.raises(InputError, match=rf"^{argument}: .* as {model.name} "):
+        dsa.Layer(model).decode(**{**inputs, argument: change(inputs[argument])})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "deepseek-v4-flash"])
 def test_prefill_at_full_size(name):
@@ -167,3 +142,14 @@ def test_decode_in_a_cuda_graph_is_the_same():
         tensor.view(torch.uint8).fill_(0x5A)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tiny", "deepseek-v3.2", "deepseek-v4-flash"])
+def test_a_capture_may_follow_warmup_at_once(name):
+    """In a process of its own: no kernel was launched before, neither by another test nor by a step without a graph."""
+    script = Path(__file__).with_name("capture_after_warmup.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["prefill", "decode"]

@@ -59,12 +59,27 @@ def test_nonsense_is_refused_by_name(text, field, tmp_path):
         presets.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b", "{", "!!python/object/apply:os.system ['true']"])
+NO_MAPPINGS = [b"", b"- a\n- b", b"{", b"!!python/object/apply:os.system ['true']", b"\xff\xfe\x00", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("text", NO_MAPPINGS, ids=["empty", "list", "open", "code", "binary", "deep"])
 def test_a_file_that_is_no_mapping_is_refused(text, tmp_path):
     path = tmp_path / "model.yaml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(SpecError, match="spec file"):
         presets.load(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("my model.yaml", "mymodel"), ("32b-chat.yaml", "b-chat"), ("v4_rank.0.yaml", "v4_rank.0"), ("7.yaml", "model")],
+)
+def test_any_file_name_will_do(file, name, tmp_path):
+    fields = presets.preset("tiny").to_dict()
+    del fields["name"]
+    path = tmp_path / file
+    path.write_text("\n".join(f"{field}: {value}" for field, value in fields.items()))
+    assert presets.load(path).name == name
 
 
 def test_a_missing_field_is_named(tmp_path):

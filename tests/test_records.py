@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 
+import filelock
 import pytest
 
 from dsa_codegen import record, records
@@ -155,6 +157,12 @@ def test_damage_is_a_miss_and_never_overwritten(tmp_path, kind):
         ("spec", {"heads": [64]}),
         ("config", {"block_q": 4.5}),
         ("time_us", {"median": "fast", "p20": 1, "p80": 1, "n": 1}),
+        *(("time_us", {"median": median, "p20": 1, "p80": 1, "n": 1}) for median in (math.nan, math.inf, -1.5, 0, 10**400)),
+        ("time_us", {"median": 1, "p20": math.nan, "p80": 1, "n": 1}),
+        ("default_time_us", -3.0),
+        ("limit_us", math.nan),
+        ("accuracy", {"similarity": math.nan}),
+        ("runners_up", [{"config": {"block_q": 4}, "time_us": -math.inf}]),
         ("bucket", {"queries": [0]}),
         ("invented", 1),
         ("source_sha", None),
@@ -168,7 +176,15 @@ def test_one_bad_record_is_skipped_and_kept(tmp_path, field, value):
     with pytest.warns(records.RecordWarning, match="record 0"):
         (good,) = records.read(path)
     records.merge(tmp_path, [dataclasses.replace(good, time_us=Timing(1.0, 1.0, 1.0, 5))])
-    assert content["records"][0] in json.loads(path.read_text())["records"]
+    kept = json.loads(path.read_text())["records"]
+    assert json.dumps(content["records"][0]) in map(json.dumps, kept)  # as text: NaN is not even equal to itself
+
+
+@pytest.mark.parametrize("median", [math.nan, math.inf, -math.inf, -2.0, 0.0])
+def test_a_time_that_is_none_is_not_written(tmp_path, median):
+    with pytest.raises(RecordError, match=r"not a (time|finite number)"):
+        records.merge(tmp_path, [make(), make(spec=IndexerSpec(8, 64), time_us=median)])
+    assert not list(tmp_path.iterdir())
 
 
 def _write(folder, start: int) -> None:
@@ -187,6 +203,18 @@ def test_two_writers_lose_nothing(tmp_path):
         assert writer.exitcode == 0
     found = {item.bucket[0][1] for item in records.read(tmp_path / "h200" / "indexer.json")}
     assert found == set(range(20))
+
+
+def test_a_lock_that_another_process_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_LOCK_TIMEOUT_S", 0.1)
+    (path,) = records.merge(tmp_path, [make()])
+    before = path.read_text()
+    with (
+        filelock.FileLock(path.with_name(f".{path.name}.lock")),
+        pytest.raises(RecordError, match=r"\.lock for 0\.1 s; end it"),
+    ):
+        records.merge(tmp_path, [make(time_us=1.0)])
+    assert path.read_text() == before
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

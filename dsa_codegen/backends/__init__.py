@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 
-from ..errors import UnknownName
+from ..errors import ToolBroken, ToolMissing, UnknownName
 from .base import Backend, Launchable, Resources
 
 __all__ = ["NAMES", "Backend", "Launchable", "Resources", "get"]
 
 NAMES = ("triton", "gluon", "tilelang")
+_PACKAGES = {"triton": ("triton", ""), "gluon": ("triton", ""), "tilelang": ("tilelang", "[tilelang]")}
+"""The compiler's package, and the extra of this one that brings it."""
 
 
 @functools.cache
@@ -19,7 +21,16 @@ def get(name: str) -> Backend:
 
     Raises:
         UnknownName: there is no such backend.
+        ToolMissing: its compiler is not installed.
+        ToolBroken: its compiler cannot be imported.
     """
     if name not in NAMES:
         raise UnknownName("backend", name, NAMES)
-    return importlib.import_module(f".{name}", __package__).BACKEND
+    package, extra = _PACKAGES[name]
+    try:
+        return importlib.import_module(f".{name}", __package__).BACKEND
+    except Exception as error:  # a compiler that loads libraries of its own while it is imported may raise whatever it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise ToolMissing(package, f"pip install 'dsa-codegen{extra}'") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ToolBroken(package, reason, f"pip install --force-reinstall {package}, or 'dsa-codegen{extra}'") from error

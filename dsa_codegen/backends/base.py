@@ -13,11 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import ToolMissing
+from ..errors import ToolBroken, ToolMissing
 from ..gpu import Gpu
 
 Launchable = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
 """Launches one kernel on the current stream: ``launchable(grid, args)``."""
+
+
+C_COMPILER = "Triton builds the code that launches a kernel with it: install gcc or clang, or name one in CC"
+"""The remedy where there is none."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,18 @@ def import_module(source: Path) -> ModuleType:
     return module
 
 
+def report_of(tool: str | Path, *arguments: str | Path, remedy: str) -> str:
+    """What a tool that is there prints.
+
+    Raises:
+        ToolBroken: it cannot be run, or fails.
+    """
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolBroken(str(tool), str(error), remedy) from error
+
+
 _USAGE = re.compile(r"Function (\w+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -86,9 +102,10 @@ def cubin_usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    remedy = "it comes with the triton package for Linux on x86-64: pip install --force-reinstall triton"
     if not tool.exists():
-        raise ToolMissing("cuobjdump", "it comes with the triton package for Linux on x86-64; reinstall triton")
-    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        raise ToolMissing("cuobjdump", remedy)
+    report = report_of(tool, "--dump-resource-usage", cubin, remedy=remedy)
     return {
         name: (int(registers), max(int(stack), int(local)), int(shared))
         for name, registers, stack, shared, local in _USAGE.findall(report)

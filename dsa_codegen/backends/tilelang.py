@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import tilelang
+from tilelang.contrib import nvcc
 from tilelang.jit.adapter.kernel_cache import TVMFFIKernelCache
 
 from ..errors import BuildError, ToolMissing
 from ..gpu import Gpu
-from .base import Backend, Launchable, Resources, cubin_usage, import_module
+from .base import Backend, Launchable, Resources, cubin_usage, import_module, report_of
 
 _LOCK = threading.Lock()  # TileLang's cache folder is a setting of the whole process
 _VERSION = re.compile(r"release ([\d.]+)")
+_NVCC = (
+    "TileLang compiles with it: pip install 'dsa-codegen[tilelang]' brings one, or install the CUDA toolkit (12.8 or newer) "
+    "and put nvcc on the PATH or name the toolkit's folder in CUDA_HOME"
+)
 
 
 class TileLangBackend(Backend):
@@ -33,15 +36,13 @@ class TileLangBackend(Backend):
     name = "tilelang"
 
     def toolchain(self) -> dict[str, str]:
-        nvcc = shutil.which("nvcc") or shutil.which(
-            "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-        )
-        if nvcc is None:
-            raise ToolMissing(
-                "nvcc", "TileLang compiles with it: install the CUDA toolkit (12.8 or newer) and put nvcc on the PATH"
-            )
-        report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        found = _VERSION.search(report)
+        try:
+            compiler = nvcc.get_nvcc_compiler()  # the one that TileLang will call: CUDA_HOME's, the PATH's or pip's
+        except RuntimeError as error:
+            raise ToolMissing("nvcc", _NVCC) from error
+        if not os.path.exists(compiler):
+            raise ToolMissing(f"nvcc at {compiler}", _NVCC)
+        found = _VERSION.search(report_of(compiler, "--version", remedy=_NVCC))
         return {"tilelang": tilelang.__version__, "nvcc": found.group(1) if found else "unknown"}
 
     def compile(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Resources]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ..errors import BuildError
+from ..errors import BuildError, ToolBroken, ToolMissing
 from ..gpu import Gpu
-from .base import Backend, Launchable, Resources, cubin_usage, import_module
+from .base import C_COMPILER, Backend, Launchable, Resources, cubin_usage, import_module
 
 _LOCK = threading.Lock()  # Triton's cache folder is a setting of the whole process
 
@@ -43,7 +44,14 @@ class TritonBackend(Backend):
 
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         module = import_module(source)
-        return {kernel: _launchable(self._restore(module, kernel, out)) for kernel in module.SIGNATURES}
+        try:
+            return {kernel: _launchable(self._restore(module, kernel, out)) for kernel in module.SIGNATURES}
+        except subprocess.CalledProcessError as error:
+            raise ToolBroken("the C compiler", str(error), f"{C_COMPILER}, and Python's headers (python3-dev)") from error
+        except RuntimeError as error:
+            if "C compiler" not in str(error):
+                raise
+            raise ToolMissing("a C compiler", C_COMPILER) from error
 
     def _source(self, module: Any, kernel: str) -> ASTSource:
         types = module.SIGNATURES[kernel]

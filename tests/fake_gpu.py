@@ -1,0 +1,78 @@
+"""CUDA devices that are not there: tensors claim to lie on one, builds and runs are counted, kernels are not launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+import torch
+
+from dsa_codegen import dispatch
+from dsa_codegen.gpu import Gpu
+from dsa_codegen.render import Rendered
+from dsa_codegen.variant import Variant
+
+from support import H200
+
+
+class FakeGpu:
+    """Stands in for CUDA in ``dispatch``.
+
+    Args:
+        gpus: what each device is.
+        device: where the inputs of every call claim to lie.
+        capturing: whether a CUDA graph is being captured.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        gpus: Mapping[int, Gpu] | None = None,
+        device: int = 0,
+        capturing: bool = False,
+    ) -> None:
+        self.device, self.current, self.entered = device, 0, []
+        self.builds: list[tuple[str, Gpu]] = []
+        self.runs: list[Variant] = []
+        self._gpus = gpus or {0: H200}
+        cuda = dispatch.torch.cuda
+        monkeypatch.setattr(dispatch, "_device", lambda inputs: torch.device("cuda", self.device))
+        monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, device.index))
+        monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])
+        monkeypatch.setattr(dispatch, "build", self._build)
+        monkeypatch.setattr(dispatch, "build_all", self._build_all)
+        monkeypatch.setattr(Variant, "run", lambda variant, inputs, outputs: self._run(variant, outputs))
+
+    def _build(self, rendered: Rendered, gpu: Gpu) -> FakeGpu:
+        if (rendered.sha, gpu) not in self.builds:
+            self.builds.append((rendered.sha, gpu))
+        return self
+
+    def _build_all(self, sources: Iterable[Rendered], gpu: Gpu, processes: int | None = None) -> dict[str, str]:
+        for rendered in sources:
+            self._build(rendered, gpu)
+        return {}
+
+    def load(self) -> dict:
+        """What a build gives: no kernels."""
+        return {}
+
+    def _run(self, variant: Variant, outputs: dict) -> dict:
+        assert self.current == self.device, "launched on another device than the tensors'"
+        self.runs.append(variant)
+        return outputs
+
+
+class _Guard:
+    def __init__(self, fake: FakeGpu, device: int) -> None:
+        self._fake, self._device, self._before = fake, device, fake.current
+
+    def __enter__(self) -> None:
+        self._fake.entered.append(self._device)
+        self._fake.current = self._device
+
+    def __exit__(self, *error: object) -> None:
+        self._fake.current = self._before
