@@ -8,8 +8,13 @@ the sizes in question, and all are traced by ``torch.compile``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
+from . import ops
+from .errors import InputError
+from .ops.indexer import chunk_rows, row_bytes
 from .torch_ops import function
 
 _indexer_logits = function("indexer_logits")
@@ -33,6 +38,7 @@ def indexer_logits(
     score: str = "weighted_relu",
     logits: str = "fp32",
     clean: bool = False,
+    max_window: int | None = None,
 ) -> Tensor:
     """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
 
@@ -45,11 +51,63 @@ def indexer_logits(
         score: "weighted_relu", or "relu_bias" for ``Σ_j ReLU(q[t,j] · k[s] + w[t,j])``.
         logits: "fp32" or "bf16".
         clean: write -inf outside the windows; otherwise those columns keep whatever was in memory.
+        max_window: compressed rows of so many columns: column j of a row is token ``start + j`` of its window. Tokens of a
+            window beyond them are not scored; columns beyond a window count as outside of it.
+
+    Windows are clamped to the tokens first: a start below 0 is 0.
 
     Returns:
-        [queries, tokens]; rows are padded to 128 elements.
+        [queries, tokens], or [queries, max_window]; rows are padded to 128 elements.
     """
-    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean)
+    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window)
+
+
+def indexer_logits_chunks(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    max_bytes: int = 1 << 30,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    clean: bool = False,
+    max_window: int | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """``indexer_logits`` in chunks of rows, in order, so that any context can be scored in bounded memory.
+
+    Every chunk is memory of its own, which stays as it is for as long as it is kept. A loop still holds one chunk while the
+    next is computed: the budget covers these two.
+
+    Args:
+        max_bytes: the budget of bytes of logits: one chunk where all rows fit, else chunks of at most half of it, at least 4
+            rows each.
+        The others are as in ``indexer_logits``.
+
+    Returns:
+        An iterator of (first row, logits [rows of the chunk, tokens or max_window]); none without queries.
+
+    Raises:
+        InputError: at once, before the first chunk is asked for; also where the budget does not hold 8 rows.
+    """
+    if not isinstance(max_bytes, int):
+        raise InputError("max_bytes", repr(max_bytes), "a whole number")
+    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window)
+    queries, columns = len(q), len(k) if max_window is None else max_window
+    step = chunk_rows(max_bytes, queries, columns, logits)
+    if step < queries:
+        step = chunk_rows(max_bytes // 2, queries, columns, logits)
+    if not step and queries:
+        rows = min(queries, 8)
+        raise InputError("max_bytes", max_bytes, f"at least {rows * row_bytes(columns, logits)}, {rows} rows of logits")
+
+    def chunk(rows: slice) -> Tensor:
+        parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
+        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window)
+
+    return ((first, chunk(slice(first, first + step))) for first in range(0, queries, max(step, 1)))
 
 
 def indexer_logits_paged(
@@ -95,7 +153,7 @@ def select(
     """The k highest scores of each row's window [start, end), in ascending order of tokens; ties go to the lowest token.
 
     Args:
-        scores: fp32 or bf16 [rows, columns]; rows may be strided.
+        scores: fp32 or bf16 [rows, columns], at most 2^30 columns; rows may be strided.
         ends: int32 [rows].
         topk: 64 to 4096.
         starts: int32 [rows]; 0 where absent.

@@ -27,6 +27,18 @@ PAIRS = [
         SPLIT.replace(block_n=256, num_warps=8, num_stages=2),
     ),
 ]
+HOPPER = Config.of(
+    "gluon", schedule="split", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=4, waves=1
+)
+LINES = HOPPER.replace(schedule="persistent", block_n=128, blocks_per_sm=3, waves=2)
+HOPPER_PAIRS = [
+    (IndexerPagedSpec(64, 128), HOPPER.replace(num_stages=6, blocks_per_sm=2)),
+    (IndexerPagedSpec(64, 128, logits="bf16"), LINES.replace(accumulators=2)),
+    (IndexerPagedSpec(64, 128, next_n=2, page=32, clean=True), LINES.replace(part_queries=2, blocks_per_sm=2)),
+    (IndexerPagedSpec(64, 128, next_n=3, page=128), HOPPER.replace(schedule="persistent")),
+    (IndexerPagedSpec(32, 64, next_n=8, page=256, score="relu_bias"), HOPPER.replace(part_queries=4, blocks_per_sm=2)),
+    (IndexerPagedSpec(8, 32, next_n=5, clean=True), HOPPER.replace(part_queries=8)),
+]
 BY_SPEC = pytest.mark.parametrize(("spec", "config"), PAIRS, ids=[spec.id for spec, _ in PAIRS])
 
 
@@ -39,6 +51,31 @@ def test_matches_the_reference(interpreter, spec, config, case):
 @BY_SPEC
 def test_compiles_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
+
+
+@pytest.mark.parametrize(("spec", "config"), HOPPER_PAIRS, ids=[spec.id for spec, _ in HOPPER_PAIRS])
+def test_hopper_template_compiles(spec, config):
+    assert_compiles(OP, spec, config)
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "name"),
+    [
+        (IndexerPagedSpec(64, 128, page=16), {}, "page"),
+        (IndexerPagedSpec(64, 128, next_n=3), {"block_n": 128}, "tiles of a stage"),
+        (IndexerPagedSpec(64, 128), {"accumulators": 2}, "accumulators"),
+        (IndexerPagedSpec(64, 128, next_n=2), {"part_queries": 2}, "product's registers"),
+        (IndexerPagedSpec(64, 128), {"num_stages": 12}, "smem"),
+        (IndexerPagedSpec(64, 128), {"part_queries": 2}, "queries per product"),
+    ],
+)
+def test_hopper_template_says_what_it_cannot_do(spec, changes, name):
+    assert name in {violation.name for violation in OP.violations(spec, HOPPER.replace(**changes), H200)}
+
+
+def test_hopper_template_is_for_hopper_alone():
+    (violation,) = OP.violations(IndexerPagedSpec(64, 128), HOPPER, resolve("b200"))
+    assert violation.name == "wgmma"
 
 
 @pytest.mark.parametrize("sizes", [case.sizes for case in OP.workloads(PAIRS[0][0])], ids=lambda sizes: sizes.id)
@@ -110,6 +147,28 @@ def test_padded_blocks_are_served():
     bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False)
     assert bound_spec == spec
     assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[11] == 2 * 64 * 68
+
+
+def test_tiled_views_of_the_cache():
+    """TMA sees keys and scales of every block, however far apart the blocks lie."""
+    spec = IndexerPagedSpec(64, 128)
+    inputs = dict(OP.inputs(spec, Case(IndexerPagedSizes(2, 130), "full"), Draw(1)))
+    cache = inputs["cache"] = torch.cat([inputs["cache"], inputs["cache"]], dim=1)[:, :64]
+    (launch,) = OP.launches(spec, HOPPER, inputs, OP.allocate(spec, inputs), H200)
+    keys, scales = launch.args[1:3]
+    assert (keys.shape, keys.strides) == ((len(cache), 64, 128), (2 * 64 * 132, 128, 1))
+    assert (scales.shape, scales.strides) == ((len(cache), 64), (2 * 64 * 132 // 4, 1))
+    assert scales.data_ptr() - keys.data_ptr() == 64 * 128
+    assert launch.grid == (2, 3, 1)  # three stages of 64 tokens
+
+
+def test_without_blocks_nothing_is_a_token():
+    spec = IndexerPagedSpec(64, 128)
+    inputs = dict(OP.inputs(spec, Case(IndexerPagedSizes(2, 130), "full"), Draw(1)))
+    inputs["cache"] = inputs["cache"][:0]
+    outputs = OP.allocate(spec, inputs)
+    assert OP.launches(spec, HOPPER, inputs, outputs, H200) == ()
+    assert torch.equal(outputs["logits"], torch.full((2, 130), float("-inf")))
 
 
 def test_nothing_to_do_launches_nothing():

@@ -35,12 +35,18 @@ def test_split_matches_the_reference(interpreter, case):
     assert_matches_reference(interpreter, OP, SLOTS, SPLIT, case)
 
 
+@pytest.mark.parametrize("config", [ROW, SPLIT], ids=["row", "split"])
+def test_windows_at_the_ends_of_int32(interpreter, config):
+    (case,) = (case for case in OP.cases(SLOTS) if case.distribution == "extreme_normal")
+    assert_matches_reference(interpreter, OP, replace(SLOTS, starts=True), config, case)
+
+
 @pytest.fixture(scope="module", params=["row", "split"])
 def tilelang(request):
     """A small TileLang variant, built for Hopper: (spec, config, build)."""
     values = {"capacity": 256, "threads": 128, "vectors": 2, "bins_log2": 10, "sample_vectors": 1, "blocks_per_sm": 1}
     split = request.param == "split"
-    spec = SLOTS if split else PLAIN
+    spec = replace(SLOTS if split else PLAIN, starts=split)
     config = Config.of("tilelang", **values, scheme=request.param, splits=4 if split else 1, whole=split)
     assert not OP.violations(spec, config, H200)
     return spec, config, build.build(render(OP, spec, config), H200)
@@ -146,7 +152,7 @@ def arguments(**changes):
         ("scores", torch.zeros(4, 300, dtype=torch.float64)),
         ("scores", torch.zeros(300, 4).T),
         ("scores", torch.zeros(1200)),
-        ("scores", torch.empty(4, 1 << 31, device="meta")),
+        ("scores", torch.empty(4, (1 << 30) + 1, device="meta")),
         ("ends", torch.zeros(3, dtype=torch.int32)),
         ("starts", torch.zeros(4, dtype=torch.int64)),
         ("page_table", torch.zeros(3, 5, dtype=torch.int32)),

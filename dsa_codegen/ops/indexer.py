@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import checks, compare
 from ..draw import Draw
+from ..errors import InputError
 from ..gpu import Gpu
 from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Parameter, Violation, exceeds
 from ..presets import SCORES, Model
@@ -26,6 +27,8 @@ from ..waves import share_out
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GLUON_COLUMNS = 256  # queries × heads of a block
 _ROW_ALIGNMENT = 128  # elements of a row of logits
+_MOST_TOKENS = 1 << 30  # also what a selection takes; a tile behind the last token stays below 2^31
+_EDGES = (-(1 << 31), -1, 0, 5, 77, 128, (1 << 31) - 1)  # of windows that a caller may pass, sensible or not
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class IndexerSpec(Spec):
     logits: str = "fp32"
     clean: bool = False
     """Whether columns outside a query's window are written as -inf (otherwise they are left as they are)."""
+    compressed: bool = False
+    """Whether column 0 of a row is the first token of its query's window (otherwise it is token 0)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,19 +69,19 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
     function = "indexer_logits"
     schema = (
         "(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, "
-        "str score='weighted_relu', str logits='fp32', bool clean=False) -> Tensor"
+        "str score='weighted_relu', str logits='fp32', bool clean=False, SymInt? max_window=None) -> Tensor"
     )
     spec_type = IndexerSpec
     sizes_type = IndexerSizes
     backends = ("gluon", "triton", "tilelang")
-    minor = frozenset({"clean", "score"})
+    minor = frozenset({"clean", "score", "compressed"})
     min_capability = 89
 
     def specs(self, model: Model) -> Sequence[IndexerSpec]:
         return (IndexerSpec(model.index_heads, model.index_head_dim, model.score),)
 
     def bind(self, *args: Any) -> tuple[IndexerSpec, IndexerSizes, Inputs]:
-        q, k, k_scale, weights, starts, ends, score, logits, clean = args
+        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
         q = checks.tensor("q", q, (None, None, None), checks.FP8)
@@ -86,14 +91,23 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         checks.tensor("weights", weights, (queries, heads), torch.float32, like=q)
         checks.tensor("starts", starts, (queries,), torch.int32, like=q)
         checks.tensor("ends", ends, (queries,), torch.int32, like=q)
+        if tokens > _MOST_TOKENS:
+            raise InputError("k", f"{tokens} tokens", f"at most {_MOST_TOKENS}")
         inputs = {"q": q, "k": k, "k_scale": k_scale, "weights": weights, "starts": starts, "ends": ends}
-        return IndexerSpec(heads, head_dim, score, logits, clean), IndexerSizes(queries, tokens), inputs
+        compressed = max_window is not None
+        if compressed:
+            if not 0 <= max_window <= _MOST_TOKENS:
+                raise InputError("max_window", max_window, f"None, or 0 to {_MOST_TOKENS}")
+            inputs["max_window"] = max_window
+        return IndexerSpec(heads, head_dim, score, logits, clean, compressed), IndexerSizes(queries, tokens), inputs
 
     def inputs(self, spec: IndexerSpec, case: Case[IndexerSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.context
         key = draw.normal(tokens, spec.head_dim)
         k_scale = key.abs().amax(-1).clamp(min=1e-4) / 448
         starts, ends = _windows(case, draw)
+        # Some windows of the cases that are not causal are longer.
+        longest = {"max_window": tokens if case.distribution == "causal" else tokens * 2 // 3} if spec.compressed else {}
         return {
             "q": draw.normal(queries, spec.heads, spec.head_dim, dtype=checks.FP8),
             "k": (key / k_scale[:, None]).to(checks.FP8),
@@ -101,6 +115,7 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
             "weights": draw.normal(queries, spec.heads, scale=(spec.heads * spec.head_dim) ** -0.5),
             "starts": starts,
             "ends": ends,
+            **longest,
         }
 
     def reference(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
@@ -113,11 +128,14 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
                 logits += weights[:, head, None] * dots.relu()
             else:
                 logits += (dots + weights[:, head, None]).relu()
+        if spec.compressed:
+            start, _ = windows(inputs)
+            token = start[:, None].long() + torch.arange(inputs["max_window"], device=q.device)
+            logits = torch.nn.functional.pad(logits, (0, 1)).gather(1, token.clamp(max=len(key)))
         return {"logits": logits.masked_fill(~inside(inputs), -math.inf)}
 
     def allocate(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
-        queries, tokens = inputs["q"].shape[0], inputs["k"].shape[0]
-        return {"logits": empty_logits(queries, tokens, spec.logits, inputs["q"].device)}
+        return {"logits": empty_logits(inputs["q"].shape[0], _columns(inputs), spec.logits, inputs["q"].device)}
 
     def check(self, spec: IndexerSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         logits = outputs["logits"]
@@ -134,10 +152,14 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
     def cases(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
         sizes = ((1, 1), (5, 77), (13, 300), (3, 0), (0, 40))
         ragged = [Case(IndexerSizes(queries, context), "ragged") for queries, context in sizes]
-        return [Case(IndexerSizes(33, 130), "causal"), *ragged]
+        return [Case(IndexerSizes(33, 130), "causal"), Case(IndexerSizes(len(_EDGES) ** 2, 128), "extreme"), *ragged]
+
+    def long_cases(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
+        return [Case(IndexerSizes(1500, 5000), "ragged"), Case(IndexerSizes(1700, 3000), "causal")]
 
     def options(self, spec: IndexerSpec) -> Sequence[IndexerSpec]:
         changes: tuple[dict[str, Any], ...] = ({}, {"clean": True}, {"logits": "bf16"}, {"score": "relu_bias", "clean": True})
+        changes += ({"compressed": True}, {"compressed": True, "clean": True, "logits": "bf16"})
         return tuple(replace(spec, **change) for change in changes)
 
     def workloads(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
@@ -186,9 +208,12 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
 
     def default_config(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Config:
-        # One accumulator and three blocks per SM; with 8 heads 184 bytes would be spilled: 518 µs, not 262.
-        accumulators, resident = (2, 2) if spec.heads == 8 else (1, 3)
-        hopper = Config.of("gluon", accumulators=accumulators, block_n=64, num_stages=3, blocks_per_sm=resident)
+        # One accumulator and three blocks per SM, where that spills nothing.
+        hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3)
+        if spec.heads == 8:
+            hopper = hopper.replace(accumulators=2, block_n=64, num_stages=4, blocks_per_sm=2)
+        elif spec.heads == 16 and spec.clean and not spec.compressed:
+            hopper = hopper.replace(block_n=64, num_stages=4)
         blocks = -(-sizes.queries // max(1, 256 // spec.heads))
         splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
         plain = Config.of("triton", block_q=min(16, 256 // spec.heads), block_n=64, num_warps=4, num_stages=3, splits=splits)
@@ -211,44 +236,82 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
     def launches(self, spec: IndexerSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         q, k, logits = inputs["q"], inputs["k"], outputs["logits"]
         queries, tokens = q.shape[0], k.shape[0]
-        if not queries or not tokens:
+        columns = _columns(inputs)
+        if not queries or not columns:
             return ()
+        if not tokens:  # of no keys no kernel can load a tile
+            if spec.clean:
+                logits.fill_(-math.inf)
+            return ()
+        width = (columns,) if spec.compressed else ()
         if config.backend == "gluon":
             blocks = -(-queries * spec.heads // _GLUON_COLUMNS)
-            whole, splits = share_out(blocks, config["blocks_per_sm"] * gpu.sms, -(-tokens // config["block_n"]))
+            # The windows stay on the GPU: they are taken to be causal, as most are.
+            window = min(tokens, columns)
+            longest, shortest = -(-window // 64), max(window - queries, 0) // 64
+            whole, splits = share_out(blocks, config["blocks_per_sm"] * gpu.sms, longest, shortest)
+            pairs = Tiled(q, (spec.heads // 2, queries, 2, spec.head_dim), (2 * spec.head_dim, q.stride(0), spec.head_dim, 1))
             rest = (inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
-            scalars = (queries, tokens, logits.stride(0), whole, splits)
-            return (Launch("indexer", (whole + (blocks - whole) * splits, 1, 1), (q, Tiled(k), *rest, *scalars)),)
+            scalars = (queries, tokens, logits.stride(0), whole, splits, *width)
+            return (Launch("indexer", (whole + (blocks - whole) * splits, 1, 1), (pairs, Tiled(k), *rest, *scalars)),)
         tensors = (q, k, inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
         grid = (-(-queries // config["block_q"]), config["splits"], 1)
         if config.backend == "tilelang":
             return (Launch("indexer", grid, (*tensors, config["splits"])),)
-        return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0))),)
+        return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0), *width)),)
 
 
 def empty_logits(rows: int, columns: int, dtype: str, device: torch.device) -> Tensor:
     """Uninitialised logits [rows, columns] whose rows start on cache lines, so that neighbouring tiles never share one."""
-    stride = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    return torch.empty(rows, stride, dtype=LOGITS[dtype], device=device)[:, :columns]
+    return torch.empty(rows, _stride(columns), dtype=LOGITS[dtype], device=device)[:, :columns]
+
+
+def row_bytes(columns: int, dtype: str) -> int:
+    """Bytes of a row of logits in memory."""
+    return _stride(columns) * LOGITS[dtype].itemsize
+
+
+def chunk_rows(budget: int, queries: int, columns: int, dtype: str) -> int:
+    """How many rows of logits to compute at a time, so that they take no more bytes than ``budget``.
+
+    All of them, or else a multiple of 4, since the kernels take windows that are 16-byte aligned; 0 where 4 are too many.
+    """
+    fitting = max(budget, 0) // max(row_bytes(columns, dtype), 1)
+    return queries if fitting >= queries else fitting // 4 * 4
+
+
+def _stride(columns: int) -> int:
+    return -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+def windows(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(start, end) of each query, int32 [queries], clamped to the tokens; an empty window starts where it ends."""
+    end = inputs["ends"].clamp(0, inputs["k"].shape[0])
+    return torch.minimum(inputs["starts"].clamp(min=0), end), end
 
 
 def inside(inputs: Inputs) -> Tensor:
-    """bool [queries, tokens]: the token lies in the query's window."""
-    token = torch.arange(inputs["k"].shape[0], device=inputs["k"].device)
-    return (token >= inputs["starts"][:, None]) & (token < inputs["ends"][:, None])
+    """bool [queries, columns]: the column holds a token of the query's window."""
+    start, end = windows(inputs)
+    if "max_window" in inputs:
+        start, end = torch.zeros_like(start), end - start
+    column = torch.arange(_columns(inputs), device=end.device)
+    return (column >= start[:, None]) & (column < end[:, None])
+
+
+def _columns(inputs: Inputs) -> int:
+    """Columns of the logits: the tokens, or as many as the caller has for the longest window."""
+    return inputs.get("max_window", inputs["k"].shape[0])
 
 
 def _gluon_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
-    smem = (_GLUON_COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * config["num_stages"]
+    smem = (_GLUON_COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * (config["num_stages"] + 1)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights, and a window and an address for each of a thread's queries; ptxas reported up to 8 above that.
     registers = 64 * config["accumulators"] + 64 + 4 * (64 // spec.heads) + 20
     yield from exceeds("registers", registers, _gluon_registers(config))
-    # Where the tiles of a stage follow each other without a loop, ptxas spills unless all that a thread holds is at its least.
-    plain = config["accumulators"] == 2 and spec.heads in (8, 32) and not spec.clean and spec.score == "weighted_relu"
-    yield from exceeds("tiles of a stage", config["block_n"] // 64, 2 if plain else 1)
 
 
 def _gluon_registers(config: Config) -> int:
@@ -261,17 +324,17 @@ def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
     part_heads = min(spec.heads, 32)
     part_queries = 4 * (32 // part_heads)  # four lanes share a row of the accumulator; each holds 32 columns: its queries
     query_parts = _GLUON_COLUMNS // spec.heads // part_queries
-    next_queries = [[0, 4 << bit] for bit in range((part_queries // 4).bit_length() - 1)]
+    next_queries = [4 << bit for bit in range((part_queries // 4).bit_length() - 1)]
+    next_heads = [1 << bit for bit in range(part_heads.bit_length() - 1)]
     return {
         "block_q": part_queries * query_parts,
-        "tiles": config["block_n"] // 64,
         "part_heads": part_heads,
         "part_queries": part_queries,
         "query_parts": query_parts,
         "next_query": part_queries if query_parts == 2 else 0,
         "next_head": 0 if query_parts == 2 else part_heads,
-        "score_registers": str([[8, 0], *next_queries]),
-        "row_lanes": str([512 // spec.head_dim, spec.head_dim // 16]),
+        "score_registers": str([[8, 0], *([0, query] for query in next_queries)]),
+        "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
         "maxnreg": _gluon_registers(config),
     }
 
@@ -304,11 +367,14 @@ def _tilelang_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterab
 
 
 def _windows(case: Case[IndexerSizes], draw: Draw) -> tuple[Tensor, Tensor]:
-    """(starts, ends): the last queries of a causal context, or windows of any place and length, some of them empty."""
+    """(starts, ends): the last queries of a causal context, or windows of any place and length, empty or absurd ones too."""
     queries, tokens = case.sizes.queries, case.sizes.context
     if case.distribution == "causal":
         ends = torch.arange(tokens - queries + 1, tokens + 1, device=draw.device, dtype=torch.int32).clamp(min=0)
         return torch.zeros_like(ends), ends
+    if case.distribution == "extreme":
+        edges, number = torch.tensor(_EDGES, dtype=torch.int32, device=draw.device), torch.arange(queries, device=draw.device)
+        return edges[number % len(_EDGES)], edges[number // len(_EDGES) % len(_EDGES)]
     starts = draw.integers(-2, tokens, queries)
     lengths = draw.integers(-tokens // 4, tokens + 3, queries)
     return starts, starts + lengths

@@ -6,6 +6,7 @@ The scores are those of the prefill indexer (``weighted_relu``, ``relu_bias``); 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +23,14 @@ from ..gpu import Gpu
 from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Parameter, Violation, exceeds
 from ..paged import check_cache
 from ..presets import SCORES, Model
+from ..tma import Tiled
 from ..values import Scalar, Sizes, Spec
 from .indexer import LOGITS, empty_logits
 
 SCHEDULES = ("split", "persistent")
+_LONGEST = 1 << 30  # tokens of a context: kernels look some stages ahead in 32 bits
+_TILE = 64  # tokens of a tile in the Gluon template
+_PRODUCE_REGISTERS = 40  # of a thread of the Gluon template's producer
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
     )
     spec_type = IndexerPagedSpec
     sizes_type = IndexerPagedSizes
-    backends = ("triton",)
+    backends = ("gluon", "triton")
     minor = frozenset({"clean", "score", "page"})
     min_capability = 89
 
@@ -97,8 +102,8 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
         checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
-        if not 0 <= max_context < 1 << 31:
-            raise InputError("max_context", max_context, "0 to 2147483647")
+        if not 0 <= max_context <= _LONGEST:
+            raise InputError("max_context", max_context, f"0 to {_LONGEST}")
         inputs = {"q": q, "cache": cache, "weights": weights, "lengths": lengths, "page_table": page_table}
         spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean)
         return spec, IndexerPagedSizes(batch, max_context), {**inputs, "max_context": max_context}
@@ -158,6 +163,9 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         ragged = [Case(IndexerPagedSizes(batch, context), "ragged") for batch, context in sizes]
         return [Case(IndexerPagedSizes(2, 260), "full"), *ragged]
 
+    def long_cases(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
+        return [Case(IndexerPagedSizes(48, 9000), "ragged"), Case(IndexerPagedSizes(2, 40000), "ragged")]
+
     def options(self, spec: IndexerPagedSpec) -> Sequence[IndexerPagedSpec]:
         changes: tuple[dict[str, Any], ...] = (
             {},
@@ -172,8 +180,23 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         return [Case(IndexerPagedSizes(batch, context), "full") for batch, context in sizes]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        schedule = Parameter(
+            "schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"
+        )
+        if backend == "gluon":
+            return (
+                schedule,
+                Parameter("part_queries", (1, 2, 4, 8, 16), "queries of a sequence whose heads share one product"),
+                Parameter("block_n", (64, 128), "tokens per stage, in tiles of 64"),
+                Parameter("num_stages", (2, 3, 4, 5, 6, 8, 10, 12), "stages of keys in flight"),
+                Parameter("accumulators", (1, 2), "products in flight"),
+                Parameter("blocks_per_sm", (1, 2, 3, 4), "resident blocks: registers are capped for so many"),
+                Parameter(
+                    "waves", (1, 2, 3, 4, 6, 8), "blocks per resident one: more even out what SMs get done", launch_only=True
+                ),
+            )
         return (
-            Parameter("schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"),
+            schedule,
             Parameter("block_n", (64, 128, 256), "tokens per tile, the M operand of the matrix product"),
             Parameter("block_q", (1, 2, 4, 8), "queries of a sequence whose heads share one product"),
             Parameter("num_warps", (4, 8), "warps per block"),
@@ -182,6 +205,9 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         )
 
     def constraints(self, spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "gluon":
+            yield from _gluon_constraints(spec, config, gpu)
+            return
         group_heads = config["block_q"] * spec.heads
         groups = -(-spec.next_n // config["block_q"])
         threads = 32 * config["num_warps"]
@@ -195,8 +221,25 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
 
     def default_config(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Config:
-        # Bound by memory: five blocks per SM with three tiles of 8 KB in flight each, more than an SM's latency × bandwidth.
-        # Further queries take registers, so that fewer blocks fit.
+        # Bound by memory where a batch's programs are many; few have the shortest way to their first keys by `split`.
+        split = sizes.batch < 17
+        for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
+            one_part = part_queries == spec.next_n
+            if blocks_per_sm == 4 and not (split and one_part):
+                continue
+            hopper = Config.of(
+                "gluon",
+                schedule="split" if split else "persistent",
+                part_queries=part_queries,
+                block_n=128 if one_part and not split else 64,
+                num_stages=2,
+                accumulators=1,
+                blocks_per_sm=blocks_per_sm,
+                waves=1 if split else 2,
+            )
+            if not self.violations(spec, hopper, gpu):
+                return hopper
+        # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
         block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
         return Config.of(
             "triton",
@@ -209,6 +252,8 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         )
 
     def derived(self, spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
+        if config.backend == "gluon":
+            return _gluon_numbers(spec, config)
         return {
             "queries": _power_of_two(spec.next_n),
             "group_heads": config["block_q"] * spec.heads,
@@ -221,15 +266,90 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         batch, context = q.shape[0], inputs["max_context"]
         if not batch or not context:
             return ()
+        if not cache.shape[0] and config.backend == "gluon":  # no memory that TMA could be told of, and no token either
+            logits.fill_(-math.inf)
+            return ()
         tiles = -(-context // config["block_n"])
-        programs = config["blocks_per_sm"] * gpu.sms
-        tensors = (q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
+        programs = config["blocks_per_sm"] * gpu.sms * (config["waves"] if config.backend == "gluon" else 1)
+        tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
+        strides: tuple[int, ...]
         sizes = (batch, cache.shape[0], page_table.shape[1], context)
-        strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
+        if config.backend == "gluon":
+            tensors = (q, *_tiled(spec, cache), *tensors)
+            strides = (page_table.stride(0), logits.stride(0))
+        else:
+            tensors = (q, cache, *tensors)
+            strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
         if config["schedule"] == "persistent":
             return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, *strides)),)
         splits = min(max(programs // batch, 1), tiles)
-        return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, *strides, splits)),)
+        grid = (batch, splits, 1) if config.backend == "gluon" else (batch * splits, 1, 1)
+        return (Launch("indexer_paged", grid, (*tensors, *sizes, *strides, splits)),)
+
+
+def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
+    """The cache's keys e4m3 [blocks, page, head_dim] and scales fp32 [blocks, page], for TMA."""
+    blocks, stride = cache.shape[0], cache.stride(0)
+    keys = Tiled(cache, (blocks, spec.page, spec.head_dim), (stride, spec.head_dim, 1))
+    return keys, Tiled(cache, (blocks, spec.page), (stride // 4, 1), spec.layout.scale.base)
+
+
+def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    if gpu.capability != 90:
+        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
+    if spec.page < 32:
+        yield Violation("page", 1.0, f"page: TMA writes scales in steps of 128 bytes (32 tokens), a page has {spec.page}")
+    columns = config["part_queries"] * spec.heads
+    parts = -(-spec.next_n // config["part_queries"])
+    yield from exceeds("queries per product", config["part_queries"], _power_of_two(spec.next_n))
+    yield from exceeds("columns", columns, 256)
+    held = 4 * parts * columns if parts > 1 else 0  # weights
+    smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 4) + 16)
+    yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
+    # Products, weights of a part, and lengths of a thread's queries.
+    tiles = config["block_n"] // _TILE
+    yield from exceeds("tiles of a stage", tiles, 2 if parts == 1 else 1)  # ptxas spills where more products follow each other
+    yield from exceeds("accumulators", config["accumulators"], parts * tiles)
+    lengths = parts * max(1, config["part_queries"] // 4)
+    registers = config["accumulators"] * columns / 2 + columns / 4 + lengths + 36
+    start, consume = _gluon_registers(config)
+    yield from exceeds("registers", registers, consume)
+    # ptxas wants a product's operands to fit the registers that a thread starts with.
+    yield from exceeds("product's registers", columns / 2 + 26, start)
+
+
+def _gluon_registers(config: Config) -> tuple[int, int]:
+    """Registers per thread at the start, when two warp groups of each resident block share Hopper's 65536, and of the consumer.
+
+    The producer's one warp counts as a group.
+    """
+    start = min(128, 65536 // (256 * config["blocks_per_sm"])) // 8 * 8
+    return start, 2 * start - _PRODUCE_REGISTERS
+
+
+def _gluon_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the Gluon template: how a row's queries come in parts, and the layouts that follow from it."""
+    part_queries = config["part_queries"]
+    lane_queries = min(4, part_queries)
+    lanes = [[0, bit if bit < lane_queries else 0] for bit in (1, 2)]
+    queries = [[0, lane_queries << bit] for bit in range((part_queries // lane_queries).bit_length() - 1)]
+    box = min(spec.page, _TILE)
+    pieces = config["block_n"] // box
+    return {
+        "box": box,
+        "pieces": pieces,
+        "tiles": config["block_n"] // _TILE,
+        "blocks_of_stage": ", ".join(f"block{piece}" for piece in range(pieces)),
+        "parts": -(-spec.next_n // part_queries),
+        "columns": part_queries * spec.heads,
+        "lane_queries": lane_queries,
+        "lane_heads": lane_queries * spec.heads // 4,
+        "score_registers": str([[8, 0], *queries]),
+        "score_lanes": str([*lanes, [1, 0], [2, 0], [4, 0]]),
+        "row_lanes": str([512 // spec.head_dim, spec.head_dim // 16]),
+        "produce_registers": _PRODUCE_REGISTERS,
+        "maxnreg": _gluon_registers(config)[0],
+    }
 
 
 def inside(inputs: Inputs) -> Tensor:
@@ -259,6 +379,11 @@ def _keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) ->
     if not len(cache):
         return torch.zeros(len(slots), spec.head_dim, device=pages.device), present
     return spec.layout.dequantize(cache, slots.masked_fill(~present, 0)), present
+
+
+def _part_queries(spec: IndexerPagedSpec) -> list[int]:
+    """Queries per product that leave no part of it empty, the most first."""
+    return [queries for queries in (16, 8, 4, 2, 1) if spec.next_n % queries == 0 and queries * spec.heads <= 128]
 
 
 def _power_of_two(n: int) -> int:

@@ -28,6 +28,7 @@ OUTPUTS = ("tokens", "slots")
 POOL_HEAD = 32  # int32 words before a pool's keys
 _NAMES = {dtype: name for name, dtype in SCORES.items()}
 _REFERENCE_SCORES = 1 << 26  # sorted at once by the reference: 2 GB
+_MAX_COLUMNS = 1 << 30  # tokens are int32, and kernels step a tile beyond a window's end
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Select(Op[SelectSpec, SelectSizes]):
         scores, ends, topk, starts, page_table, page, keep_first, keep_recent = args
         scores = checks.tensor("scores", scores, (None, None), tuple(_NAMES), inner_contiguous=True)
         rows, columns = scores.shape
-        if columns >= 1 << 31:  # tokens are int32
-            raise InputError("scores", f"{columns} columns", "at most 2147483647")
+        if columns > _MAX_COLUMNS:
+            raise InputError("scores", f"{columns} columns", f"at most {_MAX_COLUMNS}")
         checks.tensor("ends", ends, (rows,), torch.int32, like=scores)
         if starts is not None:
             checks.tensor("starts", starts, (rows,), torch.int32, like=scores)
@@ -112,6 +113,10 @@ class Select(Op[SelectSpec, SelectSizes]):
         if windows == "ragged":
             starts = draw.integers(-2, columns, rows)
             ends = starts + draw.integers(-columns // 8, columns + 3, rows)
+        if windows == "extreme":
+            bounds = torch.tensor(_extremes(columns), dtype=torch.int32, device=draw.device)
+            pairs = bounds[torch.arange(rows, device=draw.device) % len(bounds)]
+            starts, ends = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
         padding = 5 if windows == "ragged" else 0  # the rows of indexer logits are padded, these to an odd stride
         scores = _DISTRIBUTIONS[kind](draw.normal(rows, columns + padding), draw)
         return {
@@ -144,9 +149,9 @@ class Select(Op[SelectSpec, SelectSizes]):
         topk = spec.topk
         kinds = [Case(SelectSizes(4, 5 * topk + 77), f"ragged_{kind}") for kind in _DISTRIBUTIONS]
         plain = [Case(SelectSizes(2, 14 * topk), kind) for kind in ("normal", "relu")]
-        # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
         sizes = ((1, 1), (1, topk), (3, topk + 1), (2, 0), (0, 40))
-        return [*plain, *kinds, *(Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes)]
+        extreme = Case(SelectSizes(8, 2 * topk + 77), "extreme_normal")
+        return [*plain, *kinds, extreme, *(Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes)]
 
     def options(self, spec: SelectSpec) -> Sequence[SelectSpec]:
         return (
@@ -335,6 +340,13 @@ def _page_table(spec: SelectSpec, case: Case[SelectSizes], draw: Draw) -> Tensor
     if case.distribution.startswith("ragged"):
         table = table.masked_fill(draw.uniform(requests, max_pages) < 0.1, -1)
     return table
+
+
+def _extremes(columns: int) -> list[tuple[int, int]]:
+    """Windows at the ends of int32, where sums wrap, and at the row's end."""
+    lowest, highest = -(2**31), 2**31 - 1
+    outside = [(highest, highest), (highest - 70, highest), (highest, lowest), (lowest, lowest)]
+    return [*outside, (lowest, highest), (columns, highest), (columns - 70, highest), (5, columns - 1)]
 
 
 def _special(scores: Tensor, draw: Draw) -> Tensor:
