@@ -233,8 +233,8 @@ class Select(Op[SelectSpec, SelectSizes]):
         )
         if sizes.rows <= gpu.sms:  # few rows: latency counts, many threads shorten it
             config = config.replace(threads=min(1024, capacity), blocks_per_sm=1)
-            if sizes.columns <= 8192:
-                config = config.replace(capacity=8192, threads=1024, whole=True)
+            if sizes.columns <= 8192 or sizes.rows > 16:  # 64 rows of 65536: 21 us, 32 where four blocks share a row
+                config = config.replace(bins_log2=10)
             else:
                 config = config.replace(scheme="split", vectors=1, splits=_splits(sizes, gpu))
         if self.violations(spec, config, gpu):
