@@ -36,6 +36,10 @@ from dsa_codegen.worker import Worker
 OFFLINE_GPU = "h200"
 """What ``--gpu auto`` means where there is no GPU and the command can work without one; the GPU with shipped records."""
 
+DOCUMENTS = [Path("README.md"), Path("docs/performance.md")]
+"""What holds tables of measured times, between markers."""
+_MARKED = "A document whose marked tables are written anew; may be repeated. Otherwise README.md and docs/performance.md."
+
 app = typer.Typer(
     help="Generate, verify and tune kernels for DeepSeek Sparse Attention.",
     no_args_is_help=True,
@@ -196,7 +200,7 @@ def _visible() -> gpus.Gpu:
 def report(
     folder: Annotated[Path, typer.Option("--results", help="The folder that bench writes to.")] = results.FOLDER,
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = results.FOLDER / "report.html",
-    readme: Annotated[Path, typer.Option(help="Its marked tables are written anew.")] = Path("README.md"),
+    readme: Annotated[Optional[list[Path]], typer.Option(help=_MARKED)] = None,  # noqa: UP045
     gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows.")] = OFFLINE_GPU,
     merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
     compare: Annotated[
@@ -213,7 +217,7 @@ def report(
     if merge is not None:
         taken = benchmark.merge(merge, folder)
         out.print(f"took over {len(taken)} rows from {merge}")
-    written = benchmark.write_report(folder, page, readme, gpus.resolve(gpu).id, Path(".tune"))
+    written = benchmark.write_report(folder, page, readme or DOCUMENTS, gpus.resolve(gpu).id, Path(".tune"))
     show.lines(*written)(out)
 
 

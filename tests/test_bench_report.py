@@ -76,12 +76,12 @@ def test_the_readme_is_filled_between_its_markers(tmp_path):
     readme.write_text(
         "# Title\n<!-- bench: summary -->\nold\n<!-- /bench -->\nbetween\n<!-- bench: select -->\n<!-- /bench -->\nend\n"
     )
-    written = command.write_report(folder, tmp_path / "report.html", readme, "h200", tmp_path / ".tune")
+    written = command.write_report(folder, tmp_path / "report.html", [readme], "h200", tmp_path / ".tune")
     assert written[1].endswith("summary, select rewritten")
     text = readme.read_text()
     assert "old" not in text and text.startswith("# Title\n") and text.endswith("<!-- /bench -->\nend\n")
     assert "| Selection |" in text and "64 rows of 32K, relu" in text
-    assert command.write_report(folder, tmp_path / "report.html", readme, "h200", tmp_path)[1].endswith("up to date")
+    assert command.write_report(folder, tmp_path / "report.html", [readme], "h200", tmp_path)[1].endswith("up to date")
 
 
 def test_a_marker_of_no_table_is_an_error(tmp_path):

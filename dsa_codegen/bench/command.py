@@ -187,18 +187,19 @@ def merge(source: Path, folder: Path) -> list[Row]:
     return fresh
 
 
-def write_report(folder: Path, out: Path, readme: Path | None, gpu_id: str, state: Path) -> list[str]:
-    """Write the page, and the README's tables from one GPU's results; returns what was written, a line each."""
-    page = report.write(folder, out, _histories(state))
-    lines = [f"wrote {page}"]
-    if readme is not None and readme.exists():
-        from .report import tables
+def write_report(folder: Path, out: Path, documents: Sequence[Path], gpu_id: str, state: Path) -> list[str]:
+    """Write the page, and the documents' tables from one GPU's results; returns what was written, a line each."""
+    from .report import tables
 
-        rows = results.read_rows(results.rows_path(folder, gpu_id))
-        named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)))
-        empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "ceilings"), "")
-        changed = report.update(readme, {**empty, **named})
-        lines.append(f"{readme}: {', '.join(changed)} rewritten" if changed else f"{readme}: up to date")
+    page = report.write(folder, out, _histories(state))
+    rows = results.read_rows(results.rows_path(folder, gpu_id))
+    named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)))
+    empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "ceilings"), "")
+    lines = [f"wrote {page}"]
+    for document in documents:
+        if document.exists():
+            changed = report.update(document, {**empty, **named})
+            lines.append(f"{document}: {', '.join(changed)} rewritten" if changed else f"{document}: up to date")
     return lines
 
 

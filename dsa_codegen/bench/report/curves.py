@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,12 @@ def roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
     low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * roofs.tflops["fp8"] / roofs.bandwidth)
     for unit, role in (("fp8", "ink"), ("bf16", "muted")):
         ridge = roofs.tflops[unit] / roofs.bandwidth
+        # Their names lie left of the ridge, where nothing can be.
         axes.plot(
             [low, ridge, high], [low * roofs.bandwidth, roofs.tflops[unit], roofs.tflops[unit]], color=COLOURS[role], lw=1.1
         )
         axes.text(
-            high, roofs.tflops[unit] * 1.06, f"{unit.upper()} {roofs.tflops[unit]:.0f}", ha="right", va="bottom", fontsize=7.5
+            low * 1.2, roofs.tflops[unit], f"{unit.upper()} {roofs.tflops[unit]:.0f}", ha="left", va="center", fontsize=7.5
         )
     for number, (stage, found) in enumerate(labels.by_stage(shown).items()):
         role, marker = f"series{number % 6 + 1}", _MARKERS[number % 8]
@@ -66,7 +68,11 @@ def glance(rows: Sequence[Row]) -> Figure:
     every = [1.0, *(ratio for ratios in stages.values() for ratio in ratios)]
     axes.axvline(1.0, color=COLOURS["limit"], linewidth=1.2)
     axes.set(xscale="log", xlim=(min(every) / 1.12, max(every) * 1.12), ylim=(len(stages) - 0.5, -0.5))
-    ticks = [tick for tick in _RATIOS if min(every) / 1.12 <= tick <= max(every) * 1.12]
+    wide = math.log(max(every) / min(every))
+    ticks = [1.0]  # and those whose labels fit beside each other
+    for tick in sorted(_RATIOS, key=lambda ratio: abs(math.log(ratio))):
+        if min(every) / 1.12 <= tick <= max(every) * 1.12 and all(abs(math.log(tick / other)) > wide / 7 for other in ticks):
+            ticks.append(tick)
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(stages)), [labels.TITLES[stage] for stage in stages])

@@ -89,8 +89,9 @@ def _curves(
     if machine.get("context"):
         text = "Dense attention grows with the context, sparse attention with the indexer's far smaller share of it."
         yield curve("scaling", "Time and memory over the context", text, machine["context"]["rows"])
-    if histories:
-        yield curve("tuning", "Tuning", "How soon each search came near its best.", histories)
+    searched = [each for each in histories if len(each["times_us"]) > 1]
+    if searched:
+        yield curve("tuning", "Tuning", "How soon each search came near its best.", searched)
 
 
 def _drawn(module: str, function: str, *args: Any, name: str, title: str) -> str:
