@@ -60,4 +60,4 @@ def _choose(need: Need, gpu: Gpu, backend: str) -> tuple[Config, str]:
         return found.config, found.origin
     if backend not in need.op.backends:
         raise NoConfig(f"{need.op.name} ({backend})", gpu.name, [])
-    return need.op.seed_config(need.spec, backend, gpu), "first that fits"
+    return need.op.default_config(need.spec, need.case.sizes, gpu, backend), "default"

@@ -113,7 +113,7 @@ def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Fo
         if missing_tool(backend):
             continue
         try:
-            config = op.seed_config(spec, backend, gpu)
+            config = op.default_config(spec, _stand_in(op, spec, sizes), gpu, backend)
         except NoConfig:
             continue
         notes.append(f"the default needs {missing}; {backend} stands in")

@@ -208,8 +208,8 @@ class Op(ABC, Generic[S, Z]):
         """Graded violations, the ONE place for what a template cannot do; used by tuner, dispatcher and tests."""
 
     @abstractmethod
-    def default_config(self, spec: S, sizes: Z, gpu: Gpu) -> Config:
-        """What the dispatcher uses untuned, and the tuner's first trial."""
+    def guesses(self, spec: S, sizes: Z, gpu: Gpu) -> Iterable[Config]:
+        """Configs by judgement, the most promising first; not all of them fit every spec and GPU."""
 
     @abstractmethod
     def derived(self, spec: S, config: Config) -> dict[str, Scalar]:
@@ -239,6 +239,21 @@ class Op(ABC, Generic[S, Z]):
             reason = f"capability: sm_{self.min_capability} or newer needed, {gpu.name} is sm_{gpu.capability}"
             found.append(Violation("capability", 1.0, reason))
         return found or list(self.constraints(spec, config, gpu))
+
+    def default_config(self, spec: S, sizes: Z, gpu: Gpu, backend: str = "") -> Config:
+        """What the dispatcher uses untuned, and where a search begins: the first guess that breaks no constraint.
+
+        Args:
+            backend: only its configs, where one is named.
+
+        Raises:
+            NoConfig: there is none, nor any other config.
+        """
+        for config in self.guesses(spec, sizes, gpu):
+            if backend in ("", config.backend) and not self.violations(spec, config, gpu):
+                return config
+        fallback = "triton" if "triton" in self.backends else self.backends[0]  # the one that serves every GPU
+        return self.seed_config(spec, backend or fallback, gpu)
 
     def seed_config(self, spec: S, backend: str, gpu: Gpu) -> Config:
         """The first config of a backend, in the order of its choices, that breaks no constraint.

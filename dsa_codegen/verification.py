@@ -74,7 +74,7 @@ def _configs(op: Op, spec: Spec, gpu: Gpu, tuned: bool) -> Iterator[Config]:
     yield from configs
     for backend in set(op.backends) - {config.backend for config in configs}:
         try:
-            yield op.seed_config(spec, backend, gpu)
+            yield op.default_config(spec, sizes[0], gpu, backend)
         except NoConfig:  # this template does not serve the spec; another backend's does
             continue
 

@@ -21,7 +21,8 @@ def test_the_triton_template_compiles(op, gpu):
     if target.capability < op.min_capability:
         pytest.skip(f"{op.name} needs FP8 arithmetic (sm_{op.min_capability})")
     for spec in op.specs(presets.preset("deepseek-v3.2"))[:1]:
-        assert_compiles(op, spec, op.seed_config(spec, "triton", target), target, spills=SMALL_SPILL)
+        config = op.default_config(spec, op.workloads(spec)[0].sizes, target, "triton")
+        assert_compiles(op, spec, config, target, spills=SMALL_SPILL)
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -33,6 +34,26 @@ def test_defaults_break_no_constraint(name, gpu):
             for case in op.workloads(spec):
                 config = op.default_config(spec, case.sizes, target)
                 assert not op.violations(spec, config, target), (op.name, case.id)
+
+
+@pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
+def test_every_backend_has_a_default_of_its_own(op):
+    gpu = resolve("h200")
+    for spec in op.specs(presets.preset("deepseek-v3.2")):
+        for case in op.workloads(spec):
+            for backend in op.backends:
+                config = op.default_config(spec, case.sizes, gpu, backend)
+                assert config.backend == backend
+                assert not op.violations(spec, config, gpu)
+            assert op.default_config(spec, case.sizes, gpu).backend == op.backends[0]
+
+
+def test_without_a_guess_that_fits_the_first_config_that_does_is_taken():
+    gpu, op = resolve("h200"), ops.get("indexer")
+    spec = op.specs(presets.preset("deepseek-v3.2"))[0]
+    sizes = op.workloads(spec)[0].sizes
+    assert "tilelang" not in {config.backend for config in op.guesses(spec, sizes, gpu)}
+    assert op.default_config(spec, sizes, gpu, "tilelang") == op.seed_config(spec, "tilelang", gpu)
 
 
 def test_a_gpu_that_is_too_small_is_told_why():

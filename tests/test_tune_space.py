@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from dsa_codegen.errors import NoConfig
-from dsa_codegen.gpu import resolve
 from dsa_codegen.op import Config
-from dsa_codegen.ops.indexer import IndexerSpec
-from dsa_codegen.tune.space import Space
 
 from support import H200
 from toy import OP
@@ -59,16 +53,3 @@ def test_launch_only_values_share_the_source_but_not_the_key():
     assert one.rendered == two.rendered != other.rendered
     assert len({one.key, two.key, other.key}) == 3
     assert one.key == SPACE.candidate(config(splits=1)).key
-
-
-def test_closest_keeps_what_another_backend_has_in_common():
-    foreign = Config.of("tilelang", block_n=128, num_stages=4, threads=256, splits=2)
-    found = SPACE.closest(foreign)
-    assert SPACE.fits(found)
-    assert (found["block_n"], found["num_stages"], found["splits"]) == (128, 4, 2)
-
-
-def test_closest_says_when_nothing_fits():
-    old = Space(OP, IndexerSpec(64, 128), "triton", resolve("A100"))
-    with pytest.raises(NoConfig, match="sm_89"):
-        old.closest(DEFAULT)

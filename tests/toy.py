@@ -33,9 +33,9 @@ class Toy(Indexer):
         yield from exceeds("warpgroup rows", config["num_warps"] * 16, config["block_n"])
         yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
 
-    def default_config(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Config:
+    def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
         block_q = min(16, 256 // spec.heads)
-        return Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=1)
+        yield Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=1)
 
     def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         return {"columns": config["block_q"] * spec.heads}

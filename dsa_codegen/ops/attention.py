@@ -178,11 +178,8 @@ class Attention(Op[AttentionSpec, AttentionSizes]):
         yield from exceeds("padded heads", config["block_h"], max(64 if _specialised(config) else 16, 2 * spec.heads - 1))
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
-    def default_config(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Config:
-        for config in _DEFAULTS if spec.heads > 16 else (_SPECIALISED, _FEW, _FEW.replace(block_n=32), *_DEFAULTS):
-            if not self.violations(spec, config, gpu):
-                return config
-        return self.seed_config(spec, "triton", gpu)
+    def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
+        return _DEFAULTS if spec.heads > 16 else (_SPECIALISED, _FEW, _FEW.replace(block_n=32), *_DEFAULTS)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         values: dict[str, Scalar] = {

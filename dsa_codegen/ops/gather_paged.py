@@ -36,7 +36,7 @@ from ..paged import (
 from ..presets import Model
 from ..values import Scalar, Sizes, Spec
 from .quantize import ROW_PARAMETERS, draw_rows, same_bytes, values_per_thread
-from .quantize_paged import default_config
+from .quantize_paged import guess
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class GatherPaged(Op[GatherPagedSpec, GatherPagedSizes]):
         names = self.derived(spec, config)
         yield from values_per_thread(config, int(names["groups_padded"]) * int(names["group"]))
 
-    def default_config(self, spec: GatherPagedSpec, sizes: GatherPagedSizes, gpu: Gpu) -> Config:
-        return default_config(spec.width, sizes.tokens, gpu)
+    def guesses(self, spec: GatherPagedSpec, sizes: GatherPagedSizes, gpu: Gpu) -> Iterable[Config]:
+        yield guess(spec.width, sizes.tokens, gpu)
 
     def derived(self, spec: GatherPagedSpec, config: Config) -> dict[str, Scalar]:
         return template_names(spec.cache, spec.width)

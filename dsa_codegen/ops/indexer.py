@@ -207,20 +207,19 @@ class Indexer(Op[IndexerSpec, IndexerSizes]):
         # The accumulator lies in registers; beyond 192 of 255 the epilogue spills.
         yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
 
-    def default_config(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Config:
+    def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
         # One accumulator and three blocks per SM, where that spills nothing.
         hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3)
         if spec.heads == 8:
             hopper = hopper.replace(accumulators=2, block_n=64, num_stages=4, blocks_per_sm=2)
         elif spec.heads == 16 and spec.clean and not spec.compressed:
             hopper = hopper.replace(block_n=64, num_stages=4)
-        blocks = -(-sizes.queries // max(1, 256 // spec.heads))
+        yield hopper
+        columns = 256 if gpu.capability == 90 else 128  # where the operands lie in registers too, 256 spill 250 to 380 bytes
+        block_q = min(16, columns // spec.heads)
+        blocks = -(-sizes.queries // block_q)
         splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
-        plain = Config.of("triton", block_q=min(16, 256 // spec.heads), block_n=64, num_warps=4, num_stages=3, splits=splits)
-        for config in (hopper, plain):
-            if not self.violations(spec, config, gpu):
-                return config
-        return self.seed_config(spec, "triton", gpu)
+        yield Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=splits)
 
     def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "gluon":

@@ -220,14 +220,14 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * config["block_n"]
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
 
-    def default_config(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Config:
+    def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Bound by memory where a batch's programs are many; few have the shortest way to their first keys by `split`.
         split = sizes.batch < 17
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
             one_part = part_queries == spec.next_n
             if blocks_per_sm == 4 and not (split and one_part):
                 continue
-            hopper = Config.of(
+            yield Config.of(
                 "gluon",
                 schedule="split" if split else "persistent",
                 part_queries=part_queries,
@@ -237,11 +237,9 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
                 blocks_per_sm=blocks_per_sm,
                 waves=1 if split else 2,
             )
-            if not self.violations(spec, hopper, gpu):
-                return hopper
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
         block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
-        return Config.of(
+        yield Config.of(
             "triton",
             schedule="split" if sizes.batch == 1 else "persistent",
             block_n=64,

@@ -129,11 +129,12 @@ class Quantize(Op[QuantizeSpec, QuantizeSizes]):
     def constraints(self, spec: QuantizeSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         yield from values_per_thread(config, spec.width)
 
-    def default_config(self, spec: QuantizeSpec, sizes: QuantizeSizes, gpu: Gpu) -> Config:
+    def guesses(self, spec: QuantizeSpec, sizes: QuantizeSizes, gpu: Gpu) -> Iterable[Config]:
         # 16 values, 32 bytes of bf16, per thread; few rows are spread over more, smaller blocks.
         if sizes.tokens * spec.heads < 8 * gpu.sms:
-            return Config.of("triton", block_t=1, num_warps=1)
-        return Config.of("triton", block_t=16, num_warps=4)
+            yield Config.of("triton", block_t=1, num_warps=1)
+        else:
+            yield Config.of("triton", block_t=16, num_warps=4)
 
     def derived(self, spec: QuantizeSpec, config: Config) -> dict[str, Scalar]:
         return {**limits(), "weight_factor": repr(_weight_factor(spec))}

@@ -165,8 +165,8 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
         names = self.derived(spec, config)
         yield from values_per_thread(config, int(names["groups_padded"]) * int(names["group"]))
 
-    def default_config(self, spec: QuantizePagedSpec, sizes: QuantizePagedSizes, gpu: Gpu) -> Config:
-        return default_config(spec.width, sizes.tokens, gpu)
+    def guesses(self, spec: QuantizePagedSpec, sizes: QuantizePagedSizes, gpu: Gpu) -> Iterable[Config]:
+        yield guess(spec.width, sizes.tokens, gpu)
 
     def derived(self, spec: QuantizePagedSpec, config: Config) -> dict[str, Scalar]:
         return {**template_names(spec.cache, spec.width), **limits()}
@@ -181,7 +181,7 @@ class QuantizePaged(Op[QuantizePagedSpec, QuantizePagedSizes]):
         return (Launch("quantize_paged", (-(-rows // config["block_t"]), 1, 1), args),)
 
 
-def default_config(width: int, tokens: int, gpu: Gpu) -> Config:
+def guess(width: int, tokens: int, gpu: Gpu) -> Config:
     """16 values per thread; few tokens are spread over more, smaller blocks."""
     if tokens < 8 * gpu.sms:
         return Config.of("triton", block_t=1, num_warps=2 if width > 128 else 1)

@@ -216,7 +216,7 @@ class Select(Op[SelectSpec, SelectSizes]):
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
         yield from exceeds("smem per SM", smem * blocks, gpu.smem_per_sm, " B")
 
-    def default_config(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Config:
+    def guesses(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Iterable[Config]:
         capacity = next(c for c in (256, 512, 1024, 2048, 4096, 8192) if c >= spec.topk * 3 // 2)
         threads = min(512 if capacity <= 4096 else 1024, capacity)
         config = Config.of(
@@ -237,9 +237,18 @@ class Select(Op[SelectSpec, SelectSizes]):
                 config = config.replace(bins_log2=10)
             else:
                 config = config.replace(scheme="split", vectors=1, splits=_splits(sizes, gpu))
-        if self.violations(spec, config, gpu):
-            config = config.replace(blocks_per_sm=1)
-        return config if not self.violations(spec, config, gpu) else self.seed_config(spec, "triton", gpu)
+        yield config
+        yield config.replace(blocks_per_sm=1)
+        splits = _splits(sizes, gpu) if sizes.rows <= 16 and sizes.columns > 8192 else 1
+        yield Config.of(
+            "triton",
+            scheme="row" if splits == 1 else "split",
+            capacity=max(capacity, 4096),
+            block_n=4096,
+            num_warps=8,
+            sample=2048,
+            splits=splits,
+        )
 
     def derived(self, spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         return _derived(spec, config)

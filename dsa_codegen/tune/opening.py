@@ -91,9 +91,8 @@ class Opener:
             opened.note(f"{problem.op.name}: left out {lacking}")
             return
         space = Space(problem.op, problem.spec, backend, problem.gpu)
-        default = opened.defaults[problem.id]
         try:
-            first = default if default.backend == backend else space.closest(default)
+            first = problem.op.default_config(problem.spec, problem.case.sizes, problem.gpu, backend)
         except NoConfig as error:
             opened.note(str(error))
             return

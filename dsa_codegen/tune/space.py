@@ -95,17 +95,6 @@ class Space:
                     found.append(self.decode({**indices, parameter.name: index}))
         return [neighbour for neighbour in found if self.fits(neighbour)]
 
-    def closest(self, config: Config) -> Config:
-        """The feasible config that shares most values with one of another backend.
-
-        Raises:
-            NoConfig: nothing is feasible.
-        """
-        fallback = self.op.seed_config(self.spec, self.backend, self.gpu)
-        wanted = config.to_dict()
-        candidates = self.feasible() or [fallback]
-        return max(candidates, key=lambda each: sum(wanted.get(name) == value for name, value in each.values))
-
     def candidate(self, config: Config) -> Candidate:
         """Render a config; its key is the text's hash and the values that only the launch depends on."""
         rendered = _rendered(self.op, self.spec, config)
