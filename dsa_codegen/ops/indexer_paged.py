@@ -235,7 +235,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
                 num_stages=2,
                 accumulators=1,
                 blocks_per_sm=blocks_per_sm,
-                waves=1 if split else 2,
+                waves=1,
             )
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
         block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
