@@ -6,14 +6,15 @@ another GPU of the same architecture; 5. ("modelled") a record that ranked witho
 
 A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, renders to
 another source than the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is
-taken. Nothing here touches a GPU, compiles, or depends on anything but its arguments, the files and the installed compilers:
-all ranks that read the same files choose the same config.
+taken, or the one that the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or
+depends on anything but its arguments, the files and the installed compilers: all ranks that read the same files choose the
+same config.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .op import Config, Op
 from .record import MEASURED, MODELLED, Record
 from .records import path_of, read, read_all
 from .render import render
+from .timing import TIE
 from .values import Bucket, Sizes, Spec
 
 ORIGINS = ("user", "tuned", "kin", "borrowed", "modelled", "default")
@@ -74,13 +76,24 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
     return _default(op, spec, sizes, gpu, notes)
 
 
+def _ranked(op: Op, records: Sequence[Record]) -> list[Record]:
+    """Fastest first, those tied with it in the operation's order of backends."""
+    tied = (1 + TIE) * min((r.time_us.median for r in records), default=0.0)
+
+    def rank(record: Record) -> tuple[float, int]:
+        known = record.backend in op.backends
+        return max(record.time_us.median, tied), op.backends.index(record.backend) if known else len(op.backends)
+
+    return sorted(records, key=rank)
+
+
 def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
     wanted = spec.to_dict()
 
     def matching(records: Iterable[Record], evidence: str, kin: bool = False) -> list[Record]:
         found = [r for r in records if r.evidence == evidence and r.bucket == bucket]
         found = [r for r in found if (op.kin(spec, r.spec) if kin else r.spec == wanted)]
-        return sorted(found, key=lambda r: (r.time_us.median, r.backend))
+        return _ranked(op, found)
 
     own = {origin: read(path_of(folder, gpu.id, op.name)) for origin, folder in folders.items()}
     own = {origin: tuple(r for r in records if r.gpu.arch == gpu.arch) for origin, records in own.items()}

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TIE = 0.01
+"""Relative difference of two medians that noise may have made."""
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -112,7 +112,9 @@ def deep_gemm_stand_in(monkeypatch):
         found = functions.indexer_logits_paged(q, cache, weights, lengths, table, context)
         return torch.nn.functional.pad(found, (0, -context % 256))
 
-    library = SimpleNamespace(fp8_mqa_logits=logits, get_paged_mqa_logits_metadata=metadata, fp8_paged_mqa_logits=paged)
+    library = SimpleNamespace(
+        fp8_mqa_logits=logits, get_paged_mqa_logits_metadata=metadata, fp8_paged_mqa_logits=paged, set_pdl=lambda on: None
+    )
     monkeypatch.setattr(deep_gemm, "imported", lambda name: library)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
 

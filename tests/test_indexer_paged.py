@@ -27,15 +27,13 @@ PAIRS = [
         SPLIT.replace(block_n=256, num_warps=8, num_stages=2),
     ),
 ]
-HOPPER = Config.of(
-    "gluon", schedule="split", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=4, waves=1
-)
-LINES = HOPPER.replace(schedule="persistent", block_n=128, blocks_per_sm=3, waves=2)
+HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=4)
+TWO_TILES = HOPPER.replace(block_n=128, blocks_per_sm=3)
 HOPPER_PAIRS = [
     (IndexerPagedSpec(64, 128), HOPPER.replace(num_stages=6, blocks_per_sm=2)),
-    (IndexerPagedSpec(64, 128, logits="bf16"), LINES.replace(accumulators=2)),
-    (IndexerPagedSpec(64, 128, next_n=2, page=32, clean=True), LINES.replace(part_queries=2, blocks_per_sm=2)),
-    (IndexerPagedSpec(64, 128, next_n=3, page=128), HOPPER.replace(schedule="persistent")),
+    (IndexerPagedSpec(64, 128, logits="bf16"), TWO_TILES.replace(accumulators=2)),
+    (IndexerPagedSpec(64, 128, next_n=2, page=32, clean=True), TWO_TILES.replace(part_queries=2, blocks_per_sm=2)),
+    (IndexerPagedSpec(64, 128, next_n=3, page=128), HOPPER),
     (IndexerPagedSpec(32, 64, next_n=8, page=256, score="relu_bias"), HOPPER.replace(part_queries=4, blocks_per_sm=2)),
     (IndexerPagedSpec(8, 32, next_n=5, clean=True), HOPPER.replace(part_queries=8)),
 ]
@@ -55,7 +53,13 @@ def test_compiles_for_hopper(spec, config):
 
 @pytest.mark.parametrize(("spec", "config"), HOPPER_PAIRS, ids=[spec.id for spec, _ in HOPPER_PAIRS])
 def test_hopper_template_compiles(spec, config):
-    assert_compiles(OP, spec, config)
+    assert_compiles(OP, spec, config, spills=spills_of(spec, config))
+
+
+def spills_of(spec, config):
+    """Bytes that may be spilled: of three parts or more, ptxas keeps more addresses than it has registers for."""
+    parts = -(-spec.next_n // dict(config.values).get("part_queries", spec.next_n))
+    return 64 if parts > 2 else 0
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,8 @@ def test_default_config_fits_every_gpu(spec, sizes):
 
 @pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_compiles(spec):
-    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200))
+    config = OP.default_config(spec, IndexerPagedSizes(8, 65536), H200)
+    assert_compiles(OP, spec, config, spills=spills_of(spec, config))
 
 
 def test_is_registered_by_its_stem():

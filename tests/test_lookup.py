@@ -75,6 +75,16 @@ def test_the_fastest_backend_serves(folders, monkeypatch):
     assert "no nvcc" in result.notes[0]
 
 
+@pytest.mark.parametrize(("tilelang_us", "serves"), [(9.95, "triton"), (9.85, "tilelang")])
+def test_of_tied_backends_the_preferred_one_serves(folders, monkeypatch, tilelang_us, serves):
+    monkeypatch.setattr(type(OP), "backends", ("triton", "tilelang"))
+    monkeypatch.setattr(rooms, "unusable", lambda *of: None)
+    monkeypatch.setattr(rooms, "toolchain_difference", lambda record: "")
+    put(folders["tuned"], 3, time_us=tilelang_us, backend="tilelang")
+    put(folders["tuned"], 2, time_us=10.0)
+    assert found(folders).config.backend == serves
+
+
 @pytest.mark.parametrize(
     ("change", "note"),
     [

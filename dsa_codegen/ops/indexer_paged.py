@@ -180,23 +180,16 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         return [Case(IndexerPagedSizes(batch, context), "full") for batch, context in sizes]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
-        schedule = Parameter(
-            "schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"
-        )
         if backend == "gluon":
             return (
-                schedule,
                 Parameter("part_queries", (1, 2, 4, 8, 16), "queries of a sequence whose heads share one product"),
                 Parameter("block_n", (64, 128), "tokens per stage, in tiles of 64"),
                 Parameter("num_stages", (2, 3, 4, 5, 6, 8, 10, 12), "stages of keys in flight"),
                 Parameter("accumulators", (1, 2), "products in flight"),
                 Parameter("blocks_per_sm", (1, 2, 3, 4), "resident blocks: registers are capped for so many"),
-                Parameter(
-                    "waves", (1, 2, 3, 4, 6, 8), "blocks per resident one: more even out what SMs get done", launch_only=True
-                ),
             )
         return (
-            schedule,
+            Parameter("schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"),
             Parameter("block_n", (64, 128, 256), "tokens per tile, the M operand of the matrix product"),
             Parameter("block_q", (1, 2, 4, 8), "queries of a sequence whose heads share one product"),
             Parameter("num_warps", (4, 8), "warps per block"),
@@ -221,21 +214,19 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
-        # Bound by memory where a batch's programs are many; few have the shortest way to their first keys by `split`.
-        split = sizes.batch < 17
+        # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
+        # Three parts or more spill, the fewer blocks the less.
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
-            one_part = part_queries == spec.next_n
-            if blocks_per_sm == 4 and not (split and one_part):
+            if blocks_per_sm > 2 and spec.next_n > 2 * part_queries:
                 continue
+            tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
             yield Config.of(
                 "gluon",
-                schedule="split" if split else "persistent",
                 part_queries=part_queries,
-                block_n=128 if one_part and not split else 64,
-                num_stages=2,
-                accumulators=1,
+                block_n=tiles * _TILE,
+                num_stages=1 + tiles,
+                accumulators=tiles,
                 blocks_per_sm=blocks_per_sm,
-                waves=1,
             )
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
         block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
@@ -268,21 +259,28 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
             logits.fill_(-math.inf)
             return ()
         tiles = -(-context // config["block_n"])
-        programs = config["blocks_per_sm"] * gpu.sms * (config["waves"] if config.backend == "gluon" else 1)
+        programs = config["blocks_per_sm"] * gpu.sms
         tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
-        strides: tuple[int, ...]
         sizes = (batch, cache.shape[0], page_table.shape[1], context)
         if config.backend == "gluon":
+            grid = _groups(batch, tiles, programs)
             tensors = (q, *_tiled(spec, cache), *tensors)
-            strides = (page_table.stride(0), logits.stride(0))
-        else:
-            tensors = (q, cache, *tensors)
-            strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
+            scalars = (*sizes, page_table.stride(0), logits.stride(0), grid[1])
+            return (Launch("indexer_paged", (*grid, 1), (*tensors, *scalars)),)
+        tensors = (q, cache, *tensors)
+        strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
         if config["schedule"] == "persistent":
             return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, *strides)),)
         splits = min(max(programs // batch, 1), tiles)
-        grid = (batch, splits, 1) if config.backend == "gluon" else (batch * splits, 1, 1)
-        return (Launch("indexer_paged", grid, (*tensors, *sizes, *strides, splits)),)
+        return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, *strides, splits)),)
+
+
+def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(groups, programs in each): a group for every row, unless that leaves more than a tenth of the resident programs out."""
+    width = min(max(programs // batch, 1), tiles)
+    if width == tiles or 0 <= programs - batch * width <= programs // 10:
+        return batch, width
+    return programs // width, width
 
 
 def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
@@ -337,6 +335,7 @@ def _gluon_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
         "box": box,
         "pieces": pieces,
         "tiles": config["block_n"] // _TILE,
+        "next_blocks_of_stage": ", ".join(f"next_block{piece}" for piece in range(pieces)),
         "blocks_of_stage": ", ".join(f"block{piece}" for piece in range(pieces)),
         "parts": -(-spec.next_n // part_queries),
         "columns": part_queries * spec.heads,

@@ -25,19 +25,26 @@ def reason() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def library() -> Any:
+    """The module, told to overlap its launches (programmatic dependent launch), which is off by default and faster."""
+    found: Any = imported("deep_gemm")
+    found.set_pdl(True)
+    return found
+
+
 def logits_of(k: Tensor, k_scale: Tensor, starts: Tensor, ends: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The prefill logits of queries and weights, columns outside the windows left as they are."""
-    score = imported("deep_gemm").fp8_mqa_logits  # type: ignore[union-attr]
+    score = library().fp8_mqa_logits
     keys = k, k_scale
     return lambda q, weights: as_tensor(score(q, keys, weights, starts, ends, clean_logits=False))
 
 
 def paged_logits_of(cache: Tensor, lengths: Tensor, table: Tensor, context: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The decode logits of queries and weights; the schedule is made beforehand."""
-    library: Any = imported("deep_gemm")
+    deep_gemm = library()
     sms = torch.cuda.get_device_properties(cache.device).multi_processor_count
-    schedule = library.get_paged_mqa_logits_metadata(lengths, PAGE, sms)
-    score = library.fp8_paged_mqa_logits
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, PAGE, sms)
+    score = deep_gemm.fp8_paged_mqa_logits
     return lambda q, weights: as_tensor(score(q, cache, weights, lengths, table, schedule, context, clean_logits=False))
 
 
