@@ -188,7 +188,9 @@ def test_machine_facts_reach_the_tables():
     named = tables.named(made_up_rows(), made_up_machine())
     assert "device copy, read and written | 4.27 TB/s" in named["ceilings"]
     assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
-    assert set(named) == {"summary", "headlines", "host", "ceilings", *labels.TITLES}
+    assert set(named) == {"summary", "headlines", "host", "context", "ceilings", *labels.TITLES}
+    assert "| 32K | 5.3 ms, 0.69 GB | 0.52 ms, 0.44 GB | 1.56 ms, 0.58 GB |" in named["context"]
+    assert named["context"].endswith("Sparse is faster from about 6K tokens of context on.")
     assert named["headlines"].count("\n") == 1 + len(labels.TITLES)
     assert "| Sparse attention, prefill | 4096 queries of 32K, 128 heads |" in named["headlines"]
     assert results.REQUIRED[0] == "stage"

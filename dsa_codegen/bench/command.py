@@ -194,7 +194,7 @@ def write_report(folder: Path, out: Path, documents: Sequence[Path], gpu_id: str
     page = report.write(folder, out, _histories(state))
     rows = results.read_rows(results.rows_path(folder, gpu_id))
     named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)))
-    empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "ceilings"), "")
+    empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "context", "ceilings"), "")
     lines = [f"wrote {page}"]
     for document in documents:
         if document.exists():

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import results
 from ..cases import chosen
+from ..sweep import METHODS, crossover
 from . import labels
 from .labels import Row
 
@@ -70,6 +71,25 @@ def host(found: Sequence[Mapping[str, Any]]) -> str:
     return markdown(("call", "by", "host, µs", "in a graph, µs", ""), body, right=(2, 3))
 
 
+def context(found: Sequence[Mapping[str, Any]]) -> str:
+    """Time and memory of each method over the context, and from where on the sparse layer is faster than dense attention."""
+    cells = {(row["context"], row["method"]): row for row in found}
+    body = [
+        (labels.tokens(size), *(_time_and_memory(cells.get((size, method), {})) for method in METHODS))
+        for size in sorted({row["context"] for row in found})
+    ]
+    table = markdown(("context", "dense", "sliding window", "sparse (whole layer)"), body, right=(1, 2, 3))
+    crossing = crossover(found)
+    return table if crossing is None else f"{table}\n\nSparse is faster from about {labels.tokens(round(crossing / 1024) * 1024)} tokens of context on."
+
+
+def _time_and_memory(row: Mapping[str, Any]) -> str:
+    if not row.get("us"):
+        return row.get("note", "–")
+    memory = f", {row['bytes'] / 1e9:.2g} GB" if row["bytes"] else ""
+    return f"{row['us'] / 1e3:.3g} ms{memory}"
+
+
 def ceilings(found: Mapping[str, Any]) -> str:
     """What the GPU reaches."""
     names = {
@@ -97,6 +117,8 @@ def named(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, str]:
     }
     if machine.get("host"):
         found["host"] = host(machine["host"]["rows"])
+    if machine.get("context"):
+        found["context"] = context(machine["context"]["rows"])
     if machine.get("ceilings"):
         found["ceilings"] = ceilings(machine["ceilings"])
     return found
