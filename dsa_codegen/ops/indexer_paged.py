@@ -164,7 +164,8 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         return [Case(IndexerPagedSizes(2, 260), "full"), *ragged]
 
     def long_cases(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
-        return [Case(IndexerPagedSizes(48, 9000), "ragged"), Case(IndexerPagedSizes(2, 40000), "ragged")]
+        sizes = ((48, 9000), (2, 40000), (700, 300), (1, 1 << 20))
+        return [Case(IndexerPagedSizes(batch, context), "ragged") for batch, context in sizes]
 
     def options(self, spec: IndexerPagedSpec) -> Sequence[IndexerPagedSpec]:
         changes: tuple[dict[str, Any], ...] = (
@@ -172,6 +173,8 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
             {"next_n": 2, "clean": True},
             {"next_n": 3, "logits": "bf16"},
             {"next_n": 6, "score": "relu_bias", "clean": True},
+            {"next_n": 4, "page": 32},
+            {"page": 128, "clean": True},
         )
         return tuple(replace(spec, **change) for change in changes)
 
