@@ -80,7 +80,9 @@ def context(found: Sequence[Mapping[str, Any]]) -> str:
     ]
     table = markdown(("context", "dense", "sliding window", "sparse (whole layer)"), body, right=(1, 2, 3))
     crossing = crossover(found)
-    return table if crossing is None else f"{table}\n\nSparse is faster from about {labels.tokens(round(crossing / 1024) * 1024)} tokens of context on."
+    if crossing is None:
+        return table
+    return f"{table}\n\nSparse is faster from about {labels.tokens(round(crossing / 1024) * 1024)} tokens of context on."
 
 
 def _time_and_memory(row: Mapping[str, Any]) -> str:
