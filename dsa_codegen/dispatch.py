@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gpu as gpus
+from . import guards, plans
 from .backends import Launchable
 from .build import build, build_all
 from .errors import CaptureError, NoGpu
@@ -36,6 +37,12 @@ _kernels: dict[tuple[str, int], Mapping[str, Launchable]] = {}
 _overrides: dict[str, Config] = {}
 _tallies: dict[tuple[str, str], Tally] = {}
 _lock = threading.Lock()
+_plans: dict[plans.Key, plans.Plan] = {}
+_MOST_PLANS = 4096
+"""They are forgotten together: sizes of decoding change with every step, and a step's plans serve all of a model's layers."""
+_guarded: dict[plans.Key, tuple[tuple[guards.Guard, plans.Plan], ...]] = {}
+"""Plans again, the latest first, by what guards do not look at: to find one here takes a third of the time."""
+_MOST_GUARDS = 8
 
 
 def call(op: Op, args: Iterable[Any]) -> Outputs:
@@ -48,21 +55,79 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
         SpecError: a size or option is one that no kernel serves; nothing was launched.
         CaptureError: the variant is not built yet and a CUDA graph is being captured.
     """
+    args = tuple(args)
+    apart = plans.taken_apart(op.name, args)
+    plan = None if apart is None else _plans.get(apart[0])
+    if apart is not None and plan is not None:
+        return _launched(plan, *apart[1:])
     spec, sizes, inputs = op.bind(*args)
     device = _device(inputs)
     if device.type != "cuda":
         return _reference(op, spec, inputs)
     if device.index != torch.cuda.current_device():  # kernels are loaded and launched on the current device
         with torch.cuda.device(device):
-            return _run(op, spec, sizes, inputs, device)
-    return _run(op, spec, sizes, inputs, device)
+            return _run(op, spec, sizes, inputs, device, apart)
+    return _run(op, spec, sizes, inputs, device, apart)
 
 
-def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device) -> Outputs:
+def call_again(op: Op, args: Sequence[Any]) -> Outputs | None:
+    """What ``call`` does, where it was called before with arguments that look the same; None, and nothing done, elsewhere.
+
+    So it is where gradients are wanted: it is for torch's operator to say that there are none.
+    """
+    sketch = guards.sketched(op.name, args)
+    if sketch is None:
+        return None
+    key, tensors, addresses = sketch
+    if torch.is_grad_enabled() and True in [each.requires_grad for each in tensors]:
+        return None
+    for guard, plan in _guarded.get(key, ()):
+        if guard(*tensors):
+            return _launched(plan, tensors, addresses)
+    apart = plans.taken_apart(op.name, args)
+    found = None if apart is None else _plans.get(apart[0])
+    if apart is None or found is None:
+        return None
+    _guard(key, apart, found)
+    return _launched(found, tensors, addresses)
+
+
+def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> None:
+    """Let the next call like this one be found by a guard; a few for calls that differ in their tensors alone."""
+    guard = guards.guard_of(apart[1])
+    with _lock:
+        if guard is not None and _plans.get(apart[0]) is plan:
+            _guarded[key] = ((guard, plan), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
+
+
+def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Outputs:
+    if plan.device == torch.cuda.current_device():
+        return plan.run(tensors, addresses)
+    with torch.cuda.device(plan.device):
+        return plan.run(tensors, addresses)
+
+
+def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device, apart: plans.Call | None) -> Outputs:
     key = (op.name, spec, sizes.bucket(), device.index)
     variant = _variants.get(key) or _first_call(op, spec, sizes, key)
     _count(op, "calls")
-    return variant.run(inputs, op.allocate(spec, inputs))
+    outputs = op.allocate(spec, inputs)
+    if apart is None:
+        return variant.run(inputs, outputs)
+    launches = variant.launch(inputs, outputs)
+    plan = plans.record(device.index, _tally(op, "calls").add, variant.kernels, apart[1], outputs, launches)
+    if plan is not None:
+        _keep(apart[0], plan, key, variant)
+    return outputs
+
+
+def _keep(call: plans.Key, plan: plans.Plan, key: Key, variant: Variant) -> None:
+    with _lock:
+        if _variants.get(key) is variant:  # it may have been forgotten since it was launched
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+                _guarded.clear()
+            _plans[call] = plan
 
 
 def stats() -> dict[str, int]:
@@ -75,6 +140,8 @@ def reset() -> None:
     """Forget loaded variants and counts: records written since are seen by the next call."""
     with _lock:
         _variants.clear()
+        _plans.clear()
+        _guarded.clear()
         _kernels.clear()
         for tally in list(_tallies.values()):
             tally.zero()
@@ -177,12 +244,21 @@ def _complaints(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> Iterator[s
 
 
 def _count(op: Op, what: str) -> None:
-    (_tallies.get((op.name, what)) or _tallies.setdefault((op.name, what), Tally())).add()
+    _tally(op, what).add()
+
+
+def _tally(op: Op, what: str) -> Tally:
+    return _tallies.get((op.name, what)) or _tallies.setdefault((op.name, what), Tally())
 
 
 def _forget(op: Op) -> None:
+    """Its variants and plans; held by whoever changes what serves the operation."""
     for key in [key for key in _variants if key[0] == op.name]:
         del _variants[key]
+    for call in [call for call in _plans if call[0] == op.name]:
+        del _plans[call]
+    for call in [call for call in _guarded if call[0] == op.name]:
+        del _guarded[call]
 
 
 def _device(inputs: Inputs) -> torch.device:

@@ -15,16 +15,16 @@ from torch import Tensor
 from . import ops
 from .errors import InputError
 from .ops.indexer import chunk_rows, row_bytes
-from .torch_ops import function
+from .torch_ops import direct
 
-_indexer_logits = function("indexer_logits")
-_indexer_logits_paged = function("indexer_logits_paged")
-_select = function("select")
-_sparse_attention = function("sparse_attention")
-_sparse_attention_paged = function("sparse_attention_paged")
-_quantize = function("quantize")
-_quantize_paged = function("quantize_paged")
-_gather_paged = function("gather_paged")
+_indexer_logits = direct("indexer_logits")
+_indexer_logits_paged = direct("indexer_logits_paged")
+_select = direct("select")
+_sparse_attention = direct("sparse_attention")
+_sparse_attention_paged = direct("sparse_attention_paged")
+_quantize = direct("quantize")
+_quantize_paged = direct("quantize_paged")
+_gather_paged = direct("gather_paged")
 
 
 def indexer_logits(

@@ -217,7 +217,11 @@ class Op(ABC, Generic[S, Z]):
 
     @abstractmethod
     def launches(self, spec: S, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
-        """The launches of one call, in order; workspaces come from torch's allocator. Empty where nothing is to do."""
+        """The launches of one call, in order; workspaces come from torch's allocator. Empty where torch did what was to do.
+
+        They follow from everything but data and addresses, since ``plans`` repeats them for other tensors: arguments are
+        tensors of the call (or TMA's views of them), outputs, uninitialised workspaces, and values of the host.
+        """
 
     def work(self, spec: S, config: Config, case: Case[Z]) -> Cost:
         """What a config really does: operations on padded rows, and every byte its blocks load and store, again and again.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .backends import Launchable
 from .draw import Draw
 from .gpu import Gpu
-from .op import Config, Inputs, Op, Outputs
+from .op import Config, Inputs, Launch, Op, Outputs
 from .values import Spec
 
 
@@ -24,9 +24,15 @@ class Variant:
 
     def run(self, inputs: Inputs, outputs: Outputs) -> Outputs:
         """Write ``outputs`` from ``inputs`` (both as the op names them) on the current stream."""
-        for launch in self.op.launches(self.spec, self.config, inputs, outputs, self.gpu):
-            self.kernels[launch.kernel](launch.grid, launch.args)
+        self.launch(inputs, outputs)
         return outputs
+
+    def launch(self, inputs: Inputs, outputs: Outputs) -> Sequence[Launch]:
+        """What ``run`` does; returns what it launched."""
+        launches = self.op.launches(self.spec, self.config, inputs, outputs, self.gpu)
+        for launch in launches:
+            self.kernels[launch.kernel](launch.grid, launch.args)
+        return launches
 
     def rehearse(self, device: str) -> None:
         """Launch every kernel once, on small problems, so that no code is left to be loaded by a first launch.
@@ -38,7 +44,5 @@ class Variant:
             if not waiting:
                 return
             inputs = self.op.inputs(self.spec, case, Draw(0, device))
-            outputs = self.op.allocate(self.spec, inputs)
-            for launch in self.op.launches(self.spec, self.config, inputs, outputs, self.gpu):
-                self.kernels[launch.kernel](launch.grid, launch.args)
-                waiting.discard(launch.kernel)
+            launches = self.launch(inputs, self.op.allocate(self.spec, inputs))
+            waiting -= {launch.kernel for launch in launches}

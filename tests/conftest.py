@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsa_codegen import dispatch
 from dsa_codegen.worker import Worker
 
 
@@ -36,3 +37,12 @@ def interpreter() -> Iterator[Worker]:
     """A worker in which Triton kernels run on the CPU."""
     with Worker({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}) as worker:
         yield worker
+
+
+@pytest.fixture
+def fresh_dispatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A dispatcher that knows nothing yet, whatever tuned/ holds, and forgets what the test made it load."""
+    monkeypatch.setattr("dsa_codegen.paths.shipped_records", lambda: tmp_path)
+    dispatch.reset()
+    yield
+    dispatch.reset()

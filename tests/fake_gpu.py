@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from dsa_codegen import dispatch
+from dsa_codegen import dispatch, guards, plans
+from dsa_codegen.backends import Launchable
 from dsa_codegen.gpu import Gpu
 from dsa_codegen.render import Rendered
 from dsa_codegen.variant import Variant
@@ -22,6 +25,7 @@ class FakeGpu:
         gpus: what each device is.
         device: where the inputs of every call claim to lie.
         capturing: whether a CUDA graph is being captured.
+        kernels: what every build holds; calls then launch them, and leave plans. Without, no variant launches anything.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class FakeGpu:
         gpus: Mapping[int, Gpu] | None = None,
         device: int = 0,
         capturing: bool = False,
+        kernels: Mapping[str, Launchable] | None = None,
     ) -> None:
         self.device, self.current, self.entered = device, 0, []
         self.builds: list[tuple[str, Gpu]] = []
@@ -40,11 +45,17 @@ class FakeGpu:
         monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: capturing)
         monkeypatch.setattr(cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, device.index))
+        monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, getattr(device, "index", device)))
         monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])
         monkeypatch.setattr(dispatch, "build", self._build)
         monkeypatch.setattr(dispatch, "build_all", self._build_all)
-        monkeypatch.setattr(Variant, "run", lambda variant, inputs, outputs: self._run(variant, outputs))
+        self._kernels = kernels
+        for module, name in ((guards, "sketched"), (plans, "taken_apart")):
+            monkeypatch.setattr(module, name, functools.partial(self._keyed, getattr(module, name)))
+        if kernels is None:
+            monkeypatch.setattr(Variant, "run", lambda variant, inputs, outputs: self._run(variant, outputs))
+        else:
+            monkeypatch.setattr(Variant, "rehearse", lambda variant, device: None)
 
     def _build(self, rendered: Rendered, gpu: Gpu) -> FakeGpu:
         if (rendered.sha, gpu) not in self.builds:
@@ -56,9 +67,16 @@ class FakeGpu:
             self._build(rendered, gpu)
         return {}
 
-    def load(self) -> dict:
-        """What a build gives: no kernels."""
-        return {}
+    def load(self) -> Mapping[str, Launchable]:
+        """What a build gives."""
+        return self._kernels or {}
+
+    def _keyed(self, describe: Callable[[str, Sequence[Any]], Any], op: str, args: Sequence[Any]) -> Any:
+        """The tensors' device, which keys and guards look at, is the one that they claim."""
+        described = describe(op, args)
+        if self._kernels is None or described is None:
+            return None
+        return (*described[0], self.device), *described[1:]
 
     def _run(self, variant: Variant, outputs: dict) -> dict:
         assert self.current == self.device, "launched on another device than the tensors'"

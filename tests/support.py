@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from dsa_codegen import build, render
 from dsa_codegen.gpu import Gpu, resolve
-from dsa_codegen.op import Case, Config, Op
+from dsa_codegen.op import Case, Config, Inputs, Op
 from dsa_codegen.values import Spec
 from dsa_codegen.verify import interpret
 from dsa_codegen.worker import Worker
@@ -16,6 +20,13 @@ def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
     """The default config, or the first that fits where the default belongs to another backend."""
     config = op.default_config(spec, op.workloads(spec)[0].sizes, gpu)
     return config if config.backend == backend else op.seed_config(spec, backend, gpu)
+
+
+def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
+    """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
+    schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
+    options = {**spec.to_dict(), "weights": None, "starts": None, "lengths": None, "sink": None}
+    return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 
 def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case) -> None:

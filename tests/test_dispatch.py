@@ -12,12 +12,11 @@ from dsa_codegen import dispatch, ops, presets, torch_ops
 from dsa_codegen.draw import Draw
 from dsa_codegen.errors import CaptureError, InputError, NoGpu
 from dsa_codegen.gpu import resolve
-from dsa_codegen.op import Case, Config, Inputs, Launch, Op
+from dsa_codegen.op import Case, Config, Launch
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
-from dsa_codegen.values import Spec
 
 from fake_gpu import FakeGpu
-from support import H200
+from support import H200, arguments
 
 SPEC = IndexerSpec(8, 64)
 CASE = Case(IndexerSizes(5, 40), "ragged")
@@ -58,13 +57,6 @@ def test_torch_compile_traces_the_operator():
 
 PAIRS = [(op, spec) for op in ops.all_ops().values() for spec in op.options(op.specs(presets.preset("tiny"))[-1])[:2]]
 every_operation = pytest.mark.parametrize(("op", "spec"), PAIRS, ids=lambda value: getattr(value, "id", None) or value.name)
-
-
-def arguments(op: Op, spec: Spec, inputs: Inputs) -> list:
-    """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
-    schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
-    options = {**spec.to_dict(), "weights": None, "starts": None, "lengths": None, "sink": None}
-    return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 
 @every_operation

@@ -93,8 +93,11 @@ def _cache_folder(folder: Path) -> Iterator[None]:
 
 
 def _launchable(compiled: Any) -> Launchable:
+    # The adapter counts arguments, allocates outputs (there are none here) and looks the function up, at every call.
+    run = compiled.adapter.get_exportable_executable()["main"]
+
     def launch(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        compiled(*args)
+        run(*args)
 
     return launch
 

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from ..errors import BuildError, ToolBroken, ToolMissing
 from ..gpu import Gpu
 from .base import C_COMPILER, Backend, Launchable, Resources, cubin_usage, import_module
+from .launcher import TritonKernel
 
 _LOCK = threading.Lock()  # Triton's cache folder is a setting of the whole process
 
@@ -45,7 +46,7 @@ class TritonBackend(Backend):
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         module = import_module(source)
         try:
-            return {kernel: _launchable(self._restore(module, kernel, out)) for kernel in module.SIGNATURES}
+            return {kernel: TritonKernel(self._restore(module, kernel, out)) for kernel in module.SIGNATURES}
         except subprocess.CalledProcessError as error:
             raise ToolBroken("the C compiler", str(error), f"{C_COMPILER}, and Python's headers (python3-dev)") from error
         except RuntimeError as error:
@@ -92,19 +93,6 @@ def interpreted(source: Path) -> Mapping[str, Launchable]:
         return lambda grid, args: function[grid](*args)
 
     return {kernel: launchable(kernel) for kernel in module.SIGNATURES}
-
-
-def _launchable(kernel: CompiledKernel) -> Launchable:
-    import torch
-
-    run, function, packed = kernel.run, kernel.function, kernel.packed_metadata
-    device = torch.cuda.current_device()
-    current_stream = torch._C._cuda_getCurrentRawStream  # what Triton's own launcher reads; ~0.1 us
-
-    def launch(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        run(*grid, current_stream(device), function, packed, None, None, None, *args)
-
-    return launch
 
 
 def _first_line(error: Exception) -> str:
