@@ -6,7 +6,7 @@ import heapq
 
 import pytest
 
-from dsa_codegen.waves import share_out
+from dsa_codegen.waves import _played, share_out
 
 SLOTS = 396  # three blocks on each SM of an H200
 
@@ -51,6 +51,7 @@ def test_every_tile_is_covered_once(blocks, slots, longest):
     [
         (1024, 512, 448, 0.98),  # 4096 queries of 64 heads, context 32768
         (1024, 2048, 1984, 0.96),
+        (1024, 543, 479, 0.96),  # rounded down by as much as it can be
         (512, 512, 448, 0.96),
         (128, 128, 120, 0.91),
         (16, 512, 512, 0.89),
@@ -74,3 +75,12 @@ def test_is_no_slower_than_whole_blocks(blocks, longest, shortest):
 
 def test_full_waves_are_not_split():
     assert share_out(792, SLOTS, 512, 512)[1] == 1
+
+
+def test_a_growing_context_is_rarely_a_new_one():
+    """Chunks of 512 queries, from 64K tokens on."""
+    _played.cache_clear()
+    for chunk in range(64):
+        tiles = (65536 + 512 * (chunk + 1)) // 64
+        share_out(128, SLOTS, tiles, tiles - 8)
+    assert _played.cache_info().misses <= 32
