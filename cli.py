@@ -160,18 +160,19 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what has been measured at this commit.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Results are merged into files below this folder.")] = results.FOLDER,
     commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
+    gpu: Annotated[str, typer.Option("--gpu", help="Measure only if this is the GPU that is here.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
     listed = bool(against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep)))
     if not (listed or host or sweep):
-        return _bench_ours(preset, spec, op, WARM if warm else COLD, as_json)
+        return _bench_ours(preset, spec, op, WARM if warm else COLD, _visible(gpu), as_json)
     stages, per_stage = tuple(filter(None, stage.split(","))), benchmark.QUICK if quick else limit
     until = _seconds(budget) if budget else math.inf
     request = benchmark.Request(against or "all", stages, suite.split(","), per_stage, folder, commit, until, resume)
     model = "" if preset == "deepseek-v3.2" else preset
     benchmark.check(request, sweep, {"--preset": model, "--spec": spec, "--op": ",".join(op or ()), "--warm": warm})
-    campaign = request.campaign(_visible())
+    campaign = request.campaign(_visible(gpu))
     rows = printing.campaign(err, lambda notify: benchmark.run(request, campaign, notify)) if listed else []
     host_rows = benchmark.run_host(campaign) if host else []
     sweep_rows = benchmark.run_sweep(campaign, resume=resume) if sweep else []
@@ -182,18 +183,21 @@ def bench(
     _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
 
 
-def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, as_json: bool) -> None:
-    model, target = _model(preset, spec), _visible()
+def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, target: gpus.Gpu, as_json: bool) -> None:
+    model = _model(preset, spec)
     cases = ours.plan(model, target, op or ())
     timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
     _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
 
 
-def _visible() -> gpus.Gpu:
-    target = gpus.detect()
-    if target is None:
+def _visible(name: str) -> gpus.Gpu:
+    """The GPU that is here, which must be the one that is meant."""
+    here = gpus.detect()
+    if here is None:
         raise NoGpu("bench")
-    return target
+    if name != "auto" and gpus.resolve(name).id != here.id:
+        raise SpecError("--gpu", name, f"auto, or {here.id}, which is here")
+    return here
 
 
 @app.command()

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import cli
+from dsa_codegen import gpu as gpus
+from dsa_codegen.errors import NoGpu, SpecError
+
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 YAML = re.compile(r"```yaml\n# (\S+)\n(.*?)```", re.DOTALL)
@@ -86,3 +90,18 @@ def test_sizes_that_are_no_numbers(sizes, tmp_path):
     done = run(f"python cli.py explain --op indexer --gpu h200 {sizes}", tmp_path)
     assert done.returncode == 2
     assert "whole number" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("here", "named", "error"), [("h100", "H200", SpecError), (None, "auto", NoGpu), (None, "h200", NoGpu)]
+)
+def test_bench_measures_only_on_the_gpu_that_is_meant(here, named, error, monkeypatch):
+    monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve(here) if here else None)
+    with pytest.raises(error, match="h100, which is here" if here else ""):
+        cli._visible(named)
+
+
+@pytest.mark.parametrize("named", ["auto", "h200", "H200"])
+def test_bench_measures_on_the_gpu_that_is_meant(named, monkeypatch):
+    monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h200"))
+    assert cli._visible(named).id == "h200"
