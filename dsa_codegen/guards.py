@@ -23,12 +23,15 @@ Guard = Callable[..., bool]
 Sketch = tuple[tuple[Hashable, ...], list[Tensor], list[int]]
 """What a guard does not look at: a key of everything but the tensors, the tensors in order, and their addresses."""
 
-_ALIGNMENT = 16  # bytes; see `plans`
+_ALIGNMENT = 16  # bytes; `checks` refuses other addresses
 _OPTIONS = frozenset((int, float, bool, str, type(None)))
 
 
 def sketched(op: str, args: Sequence[Any]) -> Sketch | None:
-    """The sketch of a call's arguments; None where no guard may speak for it."""
+    """The sketch of a call's arguments; None where no earlier call may speak for it.
+
+    Subclasses of tensors and whatever does not hash are left to the operator and to ``Op.bind``, which name what is wrong.
+    """
     key: list[Any] = [op]
     tensors: list[Tensor] = []
     addresses: list[int] = []
@@ -36,14 +39,14 @@ def sketched(op: str, args: Sequence[Any]) -> Sketch | None:
     try:
         for value in args:
             kind = type(value)
-            key.append(kind)  # also says which of the optional tensors are there
             if kind is Tensor or kind is Parameter:
+                key.append(Tensor)  # says which of the optional ones are there
                 address = value.data_ptr()
                 tensors.append(value)
                 addresses.append(address)
                 bits |= address
             elif kind in _OPTIONS:
-                key.append(value)
+                key += (kind, value)  # with its kind: True, 1 and 1.0 are equal
             else:
                 return None
     except RuntimeError:  # a tensor without memory

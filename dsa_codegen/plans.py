@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from . import guards
 from .backends import Launchable
 from .op import Launch, Outputs
 from .tma import Tiled
@@ -23,36 +23,27 @@ Key = tuple[Hashable, ...]
 Call = tuple[Key, list[Tensor], list[int]]
 """A call's key, its tensors in order and their addresses."""
 
-_ALIGNMENT = 16  # bytes; `checks` refuses other addresses
-_OPTIONS = frozenset((int, float, bool, str, type(None)))
 _MOST_VIEWS = 64  # of one argument: a cache stays where it is, other tensors take turns in the allocator's few places
 
 
 def taken_apart(op: str, args: Sequence[Any]) -> Call | None:
-    """What there is to know of a call's arguments; None where no plan may serve it, whatever else is the matter with it.
+    """What there is to know of a call's arguments; None where no plan may serve it, whatever else is the matter with it."""
+    sketch = guards.sketched(op, args)
+    return None if sketch is None else completed(sketch)
 
-    Subclasses of tensors and whatever does not hash are left to the operator and to ``Op.bind``, which name what is wrong.
-    """
-    key: list[Any] = [op]
-    tensors: list[Tensor] = []
-    addresses: list[int] = []
-    bits = 0
-    try:
-        for value in args:
-            kind = type(value)
-            if kind is Tensor or kind is Parameter:
-                address = value.data_ptr()
-                key += (value.shape, value.stride(), value.dtype, value.device)
-                tensors.append(value)
-                addresses.append(address)
-                bits |= address
-            elif kind in _OPTIONS:
-                key += (kind, value)  # with its kind: True, 1 and 1.0 are equal
-            else:
-                return None
-    except RuntimeError:  # a tensor without strides or without memory (sparse, say)
+
+def completed(sketch: guards.Sketch) -> Call | None:
+    """A sketch with what guards would look at in its key."""
+    key, tensors, addresses = sketch
+    if not tensors:
         return None
-    return None if bits % _ALIGNMENT or not tensors else (tuple(key), tensors, addresses)
+    looks: list[Hashable] = []
+    try:
+        for tensor in tensors:
+            looks += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    except RuntimeError:  # a tensor without strides (sparse, say)
+        return None
+    return (*key, *looks), tensors, addresses
 
 
 def _maker(tensor: Tensor) -> Callable[[], Tensor]:

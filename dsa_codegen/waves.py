@@ -19,7 +19,8 @@ def share_out(blocks: int, slots: int, longest: int, shortest: int) -> tuple[int
     ``slots`` is how many blocks the GPU runs at a time. Blocks start the longest first: their tiles fall evenly from
     ``longest`` >= 1 to ``shortest``. If they are others in truth, the same work is done and ends less evenly.
     """
-    return _played(blocks, slots, _rounded(longest), _rounded(shortest))
+    most = _rounded(longest)
+    return _played(blocks, slots, most, max(most - _rounded(longest - shortest), 0))
 
 
 def _rounded(tiles: int) -> int:

@@ -51,6 +51,7 @@ def test_every_tile_is_covered_once(blocks, slots, longest):
     [
         (1024, 512, 448, 0.98),  # 4096 queries of 64 heads, context 32768
         (1024, 2048, 1984, 0.96),
+        (128, 16384, 16368, 0.96),  # 1024 queries at a million tokens
         (1024, 543, 479, 0.96),  # rounded down by as much as it can be
         (512, 512, 448, 0.96),
         (128, 128, 120, 0.91),
@@ -83,4 +84,4 @@ def test_a_growing_context_is_rarely_a_new_one():
     for chunk in range(64):
         tiles = (65536 + 512 * (chunk + 1)) // 64
         share_out(128, SLOTS, tiles, tiles - 8)
-    assert _played.cache_info().misses <= 32
+    assert _played.cache_info().misses <= 16

@@ -218,10 +218,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
-        # Three parts or more spill, the fewer blocks the less.
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
-            if blocks_per_sm > 2 and spec.next_n > 2 * part_queries:
-                continue
             tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
             yield Config.of(
                 "gluon",
@@ -307,6 +304,7 @@ def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iter
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights of a part, and lengths of a thread's queries.
     tiles = config["block_n"] // _TILE
+    yield from exceeds("resident blocks", config["blocks_per_sm"], 2 if parts > 2 else 4)  # more parts need more registers
     yield from exceeds("tiles of a stage", tiles, 2 if parts == 1 else 1)  # ptxas spills where more products follow each other
     yield from exceeds("accumulators", config["accumulators"], parts * tiles)
     lengths = parts * max(1, config["part_queries"] // 4)
