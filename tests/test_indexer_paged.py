@@ -27,13 +27,13 @@ PAIRS = [
         SPLIT.replace(block_n=256, num_warps=8, num_stages=2),
     ),
 ]
-HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=4)
+HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=4, gathered=1)
 TWO_TILES = HOPPER.replace(block_n=128, blocks_per_sm=3)
 HOPPER_PAIRS = [
     (IndexerPagedSpec(64, 128), HOPPER.replace(num_stages=6, blocks_per_sm=2)),
-    (IndexerPagedSpec(64, 128, logits="bf16"), TWO_TILES.replace(accumulators=2)),
-    (IndexerPagedSpec(64, 128, next_n=2, page=32, clean=True), TWO_TILES.replace(part_queries=2, blocks_per_sm=2)),
-    (IndexerPagedSpec(64, 128, next_n=3, page=128), HOPPER.replace(blocks_per_sm=2)),
+    (IndexerPagedSpec(64, 128, logits="bf16"), TWO_TILES.replace(accumulators=2, gathered=48)),
+    (IndexerPagedSpec(64, 128, next_n=2, page=32, clean=True), TWO_TILES.replace(part_queries=2, blocks_per_sm=2, gathered=32)),
+    (IndexerPagedSpec(64, 128, next_n=3, page=128), HOPPER.replace(blocks_per_sm=2, gathered=16)),
     (IndexerPagedSpec(32, 64, next_n=8, page=256, score="relu_bias"), HOPPER.replace(part_queries=4, blocks_per_sm=2)),
     (IndexerPagedSpec(8, 32, next_n=5, clean=True), HOPPER.replace(part_queries=8)),
 ]
@@ -65,6 +65,7 @@ def test_hopper_template_compiles(spec, config):
         (IndexerPagedSpec(64, 128), {"accumulators": 2}, "accumulators"),
         (IndexerPagedSpec(64, 128, next_n=2), {"part_queries": 2}, "product's registers"),
         (IndexerPagedSpec(64, 128), {"num_stages": 12}, "smem"),
+        (IndexerPagedSpec(64, 128), {"gathered": 128}, "smem"),
         (IndexerPagedSpec(64, 128), {"part_queries": 2}, "queries per product"),
     ],
 )
@@ -88,6 +89,12 @@ def test_default_config_fits_every_gpu(spec, sizes):
 @pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_compiles(spec):
     assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200))
+
+
+def test_default_config_gathers_what_the_l2_cannot_keep():
+    spec = IndexerPagedSpec(64, 128, next_n=2)
+    gathered = [OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))]
+    assert gathered == [1, 1, 32]
 
 
 def test_is_registered_by_its_stem():

@@ -213,7 +213,7 @@ def test_what_was_forgotten_during_a_call_leaves_no_plan(monkeypatch):
 
 
 PAGED = indexer_paged.IndexerPagedSpec(64, 128)
-HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=4, accumulators=1, blocks_per_sm=4)
+HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=4, accumulators=1, blocks_per_sm=4, gathered=1)
 
 
 def paged(seed: int) -> dict[str, Any]:

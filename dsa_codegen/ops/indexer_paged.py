@@ -164,7 +164,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         return [Case(IndexerPagedSizes(2, 260), "full"), *ragged]
 
     def long_cases(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
-        sizes = ((48, 9000), (2, 40000), (700, 300), (1, 1 << 20))
+        sizes = ((48, 9000), (2, 40000), (700, 300), (20, 17000), (1, 1 << 20))
         return [Case(IndexerPagedSizes(batch, context), "ragged") for batch, context in sizes]
 
     def options(self, spec: IndexerPagedSpec) -> Sequence[IndexerPagedSpec]:
@@ -190,6 +190,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
                 Parameter("num_stages", (2, 3, 4, 5, 6, 8, 10, 12), "stages of keys in flight"),
                 Parameter("accumulators", (1, 2), "products in flight"),
                 Parameter("blocks_per_sm", (1, 2, 3, 4), "resident blocks: registers are capped for so many"),
+                Parameter("gathered", (1, 16, 32, 48, 64, 96, 128), "stages whose logits are written at once"),
             )
         return (
             Parameter("schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"),
@@ -218,16 +219,20 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
+        # Logits that the L2 can keep are written as they come.
+        many = sizes.batch >= self.sizes_type.EDGES["batch"][-1] and sizes.context >= self.sizes_type.EDGES["context"][-1]
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
             tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
-            yield Config.of(
-                "gluon",
-                part_queries=part_queries,
-                block_n=tiles * _TILE,
-                num_stages=1 + tiles,
-                accumulators=tiles,
-                blocks_per_sm=blocks_per_sm,
-            )
+            for gathered in (96, 32, 1) if many else (1,):
+                yield Config.of(
+                    "gluon",
+                    part_queries=part_queries,
+                    block_n=tiles * _TILE,
+                    num_stages=2,
+                    accumulators=tiles,
+                    blocks_per_sm=blocks_per_sm,
+                    gathered=gathered,
+                )
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
         block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
         yield Config.of(
@@ -300,6 +305,8 @@ def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iter
     yield from exceeds("queries per product", config["part_queries"], _power_of_two(spec.next_n))
     yield from exceeds("columns", columns, 256)
     held = 4 * parts * columns if parts > 1 else 0  # weights
+    if config["gathered"] > 1:
+        held += 4 * config["gathered"] * config["block_n"] * parts * config["part_queries"]
     smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 4) + 16)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights of a part, and lengths of a thread's queries.
