@@ -219,11 +219,11 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
-        # Logits that the L2 can keep are written as they come.
+        # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway.
         many = sizes.batch >= self.sizes_type.EDGES["batch"][-1] and sizes.context >= self.sizes_type.EDGES["context"][-1]
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
             tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
-            for gathered in (96, 32, 1) if many else (1,):
+            for gathered in (96, 32, 1) if many and part_queries == spec.next_n else (1,):
                 yield Config.of(
                     "gluon",
                     part_queries=part_queries,
