@@ -18,8 +18,9 @@ def name(record) -> str:
     return f"{record.gpu.id}-{record.op}-{record.backend}-{'-'.join(map(str, record.spec.values()))}-{low}"
 
 
-def test_there_are_records_for_the_h200():
-    assert {record.op for record in SHIPPED if record.gpu.id == "h200"} == set(ops.all_ops())
+def test_there_are_records_of_every_operation_for_hopper():
+    """A GPU of the same architecture borrows what it has no records of its own for."""
+    assert {record.op for record in SHIPPED if record.gpu.id == "h100"} == set(ops.all_ops())
 
 
 @pytest.mark.parametrize("record", SHIPPED, ids=name)

@@ -28,9 +28,10 @@ from ..values import Scalar, Sizes, Spec
 
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 _COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: all its loads are in flight at once
+_GLUON_PARTS = 8  # of the Gluon template's, whose program has all channels
 _GLUON_TILE = 64  # heads of a block, and entries per step: what one warpgroup instruction takes
-# Per thread: together they fill the register file, lead takes 216. The accumulators are 128 of them.
-_GLUON_REGISTERS = {"registers": 168, "follow_registers": 160, "produce_registers": 128}
+# Per thread: together they fill the register file, lead takes 208. The accumulators are 128 of them.
+_GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_registers": 72}
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -176,7 +177,7 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         splits = Parameter("splits", _SPLITS, "blocks that share a row's entries", launch_only=True)
         if backend == "gluon":
-            return (Parameter("lookahead", (3, 2, 4), "chunks whose bytes are loaded before they are placed"), splits)
+            return (splits,)
         return (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
             Parameter("block_n", (16, 32, 64), "entries gathered per step"),
@@ -209,8 +210,8 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         few = wide.replace(block_h=16, block_n=32, num_warps=4)
         widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
         best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
-        # On the H200 at batch 64: 126 µs against 185 µs with 128 heads, 80 against 109 with 16.
-        hopper = Config.of("gluon", lookahead=3, splits=1)
+        # On an H100 at batch 64 with 128 heads: 101 µs against 194.
+        hopper = Config.of("gluon", splits=1)
         for config in (hopper, best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
             yield config.replace(splits=_splits(spec, config, sizes, gpu))
 
@@ -235,7 +236,7 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
             chunks = [f"acc{chunk}" for chunk in range(layout.d_v // layout.group)]
             half = len(chunks) // 2
             names |= {"left": ", ".join(chunks[:half]), "right": ", ".join(chunks[half:])}
-            names |= {"block_h": _GLUON_TILE, "block_n": _GLUON_TILE, **_GLUON_REGISTERS}
+            names |= {"combine_s": _GLUON_PARTS, "block_h": _GLUON_TILE, "block_n": _GLUON_TILE, **_GLUON_REGISTERS}
         return names
 
     def launches(
@@ -264,7 +265,7 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         if splits == 1:
             return (main,)
         joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits)
-        return (main, Launch("combine", (rows * spec.heads, d_v // _COMBINE_D, 1), joined))
+        return (main, Launch("combine", (rows * spec.heads, d_v // _combined_channels(spec, config), 1), joined))
 
 
 def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
@@ -276,6 +277,11 @@ def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
 
 def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
     return -(-spec.heads // (_GLUON_TILE if config.backend == "gluon" else int(config["block_h"])))
+
+
+def _combined_channels(spec: AttentionPagedSpec, config: Config) -> int:
+    """Of a program of ``combine``."""
+    return spec.layout.d_v if config.backend == "gluon" else _COMBINE_D
 
 
 def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
