@@ -93,7 +93,9 @@ def test_default_config_compiles(spec):
 
 def test_default_config_gathers_what_the_l2_cannot_keep():
     spec = IndexerPagedSpec(64, 128, next_n=2)
-    gathered = [OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))]
+    gathered = [
+        OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))
+    ]
     assert gathered == [1, 1, 32]
 
 
