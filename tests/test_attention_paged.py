@@ -76,7 +76,8 @@ def test_default_config_fits_every_gpu(spec, sizes):
 
 def test_more_blocks_share_a_row_when_rows_are_few():
     spec = AttentionPagedSpec(128, 2048)
-    splits = [OP.default_config(spec, AttentionPagedSizes(batch, 1, 1 << 20), H200)["splits"] for batch in (1, 8, 64)]
+    found = [OP.default_config(spec, AttentionPagedSizes(batch, 1, 1 << 20), H200, "triton") for batch in (1, 8, 64)]
+    splits = [config["splits"] for config in found]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] >= 16
     assert splits[-1] == 1
@@ -157,7 +158,25 @@ def test_a_long_prompt_is_not_split_until_memory_ends():
     assert launch.grid == (4096 * 2, 1, 1)
     inputs = {**inputs, "q": inputs["q"][:, :2]}
     main, combine = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
-    assert (main.grid[0], combine.args[-1]) == (2 * 2 * 32, 32)
+    assert (main.grid[0], combine.args[-2:]) == (2 * 2 * 32, (32, 0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "programs", "joined"),
+    [
+        (1, 128, 2 * 16, 128),  # few blocks: all are split
+        (64, 128, 128, 0),  # a wave
+        (148, 128, 264 + 32 * 4, 32 * 64),  # two waves, and the rest of the blocks in a third that is full as well
+        (141, 16, 132 + 9 * 12, 9 * 16),
+        (4096, 128, 8184 + 8 * 8, 8 * 64),
+    ],
+)
+def test_blocks_beyond_whole_waves_are_split(rows, heads, programs, joined):
+    spec = AttentionPagedSpec(heads, 2048)
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 4096), "random"), Draw(0, "meta"))
+    main, *combine = OP.launches(spec, Config.of("gluon", splits=0), inputs, OP.allocate(spec, inputs), H200)
+    assert main.grid[0] == programs
+    assert sum(launch.grid[0] for launch in combine) == joined
 
 
 def test_takes_the_v4_cache_as_engines_view_it():

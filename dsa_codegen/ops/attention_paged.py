@@ -8,6 +8,8 @@ sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is. A sl
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,6 +168,9 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         sizes = ((2, 2, 333), (1, 1, 40), (3, 1, 0), (0, 1, 64))
         return [Case(AttentionPagedSizes(1, 2, 300), "random"), *(Case(AttentionPagedSizes(*size), "ragged") for size in sizes)]
 
+    def long_cases(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
+        return [Case(AttentionPagedSizes(75, 2, 3000), "ragged")]  # more blocks than a GPU has SMs
+
     def options(self, spec: AttentionPagedSpec) -> Sequence[AttentionPagedSpec]:
         return tuple(replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True))
 
@@ -175,16 +180,16 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         return [Case(AttentionPagedSizes(*size), "random") for size in sizes]
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
-        splits = Parameter("splits", _SPLITS, "blocks that share a row's entries", launch_only=True)
+        meaning = "blocks that share a row's entries"
         if backend == "gluon":
-            return (splits,)
+            return (Parameter("splits", (0, *_SPLITS), f"{meaning}; 0: as many as end soonest", launch_only=True),)
         return (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
             Parameter("block_n", (16, 32, 64), "entries gathered per step"),
             Parameter("num_stages", (2, 3), "stages of the loop over tiles"),
             Parameter("num_warps", (4, 8), "warps per block"),
             Parameter("dequantize", ("bits", "cast"), "e4m3 -> bf16 by placing bits, or by the compiler's conversion"),
-            splits,
+            Parameter("splits", _SPLITS, meaning, launch_only=True),
         )
 
     def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -211,8 +216,8 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
         best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
         # On an H100 at batch 64 with 128 heads: 101 µs against 194.
-        hopper = Config.of("gluon", splits=1)
-        for config in (hopper, best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
+        yield Config.of("gluon", splits=0)
+        for config in (best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
             yield config.replace(splits=_splits(spec, config, sizes, gpu))
 
     def derived(self, spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
@@ -252,8 +257,15 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
             lse.fill_(-math.inf)
             return ()
         # Records are tuned for few queries per sequence; a prompt's thousands would make the parts take tens of GB.
-        splits = max(1, min(config["splits"], _PARTIAL_BYTES // (4 * d_v * rows * spec.heads)))
-        parts = rows * spec.heads * splits if splits > 1 else 0
+        most = max(1, _PARTIAL_BYTES // (4 * d_v * rows * spec.heads))
+        blocks = _head_blocks(spec, config) * rows
+        whole, splits = 0, min(config["splits"], most)
+        last: tuple[int, ...] = ()
+        combined = (rows * spec.heads, d_v // _COMBINE_D, 1)
+        if config.backend == "gluon":
+            whole, splits = (0, splits) if splits else _shared_out(spec, blocks, gpu)
+            combined, last = ((blocks - whole) * min(spec.heads, _GLUON_TILE), 1, 1), (whole,)
+        parts = combined[0] * splits if splits > 1 else 0
         partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
         lengths, sink = inputs["lengths"], inputs["sink"]
@@ -261,11 +273,11 @@ class AttentionPaged(Op[AttentionPagedSpec, AttentionPagedSizes]):
         per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
         tensors = (q, cache, inputs["indices"], *optional, out, lse, partial_out, partial_lse)
         scalars = (len(cache) * spec.page, cache.stride(0), per_length, splits, inputs["sm_scale"])
-        main = Launch("attention_paged", (_head_blocks(spec, config) * splits * rows, 1, 1), (*tensors, *scalars))
+        main = Launch("attention_paged", (whole + (blocks - whole) * splits, 1, 1), (*tensors, *scalars, *last))
         if splits == 1:
             return (main,)
-        joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits)
-        return (main, Launch("combine", (rows * spec.heads, d_v // _combined_channels(spec, config), 1), joined))
+        joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits, *last)
+        return (main, Launch("combine", combined, joined))
 
 
 def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
@@ -279,23 +291,42 @@ def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
     return -(-spec.heads // (_GLUON_TILE if config.backend == "gluon" else int(config["block_h"])))
 
 
-def _combined_channels(spec: AttentionPagedSpec, config: Config) -> int:
-    """Of a program of ``combine``."""
-    return spec.layout.d_v if config.backend == "gluon" else _COMBINE_D
-
-
 def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     """The number that ends soonest, in units of a tile: whole waves of blocks, each with a start, and joining the parts."""
     blocks = max(1, sizes.batch * sizes.next_n) * _head_blocks(spec, config)
-    gluon = config.backend == "gluon"
-    tiles = -(-spec.topk // (_GLUON_TILE if gluon else config["block_n"]))
-    resident = gpu.sms * (1 if gluon else 8 // config["num_warps"])
+    tiles = -(-spec.topk // config["block_n"])
+    resident = gpu.sms * (8 // config["num_warps"])
 
     def duration(splits: int) -> float:
         waves = -(-blocks * splits // resident)
         return waves * (-(-tiles // splits) + 1.5) + (1 + splits / 16 if splits > 1 else 0)
 
     return min((splits for splits in _SPLITS if splits <= tiles), key=duration)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shared_out(spec: AttentionPagedSpec, blocks: int, gpu: Gpu) -> tuple[int, int]:
+    """(blocks that take all entries of their row, programs that each of the others is split into), so that all end soonest.
+
+    The unit is a tile, 3 µs on an H100: a program starts in 2, joining takes 1, and a quarter for every MB of parts.
+    """
+    tiles = -(-spec.topk // _GLUON_TILE)
+    part = 4 * spec.layout.d_v * min(spec.heads, _GLUON_TILE)
+
+    def duration(shares: tuple[int, int]) -> float:
+        whole, splits = shares
+        programs = (blocks - whole) * splits
+        waves = -(-programs // gpu.sms)
+        joining = 1 + programs * part / 4e6 if splits > 1 else 0
+        return whole // gpu.sms * (2 + tiles) + waves * (2 + -(-tiles // splits)) + joining
+
+    def fits(shares: tuple[int, int]) -> bool:
+        whole, splits = shares
+        return splits == 1 or (splits <= tiles and (blocks - whole) * splits * part <= _PARTIAL_BYTES)
+
+    waves = blocks // gpu.sms
+    whole = (0, max(waves - 1, 0) * gpu.sms, waves * gpu.sms)
+    return min(filter(fits, itertools.product(whole, _SPLITS)), key=duration)
 
 
 def _warpgroups(config: Config, gpu: Gpu) -> bool:
