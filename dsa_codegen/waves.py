@@ -13,6 +13,15 @@ _HALVES = 5  # whole blocks end at a full wave, or up to so many half waves befo
 _BITS = 5  # of a number of tiles that count: a context that grows from chunk to chunk is another one only now and then
 
 
+def until_done(blocks: int, slots: int, tiles: int, whole: int, splits: int, start: float) -> float:
+    """When equal blocks are done, in tiles, of which each has ``tiles``: ``whole`` as they are, the others as ``splits`` programs.
+
+    ``slots`` programs run at a time, and ``start`` tiles pass before each does its first; ``whole`` fills waves.
+    """
+    waves = -(-(blocks - whole) * splits // slots)
+    return whole // slots * (start + tiles) + waves * (start + -(-tiles // splits))
+
+
 def share_out(blocks: int, slots: int, longest: int, shortest: int) -> tuple[int, int]:
     """(blocks that stay whole, parts that each of the others is split into), so that all are done soonest.
 

@@ -14,6 +14,7 @@ import pytest
 
 import cli
 from dsa_codegen import gpu as gpus
+from dsa_codegen import ops
 from dsa_codegen.errors import NoGpu, SpecError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,8 @@ def test_from_verify_to_explain(tmp_path):
         done = run(command, tmp_path)
         assert done.returncode == 0, done.stderr
     rows = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
-    assert {row["op"] for row in rows if row["evidence"] == "modelled"} == {"quantize"}
+    shipped = {(name, "measured") for name in ops.all_ops()}
+    assert {(row["op"], row["evidence"]) for row in rows} == {("quantize", "modelled"), *shipped}
     call = "python cli.py explain --op quantize --preset tiny --gpu h100 --json tokens=64"
     answers = json.loads(run(call, tmp_path).stdout)
     assert {answer["origin"] for answer in answers} == {"modelled"}

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsa_codegen import dispatch, functions, guards, ops, plans, presets, torch_ops
 from dsa_codegen.draw import Draw
-from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.errors import DsaError, InputError, SpecError
 from dsa_codegen.op import Case, Config
 from dsa_codegen.ops import indexer_paged, select
 from dsa_codegen.tma import Tiled
@@ -74,7 +74,7 @@ def outcome(call: Callable[[], Any]) -> tuple[Any, ...]:
     """What a call returns or refuses."""
     try:
         return (call().shape,)
-    except Exception as error:  # torch's, of several classes
+    except (DsaError, RuntimeError, TypeError, ValueError) as error:  # the checks' and torch's
         return type(error), str(error)
 
 

@@ -6,7 +6,7 @@ import heapq
 
 import pytest
 
-from dsa_codegen.waves import _played, share_out
+from dsa_codegen.waves import _played, share_out, until_done
 
 SLOTS = 396  # three blocks on each SM of an H200
 
@@ -85,3 +85,16 @@ def test_a_growing_context_is_rarely_a_new_one():
         tiles = (65536 + 512 * (chunk + 1)) // 64
         share_out(128, SLOTS, tiles, tiles - 8)
     assert _played.cache_info().misses <= 16
+
+
+@pytest.mark.parametrize(
+    ("blocks", "whole", "splits", "tiles"),
+    [
+        (132, 0, 1, 2 + 32),
+        (133, 0, 1, 2 * (2 + 32)),  # a second wave for one block
+        (133, 132, 32, 2 + 32 + 2 + 1),  # which 32 programs share
+        (16, 0, 12, 2 * (2 + 3)),  # 192 programs of 3 tiles at most
+    ],
+)
+def test_programs_run_in_waves(blocks, whole, splits, tiles):
+    assert until_done(blocks, 132, 32, whole, splits, start=2) == tiles

@@ -27,6 +27,7 @@ from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Para
 from ..paged import check_cache
 from ..presets import KV_LAYOUTS, Model
 from ..values import Scalar, Sizes, Spec
+from ..waves import until_done
 
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 _COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: all its loads are in flight at once
@@ -298,8 +299,8 @@ def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes
     resident = gpu.sms * (8 // config["num_warps"])
 
     def duration(splits: int) -> float:
-        waves = -(-blocks * splits // resident)
-        return waves * (-(-tiles // splits) + 1.5) + (1 + splits / 16 if splits > 1 else 0)
+        joining = 1 + splits / 16 if splits > 1 else 0
+        return until_done(blocks, resident, tiles, 0, splits, start=1.5) + joining
 
     return min((splits for splits in _SPLITS if splits <= tiles), key=duration)
 
@@ -315,10 +316,8 @@ def _shared_out(spec: AttentionPagedSpec, blocks: int, gpu: Gpu) -> tuple[int, i
 
     def duration(shares: tuple[int, int]) -> float:
         whole, splits = shares
-        programs = (blocks - whole) * splits
-        waves = -(-programs // gpu.sms)
-        joining = 1 + programs * part / 4e6 if splits > 1 else 0
-        return whole // gpu.sms * (2 + tiles) + waves * (2 + -(-tiles // splits)) + joining
+        joining = 1 + (blocks - whole) * splits * part / 4e6 if splits > 1 else 0
+        return until_done(blocks, gpu.sms, tiles, whole, splits, start=2) + joining
 
     def fits(shares: tuple[int, int]) -> bool:
         whole, splits = shares
