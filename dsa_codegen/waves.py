@@ -14,7 +14,7 @@ _BITS = 5  # of a number of tiles that count: a context that grows from chunk to
 
 
 def until_done(blocks: int, slots: int, tiles: int, whole: int, splits: int, start: float) -> float:
-    """When equal blocks are done, in tiles, of which each has ``tiles``: ``whole`` as they are, the others as ``splits`` programs.
+    """When blocks of ``tiles`` each are done, in tiles: ``whole`` of them as they are, the others as ``splits`` programs.
 
     ``slots`` programs run at a time, and ``start`` tiles pass before each does its first; ``whole`` fills waves.
     """
