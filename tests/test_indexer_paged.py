@@ -88,7 +88,8 @@ def test_default_config_fits_every_gpu(spec, sizes):
 
 @pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_compiles(spec):
-    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200))
+    # With six queries ten values that the filling needs, behind the loop, wait in local memory.
+    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200), spills=40 if spec.next_n == 6 else 0)
 
 
 def test_default_config_gathers_what_the_l2_cannot_keep():
@@ -97,6 +98,17 @@ def test_default_config_gathers_what_the_l2_cannot_keep():
         OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))
     ]
     assert gathered == [1, 1, 32]
+
+
+@pytest.mark.parametrize(("batch", "together"), [(8, 1), (64, 96)])
+def test_logits_that_the_l2_keeps_are_written_stage_by_stage(batch, together):
+    """The kernel gathers as many stages as it has room for, or is told to write every one."""
+    inputs = OP.inputs(IndexerPagedSpec(8, 64), Case(IndexerPagedSizes(batch, 40), "full"), Draw(0))
+    outputs = {"logits": torch.empty(batch, 1 << 16, device="meta")}  # 2 MB, 16 MB
+    (launch,) = OP.launches(IndexerPagedSpec(8, 64), HOPPER.replace(gathered=96), inputs, outputs, H200)
+    assert launch.args[-1] == together
+    (plain,) = OP.launches(IndexerPagedSpec(8, 64), HOPPER, inputs, outputs, H200)
+    assert len(plain.args) == len(launch.args) - 1
 
 
 def test_is_registered_by_its_stem():

@@ -270,7 +270,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         if config.backend == "gluon":
             grid = _groups(batch, tiles, programs)
             tensors = (q, *_tiled(spec, cache), *tensors)
-            scalars = (*sizes, page_table.stride(0), logits.stride(0), grid[1])
+            scalars = (*sizes, page_table.stride(0), logits.stride(0), grid[1], *_together(config, logits, gpu))
             return (Launch("indexer_paged", (*grid, 1), (*tensors, *scalars)),)
         tensors = (q, cache, *tensors)
         strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
@@ -286,6 +286,13 @@ def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:
     if width == tiles or 0 <= programs - batch * width <= programs // 10:
         return batch, width
     return programs // width, width
+
+
+def _together(config: Config, logits: Tensor, gpu: Gpu) -> tuple[int, ...]:
+    """Of how many stages the logits are written at once, where the config gathers: of one if the L2 keeps them all anyway."""
+    if config["gathered"] == 1:
+        return ()
+    return (config["gathered"] if logits.numel() * logits.itemsize > gpu.l2 // 5 else 1,)
 
 
 def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
@@ -307,7 +314,7 @@ def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iter
     held = 4 * parts * columns if parts > 1 else 0  # weights
     if config["gathered"] > 1:
         held += 4 * config["gathered"] * config["block_n"] * parts * config["part_queries"]
-    smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 4) + 16)
+    smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 8) + 16)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights of a part, and lengths of a thread's queries.
     tiles = config["block_n"] // _TILE
