@@ -163,6 +163,8 @@ static emulator::Coordinates blockIdx;
 static emulator::CurrentThread threadIdx;
 
 static void __syncthreads() { emulator::leave(emulator::State::at_barrier); }
+static void cudaTriggerProgrammaticLaunchCompletion() {}  // one kernel at a time: nothing overlaps
+static void cudaGridDependencySynchronize() {}
 static int __shfl_sync(uint, int value, int lane, int) { return (int)emulator::collective((uint)value)[lane & 31]; }
 static int __shfl_up_sync(uint, int value, int distance, int) {
   unsigned long long *values = emulator::collective((uint)value);
