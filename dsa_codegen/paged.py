@@ -11,7 +11,7 @@ from . import checks
 from .caches import IndexKLayout, KvV4Layout, KvV32Layout, Layout
 from .draw import Draw
 from .errors import InputError
-from .values import Scalar
+from .values import Scalar, next_power_of_two
 
 LAYOUTS = ("index_k", "v32", "v4")
 WIDTHS: dict[str, tuple[int, ...]] = {"index_k": (32, 64, 128), "v32": (KvV32Layout.d_nope,), "v4": (KvV4Layout.d_nope,)}
@@ -55,7 +55,7 @@ def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
     names: dict[str, Scalar] = {
         "group": group_of(layout),
         "groups": groups,
-        "groups_padded": 1 << (groups - 1).bit_length(),
+        "groups_padded": next_power_of_two(groups),
         "d_rope": rope_of(layout),
         "scales": "e8m0" if isinstance(layout, KvV4Layout) else "fp32",
     }

@@ -15,6 +15,11 @@ _Value = TypeVar("_Value", bound="Value")
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*\Z")
 
 
+def next_power_of_two(n: int) -> int:
+    """The least one that is not below ``n`` >= 1: sizes of a kernel's blocks are powers of two."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Value:
     """A frozen dataclass of integers, booleans and identifiers that reads and writes plain mappings."""

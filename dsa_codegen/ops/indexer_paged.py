@@ -24,7 +24,7 @@ from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Para
 from ..paged import check_cache
 from ..presets import SCORES, Model
 from ..tma import Tiled
-from ..values import Scalar, Sizes, Spec
+from ..values import Scalar, Sizes, Spec, next_power_of_two
 from .indexer import LOGITS, empty_logits
 
 SCHEDULES = ("split", "persistent")
@@ -208,7 +208,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         group_heads = config["block_q"] * spec.heads
         groups = -(-spec.next_n // config["block_q"])
         threads = 32 * config["num_warps"]
-        yield from exceeds("queries per product", config["block_q"], _power_of_two(spec.next_n))
+        yield from exceeds("queries per product", config["block_q"], next_power_of_two(spec.next_n))
         yield from exceeds("columns", group_heads, 256)
         yield from exceeds("warpgroup rows", config["num_warps"] * 16, config["block_n"])
         # Accumulator, and the weights of all groups: a thread holds those of a quarter of a group's columns.
@@ -234,7 +234,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
                     gathered=gathered,
                 )
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
-        block_q = min(_power_of_two(spec.next_n), max(1, 128 // spec.heads))
+        block_q = min(next_power_of_two(spec.next_n), max(1, 128 // spec.heads))
         yield Config.of(
             "triton",
             schedule="split" if sizes.batch == 1 else "persistent",
@@ -249,7 +249,7 @@ class IndexerPaged(Op[IndexerPagedSpec, IndexerPagedSizes]):
         if config.backend == "gluon":
             return _gluon_numbers(spec, config)
         return {
-            "queries": _power_of_two(spec.next_n),
+            "queries": next_power_of_two(spec.next_n),
             "group_heads": config["block_q"] * spec.heads,
             "groups": -(-spec.next_n // config["block_q"]),
             "scales_base": spec.layout.scale.base,
@@ -290,9 +290,8 @@ def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:
 
 def _together(config: Config, logits: Tensor, gpu: Gpu) -> tuple[int, ...]:
     """Of how many stages the logits are written at once, where the config gathers: of one if the L2 keeps them all anyway."""
-    if config["gathered"] == 1:
-        return ()
-    return (config["gathered"] if logits.numel() * logits.itemsize > gpu.l2 // 5 else 1,)
+    kept = logits.nbytes <= gpu.l2 // 5
+    return (1 if kept else config["gathered"],) if config["gathered"] > 1 else ()
 
 
 def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
@@ -309,7 +308,7 @@ def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iter
         yield Violation("page", 1.0, f"page: TMA writes scales in steps of 128 bytes (32 tokens), a page has {spec.page}")
     columns = config["part_queries"] * spec.heads
     parts = -(-spec.next_n // config["part_queries"])
-    yield from exceeds("queries per product", config["part_queries"], _power_of_two(spec.next_n))
+    yield from exceeds("queries per product", config["part_queries"], next_power_of_two(spec.next_n))
     yield from exceeds("columns", columns, 256)
     held = 4 * parts * columns if parts > 1 else 0  # weights
     if config["gathered"] > 1:
@@ -396,10 +395,6 @@ def _keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) ->
 def _part_queries(spec: IndexerPagedSpec) -> list[int]:
     """Queries per product that leave no part of it empty, the most first."""
     return [queries for queries in (16, 8, 4, 2, 1) if spec.next_n % queries == 0 and queries * spec.heads <= 128]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 OP = IndexerPaged()

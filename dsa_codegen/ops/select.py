@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..gpu import Gpu
 from ..op import Accuracy, Case, Config, Cost, Inputs, Launch, Op, Outputs, Parameter, Violation, exceeds
 from ..presets import Model
-from ..values import Scalar, Sizes, Spec
+from ..values import Scalar, Sizes, Spec, next_power_of_two
 
 SCORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUTPUTS = ("tokens", "slots")
@@ -301,7 +301,7 @@ def _derived(spec: SelectSpec, config: Config) -> dict[str, Any]:
     if config.backend == "triton":
         pool = POOL_HEAD + 2 * config["capacity"]
         sample_log2 = config["sample"].bit_length() - 1
-        return {"block_k": _power_of_two(spec.topk), "pool": pool, "sample_log2": sample_log2, **guess}
+        return {"block_k": next_power_of_two(spec.topk), "pool": pool, "sample_log2": sample_log2, **guess}
     vector = 16 // SCORES[spec.scores].itemsize
     tile = 32 * config["vectors"] * vector
     longest = 1 << (20 if config["scheme"] == "row" else 18)  # scores of a row or of a split whose tiles have a place
@@ -374,10 +374,6 @@ _DISTRIBUTIONS: dict[str, Callable[[Tensor, Draw], Tensor]] = {
     "narrow": lambda scores, draw: 100 + 1e-4 * scores,  # all in one bin of the first digit
     "special": _special,
 }
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 OP = Select()
