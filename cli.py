@@ -22,15 +22,20 @@ try:
 except ImportError:
     sys.exit("cli.py needs typer and rich: pip install 'dsa-codegen[tune]'")
 
-from dsa_codegen import dispatch, needs, ops, paths, presets, records, show, verification
-from dsa_codegen import doctor as diagnosis
-from dsa_codegen import explain as explanation
-from dsa_codegen import generate as generation
 from dsa_codegen import gpu as gpus
+from dsa_codegen import ops, paths
 from dsa_codegen.bench import command as benchmark
-from dsa_codegen.bench import comparison, ours, printing, results
+from dsa_codegen.bench import comparison, printing, results
+from dsa_codegen.command import doctor as diagnosis
+from dsa_codegen.command import generate as generation
+from dsa_codegen.command import ours, show, verification
 from dsa_codegen.errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing
-from dsa_codegen.timing import COLD, WARM, Policy
+from dsa_codegen.ops import needs
+from dsa_codegen.problem import presets
+from dsa_codegen.proof.timing import COLD, WARM, Policy
+from dsa_codegen.records import explain as explanation
+from dsa_codegen.records import files as records
+from dsa_codegen.runtime import dispatch
 from dsa_codegen.worker import Worker
 
 OFFLINE_GPU = "h200"

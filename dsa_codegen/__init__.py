@@ -7,7 +7,6 @@ The operations are functions (``indexer_logits``, ``select``, ``sparse_attention
 """
 
 from . import ops
-from .dispatch import Untuned, call, chosen, override, reset, stats, warmup
 from .errors import DsaError
 from .functions import (
     gather_index_k,
@@ -24,7 +23,8 @@ from .functions import (
     store_kv,
 )
 from .layer import Attended, Layer
-from .presets import Model, load, preset
+from .problem.presets import Model, load, preset
+from .runtime.dispatch import Untuned, call, chosen, override, reset, stats, warmup
 
 __all__ = [
     "Attended",

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import ops
 from .errors import InputError
-from .ops.indexer import chunk_rows, row_bytes
-from .torch_ops import direct
+from .ops.logits import chunk_rows, row_bytes
+from .runtime.torch_ops import direct
 
 _indexer_logits = direct("indexer_logits")
 _indexer_logits_paged = direct("indexer_logits_paged")

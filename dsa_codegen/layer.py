@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, functions
-from .caches import kv_layout
+from . import functions
 from .errors import InputError
-from .ops.indexer import chunk_rows
-from .paged import check_cache
-from .presets import Model
-from .serving import Limits, calls
+from .ops.logits import chunk_rows
+from .problem.caches import kv_layout
+from .problem.paged import check_cache
+from .problem.presets import Model
+from .runtime import dispatch
+from .runtime.serving import Limits, calls
 
 LOGITS_BYTES = 1 << 30
 

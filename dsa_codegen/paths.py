@@ -11,7 +11,7 @@ _DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
 
 
 def templates() -> Path:
-    """The folder of ``<op>.<backend>.py.jinja``."""
+    """The folder of ``<op>/<backend>.py.jinja``."""
     return _DATA / "templates"
 
 

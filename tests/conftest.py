@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsa_codegen import dispatch
+from dsa_codegen.runtime import dispatch
 from dsa_codegen.worker import Worker
 
 

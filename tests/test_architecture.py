@@ -1,8 +1,9 @@
-"""The floors of docs/architecture.md hold: every room is listed once, imports go down only, and serving needs no tuner."""
+"""The wings of docs/architecture.md hold: every room listed once, no import upwards or in a circle, serving needs no tuner."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -41,19 +42,25 @@ def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
         yield from statements(child)
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(rooms of the package, other packages) that a module imports."""
-    rooms, others = set(), set()
+def imports(path: Path) -> tuple[set[Path], set[str]]:
+    """(modules of the package, other packages) that a module imports."""
+    modules, others = set(), set()
     for statement in statements(ast.parse(path.read_text())):
         if isinstance(statement, ast.Import):
             others |= {name.name.partition(".")[0] for name in statement.names}
         elif not statement.level:
             others.add((statement.module or "").partition(".")[0])
         else:
-            above = path.parents[statement.level - 1]
-            targets = [statement.module] if statement.module else [name.name for name in statement.names]
-            rooms |= {room_of(above.joinpath(*target.split("."))) for target in targets}
-    return rooms, others
+            place = path.parents[statement.level - 1].joinpath(*(statement.module or "").split("."))
+            inside = {place / name.name for name in statement.names}
+            modules |= {file for name in inside if (file := file_of(name))} or {file_of(place)}
+    return modules, others
+
+
+def file_of(module: Path) -> Path | None:
+    """The file of a module or package, given its path without an ending; None where it is neither."""
+    candidates = (module.with_name(f"{module.name}.py"), module / "__init__.py")
+    return next((file for file in candidates if file.exists()), None)
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -65,11 +72,17 @@ def test_every_room_has_a_floor():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    known, (rooms, others) = floors(), imports(path)
+    known, (modules, others) = floors(), imports(path)
     floor = known[room_of(path)]
+    rooms = {room_of(module) for module in modules}
     assert not {room: known[room] for room in rooms if known[room] > floor}
     if floor <= TOP_OF_THE_RUNTIME:
         assert not others & FOREIGN
+
+
+def test_no_circle():
+    """Modules that import each other in a ring, at the top or inside functions, cannot be read one after the other."""
+    graphlib.TopologicalSorter({path: imports(path)[0] for path in MODULES}).prepare()
 
 
 def test_serving_loads_no_tuner():

@@ -13,9 +13,9 @@ import torch
 
 import dsa_codegen as dsa
 from dsa_codegen import functions, ops
-from dsa_codegen.caches import KvV4Layout
-from dsa_codegen.compare import ATTENTION, LOGITS, LSE, close, equal
 from dsa_codegen.errors import InputError
+from dsa_codegen.problem.caches import KvV4Layout
+from dsa_codegen.problem.compare import ATTENTION, LOGITS, LSE, close, equal
 
 from layer_inputs import TINY, V4, decode_inputs, prefill_inputs
 
@@ -148,7 +148,7 @@ def test_decode_in_a_cuda_graph_is_the_same():
 @pytest.mark.parametrize("name", ["tiny", "deepseek-v3.2", "deepseek-v4-flash"])
 def test_a_capture_may_follow_warmup_at_once(name):
     """In a process of its own: no kernel was launched before, neither by another test nor by a step without a graph."""
-    script = Path(__file__).with_name("capture_after_warmup.py")
+    script = Path(__file__).parent / "support" / "capture_after_warmup.py"
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

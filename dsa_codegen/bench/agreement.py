@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import compare
-from ..op import Accuracy
+from ..problem import compare
+from ..problem.op import Accuracy
 
 PEER_SIMILARITY = 1e-4
 """What a peer may differ from the reference by: it rounds in its own ways, and is not this package's to judge finer."""

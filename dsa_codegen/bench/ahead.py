@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..build import build_all
-from ..dispatch import chosen
 from ..errors import DsaError
 from ..gpu import Gpu
-from ..render import Rendered, render
+from ..kernels.build import build_all
+from ..kernels.render import Rendered, render
+from ..runtime.dispatch import chosen
 from ..worker import JobFailed, Worker
 from . import contest
 from .cases import BenchCase

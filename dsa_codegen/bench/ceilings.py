@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..checks import FP8
 from ..gpu import Gpu
-from ..measure import measure_calls
-from ..stopwatch import Stopwatch
-from ..timing import Policy
+from ..problem.checks import FP8
+from ..proof.measure import measure_calls
+from ..proof.stopwatch import Stopwatch
+from ..proof.timing import Policy
 from .problems import Roofs
 
 _POLICY = Policy(cold_l2=False, reps=4, rounds=5)

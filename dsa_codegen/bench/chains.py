@@ -12,12 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import compare, functions, ops, presets
-from ..caches import IndexKLayout, KvV32Layout, quantize_groups
-from ..draw import Draw
+from .. import functions, ops
 from ..layer import LOGITS_BYTES, Layer
-from ..op import Accuracy, Case, Cost, Inputs, Outputs
-from ..values import Sizes, Spec
+from ..problem import compare, presets
+from ..problem.caches import IndexKLayout, KvV32Layout
+from ..problem.draw import Draw
+from ..problem.op import Accuracy, Case, Cost, Inputs, Outputs
+from ..problem.quantization import quantize_groups
+from ..problem.values import Sizes, Spec
 from .agreement import selection, tokens_of_slots
 from .cases import BenchCase
 from .stage import Part, Prepared, Stage

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import backends, toolchain
 from ..errors import DsaError, SpecError, UnknownName
 from ..gpu import Gpu
+from ..kernels import backends, toolchain
 from ..worker import Worker
 from . import ahead, cases, hostcost, peers, report, results
 from .campaign import Campaign, Notify

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..dispatch import Untuned
-from ..draw import Draw
 from ..gpu import Gpu
-from ..measure import InputSet, Measured, measure_calls, nbytes, rotation
-from ..op import Inputs, Outputs
-from ..stopwatch import Stopwatch
-from ..timing import Policy, Timing
-from ..verify import poison, seed_of
+from ..problem.draw import Draw
+from ..problem.op import Inputs, Outputs
+from ..proof.measure import InputSet, Measured, measure_calls, nbytes, rotation
+from ..proof.stopwatch import Stopwatch
+from ..proof.timing import Policy, Timing
+from ..proof.verify import poison, seed_of
+from ..runtime.dispatch import Untuned
 from . import peers as adapters
 from .agreement import PEER_SIMILARITY
 from .cases import BenchCase

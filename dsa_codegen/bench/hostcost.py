@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import dispatch
-from ..build import build
-from ..draw import Draw
 from ..gpu import Gpu
-from ..measure import measure_calls
-from ..render import render
-from ..stopwatch import Stopwatch
-from ..timing import Policy
-from ..variant import Variant
+from ..kernels.build import build
+from ..kernels.render import render
+from ..kernels.variant import Variant
+from ..problem.draw import Draw
+from ..proof.measure import measure_calls
+from ..proof.stopwatch import Stopwatch
+from ..proof.timing import Policy
+from ..runtime import dispatch
 from . import peers as adapters
 from .cases import BenchCase, case
 from .contest import OURS

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..show import Printer, lines, table, together
+from ..command.show import Printer, lines, table, together
 from .campaign import Notify
 from .cases import BenchCase
 from .comparison import Comparison

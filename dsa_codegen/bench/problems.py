@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UnknownName
 from ..gpu import Gpu
-from ..op import Cost
+from ..problem.op import Cost
 from .chains import CHAINED
 from .stage import Stage
 from .stages import SINGLE

@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 
 from ..errors import RecordError
-from ..publish import publish
+from ..records.publish import publish
 from .cases import STAGES, BenchCase
 
 Row = dict[str, Any]

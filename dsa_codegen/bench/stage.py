@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..dispatch import chosen
-from ..draw import Draw
 from ..gpu import Gpu
-from ..op import Accuracy, Case, Cost, Inputs, Op, Outputs
-from ..values import Sizes, Spec
+from ..problem.draw import Draw
+from ..problem.op import Accuracy, Case, Cost, Inputs, Op, Outputs
+from ..problem.values import Sizes, Spec
+from ..runtime.dispatch import chosen
 from .cases import BenchCase
 
 Run = Callable[[], Any]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import functions, ops
-from ..draw import Draw
-from ..op import Accuracy, Case, Inputs, Op, Outputs
-from ..values import Sizes, Spec
+from ..problem.draw import Draw
+from ..problem.op import Accuracy, Case, Inputs, Op, Outputs
+from ..problem.values import Sizes, Spec
 from . import agreement
 from .cases import INDEXED, BenchCase
 from .stage import Part, Prepared, Stage

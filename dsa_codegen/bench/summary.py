@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..timing import Timing
+from ..proof.timing import Timing
 from .cases import BenchCase
 from .contest import OURS, Entry, Outcome
 from .problems import Roofs, stage_of

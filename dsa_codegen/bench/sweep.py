@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import functions
-from ..draw import Draw
-from ..measure import measure_calls
-from ..op import Inputs
-from ..stopwatch import Stopwatch
-from ..timing import Policy
+from ..problem.draw import Draw
+from ..problem.op import Inputs
+from ..proof.measure import measure_calls
+from ..proof.stopwatch import Stopwatch
+from ..proof.timing import Policy
 from .cases import BenchCase, case
 from .chains import layer_of
 from .peers import dense

@@ -1,4 +1,4 @@
-"""The operations, one file each; every module here that defines ``OP`` is an operation of the package."""
+"""The operations, one folder each: what is asked (``problem``), how it is computed (``kernels``). The files are shared."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import importlib
 import pkgutil
 
 from ..errors import UnknownName
-from ..op import Op
+from ..problem.op import Op
 
 
 @functools.cache
 def all_ops() -> dict[str, Op]:
     """The operations by name, in the order of the alphabet."""
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {module.OP.name: module.OP for module in modules if hasattr(module, "OP")}
+    folders = [info.name for info in pkgutil.iter_modules(__path__) if info.ispkg]
+    return {name: importlib.import_module(f"{__name__}.{name}").OP for name in folders}
 
 
 def get(name: str) -> Op:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from ..build import Built
-from ..measure import Measured
-from ..op import Accuracy
+from ..kernels.build import Built
+from ..problem.op import Accuracy
+from ..proof.measure import Measured
 from .outcome import Outcome
 from .pool import CompilePool
 from .problem import Problem

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..op import Config
-from ..timing import TIE, Timing
+from ..problem.op import Config
+from ..proof.timing import TIE, Timing
 
 TIE_MODELLED = 0.25  # the model is no better than that: a default that somebody measured is not given up for less
 _MAD_OF_SPREAD = 0.4  # for normal noise the median absolute deviation is 0.40 of the distance from p20 to p80

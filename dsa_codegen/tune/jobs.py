@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import backends
-from ..build import Built
-from ..compare import same_bits, worst
-from ..measure import InputSet, Measured, input_sets, measure, nbytes
-from ..op import Accuracy, Outputs
-from ..timing import COLD, Policy
-from ..values import Spec
-from ..variant import Variant
-from ..verify import poison, verify
+from ..kernels import backends
+from ..kernels.build import Built
+from ..kernels.variant import Variant
+from ..problem.compare import same_bits, worst
+from ..problem.op import Accuracy, Outputs
+from ..problem.values import Spec
+from ..proof.measure import InputSet, Measured, input_sets, measure, nbytes
+from ..proof.timing import COLD, Policy
+from ..proof.verify import poison, verify
 from .outcome import Kind, Outcome
 from .problem import Entrant, Problem
 from .space import Key

@@ -12,11 +12,11 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from .. import backends
-from ..op import Case
-from ..record import GpuKey
-from ..render import template_name, template_sha
-from ..values import bucket_to_json
+from ..kernels import backends
+from ..kernels.render import template_name, template_sha
+from ..problem.op import Case
+from ..problem.values import bucket_to_json
+from ..records.record import GpuKey
 from .space import Space
 
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..backends import Resources
-from ..draw import Draw
 from ..gpu import Gpu
-from ..op import Case, Config, Launch, Op
-from ..values import Spec
+from ..kernels.backends import Resources
+from ..problem.draw import Draw
+from ..problem.op import Case, Config, Launch, Op
+from ..problem.values import Spec
 
 VERSION = 1
 """Part of a modelled study's identity: times of another model do not compare."""

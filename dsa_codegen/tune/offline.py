@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..timing import Timing
+from ..proof.timing import Timing
 from . import model
 from .evaluate import Done, Evaluator, Task
 from .outcome import Kind, Outcome

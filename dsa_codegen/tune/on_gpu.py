@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measure import Measured
-from ..op import Accuracy
+from ..problem.op import Accuracy
+from ..proof.measure import Measured
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from . import jobs
 from .evaluate import Done, Evaluator, Task

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DsaError, NoConfig
-from ..explain import nearest
-from ..lookup import missing_tool, search_path
-from ..op import Config, Op
-from ..record import Record
-from ..records import read_all
+from ..problem.op import Config, Op
+from ..records.explain import nearest
+from ..records.files import read_all
+from ..records.lookup import missing_tool, search_path
+from ..records.record import Record
 from .problem import Problem
 from .space import Space
 from .study import Study

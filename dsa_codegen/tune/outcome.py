@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from ..op import Accuracy
-from ..timing import Policy, Timing
+from ..problem.op import Accuracy
+from ..proof.timing import Policy, Timing
 
 
 class Kind(str, Enum):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..gpu import Gpu
-from ..op import Case, Op
-from ..record import Record
-from ..values import Bucket, Spec
+from ..problem.op import Case, Op
+from ..problem.values import Bucket, Spec
+from ..records.record import Record
 from .problem import Problem
 from .progress import StudyStatus
 

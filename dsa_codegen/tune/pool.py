@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from ..build import Built, build
 from ..gpu import Gpu
-from ..render import Rendered
+from ..kernels.build import Built, build
+from ..kernels.render import Rendered
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from .outcome import Kind, Outcome
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..build import Built
 from ..gpu import Gpu
-from ..op import Case, Config, Op
-from ..values import Spec
+from ..kernels.build import Built
+from ..problem.op import Case, Config, Op
+from ..problem.values import Spec
 from .space import Candidate
 
 

@@ -6,10 +6,10 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..op import Accuracy, Config
-from ..record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
-from ..render import template_name, template_sha
-from ..toolchain import versions
+from ..kernels.render import template_name, template_sha
+from ..kernels.toolchain import versions
+from ..problem.op import Accuracy, Config
+from ..records.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
 from .evaluate import Evaluator
 from .finals import Finalist, choose
 from .outcome import Kind, Outcome

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import paths, records
-from ..build import Built
+from .. import paths
 from ..gpu import Gpu
-from ..op import Op
-from ..record import Record
-from ..values import Spec
+from ..kernels.build import Built
+from ..problem.op import Op
+from ..problem.values import Spec
+from ..records import files as records
+from ..records.record import Record
 from .evaluate import Evaluator
 from .ledger import Ledger
 from .offline import ModelEvaluator

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..gpu import Gpu
-from ..op import Config, Op, Parameter
-from ..render import Rendered, render
-from ..values import Scalar, Spec
+from ..kernels.render import Rendered, render
+from ..problem.op import Config, Op, Parameter
+from ..problem.values import Scalar, Spec
 
 ENUMERABLE = 50_000  # points whose constraints are checked in about a second
 

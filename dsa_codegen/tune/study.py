@@ -19,8 +19,8 @@ import optuna
 from optuna.trial import TrialState
 
 from ..errors import DsaError
-from ..op import Case, Config, Violation
-from ..values import describe
+from ..problem.op import Case, Config, Violation
+from ..problem.values import describe
 from .journal import identity, open_study
 from .outcome import Kind, Outcome
 from .space import Candidate, Key, Space

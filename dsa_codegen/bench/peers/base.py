@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import ClassVar
 
-from ...op import Inputs
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import functions
-from ...op import Inputs
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared, Run
 from . import deep_gemm, fast_topk, flashmla

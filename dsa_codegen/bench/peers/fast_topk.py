@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...op import Inputs
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared
 from .base import Peer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...op import Inputs
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared, Run
 from .base import Peer

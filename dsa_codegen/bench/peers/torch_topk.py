@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...op import Inputs
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared
 from .base import Peer

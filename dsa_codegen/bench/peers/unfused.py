@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...caches import KvV32Layout
-from ...op import Inputs
+from ...problem.caches import KvV32Layout
+from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared, Run
 from .base import Peer

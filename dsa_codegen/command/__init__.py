@@ -1,0 +1,1 @@
+"""What the command line calls, and how it shows what came of it."""

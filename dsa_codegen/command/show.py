@@ -1,0 +1,309 @@
+"""How the command line shows things: one progress bar while it works, one table at the end, plain rows for JSON."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..gpu import Gpu
+from ..problem.op import Op
+from ..problem.values import Scalar, Sizes, Spec, describe
+from ..proof.timing import Policy
+from ..records.explain import Difference
+from ..records.lookup import Found
+from ..records.record import Record
+from .doctor import Finding
+from .generate import Generated
+from .ours import Row
+from .verification import Verdict
+
+if TYPE_CHECKING:
+    from ..tune.progress import Notify
+    from ..tune.progress import Progress as TuneProgress
+    from ..tune.run import Report
+
+T = TypeVar("T")
+R = TypeVar("R")
+Printer = Callable[[Console], None]
+
+
+def progress(console: Console, title: str, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """Work on the items one after another under a bar that says how long the rest will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        return [work(item) for item in bar.track(items, description=title)]
+
+
+def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
+    """Run a tuning under a bar: share of the work, time left, outcomes so far, the last study to improve."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[eta]}"),
+        TextColumn("[dim]{task.fields[counts]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("tune", total=1.0, eta="", counts="")
+
+        def notify(state: TuneProgress) -> None:
+            eta = "" if state.eta_s is None else f"{state.eta_s / 60:.0f} min left"
+            counts = " · ".join(f"{number} {kind.value}" for kind, number in state.counts.items() if number)
+            bar.update(task, description=f"tune: {state.phase}", completed=state.fraction, eta=eta, counts=counts)
+
+        return run(notify)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Printer:
+    """A table to print. A row of one cell is the heading of those behind it.
+
+    Columns whose names end in a unit, or start with "# " (which is not shown), are right-aligned.
+    """
+
+    def show(console: Console) -> None:
+        drawn = Table(title=title, title_justify="left", header_style="bold")
+        for column in columns:
+            right = column.endswith((" µs", "%", "/s", "TFLOPS", "±")) or column.startswith("#")
+            head = column.removeprefix("# ")
+            drawn.add_column(head, justify="right" if right else "left", overflow="fold", no_wrap=right or column == "op")
+        for row in rows:
+            if len(row) == 1:
+                drawn.add_section()
+            drawn.add_row(*map(escape, row), style="bold" if len(row) == 1 else "")
+        console.print(drawn)
+
+    return show
+
+
+def together(*printers: Printer) -> Printer:
+    """One printer after another."""
+
+    def show(console: Console) -> None:
+        for printer in printers:
+            printer(console)
+
+    return show
+
+
+def lines(*texts: str, style: str = "") -> Printer:
+    """Plain lines."""
+
+    def show(console: Console) -> None:
+        for text in texts:
+            console.print(text, style=style, highlight=False, markup=False)
+
+    return show
+
+
+def values(mapping: Any) -> str:
+    """``block_n=64 num_warps=4``."""
+    return " ".join(f"{name}={value}" for name, value in mapping.items())
+
+
+def generated(written: Sequence[Generated]) -> Printer:
+    """The files that ``generate`` wrote."""
+    rows = [(each.path.name, describe(each.need.case.sizes.bucket()), str(each.config), each.origin) for each in written]
+    modules = len({each.path for each in written})
+    head = f"{modules} modules for {len(written)} calls in {written[0].path.parent}"
+    return table(head, ("file", "sizes", "config", "from"), rows)
+
+
+def generated_row(each: Generated) -> dict[str, Any]:
+    """One written file for JSON."""
+    spec, config = each.need.spec.to_dict(), each.config.to_dict()
+    return {"file": str(each.path), "op": each.need.op.name, "spec": spec, "backend": each.config.backend, "config": config}
+
+
+def verdicts(found: Sequence[Verdict]) -> Printer:
+    """A line per operation and backend, and one for each check that failed."""
+    groups: dict[tuple[str, str, str], list[Verdict]] = {}
+    for verdict in found:
+        key = verdict.subject.op.name, verdict.subject.config.backend, verdict.check.split()[0]
+        groups.setdefault(key, []).append(verdict)
+    rows = []
+    for (op, backend, check), group in groups.items():
+        failed = sum(not verdict.passed for verdict in group)
+        worst = max(verdict.similarity for verdict in group)
+        state = "passed" if not failed else f"{failed} FAILED"
+        seconds = sum(verdict.seconds for verdict in group)
+        rows.append(
+            (op, backend, check, str(len(group)), state, f"{worst:.1e}" if check != "compile" else "", f"{seconds:.0f}")
+        )
+    columns = ("op", "backend", "check", "# checks", "outcome", "# similarity", "# seconds")
+    failures = [
+        f"{verdict.subject.op.name} {verdict.subject.spec.id} {verdict.subject.config}\n  {verdict.check}: {verdict.detail}"
+        for verdict in found
+        if not verdict.passed
+    ]
+    return together(table("verify", columns, rows), lines(*failures, style="red"))
+
+
+def verdict_row(verdict: Verdict) -> dict[str, Any]:
+    """One verdict for JSON."""
+    subject = verdict.subject
+    return {
+        "op": subject.op.name,
+        "spec": subject.spec.to_dict(),
+        "backend": subject.config.backend,
+        "config": subject.config.to_dict(),
+        "check": verdict.check,
+        "passed": verdict.passed,
+        "similarity": verdict.similarity,
+        "seconds": round(verdict.seconds, 3),
+        "detail": verdict.detail,
+    }
+
+
+def tuned(report: Report) -> Printer:
+    """The chosen variants (the fastest backend of each problem), where all records lie, and what was left out."""
+    fastest: dict[tuple[object, ...], Record] = {}
+    for record in sorted(report.records, key=lambda record: record.time_us.median):
+        fastest.setdefault((record.op, tuple(record.spec.items()), record.bucket), record)
+    chosen = [record for record in report.records if record in fastest.values()]
+    head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
+    files = [f"wrote {path}" for path in report.files]
+    return together(records(chosen, head), lines(_outcomes(report), *files), lines(*report.notes, style="yellow"))
+
+
+def _outcomes(report: Report) -> str:
+    """``candidates: 412 ok, 31 infeasible``."""
+    counts: Counter[str] = Counter()
+    for study in report.studies:
+        counts.update({kind.value: number for kind, number in study.counts.items() if number})
+    return "candidates: " + (", ".join(f"{number} {kind}" for kind, number in counts.most_common()) or "none")
+
+
+def records(found: Sequence[Record], title: str = "records") -> Printer:
+    """Records by GPU and evidence, a table each; an operation is a heading, as its column would leave the others no room."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        groups.setdefault((record.gpu.id, record.evidence), []).append(record)
+    tables = [_records(group, f"{gpu}, {evidence}") for (gpu, evidence), group in groups.items()]
+    return together(lines(title), *tables)
+
+
+def _records(found: Sequence[Record], title: str) -> Printer:
+    rows: list[tuple[str, ...]] = []
+    for op, group in itertools.groupby(found, key=lambda record: record.op):
+        rows += [(op,), *map(_record, group)]
+    return table(title, ("spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
+
+
+def _record(record: Record) -> tuple[str, ...]:
+    return (
+        _short(record.spec),
+        describe(record.bucket),
+        f"{record.backend}: {values(record.config)}",
+        f"{record.time_us.median:.1f}",
+        f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
+        f"{100 * record.limit_us / record.time_us.median:.0f}",
+    )
+
+
+def _short(spec: Mapping[str, Scalar]) -> str:
+    """A spec for people: what is off or zero is left out."""
+    parts = (
+        value if isinstance(value, str) else name if value is True else f"{name}={value}"
+        for name, value in spec.items()
+        if value
+    )
+    return " ".join(part for part in parts if part != "none")
+
+
+def record_row(record: Record) -> dict[str, Any]:
+    """One record for JSON."""
+    return {
+        "gpu": record.gpu.id,
+        "op": record.op,
+        "backend": record.backend,
+        "spec": dict(record.spec),
+        "bucket": describe(record.bucket),
+        "config": dict(record.config),
+        "evidence": record.evidence,
+        "time_us": record.time_us.median,
+        "default_time_us": record.default_time_us,
+        "limit_us": record.limit_us,
+    }
+
+
+def bench(rows: Sequence[Row], gpu: Gpu, policy: Policy) -> Printer:
+    """Timed cases against the roofline."""
+    body = [
+        (
+            row.need.op.name,
+            row.need.case.id,
+            str(row.found.config),
+            row.found.origin,
+            f"{row.timing.median:.1f}",
+            f"{(row.timing.p80 - row.timing.p20) / 2:.1f}",
+            f"{row.tflops:.0f}",
+            f"{row.terabytes_per_s:.2f}",
+            f"{100 * row.share_of_limit:.0f}",
+        )
+        for row in rows
+    ]
+    columns = ("op", "case", "config", "from", "time µs", "±", "TFLOPS", "TB/s", "limit %")
+    state = "inputs not in L2" if policy.cold_l2 else "inputs in L2"
+    return table(f"{gpu.name}, graph replay, {state}", columns, body)
+
+
+def bench_row(row: Row) -> dict[str, Any]:
+    """One timed case for JSON."""
+    need, timing = row.need, row.timing
+    return {
+        "op": need.op.name,
+        "spec": need.spec.to_dict(),
+        "case": need.case.id,
+        "backend": row.found.config.backend,
+        "config": row.found.config.to_dict(),
+        "origin": row.found.origin,
+        "time_us": {"median": timing.median, "p20": timing.p20, "p80": timing.p80, "n": timing.n},
+        "limit_us": row.limit_us,
+    }
+
+
+Answer = tuple[Spec, Found, list[tuple[Record, list[Difference]]]]
+
+
+def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Printer:
+    """For each spec: what is used and why, and field by field what kept the nearest records from it."""
+    printers: list[Printer] = []
+    for spec, found, compared in answers:
+        used = f"{op.name} {spec.id}\n  at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
+        kin = [f"  tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
+        printers.append(lines(used, *kin, *(f"  {note}" for note in found.notes)))
+        missed = [(record, differences) for record, differences in compared if differences][:3]
+        rows = [
+            (f"{record.gpu.id} {record.backend} {describe(record.bucket)}", each.field, each.wanted, each.there)
+            for record, differences in missed
+            for each in differences
+        ]
+        if found.record is None and rows:
+            printers.append(table("nearest records", ("record", "field", "wanted", "there"), rows))
+    return together(*printers)
+
+
+def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[Difference]]]) -> dict[str, Any]:
+    """One answer for JSON."""
+    return {
+        "spec": spec.to_dict(),
+        "origin": found.origin,
+        "backend": found.config.backend,
+        "config": found.config.to_dict(),
+        "stale": found.stale,
+        "notes": list(found.notes),
+        "nearest": [[vars(difference) for difference in differences] for _, differences in compared[:3]],
+    }
+
+
+def findings(found: Sequence[Finding]) -> Printer:
+    """The diagnosis."""
+    rows = [(each.what, "ok" if each.ok else "missing", each.state, "" if each.ok else each.remedy) for each in found]
+    return table("doctor", ("what", "", "state", "remedy"), rows)

@@ -1,0 +1,1 @@
+"""From text to a launch: render a template, build the text, load the binary; what launches compute on the host."""

@@ -1,0 +1,177 @@
+"""Sparse MLA, prefill: every query attends to its own list of tokens; all heads share one latent vector per token.
+
+``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :512]``,
+``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode). With a sink, ``exp(sink[h])``
+joins the softmax's denominator; lse stays as it is. An index of -1 or >= the number of tokens means "no token".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...problem import checks
+from ...problem.draw import Draw
+from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
+from ...problem.presets import Model
+from ...problem.values import Sizes, Spec
+from ..attended import check_scale, compare_attended
+
+D_V = 512
+"""Channels of a token that are also its value: 512 + 64 (V3.2), 512 + 0, and all of 448 + 64 (V4)."""
+
+_CHUNK = 64  # queries; the reference gathers their rows, the draw ranks all tokens for each of them
+
+
+@dataclass(frozen=True)
+class AttentionSpec(Spec):
+    """What changes the attention's code."""
+
+    heads: int
+    d_qk: int
+    """Channels of queries and tokens: 576, or 512 where every channel is also value."""
+    topk: int
+    lengths: bool = False
+    """Whether only the first ``lengths[query]`` entries of a list count."""
+    sink: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_range("heads", 1, 128)
+        self.require_in("d_qk", (D_V, D_V + 64))
+        self.require_range("topk", 1, 1 << 20)
+
+
+@dataclass(frozen=True)
+class AttentionSizes(Sizes):
+    """What varies from call to call."""
+
+    queries: int
+    tokens: int
+    # Beyond 64K tokens a random gather misses L2: 1143 µs become 1705 µs for 4096 queries on an H200.
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"queries": (1025,), "tokens": (65537,)}
+
+
+class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
+    """See the module's first lines."""
+
+    name = "attention"
+    summary = "Sparse MLA prefill: every query attends to its own list of tokens, all heads sharing one latent vector."
+    function = "sparse_attention"
+    schema = (
+        "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None) -> (Tensor, Tensor)"
+    )
+    spec_type = AttentionSpec
+    sizes_type = AttentionSizes
+    minor = frozenset({"lengths", "sink"})
+
+    def specs(self, model: Model) -> Sequence[AttentionSpec]:
+        return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
+
+    def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
+        q, kv, indices, sm_scale, lengths, sink = args
+        q = checks.tensor("q", q, (None, None, None), torch.bfloat16)
+        queries, heads, d_qk = q.shape
+        tokens = checks.tensor("kv", kv, (None, 1, d_qk), torch.bfloat16, like=q).shape[0]
+        topk = checks.tensor("indices", indices, (queries, 1, None), torch.int32, like=q).shape[2]
+        if lengths is not None:
+            checks.tensor("lengths", lengths, (queries,), torch.int32, like=q)
+        if sink is not None:
+            checks.tensor("sink", sink, (heads,), torch.float32, like=q)
+        check_scale(sm_scale)
+        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None)
+        inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
+        return spec, AttentionSizes(queries, tokens), inputs
+
+    def inputs(self, spec: AttentionSpec, case: Case[AttentionSizes], draw: Draw) -> Inputs:
+        queries, tokens = case.sizes.queries, case.sizes.tokens
+        indices = _distinct(draw, queries, tokens, spec.topk)
+        if case.distribution == "ragged":
+            indices = _spoiled(draw, indices, tokens)
+        return {
+            # Scores of deviation 1. Values of 0.1, as FlashMLA's tests have them: rounding the weights to bf16 costs 2^-9
+            # of a value where few tokens share them, and the limit's absolute part is 1e-3.
+            "q": draw.normal(queries, spec.heads, spec.d_qk, dtype=torch.bfloat16, scale=10.0),
+            "kv": draw.normal(tokens, 1, spec.d_qk, dtype=torch.bfloat16, scale=0.1),
+            "indices": indices[:, None],
+            "sm_scale": spec.d_qk**-0.5,
+            "lengths": draw.integers(-1, spec.topk + 3, queries) if spec.lengths else None,
+            "sink": draw.normal(spec.heads, scale=2.0) if spec.sink else None,
+        }
+
+    def reference(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
+        q = inputs["q"]
+        parts = [_attend(inputs, slice(first, first + _CHUNK)) for first in range(0, max(len(q), 1), _CHUNK)]
+        return {"out": torch.cat([out for out, _ in parts]), "lse": torch.cat([lse for _, lse in parts])}
+
+    def allocate(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
+        shape, device = inputs["q"].shape[:2], inputs["q"].device
+        return {
+            "out": torch.empty(*shape, D_V, dtype=torch.bfloat16, device=device),
+            "lse": torch.empty(shape, dtype=torch.float32, device=device),
+        }
+
+    def check(self, spec: AttentionSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
+        return compare_attended(outputs, reference)
+
+    def cost(self, spec: AttentionSpec, case: Case[AttentionSizes]) -> Cost:
+        queries, tokens = case.sizes.queries, case.sizes.tokens
+        chosen = min(spec.topk, tokens)
+        flops = 2 * queries * spec.heads * chosen * (spec.d_qk + D_V)
+        rows = min(tokens, queries * chosen)
+        results = queries * spec.heads * (2 * D_V + 4)
+        return Cost(flops, 2 * spec.d_qk * (queries * spec.heads + rows) + 4 * queries * spec.topk + results, "bf16")
+
+    def cases(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
+        sizes = ((1, 1), (5, 333), (2, 3000), (3, 0), (0, 40))
+        ragged = [Case(AttentionSizes(queries, tokens), "ragged") for queries, tokens in sizes]
+        return [Case(AttentionSizes(3, 200), "random"), *ragged]
+
+    def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
+        return tuple(replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True))
+
+    def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
+        sizes = ((4096, 32768), (4096, 131072), (512, 32768), (512, 131072))
+        return [Case(AttentionSizes(queries, tokens), "random") for queries, tokens in sizes]
+
+
+def _distinct(draw: Draw, queries: int, tokens: int, topk: int) -> Tensor:
+    """int32 [queries, topk]: random tokens, no token twice in a row of the tensor; -1 where the tokens are too few."""
+    chosen = torch.full((queries, topk), -1, dtype=torch.int32, device=draw.device)
+    for first in range(0, queries if tokens else 0, _CHUNK):
+        rows = chosen[first : first + _CHUNK]
+        order = draw.uniform(len(rows), tokens).topk(min(topk, tokens), dim=1).indices
+        rows[:, : order.shape[1]] = order.int()
+    return chosen
+
+
+def _spoiled(draw: Draw, indices: Tensor, tokens: int) -> Tensor:
+    """Every eighth entry invalid at random places, the first row empty, the second empty at its beginning."""
+    queries, topk = indices.shape
+    invalid = draw.integers(0, 4, queries, topk)
+    worst = torch.tensor([-1, tokens, 2**31 - 1, -(2**31)], dtype=torch.int32, device=draw.device)
+    spoiled = torch.where(draw.uniform(queries, topk) < 1 / 8, worst[invalid], indices)
+    spoiled[:1] = -1
+    spoiled[1:2, : topk // 2] = tokens
+    return spoiled
+
+
+def _attend(inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor]:
+    """(out, lse) of some queries in fp32."""
+    q, kv, chosen = inputs["q"][rows].float(), inputs["kv"][:, 0], inputs["indices"][rows, 0].long()
+    valid = (chosen >= 0) & (chosen < len(kv))
+    if inputs["lengths"] is not None:
+        valid &= torch.arange(chosen.shape[1], device=q.device) < inputs["lengths"][rows, None]
+    latent = torch.zeros(*chosen.shape, q.shape[2], device=q.device)
+    latent[valid] = kv[chosen[valid]].float()
+    scores = torch.einsum("qhd,qkd->qhk", q, latent) * inputs["sm_scale"]
+    scores = scores.masked_fill(~valid[:, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    total = lse if inputs["sink"] is None else torch.logaddexp(lse, inputs["sink"].expand_as(lse))
+    weights = torch.exp(scores - total[..., None]).masked_fill(~valid[:, None], 0.0)
+    return torch.einsum("qhk,qkd->qhd", weights, latent[..., :D_V]), lse

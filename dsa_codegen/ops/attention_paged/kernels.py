@@ -1,0 +1,196 @@
+"""Kernels of sparse MLA decode: warp groups with roles (Gluon), and plain tiles (Triton); how blocks share a row's entries."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...gpu import Gpu
+from ...kernels.waves import until_done
+from ...problem.caches import KvV4Layout
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Scalar
+from .problem import AttentionPagedSizes, AttentionPagedSpec
+
+_COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: all its loads are in flight at once
+_GLUON_PARTS = 8  # of the Gluon template's, whose program has all channels
+_GLUON_TILE = 64  # heads of a block, and entries per step: what one warpgroup instruction takes
+# Per thread: together they fill the register file, lead takes 208. The accumulators are 128 of them.
+_GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_registers": 72}
+_PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
+    """See the module's first lines."""
+
+    backends = ("gluon", "triton")
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        meaning = "blocks that share a row's entries"
+        if backend == "gluon":
+            return (Parameter("splits", (0, *_SPLITS), f"{meaning}; 0: as many as end soonest", launch_only=True),)
+        return (
+            Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
+            Parameter("block_n", (16, 32, 64), "entries gathered per step"),
+            Parameter("num_stages", (2, 3), "stages of the loop over tiles"),
+            Parameter("num_warps", (4, 8), "warps per block"),
+            Parameter("dequantize", ("bits", "cast"), "e4m3 -> bf16 by placing bits, or by the compiler's conversion"),
+            Parameter("splits", _SPLITS, meaning, launch_only=True),
+        )
+
+    def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "gluon":
+            if gpu.capability != 90:
+                reason = f"capability: the Gluon template is Hopper's, {gpu.name} is sm_{gpu.capability}"
+                yield Violation("capability", 1.0, reason)
+            yield from exceeds("smem", _gluon_smem(spec), gpu.smem_per_block, " B")
+            return
+        if config["dequantize"] == "cast":
+            yield from exceeds("capability for e4m3 conversion", 89, gpu.capability)
+        yield from exceeds("padded heads", config["block_h"], max(16, 2 * spec.heads - 1))
+        # Accumulator and tile lie in registers: beyond 256 of their values per thread they spill on every architecture.
+        values = (config["block_h"] + config["block_n"]) * spec.layout.d_v / (32 * config["num_warps"])
+        yield from exceeds("values per thread", values, 256)
+        if isinstance(spec.layout, KvV4Layout) and not _warpgroups(config, gpu):
+            yield from exceeds("heads per block of the v4 layout", config["block_h"], 16)  # at 32, 440 bytes spill
+        yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
+
+    def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
+        wide = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8, dequantize="bits", splits=1)
+        some = wide.replace(block_h=32)
+        few = wide.replace(block_h=16, block_n=32, num_warps=4)
+        widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
+        best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
+        # On an H100 at batch 64 with 128 heads: 101 µs against 194.
+        yield Config.of("gluon", splits=0)
+        for config in (best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
+            yield config.replace(splits=_splits(spec, config, sizes, gpu))
+
+    def derived(self, spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
+        layout = spec.layout
+        names: dict[str, Scalar] = {
+            "d_nope": layout.d_nope,
+            "d_rope": layout.d_rope,
+            "d_v": layout.d_v,
+            "group": layout.group,
+            "power_of_two": isinstance(layout, KvV4Layout),
+            "nope_base": layout.nope.base,
+            "rope_base": layout.rope.base,
+            "token_stride": layout.nope.stride,
+            "scales_base": layout.scales.base,
+            "scales_stride": layout.scales.stride,
+            "head_blocks": _head_blocks(spec, config),
+            "combine_d": _COMBINE_D,
+            "combine_s": _COMBINE_S,
+        }
+        if config.backend == "gluon":
+            chunks = [f"acc{chunk}" for chunk in range(layout.d_v // layout.group)]
+            half = len(chunks) // 2
+            names |= {"left": ", ".join(chunks[:half]), "right": ", ".join(chunks[half:])}
+            names |= {"combine_s": _GLUON_PARTS, "block_h": _GLUON_TILE, "block_n": _GLUON_TILE, **_GLUON_REGISTERS}
+        return names
+
+    def launches(
+        self, spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
+    ) -> Sequence[Launch]:
+        q, cache, out, lse = inputs["q"], inputs["cache"], outputs["out"], outputs["lse"]
+        batch, next_n = q.shape[:2]
+        rows, d_v = batch * next_n, spec.layout.d_v
+        if not rows:
+            return ()
+        if not len(cache):
+            out.zero_()
+            lse.fill_(-math.inf)
+            return ()
+        # Records are tuned for few queries per sequence; a prompt's thousands would make the parts take tens of GB.
+        most = max(1, _PARTIAL_BYTES // (4 * d_v * rows * spec.heads))
+        blocks = _head_blocks(spec, config) * rows
+        whole, splits = 0, min(config["splits"], most)
+        last: tuple[int, ...] = ()
+        combined = (rows * spec.heads, d_v // _COMBINE_D, 1)
+        if config.backend == "gluon":
+            whole, splits = (0, splits) if splits else _shared_out(spec, blocks, gpu)
+            combined, last = ((blocks - whole) * min(spec.heads, _GLUON_TILE), 1, 1), (whole,)
+        parts = combined[0] * splits if splits > 1 else 0
+        partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        lengths, sink = inputs["lengths"], inputs["sink"]
+        optional = [tensor for tensor in (lengths, sink) if tensor is not None]
+        per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
+        tensors = (q, cache, inputs["indices"], *optional, out, lse, partial_out, partial_lse)
+        scalars = (len(cache) * spec.page, cache.stride(0), per_length, splits, inputs["sm_scale"])
+        main = Launch("attention_paged", (whole + (blocks - whole) * splits, 1, 1), (*tensors, *scalars, *last))
+        if splits == 1:
+            return (main,)
+        joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits, *last)
+        return (main, Launch("combine", combined, joined))
+
+
+def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
+    return -(-spec.heads // (_GLUON_TILE if config.backend == "gluon" else int(config["block_h"])))
+
+
+def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
+    """The number that ends soonest, in units of a tile: whole waves of blocks, each with a start, and joining the parts."""
+    blocks = max(1, sizes.batch * sizes.next_n) * _head_blocks(spec, config)
+    tiles = -(-spec.topk // config["block_n"])
+    resident = gpu.sms * (8 // config["num_warps"])
+
+    def duration(splits: int) -> float:
+        joining = 1 + splits / 16 if splits > 1 else 0
+        return until_done(blocks, resident, tiles, 0, splits, start=1.5) + joining
+
+    return min((splits for splits in _SPLITS if splits <= tiles), key=duration)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shared_out(spec: AttentionPagedSpec, blocks: int, gpu: Gpu) -> tuple[int, int]:
+    """(blocks that take all entries of their row, programs that each of the others is split into), so that all end soonest.
+
+    The unit is a tile, 3 µs on an H100: a program starts in 2, joining takes 1, and a quarter for every MB of parts.
+    """
+    tiles = -(-spec.topk // _GLUON_TILE)
+    part = 4 * spec.layout.d_v * min(spec.heads, _GLUON_TILE)
+
+    def duration(shares: tuple[int, int]) -> float:
+        whole, splits = shares
+        joining = 1 + (blocks - whole) * splits * part / 4e6 if splits > 1 else 0
+        return until_done(blocks, gpu.sms, tiles, whole, splits, start=2) + joining
+
+    def fits(shares: tuple[int, int]) -> bool:
+        whole, splits = shares
+        return splits == 1 or (splits <= tiles and (blocks - whole) * splits * part <= _PARTIAL_BYTES)
+
+    waves = blocks // gpu.sms
+    whole = (0, max(waves - 1, 0) * gpu.sms, waves * gpu.sms)
+    return min(filter(fits, itertools.product(whole, _SPLITS)), key=duration)
+
+
+def _warpgroups(config: Config, gpu: Gpu) -> bool:
+    """Whether the products run on whole tiles from shared memory (wgmma, tcgen05), not on warps' registers (mma.sync)."""
+    return config["block_h"] >= 64 and 90 <= gpu.capability < 120
+
+
+def _smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
+    """Bytes of shared memory per block, as the compiler reports them, and up to 1 KB more."""
+    layout, block_h, block_n = spec.layout, config["block_h"], config["block_n"]
+    v4 = isinstance(layout, KvV4Layout)
+    q = 2 * block_h * (layout.d_nope + layout.d_rope)
+    entry = layout.d_v + 2 * layout.d_rope + layout.scales.width + 12  # a tile in flight, and its slots
+    if _warpgroups(config, gpu):
+        entry += 2 * layout.d_v + (0 if v4 else 2 * layout.d_rope)  # the dequantised tile, the rope of the running one
+    else:
+        entry += 4 * layout.d_v if v4 else 2 * block_h
+    # The results change their layout through the same memory.
+    results = 4 * layout.d_v * block_h if _warpgroups(config, gpu) or block_h == 16 else 0
+    return max(q + block_n * entry + 256, results)
+
+
+def _gluon_smem(spec: AttentionPagedSpec) -> int:
+    """Queries and two tiles of bf16 latents, a tile of weights, and less than 2 KB of biases, row values and barriers."""
+    return 3 * 2 * _GLUON_TILE * (spec.layout.d_nope + spec.layout.d_rope) + 2 * _GLUON_TILE**2 + 2048

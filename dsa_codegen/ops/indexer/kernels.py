@@ -1,0 +1,181 @@
+"""Kernels of the prefill indexer: keys as the rows of a product, queries × heads as its columns (Gluon, Triton, TileLang)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from ...gpu import Gpu
+from ...kernels.tma import Tiled
+from ...kernels.waves import share_out
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Scalar
+from .problem import (
+    IndexerSizes,
+    IndexerSpec,
+    columns_of,
+)
+
+_GLUON_COLUMNS = 256  # queries × heads of a block
+
+
+class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
+    """See the module's first lines."""
+
+    backends = ("gluon", "triton", "tilelang")
+    min_capability = 89
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        if backend == "gluon":
+            return (
+                Parameter("accumulators", (1, 2), "products in flight: one at a time, or two that take turns"),
+                Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
+                Parameter("num_stages", (2, 3, 4, 5, 6, 8), "stages of keys in flight"),
+                Parameter("blocks_per_sm", (2, 3), "resident blocks: registers are capped and waves counted for so many"),
+            )
+        tiles = (
+            Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),
+            Parameter("block_n", (32, 64, 128, 256), "tokens per tile, the M operand of the matrix product"),
+            Parameter("num_stages", (2, 3, 4, 5), "tiles of keys in flight"),
+            Parameter("splits", (1, 2, 4, 8), "blocks that share the window of a query block", launch_only=True),
+        )
+        if backend == "triton":
+            return (*tiles, Parameter("num_warps", (4, 8), "warps per block"))
+        return (
+            *tiles,
+            Parameter(
+                "pipeline", ("plain", "paired"), "one tile at a time, or the second of a pair behind the first's epilogue"
+            ),
+            Parameter("threads", (128, 256), "threads per block; warp groups share out a tile's tokens, or else its queries"),
+            Parameter("blocks_per_sm", (1, 2, 3, 4), "blocks that the registers of a thread must leave room for"),
+        )
+
+    def constraints(self, spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "gluon":
+            yield from _gluon_constraints(spec, config, gpu)
+            return
+        columns = config["block_q"] * spec.heads
+        smem = (columns + config["num_stages"] * config["block_n"]) * spec.head_dim
+        yield from exceeds("smem", smem + 2048, gpu.smem_per_block, " B")  # barriers and what is reserved
+        yield from exceeds("columns", 16, columns)
+        if config.backend == "tilelang":
+            yield from _tilelang_constraints(spec, config, gpu)
+            return
+        yield from exceeds("columns", columns, 256)
+        yield from exceeds("warpgroup rows", config["num_warps"] * 16, config["block_n"])
+        # The accumulator lies in registers; beyond 192 of 255 the epilogue spills.
+        yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
+
+    def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
+        # One accumulator and three blocks per SM, where that spills nothing.
+        hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3)
+        if spec.heads == 8:
+            hopper = hopper.replace(accumulators=2, block_n=64, num_stages=4, blocks_per_sm=2)
+        elif spec.heads == 16 and spec.clean and not spec.compressed:
+            hopper = hopper.replace(block_n=64, num_stages=4)
+        yield hopper
+        columns = 256 if gpu.capability == 90 else 128  # where the operands lie in registers too, 256 spill 250 to 380 bytes
+        block_q = min(16, columns // spec.heads)
+        blocks = -(-sizes.queries // block_q)
+        splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
+        yield Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=splits)
+
+    def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
+        if config.backend == "gluon":
+            return _gluon_numbers(spec, config)
+        columns: dict[str, Scalar] = {"columns": config["block_q"] * spec.heads}
+        if config.backend == "triton":
+            return columns
+        split_q = _query_groups(config)
+        policy = "FullRow" if split_q == 1 else "FullCol"
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[spec.logits]
+        return {**columns, "split_q": split_q, "group_q": config["block_q"] // split_q, "policy": policy, "dtype": dtype}
+
+    def launches(self, spec: IndexerSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+        q, k, logits = inputs["q"], inputs["k"], outputs["logits"]
+        queries, tokens = q.shape[0], k.shape[0]
+        columns = columns_of(inputs)
+        if not queries or not columns:
+            return ()
+        if not tokens:  # of no keys no kernel can load a tile
+            if spec.clean:
+                logits.fill_(-math.inf)
+            return ()
+        width = (columns,) if spec.compressed else ()
+        if config.backend == "gluon":
+            blocks = -(-queries * spec.heads // _GLUON_COLUMNS)
+            # The windows stay on the GPU: they are taken to be causal, as most are.
+            window = min(tokens, columns)
+            longest, shortest = -(-window // 64), max(window - queries, 0) // 64
+            whole, splits = share_out(blocks, config["blocks_per_sm"] * gpu.sms, longest, shortest)
+            pairs = Tiled(q, (spec.heads // 2, queries, 2, spec.head_dim), (2 * spec.head_dim, q.stride(0), spec.head_dim, 1))
+            rest = (inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
+            scalars = (queries, tokens, logits.stride(0), whole, splits, *width)
+            return (Launch("indexer", (whole + (blocks - whole) * splits, 1, 1), (pairs, Tiled(k), *rest, *scalars)),)
+        tensors = (q, k, inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
+        grid = (-(-queries // config["block_q"]), config["splits"], 1)
+        if config.backend == "tilelang":
+            return (Launch("indexer", grid, (*tensors, config["splits"])),)
+        return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0), *width)),)
+
+
+def _gluon_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    if gpu.capability != 90:
+        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
+    smem = (_GLUON_COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * (config["num_stages"] + 1)
+    yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
+    # Products, weights, and a window and an address for each of a thread's queries; ptxas reported up to 8 above that.
+    registers = 64 * config["accumulators"] + 64 + 4 * (64 // spec.heads) + 20
+    yield from exceeds("registers", registers, _gluon_registers(config))
+
+
+def _gluon_registers(config: Config) -> int:
+    """The cap per thread that leaves room for the config's resident blocks in Hopper's register file of 65536."""
+    return {2: 255, 3: 168}[config["blocks_per_sm"]]
+
+
+def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the Gluon template: how a block's columns come in two parts, and the layouts that follow from it."""
+    part_heads = min(spec.heads, 32)
+    part_queries = 4 * (32 // part_heads)  # four lanes share a row of the accumulator; each holds 32 columns: its queries
+    query_parts = _GLUON_COLUMNS // spec.heads // part_queries
+    next_queries = [4 << bit for bit in range((part_queries // 4).bit_length() - 1)]
+    next_heads = [1 << bit for bit in range(part_heads.bit_length() - 1)]
+    return {
+        "block_q": part_queries * query_parts,
+        "part_heads": part_heads,
+        "part_queries": part_queries,
+        "query_parts": query_parts,
+        "next_query": part_queries if query_parts == 2 else 0,
+        "next_head": 0 if query_parts == 2 else part_heads,
+        "score_registers": str([[8, 0], *([0, query] for query in next_queries)]),
+        "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
+        "maxnreg": _gluon_registers(config),
+    }
+
+
+def _query_groups(config: Config) -> int:
+    """Among how many warp groups a block's queries are shared out: 1 where a tile has 64 tokens for each group."""
+    return 1 if config["threads"] // 2 <= config["block_n"] else config["threads"] // 128
+
+
+def _tilelang_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    groups = _query_groups(config)
+    queries = config["block_q"] / groups
+    columns = queries * spec.heads
+    if gpu.capability != 90:
+        yield Violation(
+            "wgmma", 1.0, f"wgmma: the template multiplies as Hopper (sm_90) does, {gpu.name} is sm_{gpu.capability}"
+        )
+    yield from exceeds("warp groups", groups, config["block_q"])
+    if config["pipeline"] == "paired":  # TileLang finds no layout for two accumulators of a single query
+        yield from exceeds("queries of a pair", 2, config["block_q"])
+    yield from exceeds("warpgroup rows", 64, config["block_n"])
+    yield from exceeds("columns", columns, 256)
+    # Products (of two tiles when paired), weights, windows and sums per thread; what ptxas reported is at most 20 above that.
+    rows = config["block_n"] * groups * 128 / config["threads"] / 64
+    products = rows * columns / 2 * (2 if config["pipeline"] == "paired" else 1)
+    registers = products + columns / 4 + 2 * queries + rows * queries + 12
+    yield from exceeds(
+        "registers", registers, min(gpu.regs_per_thread, gpu.regs_per_sm / config["threads"] / config["blocks_per_sm"])
+    )

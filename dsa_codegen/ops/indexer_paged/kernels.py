@@ -1,0 +1,213 @@
+"""Kernels of the paged indexer: a ring of the cache's pages, a few blocks per SM (Gluon), and plain tiles (Triton)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...gpu import Gpu
+from ...kernels.tma import Tiled
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Scalar, next_power_of_two
+from .problem import IndexerPagedSizes, IndexerPagedSpec
+
+SCHEDULES = ("split", "persistent")
+_TILE = 64  # tokens of a tile in the Gluon template
+_PRODUCE_REGISTERS = 40  # of a thread of the Gluon template's producer
+
+
+class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
+    """See the module's first lines."""
+
+    backends = ("gluon", "triton")
+    min_capability = 89
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        if backend == "gluon":
+            return (
+                Parameter("part_queries", (1, 2, 4, 8, 16), "queries of a sequence whose heads share one product"),
+                Parameter("block_n", (64, 128), "tokens per stage, in tiles of 64"),
+                Parameter("num_stages", (2, 3, 4, 5, 6, 8, 10, 12), "stages of keys in flight"),
+                Parameter("accumulators", (1, 2), "products in flight"),
+                Parameter("blocks_per_sm", (1, 2, 3, 4), "resident blocks: registers are capped for so many"),
+                Parameter("gathered", (1, 16, 32, 48, 64, 96, 128), "stages whose logits are written at once"),
+            )
+        return (
+            Parameter("schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"),
+            Parameter("block_n", (64, 128, 256), "tokens per tile, the M operand of the matrix product"),
+            Parameter("block_q", (1, 2, 4, 8), "queries of a sequence whose heads share one product"),
+            Parameter("num_warps", (4, 8), "warps per block"),
+            Parameter("num_stages", (2, 3, 4, 5, 6), "tiles of keys in flight"),
+            Parameter("blocks_per_sm", (1, 2, 3, 4, 5, 6, 8, 16), "blocks launched per SM", launch_only=True),
+        )
+
+    def constraints(self, spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "gluon":
+            yield from _gluon_constraints(spec, config, gpu)
+            return
+        group_heads = config["block_q"] * spec.heads
+        groups = -(-spec.next_n // config["block_q"])
+        threads = 32 * config["num_warps"]
+        yield from exceeds("queries per product", config["block_q"], next_power_of_two(spec.next_n))
+        yield from exceeds("columns", group_heads, 256)
+        yield from exceeds("warpgroup rows", config["num_warps"] * 16, config["block_n"])
+        # Accumulator, and the weights of all groups: a thread holds those of a quarter of a group's columns.
+        registers = config["block_n"] * group_heads / threads + groups * group_heads / 4
+        yield from exceeds("registers", registers, 160)
+        smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * config["block_n"]
+        yield from exceeds("smem", smem, gpu.smem_per_block, " B")
+
+    def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
+        # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
+        # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway.
+        edges = IndexerPagedSizes.EDGES
+        many = sizes.batch >= edges["batch"][-1] and sizes.context >= edges["context"][-1]
+        for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
+            tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
+            for gathered in (96, 32, 1) if many and part_queries == spec.next_n else (1,):
+                yield Config.of(
+                    "gluon",
+                    part_queries=part_queries,
+                    block_n=tiles * _TILE,
+                    num_stages=2,
+                    accumulators=tiles,
+                    blocks_per_sm=blocks_per_sm,
+                    gathered=gathered,
+                )
+        # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
+        block_q = min(next_power_of_two(spec.next_n), max(1, 128 // spec.heads))
+        yield Config.of(
+            "triton",
+            schedule="split" if sizes.batch == 1 else "persistent",
+            block_n=64,
+            block_q=block_q,
+            num_warps=4,
+            num_stages=4,
+            blocks_per_sm=5 if spec.next_n == 1 else 3 if block_q >= spec.next_n else 2,
+        )
+
+    def derived(self, spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
+        if config.backend == "gluon":
+            return _gluon_numbers(spec, config)
+        return {
+            "queries": next_power_of_two(spec.next_n),
+            "group_heads": config["block_q"] * spec.heads,
+            "groups": -(-spec.next_n // config["block_q"]),
+            "scales_base": spec.layout.scale.base,
+        }
+
+    def launches(self, spec: IndexerPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+        q, cache, page_table, logits = inputs["q"], inputs["cache"], inputs["page_table"], outputs["logits"]
+        batch, context = q.shape[0], inputs["max_context"]
+        if not batch or not context:
+            return ()
+        if not cache.shape[0] and config.backend == "gluon":  # no memory that TMA could be told of, and no token either
+            logits.fill_(-math.inf)
+            return ()
+        tiles = -(-context // config["block_n"])
+        programs = config["blocks_per_sm"] * gpu.sms
+        tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
+        sizes = (batch, cache.shape[0], page_table.shape[1], context)
+        if config.backend == "gluon":
+            grid = _groups(batch, tiles, programs)
+            tensors = (q, *_tiled(spec, cache), *tensors)
+            scalars = (*sizes, page_table.stride(0), logits.stride(0), grid[1], *_together(config, logits, gpu))
+            return (Launch("indexer_paged", (*grid, 1), (*tensors, *scalars)),)
+        tensors = (q, cache, *tensors)
+        strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
+        if config["schedule"] == "persistent":
+            return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, *strides)),)
+        splits = min(max(programs // batch, 1), tiles)
+        return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, *strides, splits)),)
+
+
+def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(groups, programs in each): a group for every row, unless that leaves more than a tenth of the resident programs out."""
+    width = min(max(programs // batch, 1), tiles)
+    if width == tiles or 0 <= programs - batch * width <= programs // 10:
+        return batch, width
+    return programs // width, width
+
+
+def _together(config: Config, logits: Tensor, gpu: Gpu) -> tuple[int, ...]:
+    """Of how many stages the logits are written at once, where the config gathers: of one if the L2 keeps them all anyway."""
+    kept = logits.nbytes <= gpu.l2 // 5
+    return (1 if kept else config["gathered"],) if config["gathered"] > 1 else ()
+
+
+def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
+    """The cache's keys e4m3 [blocks, page, head_dim] and scales fp32 [blocks, page], for TMA."""
+    blocks, stride = cache.shape[0], cache.stride(0)
+    keys = Tiled(cache, (blocks, spec.page, spec.head_dim), (stride, spec.head_dim, 1))
+    return keys, Tiled(cache, (blocks, spec.page), (stride // 4, 1), spec.layout.scale.base)
+
+
+def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    if gpu.capability != 90:
+        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
+    if spec.page < 32:
+        yield Violation("page", 1.0, f"page: TMA writes scales in steps of 128 bytes (32 tokens), a page has {spec.page}")
+    columns = config["part_queries"] * spec.heads
+    parts = -(-spec.next_n // config["part_queries"])
+    yield from exceeds("queries per product", config["part_queries"], next_power_of_two(spec.next_n))
+    yield from exceeds("columns", columns, 256)
+    held = 4 * parts * columns if parts > 1 else 0  # weights
+    if config["gathered"] > 1:
+        held += 4 * config["gathered"] * config["block_n"] * parts * config["part_queries"]
+    smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 8) + 16)
+    yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
+    # Products, weights of a part, and lengths of a thread's queries.
+    tiles = config["block_n"] // _TILE
+    yield from exceeds("resident blocks", config["blocks_per_sm"], 2 if parts > 2 else 4)  # more parts need more registers
+    yield from exceeds("tiles of a stage", tiles, 2 if parts == 1 else 1)  # ptxas spills where more products follow each other
+    yield from exceeds("accumulators", config["accumulators"], parts * tiles)
+    lengths = parts * max(1, config["part_queries"] // 4)
+    registers = config["accumulators"] * columns / 2 + columns / 4 + lengths + 36
+    start, consume = _gluon_registers(config)
+    yield from exceeds("registers", registers, consume)
+    # ptxas wants a product's operands to fit the registers that a thread starts with.
+    yield from exceeds("product's registers", columns / 2 + 26, start)
+
+
+def _gluon_registers(config: Config) -> tuple[int, int]:
+    """Registers per thread at the start, when two warp groups of each resident block share Hopper's 65536, and of the consumer.
+
+    The producer's one warp counts as a group.
+    """
+    start = min(128, 65536 // (256 * config["blocks_per_sm"])) // 8 * 8
+    return start, 2 * start - _PRODUCE_REGISTERS
+
+
+def _gluon_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the Gluon template: how a row's queries come in parts, and the layouts that follow from it."""
+    part_queries = config["part_queries"]
+    lane_queries = min(4, part_queries)
+    lanes = [[0, bit if bit < lane_queries else 0] for bit in (1, 2)]
+    queries = [[0, lane_queries << bit] for bit in range((part_queries // lane_queries).bit_length() - 1)]
+    box = min(spec.page, _TILE)
+    pieces = config["block_n"] // box
+    return {
+        "box": box,
+        "pieces": pieces,
+        "tiles": config["block_n"] // _TILE,
+        "next_blocks_of_stage": ", ".join(f"next_block{piece}" for piece in range(pieces)),
+        "blocks_of_stage": ", ".join(f"block{piece}" for piece in range(pieces)),
+        "parts": -(-spec.next_n // part_queries),
+        "columns": part_queries * spec.heads,
+        "lane_queries": lane_queries,
+        "lane_heads": lane_queries * spec.heads // 4,
+        "score_registers": str([[8, 0], *queries]),
+        "score_lanes": str([*lanes, [1, 0], [2, 0], [4, 0]]),
+        "row_lanes": str([512 // spec.head_dim, spec.head_dim // 16]),
+        "produce_registers": _PRODUCE_REGISTERS,
+        "maxnreg": _gluon_registers(config)[0],
+    }
+
+
+def _part_queries(spec: IndexerPagedSpec) -> list[int]:
+    """Queries per product that leave no part of it empty, the most first."""
+    return [queries for queries in (16, 8, 4, 2, 1) if spec.next_n % queries == 0 and queries * spec.heads <= 128]

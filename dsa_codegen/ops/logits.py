@@ -1,0 +1,32 @@
+"""Logits of the indexers: their dtypes, rows padded to cache lines, and how many rows a budget of bytes holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ROW_ALIGNMENT = 128  # elements of a row of logits
+
+
+def empty_logits(rows: int, columns: int, dtype: str, device: torch.device) -> Tensor:
+    """Uninitialised logits [rows, columns] whose rows start on cache lines, so that neighbouring tiles never share one."""
+    return torch.empty(rows, _stride(columns), dtype=LOGITS[dtype], device=device)[:, :columns]
+
+
+def row_bytes(columns: int, dtype: str) -> int:
+    """Bytes of a row of logits in memory."""
+    return _stride(columns) * LOGITS[dtype].itemsize
+
+
+def chunk_rows(budget: int, queries: int, columns: int, dtype: str) -> int:
+    """How many rows of logits to compute at a time, so that they take no more bytes than ``budget``.
+
+    All of them, or else a multiple of 4, since the kernels take windows that are 16-byte aligned; 0 where 4 are too many.
+    """
+    fitting = max(budget, 0) // max(row_bytes(columns, dtype), 1)
+    return queries if fitting >= queries else fitting // 4 * 4
+
+
+def _stride(columns: int) -> int:
+    return -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT

@@ -1,0 +1,46 @@
+"""Kernels that quantise the indexer's rows (Triton)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ...gpu import Gpu
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
+from ...problem.values import Scalar
+from .. import rows
+from .problem import (
+    QuantizeSizes,
+    QuantizeSpec,
+    weight_factor,
+)
+
+
+class QuantizeKernels(Kernels[QuantizeSpec, QuantizeSizes]):
+    """See the module's first lines."""
+
+    backends = ("triton",)
+    min_capability = 89
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        return rows.PARAMETERS
+
+    def constraints(self, spec: QuantizeSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        yield from rows.values_per_thread(config, spec.width)
+
+    def guesses(self, spec: QuantizeSpec, sizes: QuantizeSizes, gpu: Gpu) -> Iterable[Config]:
+        # 16 values, 32 bytes of bf16, per thread; few rows are spread over more, smaller blocks.
+        if sizes.tokens * spec.heads < 8 * gpu.sms:
+            yield Config.of("triton", block_t=1, num_warps=1)
+        else:
+            yield Config.of("triton", block_t=16, num_warps=4)
+
+    def derived(self, spec: QuantizeSpec, config: Config) -> dict[str, Scalar]:
+        return {**rows.limits(), "weight_factor": repr(weight_factor(spec))}
+
+    def launches(self, spec: QuantizeSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+        count = inputs["source"].shape[0] * spec.heads
+        if not count:
+            return ()
+        stride = inputs["source"].stride(0) if spec.heads == 1 else spec.width
+        args = (*inputs.values(), *outputs.values(), count, stride)
+        return (Launch("quantize", (-(-count // config["block_t"]), 1, 1), args),)

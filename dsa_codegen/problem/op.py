@@ -1,0 +1,309 @@
+"""Op: the one contract between an operation and the pipeline (render, tune, verify, measure, dispatch)."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from ..errors import NoConfig, SpecError, UnknownName
+from ..gpu import Gpu
+from .values import Scalar, Sizes, Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .draw import Draw
+    from .presets import Model
+
+Inputs = Mapping[str, Any]
+"""Named arguments of one call: tensors, None for an absent optional tensor, floats."""
+Outputs = dict[str, "Tensor"]
+
+S = TypeVar("S", bound=Spec)
+Z = TypeVar("Z", bound=Sizes)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tuning parameter: its name (the same in template, search space, JSON and docs) and its ordered choices."""
+
+    name: str
+    choices: tuple[Scalar, ...]
+    meaning: str
+    launch_only: bool = False
+    """True where only the launch depends on it (a number of splits, say): configs that differ in it share one build."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One point of a search space: a backend and a value for each of its parameters."""
+
+    backend: str
+    values: tuple[tuple[str, Scalar], ...]
+
+    @classmethod
+    def of(cls, backend: str, **values: Scalar) -> Config:
+        """``Config.of("triton", block_n=64, num_warps=4)``; the order of the keywords does not matter."""
+        return cls(backend, tuple(sorted(values.items())))
+
+    def __getitem__(self, name: str) -> Any:
+        for key, value in self.values:
+            if key == name:
+                return value
+        raise UnknownName("tuning parameter", name, (key for key, _ in self.values))
+
+    def replace(self, **changes: Scalar) -> Config:
+        """A copy with some values changed."""
+        return Config.of(self.backend, **{**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Scalar]:
+        """The values by parameter name."""
+        return dict(self.values)
+
+    def __str__(self) -> str:
+        return f"{self.backend}({', '.join(f'{name}={value}' for name, value in self.values)})"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A constraint that a config breaks: ``excess`` > 0 says by how much (limit exceeded by that share)."""
+
+    name: str
+    excess: float
+    reason: str
+
+
+def exceeds(name: str, need: float, limit: float, unit: str = "") -> Iterable[Violation]:
+    """One graded violation where ``need`` is above ``limit``, else nothing."""
+    if need > limit:
+        yield Violation(name, need / max(limit, 1) - 1, f"{name}: {need:g}{unit} needed, {limit:g}{unit} allowed")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the problem itself needs, never padded work: operations of ``unit`` and the least bytes to move."""
+
+    flops: float
+    bytes: float
+    unit: str
+
+    def limit_us(self, gpu: Gpu) -> float:
+        """The roofline: the larger of arithmetic and memory time on this GPU, in microseconds."""
+        return max(self.flops / gpu.rate(self.unit) / 1e6, self.bytes / gpu.bandwidth / 1e6)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the kernel's name in the rendered module, its grid and its arguments in order."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case(Generic[Z]):
+    """A problem to verify or to time: sizes, and the distribution that its inputs are drawn from."""
+
+    sizes: Z
+    distribution: str = "normal"
+
+    @property
+    def id(self) -> str:
+        """Readable test id: ``queries4-context64-ragged``."""
+        return f"{self.sizes.id}-{self.distribution}"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of comparing outputs with the reference."""
+
+    passed: bool
+    max_abs: float
+    similarity: float
+    """The largest 1 - 2·Σab / Σ(a²+b²) over the outputs (0 = equal)."""
+    detail: str = ""
+
+
+class Problem(ABC, Generic[S, Z]):
+    """What an operation computes: its specs, arguments, inputs, reference and cost; no word of how."""
+
+    name: ClassVar[str]
+    """The stem: folder, templates, records, tests and docs are named by it."""
+    summary: ClassVar[str]
+    function: ClassVar[str]
+    """The public function and torch operator."""
+    schema: ClassVar[str]
+    """The torch operator's arguments and results, without the name: ``(Tensor q, ...) -> Tensor``."""
+    spec_type: ClassVar[type[Spec]]
+    sizes_type: ClassVar[type[Sizes]]
+    minor: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the spec that leave the best config nearly as it is: where no record has their values, another's serves."""
+
+    @abstractmethod
+    def specs(self, model: Model) -> Sequence[S]:
+        """Every spec that serving the model needs of this operation; none where it has no use for it."""
+
+    @abstractmethod
+    def bind(self, *args: Any) -> tuple[S, Z, Inputs]:
+        """Check the arguments of a call (in the order of ``schema``) and name them; runs before every launch.
+
+        Raises:
+            InputError: names the argument, what came and what is allowed.
+        """
+
+    @abstractmethod
+    def inputs(self, spec: S, case: Case[Z], draw: Draw) -> Inputs:
+        """Fresh inputs as ``bind`` would name them; ``draw`` fixes seed and device (also "meta")."""
+
+    @abstractmethod
+    def reference(self, spec: S, inputs: Inputs) -> Outputs:
+        """The oracle: a few lines of plain PyTorch in fp32 or fp64, on any device."""
+
+    @abstractmethod
+    def allocate(self, spec: S, inputs: Inputs) -> Outputs:
+        """Uninitialised outputs on the inputs' device."""
+
+    @abstractmethod
+    def check(self, spec: S, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
+        """Compare; which comparison of ``verify`` holds for this operation."""
+
+    @abstractmethod
+    def cost(self, spec: S, case: Case[Z]) -> Cost:
+        """Operations and least bytes of the case."""
+
+    @abstractmethod
+    def cases(self, spec: S) -> Sequence[Case[Z]]:
+        """Small, awkward cases that verification runs (also in the interpreter: keep them tiny)."""
+
+    def long_cases(self, spec: S) -> Sequence[Case[Z]]:
+        """Cases that a GPU verifies as well, too long for the interpreter: loops and rings of buffers go round many times."""
+        return ()
+
+    @abstractmethod
+    def workloads(self, spec: S) -> Sequence[Case[Z]]:
+        """The cases that are tuned and timed, at least one per bucket that people serve."""
+
+    def options(self, spec: S) -> Sequence[S]:
+        """The spec and its neighbours in the options a caller may set; verification covers them all."""
+        return (spec,)
+
+
+class Kernels(ABC, Generic[S, Z]):
+    """How an operation is computed: tuning parameters, what they cannot be, names for the templates, launches."""
+
+    backends: ClassVar[tuple[str, ...]]
+    """The backends that have a template, the preferred one first."""
+    min_capability: ClassVar[int] = 80
+    """The oldest GPU generation the templates compile for (FP8 arithmetic needs 89)."""
+
+    @abstractmethod
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        """The tuning parameters of a backend's template with their fixed ranges."""
+
+    @abstractmethod
+    def constraints(self, spec: S, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        """Graded violations, the ONE place for what a template cannot do; used by tuner, dispatcher and tests."""
+
+    @abstractmethod
+    def guesses(self, spec: S, sizes: Z, gpu: Gpu) -> Iterable[Config]:
+        """Configs by judgement, the most promising first; not all of them fit every spec and GPU."""
+
+    @abstractmethod
+    def derived(self, spec: S, config: Config) -> dict[str, Scalar]:
+        """Names for the template beyond the fields of spec and config; all arithmetic happens here."""
+
+    @abstractmethod
+    def launches(self, spec: S, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+        """The launches of one call, in order; workspaces come from torch's allocator. Empty where torch did what was to do.
+
+        They follow from everything but data and addresses, since ``plans`` repeats them for other tensors: arguments are
+        tensors of the call (or TMA's views of them), outputs, uninitialised workspaces, and values of the host.
+        """
+
+
+class Op(Problem[S, Z], Kernels[S, Z]):
+    """An operation of sparse attention: the one contract. One instance lives in ``ops/<name>/`` as ``OP``."""
+
+    def work(self, spec: S, config: Config, case: Case[Z]) -> Cost:
+        """What a config really does: operations on padded rows, and every byte its blocks load and store, again and again.
+
+        Only the ranking without a GPU looks at it; an operation that says nothing is taken to do no more than it must.
+        """
+        return self.cost(spec, case)
+
+    def violations(self, spec: S, config: Config, gpu: Gpu) -> list[Violation]:
+        """All graded violations: values outside the ranges, a GPU that is too old, then the op's own constraints."""
+        found = []
+        for parameter in self.parameters(config.backend):
+            if config[parameter.name] not in parameter.choices:
+                allowed = ", ".join(map(str, parameter.choices))
+                found.append(Violation(parameter.name, 1.0, f"{parameter.name}: {config[parameter.name]}, not in {allowed}"))
+        if gpu.capability < self.min_capability:
+            reason = f"capability: sm_{self.min_capability} or newer needed, {gpu.name} is sm_{gpu.capability}"
+            found.append(Violation("capability", 1.0, reason))
+        return found or list(self.constraints(spec, config, gpu))
+
+    def default_config(self, spec: S, sizes: Z, gpu: Gpu, backend: str = "") -> Config:
+        """What the dispatcher uses untuned, and where a search begins: the first guess that breaks no constraint.
+
+        Args:
+            backend: only its configs, where one is named.
+
+        Raises:
+            NoConfig: there is none, nor any other config.
+        """
+        for config in self.guesses(spec, sizes, gpu):
+            if backend in ("", config.backend) and not self.violations(spec, config, gpu):
+                return config
+        fallback = "triton" if "triton" in self.backends else self.backends[0]  # the one that serves every GPU
+        return self.seed_config(spec, backend or fallback, gpu)
+
+    def seed_config(self, spec: S, backend: str, gpu: Gpu) -> Config:
+        """The first config of a backend, in the order of its choices, that breaks no constraint.
+
+        Raises:
+            NoConfig: there is none.
+        """
+        table = self.parameters(backend)
+        reasons: set[str] = set()
+        for values in itertools.product(*(parameter.choices for parameter in table)):
+            config = Config.of(backend, **dict(zip((parameter.name for parameter in table), values, strict=True)))
+            broken = self.violations(spec, config, gpu)
+            if not broken:
+                return config
+            reasons.update(violation.reason for violation in broken)
+        raise NoConfig(f"{self.name} ({backend})", gpu.name, sorted(reasons)[:5])
+
+    def completed(self, spec: Mapping[str, Any]) -> dict[str, Scalar]:
+        """A record's spec with the defaults of fields that are newer than the record; as it is where it is no spec any more."""
+        try:
+            return self.spec_type.from_dict(spec).to_dict()
+        except SpecError:
+            return dict(spec)
+
+    def kin(self, spec: S, other: Mapping[str, Any]) -> bool:
+        """Whether a record's completed spec differs from ``spec`` in minor fields only."""
+        own = spec.to_dict()
+        return own.keys() == other.keys() and all(other[name] == own[name] for name in own.keys() - self.minor)
+
+    def config(self, backend: str, values: Mapping[str, Any]) -> Config:
+        """A config of untrusted values (a record, a command line), checked by name and type.
+
+        Raises:
+            UnknownName: the operation has no such backend.
+            SpecError: a parameter is missing, unknown or has a value that is not one of its choices.
+        """
+        if backend not in self.backends:
+            raise UnknownName(f"backend of {self.name}", backend, self.backends)
+        table = {parameter.name: parameter for parameter in self.parameters(backend)}
+        for name in values.keys() ^ table.keys():
+            raise SpecError(f"{self.name}.{backend}.{name}", values.get(name), f"exactly the parameters {', '.join(table)}")
+        for name, parameter in table.items():
+            kinds = {type(choice) for choice in parameter.choices}  # True equals 1, and renders as another text
+            if values[name] not in parameter.choices or type(values[name]) not in kinds:
+                raise SpecError(f"{self.name}.{backend}.{name}", values[name], ", ".join(map(str, parameter.choices)))
+        return Config.of(backend, **values)

@@ -1,0 +1,123 @@
+"""What the operations on paged caches share: layouts by name, the fields a template needs, checks of cache and slots."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import checks
+from .caches import IndexKLayout, KvV4Layout, KvV32Layout, Layout
+from .draw import Draw
+from .values import Scalar, next_power_of_two
+
+LAYOUTS = ("index_k", "v32", "v4")
+WIDTHS: dict[str, tuple[int, ...]] = {"index_k": (32, 64, 128), "v32": (KvV32Layout.d_nope,), "v4": (KvV4Layout.d_nope,)}
+"""For each layout, how many channels of a token may be quantised."""
+SLOTS = {"i32": torch.int32, "i64": torch.int64}
+SLOT_NAMES = {dtype: name for name, dtype in SLOTS.items()}
+
+_ALIGNMENT = 16  # bytes; kernels move 16 at a time
+_FLAT_PAGES = tuple(1 << power for power in range(11))
+
+
+def layout_of(name: str, page: int, width: int) -> Layout:
+    """The layout of that name; ``width`` is head_dim of the index keys, d_nope of a KV cache."""
+    if name == "index_k":
+        return IndexKLayout(page, width)
+    return KvV4Layout(page) if name == "v4" else KvV32Layout(page)
+
+
+def group_of(layout: Layout) -> int:
+    """Channels that share a scale."""
+    return layout.head_dim if isinstance(layout, IndexKLayout) else layout.group
+
+
+def rope_of(layout: Layout) -> int:
+    """Channels behind the quantised ones that stay bf16."""
+    return 0 if isinstance(layout, IndexKLayout) else layout.d_rope
+
+
+def pack(layout: Layout, cache: Tensor, slots: Tensor, values: Tensor, scales: Tensor, rope: Tensor | None) -> None:
+    """Write quantised rows (e4m3 [tokens, width], fp32 scales [tokens, groups]) and their rope, if any, to their slots."""
+    if isinstance(layout, IndexKLayout):
+        layout.pack(cache, slots, values, scales[:, 0])
+    else:
+        assert rope is not None
+        layout.pack(cache, slots, values, scales, rope)
+
+
+def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
+    """What a template must know of a layout: groups, and base and stride of every field."""
+    groups = width // group_of(layout)
+    names: dict[str, Scalar] = {
+        "group": group_of(layout),
+        "groups": groups,
+        "groups_padded": next_power_of_two(groups),
+        "d_rope": rope_of(layout),
+        "scales": "e8m0" if isinstance(layout, KvV4Layout) else "fp32",
+    }
+    if isinstance(layout, IndexKLayout):
+        fields = {"values": layout.keys, "scales": layout.scale}
+    else:
+        fields = {"values": layout.nope, "scales": layout.scales, "rope": layout.rope}
+    for name, field in fields.items():
+        names |= {f"{name}_base": field.base, f"{name}_stride": field.stride}
+    return names
+
+
+def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | None = None) -> int:
+    """Check a cache, uint8 [blocks, page, 1, bytes_per_token] or [blocks, bytes of a page], and return its page size.
+
+    Blocks may lie further apart than they are long (padded pages, caches of several layers interleaved). The two-dimensional
+    form has to have exactly the length of a page of 1, 2, 4, … 1024 tokens: padding is never taken for tokens.
+
+    Raises:
+        InputError: names the argument, what came and what is allowed.
+    """
+    flat = isinstance(value, Tensor) and value.dim() == 2
+    shape = (None, None) if flat else (None, None, 1, bytes_per_token)
+    cache = checks.tensor(name, value, shape, torch.uint8, like=like, inner_contiguous=True)
+    blocks, page = cache.shape[0], _flat_page(name, cache, int(bytes_per_token)) if flat else cache.shape[1]
+    if not flat and page > 1 and cache.stride(1) != bytes_per_token:
+        raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {bytes_per_token} between tokens)")
+    if blocks > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * bytes_per_token):
+        allowed = f"a multiple of {_ALIGNMENT} of at least {page * bytes_per_token}"
+        raise InputError(name, f"{cache.stride(0)} bytes between blocks", allowed)
+    return page
+
+
+def _flat_page(name: str, cache: Tensor, bytes_per_token: int) -> int:
+    """The page size of a cache [blocks, bytes of a page]."""
+    page = _page_by_bytes(bytes_per_token).get(int(cache.shape[1]))
+    if page is None:
+        padded = " (or the next multiple of 576)" if bytes_per_token == KvV4Layout.bytes_per_token else ""
+        raise InputError(
+            name,
+            f"blocks of {cache.shape[1]} bytes",
+            f"page · {bytes_per_token} bytes{padded} with a page of 1, 2, 4, … or {_FLAT_PAGES[-1]} tokens; of another page, "
+            f"or with other padding, pass {name}[:, :page * {bytes_per_token}].unflatten(1, (page, 1, {bytes_per_token}))",
+        )
+    return page
+
+
+@functools.cache
+def _page_by_bytes(bytes_per_token: int) -> dict[int, int]:
+    """Bytes of a block -> tokens of its page. Were every page allowed, 64 tokens with padding would be read as 65."""
+    sizes = {page * bytes_per_token: page for page in _FLAT_PAGES}
+    if bytes_per_token == KvV4Layout.bytes_per_token:
+        sizes |= {KvV4Layout(page).page_bytes: page for page in _FLAT_PAGES}
+    return sizes
+
+
+def check_slots(slots: object, tokens: int | None, like: Tensor) -> Tensor:
+    """Check slots [tokens], int32 or int64."""
+    return checks.tensor("slots", slots, (tokens,), tuple(SLOTS.values()), like=like)
+
+
+def draw_slots(draw: Draw, tokens: int, blocks: int, page: int, dtype: str) -> Tensor:
+    """Distinct random slots [tokens] of the first ``blocks - 1`` blocks, some of them invalid, at random places."""
+    slots = draw.permutation((blocks - 1) * page)[:tokens].masked_fill(draw.uniform(tokens) < 0.1, -1)
+    return slots.masked_fill(draw.uniform(tokens) < 0.05, blocks * page).to(SLOTS[dtype])

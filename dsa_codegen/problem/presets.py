@@ -1,0 +1,101 @@
+"""The models people run, as one dataclass from which every operation derives its spec; also read from YAML files."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import SpecError, UnknownName
+from .values import Value
+
+KV_LAYOUTS = ("v32", "v4")
+SCORES = ("weighted_relu", "relu_bias")
+
+
+@dataclass(frozen=True)
+class Model(Value):
+    """The sparse attention of one model (or of one tensor-parallel rank of it)."""
+
+    name: str
+    heads: int
+    """Query heads of the sparse MLA."""
+    d_nope: int
+    """Channels of the latent vector without position."""
+    d_rope: int
+    """Channels with rotary position; 0 for none."""
+    index_heads: int
+    """Heads of the lightning indexer."""
+    index_head_dim: int
+    topk: int
+    """Tokens that each query attends to."""
+    kv_layout: str = "v32"
+    """Layout of the paged FP8 KV cache: "v32" (656 B a token) or "v4" (584 B)."""
+    page: int = 64
+    """Tokens per page of the paged caches."""
+    score: str = "weighted_relu"
+    """Form of the indexer's score."""
+    attn_sink: bool = False
+    """Whether a learned sink logit per head joins the softmax."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_range("heads", 1, 128)
+        self.require_in("d_nope", (448, 512))
+        self.require_in("d_rope", (0, 64))
+        self.require_in("index_heads", (8, 16, 32, 64))
+        self.require_in("index_head_dim", (32, 64, 128))
+        self.require_range("topk", 64, 4096)
+        self.require_in("kv_layout", KV_LAYOUTS)
+        self.require_in("page", (16, 32, 64, 128, 256))
+        self.require_in("score", SCORES)
+
+
+def names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(_shipped())
+
+
+def preset(name: str) -> Model:
+    """The model of that name.
+
+    Raises:
+        UnknownName: there is no such preset; the message lists them.
+    """
+    shipped = _shipped()
+    if name not in shipped:
+        raise UnknownName("preset", name, sorted(shipped))
+    return shipped[name]
+
+
+def load(path: str | Path) -> Model:
+    """Read a model from a YAML file of the fields of ``Model``; ``name`` defaults to the file's, as far as it can be one.
+
+    Raises:
+        SpecError: not a mapping, an unknown field, or a value that no kernel can serve.
+    """
+    path = Path(path)
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise SpecError("spec file", str(path), f"a readable YAML file ({error})") from error
+    if not isinstance(mapping, Mapping):
+        raise SpecError("spec file", str(path), "a YAML mapping of the fields of Model")
+    name = re.sub(r"^[^A-Za-z]+|[^A-Za-z0-9_.\-]", "", path.stem) or "model"
+    return Model.from_dict({"name": name, **mapping})
+
+
+def dump(model: Model) -> str:
+    """The YAML text that ``load`` reads back to an equal model."""
+    return yaml.safe_dump(model.to_dict(), sort_keys=False)
+
+
+def _shipped() -> dict[str, Model]:
+    text = importlib.resources.files(__package__).joinpath("presets.yaml").read_text()
+    presets: dict[str, Any] = yaml.safe_load(text)
+    return {name: Model.from_dict({"name": name, **fields}) for name, fields in presets.items()}

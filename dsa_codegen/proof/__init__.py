@@ -1,0 +1,1 @@
+"""Is a variant right, and how fast is it."""

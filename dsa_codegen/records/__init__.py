@@ -1,0 +1,1 @@
+"""What tuning found: one record, the files of ``tuned/``, which of them serves a call, and why."""

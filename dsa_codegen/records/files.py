@@ -1,0 +1,158 @@
+"""Records: what tuning found, one readable JSON file per GPU and operation (``tuned/<gpu>/<op>.json``).
+
+A key is (op, backend, spec, bucket, gpu). Evidence ranks inside a key: a measured record replaces whatever is there; a
+modelled one replaces a modelled one, and gives way to a measured record of the same template. Beside a measured record of
+another template (which no lookup would use any more, but which still seeds a search) it stands on its own.
+
+Files are data from anywhere: whatever cannot be read is a miss with a warning, never an exception, never overwritten.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ..errors import RecordError
+from .publish import publish
+from .record import MEASURED, GpuKey, Record, entry, parse, parse_gpu, pretty
+
+SCHEMA = 1
+_LOCK_TIMEOUT_S = 60
+_REMEDY = "it is left as it is: repair it, move it away, or tune into another --folder"
+
+
+class RecordWarning(UserWarning):
+    """A record, or a file of records, that cannot be used."""
+
+
+def path_of(folder: Path, gpu_id: str, op_name: str) -> Path:
+    """``<folder>/<gpu>/<op>.json``."""
+    return folder / gpu_id / f"{op_name}.json"
+
+
+def read(path: Path) -> tuple[Record, ...]:
+    """The records of a file; none where it is missing, and none with a RecordWarning where it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    records, complaints = _read(path, status.st_mtime_ns, status.st_size)
+    for complaint in complaints:
+        warnings.warn(complaint, RecordWarning, stacklevel=2)
+    return records
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: Path, mtime_ns: int, size: int) -> tuple[tuple[Record, ...], tuple[str, ...]]:
+    try:
+        gpu, entries = _load(path)
+    except RecordError as error:
+        return (), (str(error),)
+    records, complaints = [], []
+    for number, raw in enumerate(entries):
+        try:
+            records.append(parse(raw, path.stem, gpu))
+        except RecordError as error:
+            complaints.append(f"{path}, record {number}: {error}")
+    return tuple(records), tuple(complaints)
+
+
+def _load(path: Path) -> tuple[GpuKey, list[Any]]:
+    """The GPU and the entries, unparsed, of a file.
+
+    Raises:
+        RecordError: unreadable, of another schema, or a file that speaks of another GPU or operation than its place.
+    """
+    try:
+        content = json.loads(path.read_text())
+        schema, op_name = content["schema"], content["op"]
+        gpu = parse_gpu(content["gpu"])
+        entries = content["records"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecordError(f"{path} is not a file of records ({type(error).__name__}: {error}); {_REMEDY}") from error
+    if schema != SCHEMA:
+        raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {_REMEDY}")
+    if (gpu.id, op_name) != (path.parent.name, path.stem) or not isinstance(entries, list):
+        raise RecordError(f"{path} speaks of {op_name} on {gpu.id}; a file belongs at <gpu>/<op>.json; {_REMEDY}")
+    return gpu, entries
+
+
+def require_readable(path: Path) -> None:
+    """Make sure that ``merge`` will be able to write a file, before hours are spent on what it should hold.
+
+    Raises:
+        RecordError: the file is there and cannot be read.
+    """
+    if path.exists():
+        _load(path)
+
+
+def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
+    """The records of an operation for every GPU of a folder, by the GPU's name."""
+    return tuple(record for path in sorted(folder.glob(f"*/{op_name}.json")) for record in read(path))
+
+
+def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
+    """Write records into the files of ``folder``, keeping all others there; returns the files.
+
+    Safe when several processes write at once: a lock, a temporary file, fsync and an atomic rename.
+
+    Raises:
+        RecordError: a record states what no reader would accept (a time of NaN), a file that is there cannot be read, or
+            another process keeps its lock; it is not touched.
+    """
+    by_file: dict[Path, list[Record]] = {}
+    for record in records:
+        parse(entry(record), record.op, record.gpu)
+        by_file.setdefault(path_of(folder, record.gpu.id, record.op), []).append(record)
+    for path, fresh in by_file.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
+                _merge_file(path, fresh)
+        except filelock.Timeout as error:
+            reason = f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s"
+            raise RecordError(f"{path} cannot be written: {reason}; end it and run this again") from error
+    return list(by_file)
+
+
+def _merge_file(path: Path, fresh: list[Record]) -> None:
+    gpu = fresh[0].gpu
+    kept: list[Record] = []
+    foreign: list[Any] = []  # entries that this version cannot parse: others' work, kept as they are
+    for raw in _load(path)[1] if path.exists() else []:
+        try:
+            kept.append(parse(raw, path.stem, gpu))
+        except RecordError:
+            foreign.append(raw)
+    for record in fresh:
+        kept = _ranked(kept, record)
+    kept.sort(key=_order)
+    entries = [*map(entry, kept), *foreign]
+    content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": entries}
+    publish(path, pretty(content) + "\n")
+
+
+def _ranked(records: list[Record], fresh: Record) -> list[Record]:
+    """``records`` with ``fresh`` in the place that its evidence gives it (see the module's first lines)."""
+    rivals = [record for record in records if record.key == fresh.key]
+    others = [record for record in records if record.key != fresh.key]
+    if fresh.evidence == MEASURED:
+        return [*others, fresh]
+    measured = [record for record in rivals if record.evidence == MEASURED]
+    if any(record.template == fresh.template for record in measured):
+        return [*others, *measured]
+    return [*others, *measured, fresh]
+
+
+def _order(record: Record) -> tuple[object, ...]:
+    spec = tuple((name, str(type(value)), value) for name, value in sorted(record.spec.items()))
+    bucket = tuple((name, low, high is None, high or 0) for name, low, high in record.bucket)
+    return spec, bucket, record.backend, record.evidence

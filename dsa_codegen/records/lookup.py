@@ -1,0 +1,191 @@
+"""Lookup: which config serves a call, in one documented order.
+
+1. a measured record in ``DSA_TUNED_DIR``, 2. a measured record of the package's ``tuned/``, both for exactly this spec, bucket
+and GPU; 3. ("kin") the same of a spec that differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record of
+another GPU of the same architecture; 5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
+
+A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, renders to
+another source than the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is
+taken, or the one that the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or
+depends on anything but its arguments, the files and the installed compilers: all ranks that read the same files choose the
+same config.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import paths
+from ..errors import DsaError, NoConfig, ToolMissing
+from ..gpu import Gpu
+from ..kernels import backends
+from ..kernels.render import render
+from ..problem.op import Config, Op
+from ..problem.values import Bucket, Sizes, Spec
+from ..proof.timing import TIE
+from .files import path_of, read, read_all
+from .record import MEASURED, MODELLED, Record
+
+ORIGINS = ("user", "tuned", "kin", "borrowed", "modelled", "default")
+"""Where a config can come from, in the order of lookup."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The config that serves a call."""
+
+    config: Config
+    origin: str
+    """One of ``ORIGINS``."""
+    record: Record | None = None
+    stale: bool = False
+    """The record was tuned with other compilers than those installed: used, and said so."""
+    notes: tuple[str, ...] = ()
+    """What was passed over and why; that the record is borrowed or stale."""
+
+
+def search_path() -> dict[str, Path]:
+    """The folders of records by origin, first come first served."""
+    user = paths.user_records()
+    return {**({"user": user} if user else {}), "tuned": paths.shipped_records()}
+
+
+def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Path] | None = None) -> Found:
+    """The config for a call of these sizes; see the module's first lines.
+
+    Args:
+        folders: where to look, by origin ("user", "tuned"); by default ``search_path()``.
+
+    Raises:
+        NoConfig: not even a default fits this GPU.
+    """
+    notes: list[str] = []
+    for origin, record in _candidates(op, spec, sizes.bucket(), gpu, search_path() if folders is None else folders):
+        reason = unusable(op, spec, gpu, record)
+        if reason:
+            notes.append(f"{label(record)} passed over: {reason}")
+            continue
+        difference = toolchain_difference(record)
+        if origin == "borrowed":
+            notes.append(f"borrowed from {record.gpu.id}: no record for {gpu.id}")
+        if difference:
+            notes.append(f"stale: tuned with {difference}")
+        return Found(record.config_for(op), origin, record, bool(difference), tuple(notes))
+    return _default(op, spec, sizes, gpu, notes)
+
+
+def _ranked(op: Op, records: Sequence[Record]) -> list[Record]:
+    """Fastest first, those tied with it in the operation's order of backends."""
+    tied = (1 + TIE) * min((r.time_us.median for r in records), default=0.0)
+
+    def rank(record: Record) -> tuple[float, int]:
+        known = record.backend in op.backends
+        return max(record.time_us.median, tied), op.backends.index(record.backend) if known else len(op.backends)
+
+    return sorted(records, key=rank)
+
+
+def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
+    wanted = spec.to_dict()
+
+    def matching(records: Iterable[Record], evidence: str, kin: bool = False) -> list[Record]:
+        found = [r for r in records if r.evidence == evidence and r.bucket == bucket]
+        stated = [(r, op.completed(r.spec)) for r in found]
+        found = [r for r, there in stated if (op.kin(spec, there) if kin else there == wanted)]
+        return _ranked(op, found)
+
+    own = {origin: read(path_of(folder, gpu.id, op.name)) for origin, folder in folders.items()}
+    own = {origin: tuple(r for r in records if r.gpu.arch == gpu.arch) for origin, records in own.items()}
+    for origin, records in own.items():
+        for record in matching(records, MEASURED):
+            yield origin, record
+    for records in own.values():
+        for record in matching(records, MEASURED, kin=True):
+            yield "kin", record
+    for folder in folders.values():
+        others = [r for r in read_all(folder, op.name) if r.gpu.arch == gpu.arch and r.gpu.id != gpu.id]
+        # The most similar GPU first; `sorted` keeps the fastest first among equals.
+        for record in sorted(matching(others, MEASURED), key=lambda r: (abs(r.gpu.sms - gpu.sms), r.gpu.id)):
+            yield "borrowed", record
+    for records in own.values():
+        for record in matching(records, MODELLED):
+            yield "modelled", record
+
+
+def _stand_in(op: Op, spec: Spec, sizes: Sizes) -> Sizes:
+    """The workload of the same bucket, where there is one: a default must not depend on which call came first."""
+    bucket = sizes.bucket()
+    return next((case.sizes for case in op.workloads(spec) if case.sizes.bucket() == bucket), sizes)
+
+
+def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Found:
+    config = op.default_config(spec, _stand_in(op, spec, sizes), gpu)
+    missing = missing_tool(config.backend)
+    for backend in op.backends if missing else ():
+        if missing_tool(backend):
+            continue
+        try:
+            config = op.default_config(spec, _stand_in(op, spec, sizes), gpu, backend)
+        except NoConfig:
+            continue
+        notes.append(f"the default needs {missing}; {backend} stands in")
+        break
+    broken = op.violations(spec, config, gpu)
+    if broken:
+        raise NoConfig(op.name, gpu.name, [violation.reason for violation in broken])
+    return Found(config, "default", notes=tuple(notes))
+
+
+def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record) -> str | None:
+    """Why a record whose spec matches cannot be used on this GPU today; None where it can."""
+    try:
+        config, own = record.config_for(op), op.spec_type.from_dict(record.spec)
+    except DsaError as error:
+        return str(error)
+    broken = op.violations(spec, config, gpu)
+    if broken:
+        return "; ".join(violation.reason for violation in broken)
+    if _source_sha(op, own, config) != record.source_sha:
+        return "the template renders to another source now; tune again"
+    return missing_tool(record.backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def _source_sha(op: Op, spec: Spec, config: Config) -> str:
+    return render(op, spec, config).sha
+
+
+@functools.cache
+def missing_tool(backend: str) -> str | None:
+    """What a backend lacks on this machine; None where it can compile."""
+    try:
+        backends.get(backend).toolchain()
+    except ToolMissing as error:
+        return f"{backend} ({error})"
+    return None
+
+
+def toolchain_difference(record: Record) -> str:
+    """The compilers whose versions differ from those that the record was tuned with; empty where none does.
+
+    Only what a build depends on counts: a newer driver or torch changes no machine code.
+    """
+    return ", ".join(
+        f"{name} {record.toolchain.get(name, 'unknown')} (installed: {version})"
+        for name, version in _installed(record.backend).items()
+        if record.toolchain.get(name) != version
+    )
+
+
+@functools.cache
+def _installed(backend: str) -> Mapping[str, str]:
+    """Asked once: a compiler is started for it, and a warmup looks up dozens of records."""
+    return backends.get(backend).toolchain()
+
+
+def label(record: Record) -> str:
+    """A record for people: ``indexer.triton of h200 (measured)``."""
+    return f"{record.op}.{record.backend} of {record.gpu.id} ({record.evidence})"

@@ -1,0 +1,273 @@
+"""Dispatch: (op, spec, sizes, GPU) -> a loaded variant. Looks up, builds once, counts; never tunes, never synchronises."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import gpu as gpus
+from ..errors import CaptureError, NoGpu
+from ..kernels.backends import Launchable
+from ..kernels.build import build, build_all
+from ..kernels.render import render
+from ..kernels.variant import Variant
+from ..problem.op import Config, Inputs, Op, Outputs
+from ..problem.values import Bucket, Sizes, Spec, describe
+from ..records.lookup import Found, lookup
+from . import guards, plans
+from .tally import Tally
+
+
+class Untuned(UserWarning):
+    """No record serves a call: the default config is used. The message names the command that tunes it."""
+
+
+Key = tuple[str, Spec, Bucket, int]
+"""What a loaded variant serves: operation, spec, bucket of sizes, CUDA device."""
+
+_variants: dict[Key, Variant] = {}
+_kernels: dict[tuple[str, int], Mapping[str, Launchable]] = {}
+"""What is loaded, by the source's sha and the device."""
+_overrides: dict[str, Config] = {}
+_tallies: dict[tuple[str, str], Tally] = {}
+_lock = threading.Lock()
+_plans: dict[plans.Key, plans.Plan] = {}
+_MOST_PLANS = 4096
+"""They are forgotten together: sizes of decoding change with every step, and a step's plans serve all of a model's layers."""
+_guarded: dict[plans.Key, tuple[tuple[guards.Guard, plans.Plan], ...]] = {}
+"""Plans again, the latest first, by what guards do not look at: to find one here takes a third of the time."""
+_MOST_GUARDS = 8
+
+
+def call(op: Op, args: Iterable[Any]) -> Outputs:
+    """Check the arguments, find the variant for their spec and sizes, and launch it on the current stream.
+
+    Tensors that are not on a CUDA device go to the operation's reference, so that a model runs anywhere.
+
+    Raises:
+        InputError: an argument is wrong; nothing was launched.
+        SpecError: a size or option is one that no kernel serves; nothing was launched.
+        CaptureError: the variant is not built yet and a CUDA graph is being captured.
+    """
+    args = tuple(args)
+    apart = plans.taken_apart(op.name, args)
+    plan = None if apart is None else _plans.get(apart[0])
+    if apart is not None and plan is not None:
+        return _launched(plan, *apart[1:])
+    spec, sizes, inputs = op.bind(*args)
+    device = _device(inputs)
+    if device.type != "cuda":
+        return _reference(op, spec, inputs)
+    if device.index != torch.cuda.current_device():  # kernels are loaded and launched on the current device
+        with torch.cuda.device(device):
+            return _run(op, spec, sizes, inputs, device, apart)
+    return _run(op, spec, sizes, inputs, device, apart)
+
+
+def call_again(op: Op, args: Sequence[Any]) -> Outputs | None:
+    """What ``call`` does, where it was called before with arguments that look the same; None, and nothing done, elsewhere.
+
+    So it is where gradients are wanted: it is for torch's operator to say that there are none.
+    """
+    sketch = guards.sketched(op.name, args)
+    if sketch is None:
+        return None
+    key, tensors, addresses = sketch
+    if torch.is_grad_enabled() and True in [each.requires_grad for each in tensors]:
+        return None
+    for guard, plan in _guarded.get(key, ()):
+        if guard(*tensors):
+            return _launched(plan, tensors, addresses)
+    apart = plans.completed(sketch)
+    found = None if apart is None else _plans.get(apart[0])
+    if apart is None or found is None:
+        return None
+    _guard(key, apart, found)
+    return _launched(found, tensors, addresses)
+
+
+def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> None:
+    """Let the next call like this one be found by a guard; a few for calls that differ in their tensors alone."""
+    guard = guards.guard_of(apart[1])
+    with _lock:
+        if guard is not None and _plans.get(apart[0]) is plan:
+            _guarded[key] = ((guard, plan), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
+
+
+def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Outputs:
+    if plan.device == torch.cuda.current_device():
+        return plan.run(tensors, addresses)
+    with torch.cuda.device(plan.device):
+        return plan.run(tensors, addresses)
+
+
+def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device, apart: plans.Call | None) -> Outputs:
+    key = (op.name, spec, sizes.bucket(), device.index)
+    variant = _variants.get(key) or _first_call(op, spec, sizes, key)
+    _count(op, "calls")
+    outputs = op.allocate(spec, inputs)
+    if apart is None:
+        return variant.run(inputs, outputs)
+    launches = variant.launch(inputs, outputs)
+    plan = plans.record(device.index, _tally(op, "calls").add, variant.kernels, apart[1], outputs, launches)
+    if plan is not None:
+        _keep(apart[0], plan, key, variant)
+    return outputs
+
+
+def _keep(call: plans.Key, plan: plans.Plan, key: Key, variant: Variant) -> None:
+    with _lock:
+        if _variants.get(key) is variant:  # it may have been forgotten since it was launched
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+                _guarded.clear()
+            _plans[call] = plan
+
+
+def stats() -> dict[str, int]:
+    """What happened so far: calls per operation, and where each variant's config came from when it was loaded."""
+    values = {f"{op}: {what}": tally.value() for (op, what), tally in sorted(_tallies.items())}
+    return {name: value for name, value in values.items() if value}
+
+
+def reset() -> None:
+    """Forget loaded variants and counts: records written since are seen by the next call."""
+    with _lock:
+        _variants.clear()
+        _plans.clear()
+        _guarded.clear()
+        _kernels.clear()
+        for tally in list(_tallies.values()):
+            tally.zero()
+
+
+@contextmanager
+def override(op: Op, config: Config) -> Iterator[None]:
+    """Use ``config`` for every call of ``op`` inside the block, whatever the records say (for trying one out)."""
+    with _lock:
+        before, _overrides[op.name] = _overrides.get(op.name), config
+        _forget(op)
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                del _overrides[op.name]
+            else:
+                _overrides[op.name] = before
+            _forget(op)
+
+
+def chosen(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Found:
+    """Which config the dispatcher uses for these sizes on this GPU, and why; builds nothing."""
+    forced = _overrides.get(op.name)
+    return Found(forced, "override") if forced else lookup(op, spec, sizes, gpu)
+
+
+def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = None) -> int:
+    """Build in parallel, and load on the current CUDA device, every variant that these calls will need.
+
+    Run it before the first request and before any CUDA graph is captured: afterwards nothing compiles, and no kernel is left
+    whose code a first launch would load. Where a process serves several devices, run it under ``torch.cuda.device`` for each.
+
+    Returns:
+        How many variants were not loaded before.
+
+    Raises:
+        NoGpu: there is no CUDA device.
+        CaptureError: a CUDA graph is being captured.
+        BuildError: a kernel does not compile.
+    """
+    gpu = gpus.detect()
+    if gpu is None:
+        raise NoGpu("warmup")
+    device = torch.cuda.current_device()
+    missing: dict[Key, tuple[Op, Spec, Sizes]] = {}
+    for op, spec, sizes in wanted:
+        key = (op.name, spec, sizes.bucket(), device)
+        if key not in _variants:
+            missing[key] = (op, spec, sizes)
+    build_all((render(op, spec, chosen(op, spec, sizes, gpu).config) for op, spec, sizes in missing.values()), gpu, processes)
+    complaints: list[str] = []
+    for key, (op, spec, sizes) in missing.items():
+        _load(op, spec, sizes, key, complaints)
+    if missing:
+        torch.cuda.synchronize(device)  # a kernel that fails says so here, not while a request waits
+    if complaints:
+        warnings.warn("\n".join(dict.fromkeys(complaints)), Untuned, stacklevel=2)
+    return len(missing)
+
+
+def _first_call(op: Op, spec: Spec, sizes: Sizes, key: Key) -> Variant:
+    complaints: list[str] = []
+    variant = _load(op, spec, sizes, key, complaints)
+    for complaint in complaints:
+        warnings.warn(complaint, Untuned, stacklevel=4)
+    return variant
+
+
+def _load(op: Op, spec: Spec, sizes: Sizes, key: Key, complaints: list[str]) -> Variant:
+    if torch.cuda.is_current_stream_capturing():
+        raise CaptureError(op.name)
+    with _lock:
+        if key in _variants:
+            return _variants[key]
+        gpu = gpus.detect(key[-1])
+        if gpu is None:  # a device that is older than any GPU kernels are generated for
+            raise NoGpu(op.name)
+        found = chosen(op, spec, sizes, gpu)
+        _count(op, found.origin)
+        complaints += _complaints(op, sizes, gpu, found)
+        rendered = render(op, spec, found.config)
+        source = rendered.sha, key[-1]
+        if source not in _kernels:  # buckets often share a source
+            _kernels[source] = build(rendered, gpu).load()
+        variant = Variant(op, spec, found.config, gpu, _kernels[source])
+        variant.rehearse(f"cuda:{key[-1]}")
+        _variants[key] = variant
+        return variant
+
+
+def _complaints(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> Iterator[str]:
+    yield from (f"{op.name}: {note}" for note in found.notes)
+    if found.origin == "default":
+        yield (
+            f"{op.name} is not tuned for {gpu.name} at {describe(sizes.bucket())}; its default config is used. "
+            f"Tune it: python cli.py tune --gpu {gpu.id} --op {op.name} --preset <your model>"
+        )
+
+
+def _count(op: Op, what: str) -> None:
+    _tally(op, what).add()
+
+
+def _tally(op: Op, what: str) -> Tally:
+    return _tallies.get((op.name, what)) or _tallies.setdefault((op.name, what), Tally())
+
+
+def _forget(op: Op) -> None:
+    """Its variants and plans; held by whoever changes what serves the operation."""
+    for key in [key for key in _variants if key[0] == op.name]:
+        del _variants[key]
+    for call in [call for call in _plans if call[0] == op.name]:
+        del _plans[call]
+    for call in [call for call in _guarded if call[0] == op.name]:
+        del _guarded[call]
+
+
+def _device(inputs: Inputs) -> torch.device:
+    return next(value.device for value in inputs.values() if isinstance(value, Tensor))
+
+
+def _reference(op: Op, spec: Spec, inputs: Inputs) -> Outputs:
+    _count(op, "reference")
+    outputs = op.allocate(spec, inputs)
+    for name, value in op.reference(spec, inputs).items():
+        outputs[name].copy_(value)
+    return outputs

@@ -1,0 +1,95 @@
+"""Registers every operation with torch.library, so that torch.compile traces it and ``torch.ops.dsa_codegen`` lists it.
+
+What models call goes around the registered operator where it can: torch takes the arguments apart, boxes them and looks for
+traces, modes and gradients, which costs the host as much as a launch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..problem.op import Op, Outputs
+from . import dispatch
+
+NAMESPACE = "dsa_codegen"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# Asked at every call, and found here at once.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
+
+def _register(op: Op) -> None:
+    name = f"{NAMESPACE}::{op.function}"
+    schema = torch._C.parse_schema(name + op.schema)
+    arguments = schema.arguments
+    defaults = [argument.default_value if argument.has_default_value() else None for argument in arguments]
+    written, listed = _results(schema)
+
+    def complete(args: Sequence[Any]) -> list[Any]:
+        return [*args, *defaults[len(args) :]]  # torch leaves out trailing arguments that have their default value
+
+    def run(*args: Any) -> Any:
+        return _returned(dispatch.call(op, complete(args)), written, listed)
+
+    def fake(*args: Any) -> Any:
+        spec, _, inputs = op.bind(*complete(args))
+        return _returned(op.allocate(spec, inputs), written, listed)
+
+    _LIBRARY.define(op.function + op.schema)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(op.function, run, device)
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+
+
+def _returned(outputs: Outputs, written: Sequence[str], listed: bool) -> Any:
+    values = tuple([value for name, value in outputs.items() if name not in written] if written else outputs.values())
+    if listed:
+        return list(values)
+    return None if not values else values[0] if len(values) == 1 else values
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The registered operator, without the overload look-up of a plain ``torch.ops`` access."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """The registered operator, or the way around it for a call like an earlier one; takes every argument of the schema.
+
+    Nobody can tell the two apart: the first call of its kind went through the operator, which found its arguments good, and
+    whatever wants to see operators (a trace, a mode, a transform, a profiler, gradients) still sees this one.
+    """
+    operator, op = function(name), _BY_FUNCTION[name]
+    written, listed = _results(torch._C.parse_schema(name + op.schema))
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _watched():
+            return operator(*args)
+        outputs = dispatch.call_again(op, args)
+        return operator(*args) if outputs is None else _returned(outputs, written, listed)
+
+    return call
+
+
+def _results(schema: Any) -> tuple[list[str], bool]:
+    """(arguments that are written to, whether the results come as a list)."""
+    written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    return written, [str(result.type) for result in schema.returns] == ["List[Tensor]"]
+
+
+def _watched() -> bool:
+    """Whether something on this thread wants to see the operators that torch runs."""
+    return _dispatch_modes() > 0 or _function_modes() > 0 or _transforms() is not None or _is_tracing() or _profiler_enabled()
+
+
+_BY_FUNCTION = {op.function: op for op in ops.all_ops().values()}
+for _op in _BY_FUNCTION.values():
+    _register(_op)

@@ -1,0 +1,73 @@
+"""Every stage on the CPU, small: ours agrees with its reference, and what is wrong is found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_codegen.bench import agreement
+from dsa_codegen.bench.cases import case
+from dsa_codegen.bench.problems import stage_of
+from dsa_codegen.bench.stages import local_indices
+from dsa_codegen.problem.draw import Draw
+
+_INDEX = {"heads": 8, "head_dim": 64}
+_DECODE = {"batch": 2, "next_n": 2, "context": 192, "page": 64}
+SMALL = [
+    case("indexer_prefill", "causal", {"queries": 8, "context": 96, **_INDEX}),
+    case("indexer_decode", "full", {**_DECODE, **_INDEX}),
+    case("select", "relu", {"rows": 3, "context": 300, "k": 64}),
+    case("select", "indexed", {"rows": 3, "context": 300, "k": 64}),
+    case("index_select_prefill", "causal", {"queries": 8, "context": 160, "k": 64, **_INDEX}),
+    case("index_select_decode", "full", {**_DECODE, "k": 64, **_INDEX}),
+    case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_prefill", "local", {"queries": 20, "context": 400, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 512, "k": 64}),
+    case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
+    case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
+]
+
+
+@pytest.mark.parametrize("each", SMALL, ids=lambda each: each.id)
+def test_ours_agrees_with_the_reference(each):
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(1, "cpu"))
+    prepared = stage.ours(each, inputs)
+    outputs, reference = prepared.outputs(prepared.run()), stage.reference(each, inputs)
+    for exact in (True, False):
+        accuracy = stage.check(each, inputs, outputs, reference, exact)
+        assert accuracy.passed, accuracy.detail
+    first = next(iter(outputs))
+    wrong = outputs[first].clone()
+    wrong.flatten()[: wrong.numel() // 2] = 1
+    assert not stage.check(each, inputs, {**outputs, first: wrong}, reference, exact=False).passed
+
+
+def test_a_selection_is_judged_by_its_scores():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0, -torch.inf]])
+    assert agreement.selection(torch.tensor([[2, 0]]), scores, 2, exact=True).passed
+    assert agreement.selection(torch.tensor([[0, 3]]), scores, 2, exact=True).passed, "either of two equal scores"
+    assert not agreement.selection(torch.tensor([[0, 1]]), scores, 2, exact=True).passed
+    assert not agreement.selection(torch.tensor([[0, -1]]), scores, 2, exact=True).passed
+    twice = agreement.selection(torch.tensor([[2, 2]]), scores, 2, exact=True)
+    assert not twice.passed and "twice" in twice.detail
+
+
+def test_a_short_row_wants_nothing_more_than_it_has():
+    scores = torch.tensor([[3.0, -torch.inf, -torch.inf]])
+    assert agreement.selection(torch.tensor([[0, -1, -1, -1]]), scores, 4, exact=True).passed
+
+
+def test_slots_lead_back_to_their_tokens():
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    slots = torch.tensor([[8, 1, -1], [4, 15, 0]], dtype=torch.int32)
+    assert agreement.tokens_of_slots(slots, table, 4).tolist() == [[0, 5, -1], [0, 7, -1]]
+
+
+def test_local_indices_are_distinct_and_shared():
+    chosen = local_indices(Draw(0, "cpu"), 20, 400, 40)
+    assert all(len(set(row)) == 40 for row in chosen.tolist())
+    shared = set(chosen[0].tolist()) & set(chosen[1].tolist())
+    assert len(shared) == 32
+    assert len(set(chosen[0].tolist()) & set(chosen[16].tolist())) < 32

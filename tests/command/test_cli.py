@@ -1,0 +1,113 @@
+"""The command line end to end, without a GPU: every command is shown in the documents, and what is shown runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+from dsa_codegen import gpu as gpus
+from dsa_codegen import ops
+from dsa_codegen.errors import NoGpu, SpecError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+YAML = re.compile(r"```yaml\n# (\S+)\n(.*?)```", re.DOTALL)
+
+
+def shown() -> list[str]:
+    """The commands of the documents' shell examples, those of the installation aside."""
+    pages = ((ROOT / page).read_text() for page in ("README.md", "docs/usage.md"))
+    lines = [line for page in pages for block in SHELL.findall(page) for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.startswith("python cli.py ")))
+
+
+def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run an example as it is shown, in ``folder``, where its files and records go."""
+    words = [word if word != "cli.py" else str(ROOT / "cli.py") for word in shlex.split(command)[1:]]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DSA_TUNED_DIR": str(folder / "records"), **environment}
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=variables)
+
+
+def test_every_command_is_shown():
+    listed = run("python cli.py --help", ROOT, COLUMNS="200").stdout
+    commands = set(re.findall(r"^\W+([a-z]+) {2,}[A-Z]", listed, re.MULTILINE))
+    assert {"generate", "verify", "tune", "bench", "list", "explain", "doctor"} <= commands
+    assert {command.split()[2] for command in shown()} == commands
+
+
+QUICK = {"doctor", "generate", "list", "explain"}
+
+
+@pytest.mark.parametrize("command", [command for command in shown() if command.split()[2] in QUICK])
+def test_examples_run(command, tmp_path):
+    for name, text in YAML.findall((ROOT / "README.md").read_text()):
+        (tmp_path / name).write_text(text)
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_from_verify_to_explain(tmp_path):
+    """A new user's way: verify, tune for a GPU that is not here, see the record, and that it serves calls."""
+    examples = [command for command in shown() if "--preset tiny --op quantize" in command]
+    assert [command.split()[2] for command in examples] == ["verify", "tune"]
+    for command in examples:
+        done = run(command, tmp_path)
+        assert done.returncode == 0, done.stderr
+    rows = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
+    shipped = {(name, "measured") for name in ops.all_ops()}
+    assert {(row["op"], row["evidence"]) for row in rows} == {("quantize", "modelled"), *shipped}
+    call = "python cli.py explain --op quantize --preset tiny --gpu h100 --json tokens=64"
+    answers = json.loads(run(call, tmp_path).stdout)
+    assert {answer["origin"] for answer in answers} == {"modelled"}
+    assert all(answer["sizes"] == {"tokens": 64} for answer in answers)
+
+
+def test_explain_goes_through_what_people_serve(tmp_path):
+    done = run("python cli.py explain --op attention --preset glm-5 --gpu rtx5090 --json", tmp_path)
+    sizes = [answer["sizes"] for answer in json.loads(done.stdout)]
+    assert len(sizes) == 4
+    assert {"queries": 4096, "tokens": 32768} in sizes
+    plain = run("python cli.py explain --op attention --preset glm-5 --gpu rtx5090", tmp_path)
+    assert "python cli.py tune --gpu rtx5090 --op attention --preset glm-5" in plain.stdout
+
+
+def test_help_names_every_operation_and_its_sizes(tmp_path):
+    text = " ".join(run("python cli.py explain --help", tmp_path, COLUMNS="1000").stdout.split())
+    assert "select: rows=… columns=…" in text
+    assert "attention_paged: batch=… next_n=… tokens=…" in text
+
+
+@pytest.mark.parametrize("sizes", ["queries=²", "queries=1 context"])
+def test_sizes_that_are_no_numbers(sizes, tmp_path):
+    done = run(f"python cli.py explain --op indexer --gpu h200 {sizes}", tmp_path)
+    assert done.returncode == 2
+    assert "whole number" in done.stderr
+
+
+def test_bench_refuses_another_gpu_than_the_one_that_is_meant(monkeypatch):
+    monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h100"))
+    with pytest.raises(SpecError, match="h100, which is here"):
+        cli._visible("H200")
+
+
+@pytest.mark.parametrize("named", ["auto", "h200"])
+def test_bench_needs_a_gpu(named, monkeypatch):
+    monkeypatch.setattr(gpus, "detect", lambda: None)
+    with pytest.raises(NoGpu):
+        cli._visible(named)
+
+
+@pytest.mark.parametrize("named", ["auto", "h200", "H200"])
+def test_bench_measures_on_the_gpu_that_is_meant(named, monkeypatch):
+    monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h200"))
+    assert cli._visible(named).id == "h200"

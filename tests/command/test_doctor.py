@@ -1,0 +1,166 @@
+"""What a broken or missing install says: one clear error, the same in the doctor's diagnosis and where it is met."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsa_codegen.command import doctor
+from dsa_codegen.errors import SpecError, ToolBroken, ToolMissing
+from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels import backends
+from dsa_codegen.kernels.backends import base
+from dsa_codegen.records import lookup
+
+from support import H200
+
+
+@pytest.fixture
+def fresh():
+    """Compilers are looked for anew, and nothing of it stays."""
+    caches = (backends.get, lookup.missing_tool)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def raising(error: BaseException):
+    """A function that raises, whatever it is given."""
+
+    def fail(*args, **options):
+        raise error
+
+    return fail
+
+
+def finding(what: str) -> doctor.Finding:
+    (found,) = (each for each in doctor.diagnose() if each.what == what)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ModuleNotFoundError("No module named 'tilelang'", name="tilelang"), ToolMissing, "tilelang was not found"),
+        (ModuleNotFoundError("No module named 'z3'", name="z3"), ToolBroken, "No module named 'z3'"),
+        (OSError("libcudart.so.13: cannot open shared object file"), ToolBroken, "OSError: libcudart.so.13"),
+        (RuntimeError("built for another Python"), ToolBroken, "built for another Python"),
+        (AssertionError("`nvidia-cuda-nvcc` installed but no `nvcc` found"), ToolBroken, "no `nvcc` found"),
+        (AttributeError("module 'tvm' has no attribute 'tirx'"), ToolBroken, "no attribute 'tirx'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_compiler_that_cannot_be_imported(fresh, monkeypatch, error, kind, words):
+    monkeypatch.setattr(backends.importlib, "import_module", raising(error))
+    with pytest.raises(ToolMissing, match=r"pip install .*tilelang") as raised:
+        backends.get("tilelang")
+    assert type(raised.value) is kind
+    assert words in str(raised.value)
+    assert words in lookup.missing_tool("tilelang")
+    found = finding("tilelang")
+    assert not found.ok
+    assert words in found.state
+    assert "pip install" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (raising(RuntimeError("Failed to automatically detect CUDA installation")), "nvcc was not found"),
+        (lambda: "/nowhere/bin/nvcc", "nvcc at /nowhere/bin/nvcc was not found"),
+        (lambda: __file__, "is installed but does not work"),
+    ],
+    ids=["none", "not there", "not executable"],
+)
+def test_a_missing_or_broken_nvcc(fresh, monkeypatch, change, words):
+    from dsa_codegen.kernels.backends import tilelang
+
+    monkeypatch.setattr(tilelang.nvcc, "get_nvcc_compiler", change)
+    with pytest.raises(ToolMissing, match="CUDA_HOME"):
+        tilelang.BACKEND.toolchain()
+    assert words in lookup.missing_tool("tilelang")
+
+
+def test_the_compiler_that_is_reported_is_the_one_that_compiles(monkeypatch):
+    """Wherever TileLang finds its nvcc: not the first of the PATH."""
+    from dsa_codegen.kernels.backends import tilelang
+
+    monkeypatch.setattr(tilelang, "report_of", lambda tool, *arguments, remedy: f"release 99.9 of {tool}")
+    monkeypatch.setattr(tilelang.nvcc, "get_nvcc_compiler", lambda: sys.executable)
+    assert tilelang.BACKEND.toolchain()["nvcc"] == "99.9"
+
+
+def test_another_backend_stands_in(fresh, monkeypatch, tmp_path):
+    from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
+
+    monkeypatch.setattr(backends.importlib, "import_module", raising_for(".tilelang", OSError("libz3.so"), backends.importlib))
+    found = lookup.lookup(OP, SelectSpec(64), SelectSizes(4, 300), H200, {"tuned": tmp_path})
+    assert (found.config.backend, found.origin) == ("triton", "default")
+    assert "libz3.so" in found.notes[0]
+
+
+def raising_for(name: str, error: Exception, module):
+    """``import_module`` with one module that cannot be imported."""
+    real = module.import_module
+
+    def import_module(wanted, package=None):
+        if wanted == name:
+            raise error
+        return real(wanted, package)
+
+    return import_module
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), ToolMissing, "install gcc or clang"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), ToolBroken, "python3-dev"),
+    ],
+    ids=["none", "fails"],
+)
+def test_loading_without_a_c_compiler(monkeypatch, tmp_path, error, kind, words):
+    from dsa_codegen.kernels.backends import triton
+
+    (tmp_path / "kernels.py").write_text("SIGNATURES = {'kernel': {}}\n")
+    monkeypatch.setattr(triton.TritonBackend, "_restore", raising(error))
+    with pytest.raises(kind, match=words):
+        triton.BACKEND.load(tmp_path / "kernels.py", H200, tmp_path)
+    monkeypatch.setattr(triton.TritonBackend, "_restore", raising(RuntimeError("Triton Error [CUDA]: out of memory")))
+    with pytest.raises(RuntimeError, match=r"^Triton Error \[CUDA\]: out of memory$"):
+        triton.BACKEND.load(tmp_path / "kernels.py", H200, tmp_path)
+
+
+def test_a_tool_that_fails_says_what_it_said():
+    with pytest.raises(ToolBroken, match=r"exit status 3.*; try this"):
+        base.report_of(sys.executable, "-c", "import sys; sys.exit(3)", remedy="try this")
+
+
+def test_no_c_compiler_is_found_before_it_is_needed(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert finding("C compiler") == doctor.Finding("C compiler", "not found", False, base.C_COMPILER)
+
+
+def test_every_device_is_named(monkeypatch):
+    found = [H200, resolve("L40S"), None, SpecError("DSA_GPU", "h200", "a GPU of sm_75")]
+
+    def detect(device):
+        if isinstance(found[device], Exception):
+            raise found[device]
+        return found[device]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(doctor.gpu, "detect", detect)
+    lines = [each for each in doctor.diagnose() if each.what.startswith("GPU")]
+    assert [each.ok for each in lines] == [True, True, False, False]
+    assert "NVIDIA L40S (sm_89" in lines[1].state
+    assert "Tesla V100 is older than sm_80" in lines[2].state
+    assert "DSA_GPU" in lines[3].remedy

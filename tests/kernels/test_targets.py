@@ -1,0 +1,64 @@
+"""Every operation's default kernels compile for every GPU generation that it claims, within its limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsa_codegen import ops
+from dsa_codegen.errors import NoConfig
+from dsa_codegen.gpu import resolve
+from dsa_codegen.problem import presets
+
+from support import assert_compiles
+
+GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]
+SMALL_SPILL = 64  # bytes; a spill of this size costs less than the smaller tile that would avoid it
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
+def test_the_triton_template_compiles(op, gpu):
+    target = resolve(gpu)
+    if target.capability < op.min_capability:
+        pytest.skip(f"{op.name} needs FP8 arithmetic (sm_{op.min_capability})")
+    for spec in op.specs(presets.preset("deepseek-v3.2"))[:1]:
+        config = op.default_config(spec, op.workloads(spec)[0].sizes, target, "triton")
+        assert_compiles(op, spec, config, target, spills=SMALL_SPILL)
+
+
+@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("gpu", GPUS)
+def test_defaults_break_no_constraint(name, gpu):
+    target = resolve(gpu)
+    for op in ops.all_ops().values():
+        for spec in op.specs(presets.preset(name)) if target.capability >= op.min_capability else ():
+            for case in op.workloads(spec):
+                config = op.default_config(spec, case.sizes, target)
+                assert not op.violations(spec, config, target), (op.name, case.id)
+
+
+@pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
+def test_every_backend_has_a_default_of_its_own(op):
+    gpu = resolve("h200")
+    for spec in op.specs(presets.preset("deepseek-v3.2")):
+        for case in op.workloads(spec):
+            for backend in op.backends:
+                config = op.default_config(spec, case.sizes, gpu, backend)
+                assert config.backend == backend
+                assert not op.violations(spec, config, gpu)
+            assert op.default_config(spec, case.sizes, gpu).backend == op.backends[0]
+
+
+def test_without_a_guess_that_fits_the_first_config_that_does_is_taken():
+    gpu, op = resolve("h200"), ops.get("indexer")
+    spec = op.specs(presets.preset("deepseek-v3.2"))[0]
+    sizes = op.workloads(spec)[0].sizes
+    assert "tilelang" not in {config.backend for config in op.guesses(spec, sizes, gpu)}
+    assert op.default_config(spec, sizes, gpu, "tilelang") == op.seed_config(spec, "tilelang", gpu)
+
+
+def test_a_gpu_that_is_too_small_is_told_why():
+    tiny = resolve("h200").__class__(**{**vars(resolve("h200")), "smem_per_block": 1024})
+    op = ops.get("indexer")
+    with pytest.raises(NoConfig, match="smem"):
+        op.seed_config(op.specs(presets.preset("tiny"))[0], "triton", tiny)

@@ -1,0 +1,93 @@
+"""Quantising into the paged caches: byte for byte against the reference, what it refuses, what it compiles to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_codegen import ops
+from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.ops.quantize_paged import OP, QuantizePagedSizes, QuantizePagedSpec
+from dsa_codegen.problem import caches, presets
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.runtime import dispatch
+
+from support import H200, assert_compiles, assert_matches_reference
+
+SPECS = [
+    *OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]),
+    OP.specs(presets.preset("deepseek-v4-pro"))[0],
+    QuantizePagedSpec("v4", 448, page=61, power_of_two=True),
+    QuantizePagedSpec("index_k", 32, page=16),
+]
+SMALL = Config.of("triton", block_t=8, num_warps=4)
+BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+
+
+@BY_SPEC
+@pytest.mark.parametrize("case", OP.cases(SPECS[0]), ids=lambda case: case.id)
+def test_matches_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, OP, spec, SMALL, case)
+
+
+@BY_SPEC
+def test_compiles_for_hopper(spec):
+    assert_compiles(OP, spec, SMALL)
+
+
+def test_is_registered_by_its_stem():
+    assert ops.get("quantize_paged") is OP
+
+
+@BY_SPEC
+def test_a_stray_write_is_seen(spec):
+    inputs = OP.inputs(spec, Case(QuantizePagedSizes(20)), Draw(2))
+    inputs["cache"].fill_(7)
+    inputs["cache"].copy_(OP.reference(spec, inputs)["cache"])
+    assert OP.check(spec, inputs, {"cache": inputs["cache"]}, {}).passed
+    inputs["cache"][-1].view(-1)[3] = 8
+    assert not OP.check(spec, inputs, {"cache": inputs["cache"]}, {}).passed
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"layout": "v5"}, {"width": 512}, {"layout": "v4", "width": 448}, {"page": 0}, {"slots": "i16"}, {"power_of_two": 1}],
+    ids=str,
+)
+def test_spec_refuses(fields):
+    with pytest.raises((SpecError, KeyError)):
+        QuantizePagedSpec.from_dict({"layout": "index_k", "width": 128, **fields})
+
+
+KV = torch.zeros(3, 576, dtype=torch.bfloat16)
+NOPE, ROPE = KV[:, :512], KV[:, 512:]
+SLOTS = torch.tensor([0, 70, -1], dtype=torch.int32)
+V32 = caches.KvV32Layout().empty(2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "arguments"),
+    [
+        ("layout", (NOPE, ROPE, SLOTS, V32, "v5")),
+        ("source", (NOPE.float(), ROPE, SLOTS, V32, "v32")),
+        ("source", (NOPE, ROPE, SLOTS, V32, "v4")),
+        ("source", (NOPE, None, SLOTS, V32, "index_k")),
+        ("rope", (NOPE, None, SLOTS, V32, "v32")),
+        ("rope", (NOPE, ROPE[:, :32], SLOTS, V32, "v32")),
+        ("rope", (NOPE[:, :128], ROPE, SLOTS, V32, "index_k")),
+        ("slots", (NOPE, ROPE, SLOTS.short(), V32, "v32")),
+        ("slots", (NOPE, ROPE, SLOTS[:2], V32, "v32")),
+        ("cache", (NOPE, ROPE, SLOTS, V32[..., :640], "v32")),
+        ("cache", (NOPE, ROPE, SLOTS, V32.float(), "v32")),
+    ],
+)
+def test_call_refuses(argument, arguments):
+    with pytest.raises(InputError, match=f"^{argument}"):
+        dispatch.call(OP, (*arguments, False))
+
+
+def test_nothing_to_do_launches_nothing():
+    for spec in SPECS:
+        inputs = OP.inputs(spec, Case(QuantizePagedSizes(0)), Draw(0))
+        assert OP.launches(spec, SMALL, inputs, OP.allocate(spec, inputs), H200) == ()

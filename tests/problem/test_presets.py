@@ -1,0 +1,90 @@
+"""Presets and spec files: round trips, and refusals that name the field and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsa_codegen import ops
+from dsa_codegen.errors import SpecError, UnknownName
+from dsa_codegen.problem import presets
+
+NAMES = ["deepseek-v3.2", "deepseek-v3.2-tp8", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5-tp8", "tiny"]
+
+
+def test_the_models_people_run_are_there():
+    assert presets.names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_through_a_file(name, tmp_path):
+    model = presets.preset(name)
+    path = tmp_path / "anything.yaml"
+    path.write_text(presets.dump(model))
+    assert presets.load(path) == model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operation_serves_every_preset(name):
+    for op in ops.all_ops().values():
+        assert op.specs(presets.preset(name)), op.name
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(UnknownName, match=r"glm-5-tp8, tiny"):
+        presets.preset("glm5")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("heads: 0", "heads"),
+        ("heads: many", "heads"),
+        ("heads: 16.0", "heads"),
+        ("heads: true", "heads"),
+        ("d_nope: 500", "d_nope"),
+        ("topk: 63", "topk"),
+        ("index_heads: 12", "index_heads"),
+        ("kv_layout: v5", "kv_layout"),
+        ('score: "\'; import os"', "score"),
+        ('name: "../../etc"', "name"),
+        ("colour: blue", "colour"),
+    ],
+)
+def test_nonsense_is_refused_by_name(text, field, tmp_path):
+    fields = presets.preset("tiny").to_dict()
+    key, _, value = text.partition(": ")
+    lines = [f"{name}: {old}" for name, old in fields.items() if name != key] + [f"{key}: {value}"]
+    path = tmp_path / "model.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(SpecError, match=field):
+        presets.load(path)
+
+
+NO_MAPPINGS = [b"", b"- a\n- b", b"{", b"!!python/object/apply:os.system ['true']", b"\xff\xfe\x00", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("text", NO_MAPPINGS, ids=["empty", "list", "open", "code", "binary", "deep"])
+def test_a_file_that_is_no_mapping_is_refused(text, tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_bytes(text)
+    with pytest.raises(SpecError, match="spec file"):
+        presets.load(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("my model.yaml", "mymodel"), ("32b-chat.yaml", "b-chat"), ("v4_rank.0.yaml", "v4_rank.0"), ("7.yaml", "model")],
+)
+def test_any_file_name_will_do(file, name, tmp_path):
+    fields = presets.preset("tiny").to_dict()
+    del fields["name"]
+    path = tmp_path / file
+    path.write_text("\n".join(f"{field}: {value}" for field, value in fields.items()))
+    assert presets.load(path).name == name
+
+
+def test_a_missing_field_is_named(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("heads: 16")
+    with pytest.raises(SpecError, match="d_nope"):
+        presets.load(path)

@@ -1,0 +1,113 @@
+"""Runs a TileLang kernel's generated CUDA on CPU tensors, so that its arithmetic is verified where there is no GPU.
+
+Only what plain SIMT kernels use is there (see emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an
+unreadable page, so that an access beyond its end ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_codegen.kernels.backends import Launchable
+from dsa_codegen.kernels.backends.base import import_module
+from dsa_codegen.kernels.build import Built
+
+AVAILABLE = shutil.which("g++") is not None and platform.machine() == "x86_64"
+ORDERS = ("ascending", "descending", "shuffled")
+
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[^)]*\) (\w+)\(([^)]*)\)')
+_SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar buf_dyn_shmem\[\];")
+_LAUNCHER = """
+static void call() {{ {name}({arguments}); }}
+extern "C" int launch(long long *arguments, int width, int height, int threads, int order, uint random) {{
+  emulator::arguments = arguments;
+  emulator::kernel = call;
+  if (!emulator::shared) emulator::shared = (uchar *)malloc(emulator::shared_bytes);
+  for (blockIdx.y = 0; blockIdx.y < height; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < width; blockIdx.x++) {{
+      memset(emulator::shared, 0xCD, emulator::shared_bytes);
+      if (!emulator::run_block(threads, (emulator::Order)order, random)) return 1;
+    }}
+  return 0;
+}}
+"""
+
+
+def kernels(built: Built, order: str) -> dict[str, Launchable]:
+    """The kernels of a TileLang build by name; ``order`` says in which order the threads of a block take their turns."""
+    module = import_module(built.source)
+    return {name: _Emulated(built.folder / name, module.KERNELS[name](), ORDERS.index(order)) for name in module.KERNELS}
+
+
+class _Emulated:
+    def __init__(self, folder: Path, prim_func: Any, order: int) -> None:
+        self._parameters = [(prim_func.buffer_map.get(parameter), parameter.name) for parameter in prim_func.params]
+        self._order = order
+        (source,) = folder.glob("**/device_kernel.cu")
+        text = source.read_text()
+        match = _KERNEL.search(text)
+        assert match is not None, f"no kernel in {source}"
+        threads, name, declared = match.groups()
+        self._threads = int(threads)
+        kinds, self._names = zip(*(part.strip().rsplit(" ", 1) for part in declared.split(",")), strict=True)
+        arguments = ", ".join(f"({kind.replace('__restrict__', '')})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
+        body = _SHARED.sub("uchar *buf_dyn_shmem = emulator::shared;", text[text.index('extern "C" __global__') :])
+        launcher = _LAUNCHER.format(name=name, arguments=arguments)
+        self._library = ctypes.CDLL(str(_compile(folder, f'#include "emulator.h"\n{body}\n{launcher}')))
+
+    def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        values: dict[str, int] = {}
+        memory = []
+        for (buffer, name), arg in zip(self._parameters, args, strict=True):
+            if buffer is None:
+                values[name] = int(arg)
+                continue
+            symbols = [*zip(buffer.shape, arg.shape, strict=True), *zip(buffer.strides, arg.stride(), strict=False)]
+            values.update({symbol.name: size for symbol, size in symbols if hasattr(symbol, "name")})
+            memory.append(_Guarded(arg))
+            values[buffer.name] = memory[-1].address
+        arguments = (ctypes.c_longlong * len(self._names))(*(values[name] for name in self._names))
+        stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
+        assert not stuck, "threads wait at a barrier that others never reach"
+        for guarded in memory:
+            guarded.copy_back()
+
+
+def _compile(folder: Path, text: str) -> Path:
+    source, library = folder / "emulated.cpp", folder / "emulated.so"
+    if not library.exists():
+        source.write_text(text)
+        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
+        subprocess.run(["g++", *options, source, "-o", library], check=True)
+    return library
+
+
+class _Guarded:
+    """A copy of the memory that a tensor spans, with an unreadable page behind it (to the next 16 bytes)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = tensor.as_strided((span if tensor.numel() else 0,), (1,)).view(torch.uint8)
+        room = -(-flat.numel() // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._flat, self._map = flat, mmap.mmap(-1, room + mmap.PAGESIZE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        protected = ctypes.CDLL(None).mprotect(ctypes.c_void_p(base + room), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        assert protected == 0
+        offset = room - -(-flat.numel() // 16) * 16
+        self.address = base + offset
+        self._copy = np.frombuffer(self._map, np.uint8, flat.numel(), offset)
+        self._copy[:] = flat.numpy()
+
+    def copy_back(self) -> None:
+        self._flat.copy_(torch.from_numpy(self._copy))

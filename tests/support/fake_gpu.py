@@ -1,0 +1,95 @@
+"""CUDA devices that are not there: tensors claim to lie on one, builds and runs are counted, kernels are not launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from dsa_codegen.gpu import Gpu
+from dsa_codegen.kernels.backends import Launchable
+from dsa_codegen.kernels.render import Rendered
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.runtime import dispatch, guards
+
+from support import H200
+
+
+class FakeGpu:
+    """Stands in for CUDA in ``dispatch``.
+
+    Args:
+        gpus: what each device is.
+        device: where the inputs of every call claim to lie.
+        capturing: whether a CUDA graph is being captured.
+        kernels: what every build holds; calls then launch them, and leave plans. Without, no variant launches anything.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        gpus: Mapping[int, Gpu] | None = None,
+        device: int = 0,
+        capturing: bool = False,
+        kernels: Mapping[str, Launchable] | None = None,
+    ) -> None:
+        self.device, self.current, self.entered = device, 0, []
+        self.builds: list[tuple[str, Gpu]] = []
+        self.runs: list[Variant] = []
+        self._gpus = gpus or {0: H200}
+        cuda = dispatch.torch.cuda
+        monkeypatch.setattr(dispatch, "_device", lambda inputs: torch.device("cuda", self.device))
+        monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, getattr(device, "index", device)))
+        monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])
+        monkeypatch.setattr(dispatch, "build", self._build)
+        monkeypatch.setattr(dispatch, "build_all", self._build_all)
+        self._kernels = kernels
+        monkeypatch.setattr(guards, "sketched", functools.partial(self._keyed, guards.sketched))
+        if kernels is None:
+            monkeypatch.setattr(Variant, "run", lambda variant, inputs, outputs: self._run(variant, outputs))
+        else:
+            monkeypatch.setattr(Variant, "rehearse", lambda variant, device: None)
+
+    def _build(self, rendered: Rendered, gpu: Gpu) -> FakeGpu:
+        if (rendered.sha, gpu) not in self.builds:
+            self.builds.append((rendered.sha, gpu))
+        return self
+
+    def _build_all(self, sources: Iterable[Rendered], gpu: Gpu, processes: int | None = None) -> dict[str, str]:
+        for rendered in sources:
+            self._build(rendered, gpu)
+        return {}
+
+    def load(self) -> Mapping[str, Launchable]:
+        """What a build gives."""
+        return self._kernels or {}
+
+    def _keyed(self, describe: Callable[[str, Sequence[Any]], Any], op: str, args: Sequence[Any]) -> Any:
+        """The tensors' device, which keys and guards look at, is the one that they claim."""
+        described = describe(op, args)
+        if self._kernels is None or described is None:
+            return None
+        return (*described[0], self.device), *described[1:]
+
+    def _run(self, variant: Variant, outputs: dict) -> dict:
+        assert self.current == self.device, "launched on another device than the tensors'"
+        self.runs.append(variant)
+        return outputs
+
+
+class _Guard:
+    def __init__(self, fake: FakeGpu, device: int) -> None:
+        self._fake, self._device, self._before = fake, device, fake.current
+
+    def __enter__(self) -> None:
+        self._fake.entered.append(self._device)
+        self._fake.current = self._device
+
+    def __exit__(self, *error: object) -> None:
+        self._fake.current = self._before

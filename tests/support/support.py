@@ -1,0 +1,45 @@
+"""Checks that hold for every operation; each test file calls them with its own specs and configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsa_codegen.gpu import Gpu, resolve
+from dsa_codegen.kernels import build, render
+from dsa_codegen.problem.op import Case, Config, Inputs, Op
+from dsa_codegen.problem.values import Spec
+from dsa_codegen.proof.verify import interpret
+from dsa_codegen.worker import Worker
+
+H200 = resolve("H200")
+
+
+def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
+    """The default config, or the first that fits where the default belongs to another backend."""
+    config = op.default_config(spec, op.workloads(spec)[0].sizes, gpu)
+    return config if config.backend == backend else op.seed_config(spec, backend, gpu)
+
+
+def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
+    """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
+    schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
+    options = {**spec.to_dict(), "weights": None, "starts": None, "lengths": None, "sink": None}
+    return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
+
+
+def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case) -> None:
+    """The rendered Triton kernels, interpreted on the CPU, agree with the reference within the op's limits."""
+    assert not op.violations(spec, config, H200)
+    accuracy = interpreter.call(interpret, op.name, spec, config, case, H200)
+    assert accuracy.passed, accuracy.detail
+
+
+def assert_compiles(op: Op, spec: Spec, config: Config, gpu: Gpu = H200, spills: int = 0) -> None:
+    """The rendered source compiles for the GPU's architecture, within its limits and without spilling registers."""
+    assert not op.violations(spec, config, gpu)
+    built = build.build(render.render(op, spec, config), gpu)
+    for kernel, usage in built.resources.items():
+        assert usage.smem <= gpu.smem_per_block, (kernel, usage)
+        assert usage.spills <= spills, (kernel, usage)

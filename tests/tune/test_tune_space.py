@@ -1,0 +1,55 @@
+"""The search space: fixed integer ranges, what is feasible, which configs are the same candidate."""
+
+from __future__ import annotations
+
+from dsa_codegen.problem.op import Config
+
+from support import H200
+from toy import OP
+from tune_support import DEFAULT, SPACE, config
+
+
+class Recorder:
+    """Suggests the highest index and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[str, tuple[int, int]] = {}
+
+    def suggest_int(self, name, low, high):
+        self.ranges[name] = (low, high)
+        return high
+
+
+def test_a_config_is_drawn_as_indices_of_ordered_choices():
+    recorder = Recorder()
+    drawn = SPACE.suggest(recorder)
+    assert recorder.ranges == {parameter.name: (0, len(parameter.choices) - 1) for parameter in OP.parameters("triton")}
+    assert drawn == Config.of("triton", **{parameter.name: parameter.choices[-1] for parameter in OP.parameters("triton")})
+
+
+def test_decode_undoes_encode():
+    assert SPACE.decode(SPACE.encode(DEFAULT)) == DEFAULT
+
+
+def test_feasible_are_exactly_those_without_violations():
+    feasible = SPACE.feasible()
+    assert 0 < len(feasible) < SPACE.size
+    assert len(set(feasible)) == len(feasible)
+    assert all(not OP.violations(SPACE.spec, each, H200) for each in feasible)
+    assert SPACE.feasible(limit=10) is None
+
+
+def test_neighbours_differ_in_one_step_and_are_feasible():
+    found = SPACE.neighbours(DEFAULT)
+    assert found
+    for neighbour in found:
+        there, here = SPACE.encode(neighbour), SPACE.encode(DEFAULT)
+        assert sum(abs(there[name] - here[name]) for name in here) == 1
+        assert SPACE.fits(neighbour)
+
+
+def test_launch_only_values_share_the_source_but_not_the_key():
+    one, two, other = (SPACE.candidate(config(splits=1)), SPACE.candidate(config(splits=2)), SPACE.candidate(config(block_q=2)))
+    assert one.rendered == two.rendered != other.rendered
+    assert len({one.key, two.key, other.key}) == 3
+    assert one.key == SPACE.candidate(config(splits=1)).key
