@@ -13,6 +13,7 @@ same config.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,18 @@ def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Fo
     if broken:
         raise NoConfig(op.name, gpu.name, [violation.reason for violation in broken])
     return Found(config, "default", notes=tuple(notes))
+
+
+def stand_ins(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu) -> Iterator[Config]:
+    """What may take the place of a config that does not build here: the default, other guesses, the first of each backend."""
+    able = [backend for backend in op.backends if not missing_tool(backend)]
+    sizes = _stand_in(op, spec, sizes)
+    for config in op.guesses(spec, sizes, gpu):
+        if config.backend in able and not op.violations(spec, config, gpu):
+            yield config
+    for backend in able:
+        with contextlib.suppress(NoConfig):
+            yield op.seed_config(spec, backend, gpu)
 
 
 def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record) -> str | None:

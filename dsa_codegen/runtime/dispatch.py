@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import gpu as gpus
-from ..errors import CaptureError, NoGpu
+from ..errors import BuildError, CaptureError, NoGpu
 from ..kernels.backends import Launchable
 from ..kernels.build import build, build_all
 from ..kernels.render import render
 from ..kernels.variant import Variant
 from ..problem.op import Config, Inputs, Op, Outputs
 from ..problem.values import Bucket, Sizes, Spec, describe
-from ..records.lookup import Found, lookup
+from ..records.lookup import Found, lookup, stand_ins
 from . import guards, plans
 from .tally import Tally
 
@@ -224,14 +225,37 @@ def _load(op: Op, spec: Spec, sizes: Sizes, key: Key, complaints: list[str]) -> 
         found = chosen(op, spec, sizes, gpu)
         _count(op, found.origin)
         complaints += _complaints(op, sizes, gpu, found)
-        rendered = render(op, spec, found.config)
-        source = rendered.sha, key[-1]
-        if source not in _kernels:  # buckets often share a source
-            _kernels[source] = build(rendered, gpu).load()
-        variant = Variant(op, spec, found.config, gpu, _kernels[source])
+        variant = _built(op, spec, sizes, gpu, found.config, key[-1], complaints)
         variant.rehearse(f"cuda:{key[-1]}")
         _variants[key] = variant
         return variant
+
+
+def _built(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu, config: Config, device: int, complaints: list[str]) -> Variant:
+    """The variant of a config, or where it does not build, of the first that stands in for it; an override has no stand-in."""
+    try:
+        return Variant(op, spec, config, gpu, _kernels_of(op, spec, gpu, config, device))
+    except BuildError as error:
+        if op.name in _overrides:
+            raise
+        reason = error
+    for other in stand_ins(op, spec, sizes, gpu):
+        if render(op, spec, other).sha == render(op, spec, config).sha:
+            continue
+        with contextlib.suppress(BuildError):
+            variant = Variant(op, spec, other, gpu, _kernels_of(op, spec, gpu, other, device))
+            _count(op, "stand-in")
+            complaints.append(f"{op.name}: {config} does not build here, {other} stands in ({reason})")
+            return variant
+    raise reason
+
+
+def _kernels_of(op: Op, spec: Spec, gpu: gpus.Gpu, config: Config, device: int) -> Mapping[str, Launchable]:
+    rendered = render(op, spec, config)
+    source = rendered.sha, device
+    if source not in _kernels:  # buckets often share a source
+        _kernels[source] = build(rendered, gpu).load()
+    return _kernels[source]
 
 
 def _complaints(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> Iterator[str]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dsa_codegen import ops
-from dsa_codegen.errors import CaptureError, InputError, NoGpu
+from dsa_codegen.errors import BuildError, CaptureError, InputError, NoGpu
 from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.render import render
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
@@ -108,6 +109,24 @@ def test_builds_once_per_spec_and_bucket(monkeypatch):
     call()
     assert (len(fake.builds), len(fake.runs)) == (1, 2)
     assert dispatch.stats() == {"indexer: calls": 2, "indexer: default": 1}
+
+
+def test_a_default_that_does_not_build_gives_way_to_the_next_guess(monkeypatch):
+    FakeGpu(monkeypatch)
+    refused = OP.default_config(SPEC, CASE.sizes, H200)
+    plain, sha = dispatch.build, render(OP, SPEC, refused).sha
+
+    def build(rendered, gpu):
+        if rendered.sha == sha:
+            raise BuildError("indexer", "a compiler of another day")
+        return plain(rendered, gpu)
+
+    monkeypatch.setattr(dispatch, "build", build)
+    with pytest.warns(dispatch.Untuned, match=r"does not build here, triton\(.* stands in \(.*another day"):
+        call()
+    assert dispatch.stats()["indexer: stand-in"] == 1
+    with dispatch.override(OP, refused), pytest.raises(BuildError):  # who asks for a config gets it or an error
+        call()
 
 
 @pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")

@@ -62,6 +62,9 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
             yield from exceeds("step registers", config["block_n"] / (32 * config["num_warps"]), 32)
             yield from exceeds("sample registers", config["sample"] / (32 * config["num_warps"]), 16)
             return
+        if gpu.capability < 90:  # its launches overlap with their neighbours', which older GPUs cannot
+            reason = f"capability: dependent launches need sm_90 or newer, {gpu.name} is sm_{gpu.capability}"
+            yield Violation("capability", 1.0, reason)
         threads, blocks, values = config["threads"], config["blocks_per_sm"], _derived(spec, config)
         yield from exceeds("threads per histogram", threads, 1 << config["bins_log2"])
         yield from exceeds("pool registers", config["capacity"] / threads, 16)
