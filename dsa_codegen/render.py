@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from . import paths
+from . import backends, paths
+from .errors import ToolMissing
 from .op import Config, Op
 from .values import Spec
 
@@ -22,6 +23,8 @@ spec   {spec}
 config {config}
 """
 '''
+_OF_TRITON = ("triton", "gluon")
+_OLDEST_TRITON = "3.6.0"
 _INCLUDE = re.compile(r"""\{%-?\s*(?:include|import|from)\s+["']([^"']+)["']""")
 
 
@@ -82,11 +85,29 @@ def code_values(op: Op, config: Config) -> dict[str, object]:
     return {name: value for name, value in config.values if name not in launch_only}
 
 
-def render(op: Op, spec: Spec, config: Config) -> Rendered:
+@functools.cache
+def installed_triton() -> str:
+    """Triton's version here, the oldest that is supported where there is none."""
+    try:
+        return backends.get("triton").toolchain()["triton"]
+    except ToolMissing:
+        return _OLDEST_TRITON
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(3, 8) of "3.8.0+git1a2b3c"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def render(op: Op, spec: Spec, config: Config, triton: str = "") -> Rendered:
     """Render the template of the config's backend.
 
-    The template sees the fields of ``spec``, the code parameters of ``config`` and ``op.derived(spec, config)``;
-    a name that none of them gives is an error (StrictUndefined).
+    The template sees the fields of ``spec``, the code parameters of ``config`` and ``op.derived(spec, config)``; a template
+    in one of Triton's languages also sees ``triton``, (3, 8) say, by which names differ. A name that nothing gives is an
+    error (StrictUndefined).
+
+    Args:
+        triton: the version of Triton that the text is for; by default the installed one.
     """
     name = template_name(op, config.backend)
     values = code_values(op, config)
@@ -98,7 +119,10 @@ def render(op: Op, spec: Spec, config: Config) -> Rendered:
         spec=_line(spec.to_dict()),
         config=f"{config.backend}: {_line(values)}",
     )
-    body = _environment().get_template(name).render({**spec.to_dict(), **values, **op.derived(spec, config)})
+    given = {**spec.to_dict(), **values, **op.derived(spec, config)}
+    if config.backend in _OF_TRITON:
+        given["triton"] = _release(triton or installed_triton())
+    body = _environment().get_template(name).render(given)
     return Rendered(op.name, config.backend, header + body)
 
 
