@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from . import backends, paths
-from .errors import ToolMissing
+from . import paths
 from .op import Config, Op
 from .values import Spec
 
@@ -89,14 +88,15 @@ def code_values(op: Op, config: Config) -> dict[str, object]:
 def installed_triton() -> str:
     """Triton's version here, the oldest that is supported where there is none."""
     try:
-        return backends.get("triton").toolchain()["triton"]
-    except ToolMissing:
+        import triton
+    except Exception:  # it loads libraries of its own while it is imported
         return _OLDEST_TRITON
+    return triton.__version__
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """(3, 8) of "3.8.0+git1a2b3c"."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return tuple(int(number) for number in re.findall(r"\d{1,6}", version)[:2])
 
 
 def render(op: Op, spec: Spec, config: Config, triton: str = "") -> Rendered:
@@ -121,7 +121,7 @@ def render(op: Op, spec: Spec, config: Config, triton: str = "") -> Rendered:
     )
     given = {**spec.to_dict(), **values, **op.derived(spec, config)}
     if config.backend in _OF_TRITON:
-        given["triton"] = _release(triton or installed_triton())
+        given["triton"] = release(triton or installed_triton())
     body = _environment().get_template(name).render(given)
     return Rendered(op.name, config.backend, header + body)
 
