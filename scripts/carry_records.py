@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Runs in either checkout: how modules are called there is asked of the checkout, newest layout first.
 RENDER = r"""
-import importlib, json, sys
+import importlib, inspect, json, sys
 from pathlib import Path
 
 def module(*names):
@@ -40,7 +40,9 @@ for path in json.load(sys.stdin):
         op, answer = ops.get(content["op"]), {"file": path, "number": number}
         try:
             config = op.config(record["backend"], record["config"])
-            rendered = rendering.render(op, op.spec_type.from_dict(record["spec"]), config)
+            known = "triton" in inspect.signature(rendering.render).parameters  # the text for the Triton it was measured with
+            version = {"triton": record["toolchain"].get("triton", "")} if known else {}
+            rendered = rendering.render(op, op.spec_type.from_dict(record["spec"]), config, **version)
             answer["code"] = rendered.text.partition('\"\"\"\n')[2]
             answer["sha"] = rendered.sha
             answer["template"] = rendering.template_sha(rendering.template_name(op, record["backend"]))

@@ -23,6 +23,8 @@ config {config}
 """
 '''
 _END_OF_HEADER = '"""\n'  # the first one: the summary follows the opening quotes on their line
+_OF_TRITON = ("triton", "gluon")
+_OLDEST_TRITON = "3.6.0"
 _INCLUDE = re.compile(r"""\{%-?\s*(?:include|import|from)\s+["']([^"']+)["']""")
 
 
@@ -96,11 +98,30 @@ def code_values(op: Op, config: Config) -> dict[str, object]:
     return {name: value for name, value in config.values if name not in launch_only}
 
 
-def render(op: Op, spec: Spec, config: Config) -> Rendered:
+@functools.cache
+def installed_triton() -> str:
+    """Triton's version here, the oldest that is supported where there is none."""
+    try:
+        import triton
+    except Exception:  # it loads libraries of its own while it is imported
+        return _OLDEST_TRITON
+    return triton.__version__
+
+
+def release(version: str) -> tuple[int, ...]:
+    """(3, 8) of "3.8.0+git1a2b3c"."""
+    return tuple(int(number) for number in re.findall(r"\d{1,6}", version)[:2])
+
+
+def render(op: Op, spec: Spec, config: Config, triton: str = "") -> Rendered:
     """Render the template of the config's backend.
 
-    The template sees the fields of ``spec``, the code parameters of ``config`` and ``op.derived(spec, config)``;
-    a name that none of them gives is an error (StrictUndefined).
+    The template sees the fields of ``spec``, the code parameters of ``config`` and ``op.derived(spec, config)``; a template
+    in one of Triton's languages also sees ``triton``, (3, 8) say, by which names differ. A name that nothing gives is an
+    error (StrictUndefined).
+
+    Args:
+        triton: the version of Triton that the text is for; by default the installed one.
     """
     name = template_name(op, config.backend)
     values = code_values(op, config)
@@ -112,7 +133,10 @@ def render(op: Op, spec: Spec, config: Config) -> Rendered:
         spec=_line(spec.to_dict()),
         config=f"{config.backend}: {_line(values)}",
     )
-    body = _environment().get_template(name).render({**spec.to_dict(), **values, **op.derived(spec, config)})
+    given = {**spec.to_dict(), **values, **op.derived(spec, config)}
+    if config.backend in _OF_TRITON:
+        given["triton"] = release(triton or installed_triton())
+    body = _environment().get_template(name).render(given)
     return Rendered(op.name, config.backend, header, body)
 
 

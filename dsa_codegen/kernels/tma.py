@@ -23,6 +23,7 @@ class Tiled:
 
     __slots__ = ("_address", "_offset", "encoded", "shape", "strides", "tensor")
     padding = "zero"
+    round_f32_to_tf32 = False
 
     def __init__(
         self, tensor: Tensor, shape: Sequence[int] | None = None, strides: Sequence[int] | None = None, offset: int = 0

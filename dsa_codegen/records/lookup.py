@@ -161,14 +161,15 @@ def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record) -> str | None:
     broken = op.violations(spec, config, gpu)
     if broken:
         return "; ".join(violation.reason for violation in broken)
-    if _source_sha(op, own, config) != record.source_sha:
+    if _source_sha(op, own, config, record.toolchain.get("triton", "")) != record.source_sha:
         return "the template renders to another source now; tune again"
     return missing_tool(record.backend)
 
 
 @functools.lru_cache(maxsize=4096)
-def _source_sha(op: Op, spec: Spec, config: Config) -> str:
-    return render(op, spec, config).sha
+def _source_sha(op: Op, spec: Spec, config: Config, triton: str) -> str:
+    """Of the text for the Triton that a record was measured with."""
+    return render(op, spec, config, triton).sha
 
 
 @functools.cache

@@ -55,6 +55,43 @@ def test_every_template_renders_stable_valid_python(op, spec, config):
     assert first.module_name.isidentifier()
 
 
+# What Gluon calls a thing, by the first version of Triton that does.
+NAMES = [
+    ("gl.thread_barrier(", (3, 7), "gl.barrier("),
+    ("._reinterpret(", (3, 9), ".reinterpret("),
+    ("tma.async_copy_global_to_shared(", (3, 9), "tma.async_load("),
+]
+TRITONS = ["3.6.0", "3.7.1", "3.8.0", "3.9.0", "3.10.0+git1a2b3c"]
+
+
+def gluon():
+    for param in everything():
+        if param.values[2].backend == "gluon":
+            yield param
+
+
+@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize(("op", "spec", "config"), list(gluon()))
+def test_gluon_has_the_names_of_the_version_that_is_asked_for(op, spec, config, version):
+    text = render.render(op, spec, config, version).text
+    for name, renamed, other in NAMES:
+        absent = name if render.release(version) >= renamed else other
+        assert absent not in text
+        text = text.replace(other, name)
+    assert text == render.render(op, spec, config, "3.6.0").text, "nothing but names differs"
+
+
+@pytest.mark.parametrize(("op", "spec", "config"), list(everything()))
+def test_other_languages_have_one_text_for_all_versions(op, spec, config):
+    texts = {render.render(op, spec, config, version).text for version in TRITONS}
+    assert len(texts) == 1 or config.backend == "gluon"
+
+
+def test_the_text_is_for_the_installed_version_by_default():
+    op, spec, config = next(gluon()).values
+    assert render.render(op, spec, config) == render.render(op, spec, config, render.installed_triton())
+
+
 def test_launch_only_parameters_do_not_reach_the_text():
     spec = IndexerSpec(8, 64)
     one, two = (render.render(INDEXER, spec, CONFIG.replace(splits=splits)) for splits in (1, 8))

@@ -10,6 +10,7 @@ from test_records import CASE, CONFIG, SPEC, make
 
 from dsa_codegen import ops
 from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.op import Case
@@ -65,7 +66,7 @@ def test_order(folders, first):
 
 def test_the_fastest_backend_serves(folders, monkeypatch):
     monkeypatch.setattr(type(OP), "backends", ("triton", "tilelang"))
-    monkeypatch.setattr(rooms, "_source_sha", lambda op, spec, config: "same")
+    monkeypatch.setattr(rooms, "_source_sha", lambda *of: "same")
     monkeypatch.setattr(rooms, "missing_tool", lambda backend: None)
     monkeypatch.setattr(rooms, "toolchain_difference", lambda record: "")
     put(folders["tuned"], 2, source_sha="same", time_us=10.0)
@@ -132,12 +133,23 @@ def test_a_borrowed_record_is_of_the_most_similar_gpu(folders):
     assert found(folders).config["num_stages"] == 3
 
 
+@pytest.mark.parametrize(("measured", "other"), [("3.6.0", "3.9.0"), ("3.9.0", "3.6.0")])
+def test_a_record_is_compared_with_the_text_for_the_triton_it_was_measured_with(measured, other):
+    op = ops.get("indexer")
+    config = op.default_config(SPEC, SIZES, H200, "gluon")
+    text = {"source_sha": render(op, SPEC, config, measured).sha, "toolchain": {"triton": measured}}
+    record = dataclasses.replace(make(), backend="gluon", config=config.to_dict(), **text)
+    assert rooms.unusable(op, SPEC, H200, record) is None
+    record = dataclasses.replace(record, toolchain={"triton": other})
+    assert "another source" in rooms.unusable(op, SPEC, H200, record)
+
+
 def test_another_toolchain_is_stale_but_used(folders):
     put(folders["tuned"], 2, toolchain={"triton": "3.5.0", "driver": "550.1"})
     result = found(folders)
     assert (result.origin, result.stale) == ("tuned", True)
-    assert "triton 3.5.0 (installed: 3.6" in result.notes[-1]
-    put(folders["tuned"], 2, toolchain={"triton": "3.6.0", "driver": "550.1"})
+    assert f"triton 3.5.0 (installed: {installed_triton()}" in result.notes[-1]
+    put(folders["tuned"], 2, toolchain={"triton": installed_triton(), "driver": "550.1"})
     assert not found(folders).stale
 
 

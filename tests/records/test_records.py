@@ -11,7 +11,7 @@ import filelock
 import pytest
 
 from dsa_codegen.errors import RecordError
-from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.timing import Policy, Timing
@@ -44,7 +44,7 @@ def make(config=CONFIG, spec=SPEC, case=CASE, gpu=H200, evidence=MEASURED, time_
         "distribution": case.distribution,
         "template": "0123456789ab",
         "source_sha": render(OP, spec, config).sha,
-        "toolchain": {"triton": "3.6.0", "torch": "2.11.0"},
+        "toolchain": {"triton": installed_triton(), "torch": "2.11.0"},
         "policy": Policy(),
         "accuracy": {"max_abs": 1e-5, "similarity": 1e-9},
         "search": {"trials": 40, "ok": 31, "wall_s": 12.5, "seed": 0},

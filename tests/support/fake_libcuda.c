@@ -39,8 +39,16 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDriverGetVersion(int *version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
 /* Asked for by name only, never called. */
 #define ABSENT(name) __asm__(".globl " #name "\n" #name ": ud2");
 ABSENT(cuGetErrorString) ABSENT(cuCtxGetLimit) ABSENT(cuCtxSetCurrent) ABSENT(cuCtxSetLimit) ABSENT(cuDeviceGet)
 ABSENT(cuDeviceGetAttribute) ABSENT(cuDevicePrimaryCtxRetain) ABSENT(cuFuncGetAttribute) ABSENT(cuFuncSetAttribute)
 ABSENT(cuFuncSetCacheConfig) ABSENT(cuModuleGetFunction) ABSENT(cuModuleLoadData) ABSENT(cuOccupancyMaxActiveClusters)
+ABSENT(cuCtxGetDevice) ABSENT(cuStreamIsCapturing) ABSENT(cuTensorMapEncodeIm2col)

@@ -16,6 +16,7 @@ from triton.runtime.driver import driver as triton_driver
 from dsa_codegen import ops
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import backends
+from dsa_codegen.kernels.backends import launcher
 from dsa_codegen.kernels.backends.base import import_module
 from dsa_codegen.kernels.backends.launcher import TritonKernel
 from dsa_codegen.kernels.build import build
@@ -67,9 +68,15 @@ def main(libcuda: str, name: str, backend: str) -> None:
         wanted = written(kernel.run, *head, *launch.args)
         assert wanted[0] == launch.grid[0] and wanted[6:8] == [STREAM, FUNCTION] and any(wanted[8:])
         ours = TritonKernel(kernel)
+        assert ours._launch is not kernel.run, "not the short way"
+        launcher._KNOWN = False
+        unknown = TritonKernel(kernel)  # as of a Triton that is newer than this package
+        launcher._KNOWN = True
+        assert unknown._launch is kernel.run
         addresses = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in launch.args)
-        for args in (launch.args, launch.args, addresses):
-            assert written(ours, launch.grid, args) == wanted, launch.kernel
+        for way in (ours, unknown):
+            for args in (launch.args, launch.args, addresses):
+                assert written(way, launch.grid, args) == wanted, launch.kernel
 
 
 if __name__ == "__main__":

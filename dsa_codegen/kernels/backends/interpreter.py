@@ -1,25 +1,37 @@
-"""Three corrections of Triton 3.6's interpreter, without which bf16 and FP8 kernels cannot be verified on the CPU.
+"""Corrections of Triton's interpreter, 3.6 to 3.9, without which kernels cannot be verified on the CPU.
 
 It keeps bf16 as 16-bit patterns: ``tl.dot`` multiplies those integers, and fp32 -> bf16 truncates where a GPU rounds to
 nearest even (truncated probabilities alone put attention at a similarity of 1.2e-5). fp32 -> e4m3 rounds, but loses the carry
-into the exponent: 127 becomes 64.
+into the exponent: 127 becomes 64. A constant of the module that meets a tensor makes a constant that holds a tensor: from 3.7
+on, most functions refuse it. What a scalar comparison gives becomes int32 where it is broadcast: 3.9 refuses it as a mask.
+3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
+_OPERATORS = [
+    name
+    for operator in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "lt", "le", "gt", "ge", "eq", "ne")
+    if (name := f"__{operator}__") in vars(tl.constexpr)
+]
 
 
 @functools.cache
 def repair() -> None:
     """Correct the interpreter of this process; further calls do nothing."""
     dot, cast, convert = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    splat, lend = InterpreterBuilder.create_splat, interpreter._patch_lang_tensor
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, _widened(a), _widened(b), *rest)
@@ -34,9 +46,30 @@ def repair() -> None:
         values = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
         return TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
 
+    def create_splat(self: Any, shape: Any, source: Any) -> Any:
+        return splat(self, shape, TensorHandle(source.data, tl.int1) if source.data.dtype == np.bool_ else source)
+
+    def lend_methods(tensor: Any, scope: Any) -> None:
+        lend(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = lend_methods
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_splat = create_splat
+    for name in _OPERATORS:
+        setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))
+
+
+def _unwrapping(operator: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The operator of a constant, whose result with a tensor is a tensor, as it is where kernels are compiled."""
+
+    def operate(self: Any, other: Any) -> Any:
+        result = operator(self, other)
+        return result.value if isinstance(getattr(result, "value", None), tl.tensor) else result
+
+    return operate
 
 
 def _widened(operand: Any) -> Any:

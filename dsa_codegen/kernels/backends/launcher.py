@@ -1,7 +1,9 @@
-"""Launching a compiled Triton kernel: through the code that Triton compiles for its signature, and as little else as can be.
+"""Launching a compiled Triton kernel: through the C code that Triton launches it with, and as little else as can be.
 
 Triton's own launcher goes around that code twice: once to ask for scratch memory, which most kernels do not need, and once to
 encode a descriptor for every argument of which TMA loads tiles. A descriptor is a value: of the same view it is the same.
+Up to 3.6 Triton compiles that code for each signature; from 3.7 on there is one for all, which reads a description of the
+signature. Of a version that is not known here, the launcher is Triton's own.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.backends.nvidia.driver import make_tensordesc_arg
+import triton
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
+from ..render import release
+
+_RELEASE = release(triton.__version__)
+_ONE_FOR_ALL = (3, 7) <= _RELEASE <= (3, 9)
+_KNOWN = (3, 6) <= _RELEASE <= (3, 9)
 _VIEW = re.compile(r"tensordesc<[^[>]*\[([^]]*)\]")
 
 
@@ -26,15 +34,22 @@ class TritonKernel:
 
     def __init__(self, kernel: CompiledKernel) -> None:
         run = kernel.run
+        self._kernel = kernel  # from 3.8 on its end takes the code off the GPU
         self._device = torch.cuda.current_device()
         self._stream = torch._C._cuda_getCurrentRawStream  # what Triton's own launcher reads; ~0.1 us
         self._views: tuple[tuple[int, Mapping[str, Any]], ...] = ()
         self._launch: Callable[..., None] = run
         self._fixed: tuple[Any, ...] = (kernel.function, kernel.packed_metadata, None, None, None)
-        if run.global_scratch_size or run.profile_scratch_size:
+        self._together = False
+        if not _KNOWN or run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
             return
         self._launch = run.launch
-        self._fixed = (kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *self._fixed[1:])
+        self._together = _ONE_FOR_ALL
+        head, hooks, scratch = (kernel.function, run.launch_cooperative_grid, run.launch_pdl), self._fixed[1:], (None, None)
+        if _ONE_FOR_ALL:
+            self._fixed = (*head, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
+        else:
+            self._fixed = (*head, *scratch, *hooks)
         places = [place for place, kind in enumerate(kernel.src.signature.values()) if _VIEW.match(kind)]
         described = getattr(kernel.metadata, "tensordesc_meta", None) or []
         if places and len(described) == len(places) and all(described):
@@ -45,7 +60,10 @@ class TritonKernel:
         x, y, z = grid
         if self._views:
             args = self._with_descriptors(args)
-        self._launch(x, y, z, self._stream(self._device), *self._fixed, *args)
+        if self._together:
+            self._launch(x, y, z, self._stream(self._device), *self._fixed, args)
+        else:
+            self._launch(x, y, z, self._stream(self._device), *self._fixed, *args)
 
     def _with_descriptors(self, args: Sequence[Any]) -> list[Any]:
         row: list[Any] = []
@@ -54,7 +72,7 @@ class TritonKernel:
             view = args[place]
             encoded = view.encoded
             if encoded is None or encoded[0] is not described:  # as another kernel's tiles want it
-                encoded = view.encoded = described, make_tensordesc_arg(view, described)
+                encoded = view.encoded = described, _encode(view, described)
             row += args[last:place]
             row += encoded[1]
             last = place + 1
@@ -62,8 +80,18 @@ class TritonKernel:
         return row
 
 
+def _encode(view: Any, described: Mapping[str, Any]) -> list[Any]:
+    """The view's descriptor, shape and strides."""
+    past = () if _RELEASE < (3, 8) else (None,)  # 3.8 hands on what precedes a launch's arguments, for other GPUs' sake
+    encoded: list[Any] = nvidia.make_tensordesc_arg(view, described, *past)
+    return encoded
+
+
 def _launcher_of_descriptors(kernel: CompiledKernel) -> Callable[..., None]:
-    """The same compiled code, given encoded descriptors, shapes and strides where Triton's wrapper takes the views."""
+    """The same code, given encoded descriptors, shapes and strides where Triton's wrapper takes the views."""
+    if _ONE_FOR_ALL:
+        code: Callable[..., None] = triton.runtime.driver.active.utils.launch
+        return code
     kinds: list[str] = []
     for kind in kernel.src.signature.values():
         view = _VIEW.match(kind)

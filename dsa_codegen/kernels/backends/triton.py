@@ -25,6 +25,7 @@ from ...gpu import Gpu
 from .base import C_COMPILER, Backend, Launchable, Resources, cubin_usage, import_module
 from .launcher import TritonKernel
 
+_COMMON = {"enable_fp_fusion": True}  # the default up to 3.9, which announces another one for 3.10
 _LOCK = threading.Lock()  # Triton's cache folder is a setting of the whole process
 
 
@@ -64,7 +65,7 @@ class TritonBackend(Backend):
     def _compile_into(self, module: Any, kernel: str, gpu: Gpu, out: Path) -> Resources:
         target = GPUTarget("cuda", gpu.capability, 32)
         try:
-            compiled = triton.compile(self._source(module, kernel), target=target, options=module.OPTIONS[kernel])
+            compiled = triton.compile(self._source(module, kernel), target=target, options=_COMMON | module.OPTIONS[kernel])
         except Exception as error:  # MLIR raises RuntimeError, ptxas and the front end classes of their own
             raise BuildError(f"{kernel} for {gpu.arch}", _first_line(error)) from error
         for name, path in compiled.metadata_group.items():
