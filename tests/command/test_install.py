@@ -1,0 +1,63 @@
+"""What the README tells people to install resolves on the public package index alone, for every torch and Python it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRITON = {"2.11.0": "3.6", "2.13.0": "3.7", "2.14.1": "3.8"}
+"""torch -> the Triton that it brings."""
+EXTRAS = {"main": ("tune", "tilelang"), "test": ("test",)}
+"""What the README's two commands install."""
+
+
+def resolved(extras: tuple[str, ...], constraints: Path, python: str = "3.10") -> subprocess.CompletedProcess:
+    """Resolve for this Python and all later ones from the index's metadata alone: no local wheels, no configuration."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "--quiet",
+        "--no-config",
+        "--no-annotate",
+        "--only-binary",
+        ":all:",
+    ]
+    command += ["--universal", "--python-version", python, "--constraints", str(constraints)]
+    command += [part for extra in extras for part in ("--extra", extra)]
+    return subprocess.run([*command, ROOT / "pyproject.toml"], capture_output=True, text=True, env=variables, timeout=300)
+
+
+def test_the_commands_install_what_is_resolved_here():
+    """The extras above are those of the README, and its constraints are these."""
+    commands = re.findall(r"pip install -q -c constraints\.txt -e '\.\[([a-z,]+)\]'", (ROOT / "README.md").read_text())
+    assert [tuple(extras.split(",")) for extras in commands] == list(EXTRAS.values())
+
+
+@pytest.mark.parametrize(("command", "torch"), [("main", "2.13.0"), *(("test", torch) for torch in TRITON)])
+def test_it_resolves_on_the_public_index(tmp_path, command, torch):
+    """The second command's extras hold the first one's, so that the other torches need to be tried with it alone."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("torch==", "triton=="))]
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("\n".join([*(lines if f"torch=={torch}" in lines else [*kept, f"torch=={torch}"]), ""]))
+    done = resolved(EXTRAS[command], constraints)
+    assert done.returncode == 0, done.stderr
+    assert f"torch=={torch}" in done.stdout
+    assert re.search(rf"^triton=={re.escape(TRITON[torch])}\.", done.stdout, re.MULTILINE)
+
+
+def test_older_drivers_have_an_extra(tmp_path):
+    (tmp_path / "none.txt").write_text("")
+    done = resolved(("tune", "tilelang-cu12"), tmp_path / "none.txt", "3.12")
+    assert done.returncode == 0, done.stderr
+    assert "nvidia-cuda-nvcc-cu12==12." in done.stdout
