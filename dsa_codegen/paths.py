@@ -10,6 +10,11 @@ _PACKAGE = Path(__file__).resolve().parent
 _DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
 
 
+def is_checkout() -> bool:
+    """Whether this is a checkout (or an editable install of one) and no wheel."""
+    return _DATA != _PACKAGE / "_data"
+
+
 def templates() -> Path:
     """The folder of ``<op>/<backend>.py.jinja``."""
     return _DATA / "templates"
