@@ -7,7 +7,7 @@ stage is left out of the stage's other cases. Rows are written as they come, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ from .summary import failure, summarise
 
 CASE_SECONDS = 60.0
 TRY_SECONDS = 30.0
+LEAST_SECONDS = 0.2
+"""Of the device, for the cold samples of a case, however little time is left: three rounds or more."""
+SHARE = 0.5
+"""Of a case's time that may go into them; the rest draws inputs, compares and captures."""
 CRASHES = 2
 """So often a peer may take the process with it in a stage."""
 
@@ -54,6 +58,8 @@ class Campaign:
     deadline: Deadline = field(default_factory=Deadline)
     unreached: list[BenchCase] = field(default_factory=list)
     """The cases that the deadline left."""
+    _waiting: int = 1
+    """Cases that are not behind yet."""
     _crashes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     @property
@@ -74,6 +80,7 @@ class Campaign:
             limits = self.ceilings(worker)
             for number, case in enumerate(cases):
                 self.notify(case.id, number, len(cases), None)
+                self._waiting = len(cases) - number
                 row = None if self.deadline.passed else self.hold(worker, case, limits)
                 if row is None:
                     self.unreached = list(cases[number:])
@@ -118,18 +125,24 @@ class Campaign:
                 without |= suspects(worker, case, error)
                 continue
             entries = (*outcome.entries, *(contest.Entry(name, note=reason) for name, reason in without.items()))
-            outcome = Outcome(entries, outcome.variant, outcome.sets, outcome.cold, outcome.versions)
+            outcome = replace(outcome, entries=entries)
             return self._row(case, summarise(case, outcome, limits), outcome.versions)
         return None
 
     def _contest(self, worker: Worker, case: BenchCase, without: Mapping[str, str]) -> Outcome:
         timeout = min(CASE_SECONDS, self.deadline.left)
         try:
-            result: Outcome = worker.call(contest.hold, case, self.gpu, self.sources, tuple(without), self.how, timeout=timeout)
+            how = self.paced()
+            result: Outcome = worker.call(contest.hold, case, self.gpu, self.sources, tuple(without), how, timeout=timeout)
             return result
         except JobFailed:
             worker.kill()  # whatever raised may have left the device unusable
             raise
+
+    def paced(self) -> How:
+        """How a case is held when all that wait shall fit into the time that is left."""
+        share = SHARE * self.deadline.left / max(self._waiting, 1)
+        return replace(self.how, limit_s=min(self.how.limit_s, max(LEAST_SECONDS, share)))
 
     def _given_up(self, case: BenchCase) -> dict[str, str]:
         reasons = {peer.name: self._crashes.get((peer.name, case.stage), []) for peer in self._peers(case)}

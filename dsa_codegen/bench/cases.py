@@ -15,6 +15,7 @@ STAGES = (
     "index_select_prefill",
     "index_select_decode",
     "attention_prefill",
+    "attention_prefill_paged",
     "attention_decode",
     "layer_prefill",
     "layer_decode",
@@ -26,6 +27,12 @@ SUITES = ("core", "distributions", "flashmla", "deepgemm")
 which those libraries time themselves."""
 INDEXED = "indexed"
 """The distribution of scores that an indexer gave."""
+LOCAL = "local"
+"""Lists of which neighbouring queries share 80 %."""
+FP8_PRODUCTS = "fp8"
+"""Random lists, and products in FP8 are allowed: those who make them take part in such rows only."""
+V4_K = 128 + 512
+"""A window and a selection, as DeepSeek-V4 attends to both at once."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,16 @@ def _indexer_decode() -> Iterator[BenchCase]:
 
 
 def _select() -> Iterator[BenchCase]:
-    sizes = ((1, 65536), (1, 8192), (1, 131072), (8, 65536), (64, 8192), (64, 32768), (64, 131072), (128, 65536))
-    for rows, context in (*sizes, (4096, 32768), (4096, 8192), (4096, 131072)):
-        yield case("select", "normal", {"rows": rows, "context": context, "k": 2048})
+    contexts = {
+        1: (65536, 8192, 32768, 131072),
+        8: (65536, 8192, 131072),
+        64: (8192, 32768, 65536, 131072),
+        128: (8192, 32768, 65536),
+        4096: (32768, 8192, 131072),
+    }
+    for rows, widths in contexts.items():
+        for context in widths:
+            yield case("select", "normal", {"rows": rows, "context": context, "k": 2048})
     for distribution in ("relu", "equal", "up", "down", "few", INDEXED):
         for rows, context in ((64, 32768), (4096, 32768)):
             yield case("select", distribution, {"rows": rows, "context": context, "k": 2048}, "distributions")
@@ -119,8 +133,13 @@ def _attention_prefill() -> Iterator[BenchCase]:
     yield one(512, 32768, 128)
     for heads in (64, 32, 16, 8):
         yield one(4096, 32768, heads)
-    yield one(4096, 131072, 128, "local")
-    yield one(4096, 131072, 16, "local")
+    for heads in (16, 8):
+        yield one(4096, 32768, heads, LOCAL)
+    for context in (8192, 131072):
+        yield one(4096, context, 64)
+    for heads in (128, 16):
+        yield one(4096, 131072, heads, LOCAL)
+    yield one(4096, 32768, 128, FP8_PRODUCTS)
     for context in (65536, 98304):
         yield one(4096, context, 128, suite="flashmla")
     for heads, k in ((64, 512), (128, 1024)):
@@ -128,14 +147,34 @@ def _attention_prefill() -> Iterator[BenchCase]:
             yield one(4096, context, heads, suite="flashmla", head_dim=512, k=k)
 
 
+def _attention_prefill_paged() -> Iterator[BenchCase]:
+    def one(heads: int, indices: str = "random", queries: int = 4096) -> BenchCase:
+        shape = {"queries": queries, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048, "page": 64}
+        return case("attention_prefill_paged", indices, shape)
+
+    yield one(128)
+    yield one(128, queries=512)
+    yield one(64)
+    for heads in (16, 8):
+        yield one(heads)
+        yield one(heads, LOCAL)
+
+
 def _attention_decode() -> Iterator[BenchCase]:
-    def one(batch: int, next_n: int, heads: int, suite: str = "core", **other: int) -> BenchCase:
+    def one(batch: int, next_n: int, heads: int, suite: str = "core", indices: str = "random", **other: int) -> BenchCase:
         shape = {"batch": batch, "next_n": next_n, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048, "page": 64}
-        return case("attention_decode", "random", {**shape, **other}, suite)
+        return case("attention_decode", indices, {**shape, **other}, suite)
 
     for batch in (64, 1, 8, 128):
         yield one(batch, 1, 128)
     yield one(128, 2, 128)
+    yield one(128, 1, 64)
+    for heads in (128, 64):
+        for batch in (64, 1, 8, 128):
+            yield one(batch, 1, heads, head_dim=512, k=V4_K)
+    for heads in (16, 8):
+        for indices in ("random", LOCAL):
+            yield one(64, 4, heads, indices=indices)
     for heads in (64, 32, 16, 8):
         for batch in (64, 8, 1):
             yield one(batch, 1, heads)
@@ -147,16 +186,18 @@ def _attention_decode() -> Iterator[BenchCase]:
 
 
 def _layer() -> Iterator[BenchCase]:
-    prefill = {"queries": 4096, "context": 32768, "heads": 128, "head_dim": 576, "k": 2048}
-    yield case("layer_prefill", "real", prefill)
-    for batch in (64, 1):
-        shape = {"batch": batch, "next_n": 1, "context": 65536, "heads": 128, "head_dim": 576, "k": 2048, "page": 64}
-        yield case("layer_decode", "real", shape)
+    for heads in (128, 16):
+        prefill = {"queries": 4096, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048}
+        yield case("layer_prefill", "real", prefill)
+        for batch in (64, 1):
+            shape = {"batch": batch, "next_n": 1, "context": 65536, "heads": heads, "head_dim": 576, "k": 2048, "page": 64}
+            yield case("layer_decode", "real", shape)
 
 
 def all_cases() -> list[BenchCase]:
     """Every case, stage by stage, the headline of a stage first."""
-    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, _attention_prefill, _attention_decode, _layer)
+    attention = (_attention_prefill, _attention_prefill_paged, _attention_decode)
+    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,7 +20,6 @@ from ..proof.timing import Policy, Timing
 from ..proof.verify import poison, seed_of
 from ..runtime.dispatch import Untuned
 from . import peers as adapters
-from .agreement import PEER_SIMILARITY
 from .cases import BenchCase
 from .peers import Peer
 from .problems import stage_of
@@ -40,7 +41,7 @@ class How:
 
     cold: Policy = _COLD
     warm: Policy = _WARM
-    limit_s: float = 1.5
+    limit_s: float = 0.8
     """Device seconds for the cold samples of all contestants; a third of it for the warm ones."""
     device: str = "cuda"
     stopwatch: Stopwatch | None = None
@@ -56,6 +57,8 @@ class Entry:
     similarity: float | None = None
     note: str = ""
     """Missing, crashed, disagrees; or what to know of its time."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of a peer: its version, and what its users may count on."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Outcome:
     sets: int = 0
     cold: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    wall_s: float = 0.0
+    """What the contest took, everything included."""
 
 
 @dataclass
@@ -80,6 +85,11 @@ class _Contestant:
 
     def prepare(self, stage: Stage, case: BenchCase, inputs: Inputs) -> Prepared | None:
         return stage.ours(case, inputs) if self.peer is None else self.peer.prepare(case, inputs)
+
+    @property
+    def allowed(self) -> float:
+        """What it may differ from the reference by: ours has limits of its own."""
+        return 0.0 if self.peer is None else self.peer.similarity
 
 
 def hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[str] = (), how: How | None = None) -> Outcome:
@@ -95,14 +105,14 @@ def hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[st
 
 
 def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[str], how: How) -> Outcome:
-    stage = stage_of(case.stage)
+    began, stage = time.monotonic(), stage_of(case.stage)
     contestants = [] if OURS in without else [_Contestant(None, OURS)]
     entries: list[Entry] = []
     versions: dict[str, str] = {}
     for peer in adapters.load(sources):
         if case.stage not in peer.stages or peer.name in without:
             continue
-        missing = peer.available()
+        missing = peer.reason()
         if missing:
             entries.append(Entry(peer.name, note=missing))
         else:
@@ -120,19 +130,20 @@ def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[s
     entries += [_entry(each, timed[who], warm.get(who)) for who, each in enumerate(fit)]
     del calls, sets, inputs
     _give_back(how.device)
-    return Outcome(tuple(entries), stage.variant(case, gpu), timed[0].sets if timed else 0, cold, versions)
+    wall_s = round(time.monotonic() - began, 2)
+    return Outcome(tuple(entries), stage.variant(case, gpu), timed[0].sets if timed else 0, cold, versions, wall_s)
 
 
 def get_ready(sources: Sequence[str], device: str) -> None:
     """Load what every case needs: the peers' libraries and the device."""
     for peer in adapters.load(sources):
-        peer.available()
+        peer.reason()
     torch.zeros(1, device=device)
 
 
 def attempt(case: BenchCase, sources: Sequence[str], name: str, device: str) -> None:
     """Run one contestant once; whether the process survives it is what the caller wants to know."""
-    able: list[Peer | None] = [peer for peer in adapters.load(sources) if peer.name == name and not peer.available()]
+    able: list[Peer | None] = [peer for peer in adapters.load(sources) if peer.name == name and not peer.reason()]
     stage = stage_of(case.stage)
     for peer in [None] if name == OURS else able:
         prepared = _Contestant(peer, name).prepare(stage, case, stage.inputs(case, Draw(seed_of(case.id), device)))
@@ -161,7 +172,7 @@ def _compared(stage: Stage, case: BenchCase, inputs: Inputs, contestants: Sequen
                 _give_back(device)
             failed.append(Entry(each.name, note=f"failed: {type(error).__name__}: {_short(error)}"))
             continue
-        if accuracy.passed or (each.peer is not None and accuracy.similarity < PEER_SIMILARITY):
+        if accuracy.passed or accuracy.similarity < each.allowed:
             each.similarity = accuracy.similarity
         else:
             failed.append(Entry(each.name, similarity=_finite(accuracy.similarity), note=f"disagrees: {accuracy.detail}"))
@@ -202,7 +213,8 @@ def _guarded(run: Run) -> Run:
 
 def _entry(each: _Contestant, timed: Measured, warm: Measured | None) -> Entry:
     note = "" if timed.policy.graph else "not captured in a graph: its time includes the host's"
-    return Entry(each.name, timed.timing, warm.timing if warm else None, _finite(each.similarity), note)
+    facts = each.peer.facts() if each.peer else {}
+    return Entry(each.name, timed.timing, warm.timing if warm else None, _finite(each.similarity), note, facts)
 
 
 def _near(timed: Sequence[Measured]) -> list[int]:

@@ -85,7 +85,7 @@ def measure_host(
 
 
 def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, stopwatch: Stopwatch | None) -> HostCost:
-    missing = peer.available()
+    missing = peer.reason()
     if missing:
         return HostCost(peer.name, each.stage, None, None, missing)
     try:

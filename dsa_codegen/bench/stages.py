@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import functions, ops
+from ..problem.caches import kv_layout, tokens_of
 from ..problem.draw import Draw
 from ..problem.op import Accuracy, Case, Inputs, Op, Outputs
 from ..problem.values import Sizes, Spec
 from . import agreement
-from .cases import INDEXED, BenchCase
+from .cases import INDEXED, LOCAL, BenchCase
 from .stage import Part, Prepared, Stage
 
 LOCAL_GROUP = 16  # neighbouring queries that share indices where they are "local"
@@ -102,29 +103,75 @@ class SelectStage(OpStage):
 
 
 class AttentionStage(OpStage):
-    """Prefill attention: indices may also be shared between neighbouring queries, as a real indexer's are."""
+    """Attention: lists may also be shared between neighbouring queries, as a real indexer's are."""
 
     def part(self, case: BenchCase) -> Part:
         return super().part(replace(case, distribution="random"))
 
     def inputs(self, case: BenchCase, draw: Draw) -> Inputs:
-        if case.distribution != "local":
+        if case.distribution != LOCAL:
             return super().inputs(case, draw)
-        few = super().part(replace(case, distribution="random", shape=tuple({**dict(case.shape), "queries": 1}.items())))
-        drawn = dict(self.op.inputs(few.spec, few.case, draw))
-        queries, heads, head_dim = case["queries"], case["heads"], case["head_dim"]
-        drawn["q"] = draw.normal(queries, heads, head_dim, dtype=torch.bfloat16, scale=10.0)
-        drawn["indices"] = local_indices(draw, queries, case["context"], case["k"])[:, None]
+        part = self.part(case)
+        few = Case(part.op.sizes_type(**{**part.sizes.to_dict(), **self._one_query}), "random")
+        drawn = dict(self.op.inputs(part.spec, few, draw))
+        rows = self._rows(case)
+        drawn["q"] = draw.normal(*rows, *drawn["q"].shape[-2:], dtype=torch.bfloat16, scale=self._q_scale)
+        drawn["indices"] = self._lists(case, draw)
         return drawn
 
+    _one_query: Mapping[str, int] = {"queries": 1}
+    _q_scale = 10.0  # as the operation draws them
 
-def local_indices(draw: Draw, queries: int, tokens: int, topk: int) -> Tensor:
-    """int32 [queries, topk]: distinct random tokens, of which 16 neighbouring queries share 80 %."""
-    shared = int(LOCAL_SHARE * topk)
+    def _rows(self, case: BenchCase) -> tuple[int, ...]:
+        return (case["queries"],)
+
+    def _lists(self, case: BenchCase, draw: Draw) -> Tensor:
+        return local_indices(draw, case["queries"], case["context"], case["k"])[:, None]
+
+
+class DecodeStage(AttentionStage):
+    """The same over a paged cache; neighbours are the new queries of one sequence."""
+
+    _one_query: Mapping[str, int] = {"batch": 1, "next_n": 1}
+    _q_scale = 1.0
+
+    def _rows(self, case: BenchCase) -> tuple[int, ...]:
+        return case["batch"], case["next_n"]
+
+    def _lists(self, case: BenchCase, draw: Draw) -> Tensor:
+        batch, next_n = self._rows(case)
+        slots = batch * case["context"]
+        return local_indices(draw, batch * next_n, slots, case["k"], next_n).view(batch, next_n, case["k"])
+
+
+class PromptOverCacheStage(DecodeStage):
+    """As many rows as a prompt has, over the paged cache of one sequence: prefill without a BF16 copy of the latents."""
+
+    def _rows(self, case: BenchCase) -> tuple[int, ...]:
+        return case["queries"], 1
+
+    def _lists(self, case: BenchCase, draw: Draw) -> Tensor:
+        return local_indices(draw, case["queries"], case["context"], case["k"])[:, None]
+
+    def reference(self, case: BenchCase, inputs: Inputs) -> Outputs:
+        """By the prefill reference on what the cache states, which takes many rows at once."""
+        cache = inputs["cache"]
+        layout = kv_layout(_KV_LAYOUTS[case["head_dim"]], case["page"])
+        slots = torch.arange(tokens_of(layout, cache), device=cache.device)
+        latents = layout.dequantize(cache, slots).bfloat16()[:, None]
+        prefill = ops.get("attention")
+        spec = prefill.spec_type(**{"heads": case["heads"], "d_qk": case["head_dim"], "topk": case["k"]})
+        flat = {**inputs, "q": inputs["q"][:, 0], "kv": latents}
+        return {name: value[:, None] for name, value in prefill.reference(spec, flat).items()}
+
+
+def local_indices(draw: Draw, queries: int, tokens: int, topk: int, group: int = LOCAL_GROUP) -> Tensor:
+    """int32 [queries, topk]: distinct random tokens, of which ``group`` neighbouring queries, 16 at most, share 80 %."""
+    shared, group = int(LOCAL_SHARE * topk), min(group, LOCAL_GROUP)
     own = topk - shared
     chosen = torch.empty(queries, topk, dtype=torch.int32, device=draw.device)
-    for first in range(0, queries, LOCAL_GROUP):
-        rows = chosen[first : first + LOCAL_GROUP]
+    for first in range(0, queries, group):
+        rows = chosen[first : first + group]
         order = draw.permutation(tokens)[: shared + own * len(rows)].int()
         rows[:, :shared] = order[:shared]
         rows[:, shared:] = order[shared:].view(len(rows), own)
@@ -160,7 +207,10 @@ def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
     op = ops.get("attention_paged")
     layout = _KV_LAYOUTS[case["head_dim"]]
     spec: dict[str, Any] = {"heads": case["heads"], "topk": case["k"], "kv_layout": layout, "page": case["page"]}
-    sizes = {"batch": case["batch"], "next_n": case["next_n"], "tokens": case["batch"] * case["context"]}
+    if "queries" in dict(case.shape):
+        sizes = {"batch": case["queries"], "next_n": 1, "tokens": case["context"]}
+    else:
+        sizes = {"batch": case["batch"], "next_n": case["next_n"], "tokens": case["batch"] * case["context"]}
     return op.spec_type(**spec), op.sizes_type(**sizes)
 
 
@@ -200,5 +250,6 @@ SINGLE = (
     OpStage("indexer_decode", "indexer_paged", indexer_paged_spec, _indexer_paged, "logits"),
     SelectStage("select", "select", _select_spec, _select, "chosen"),
     AttentionStage("attention_prefill", "attention", _attention_spec, _attention, "out", "lse"),
-    OpStage("attention_decode", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
+    PromptOverCacheStage("attention_prefill_paged", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
+    DecodeStage("attention_decode", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
 )

@@ -27,6 +27,7 @@ def summarise(case: BenchCase, outcome: Outcome, roofs: Roofs) -> dict[str, Any]
         "ours_us": ours_us,
         "ours_variant": outcome.variant,
         "peers": times,
+        "peer_facts": {entry.name: entry.facts for entry in others if entry.timing and entry.facts},
         "best_peer": best,
         "ratio": round(times[best] / ours_us, 4) if best is not None and ours_us else None,
         "limit_us": round(roofs.limit_us(costs), 3),
@@ -41,6 +42,7 @@ def summarise(case: BenchCase, outcome: Outcome, roofs: Roofs) -> dict[str, Any]
         "sets": outcome.sets,
         "cold": outcome.cold,
         "suite": case.suite,
+        "wall_s": outcome.wall_s,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_budget_ends_a_run_between_cases(campaign):
     assert len(results.read_rows(results.rows_path(campaign.folder, "h200"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("left", "waiting", "limit"), [(math.inf, 9, 0.8), (200.0, 100, 0.8), (60.0, 100, 0.3), (1.0, 100, 0.2)]
+)
+def test_cases_take_shorter_where_all_must_fit(campaign, left, waiting, limit):
+    campaign.deadline, campaign._waiting = Deadline(left, clock=lambda: 0.0), waiting
+    assert campaign.paced() == dataclasses.replace(campaign.how, limit_s=pytest.approx(limit))
+
+
 def test_a_case_that_the_budget_cuts_off_is_no_row(campaign, monkeypatch):
     monkeypatch.setattr(campaign, "deadline", Deadline(0.0))
     with Worker() as worker:
@@ -144,6 +153,11 @@ def test_what_compiles_is_run_once_per_kind(monkeypatch):
     found = ahead.first_calls(wanted, lambda case: [_Compiles("compiles")] if case.stage == "select" else [])
     assert sorted(case["context"] for case, _ in found) == [8192, 32768, 65536, 131072]
     assert {name for _, name in found} == {"compiles"}
+
+
+def test_an_adapter_that_cannot_say_what_it_compiles_stops_nobody():
+    found = ahead.first_calls([SMALL], lambda case: [bench_fakes.Broken("broken"), _Compiles("compiles")])
+    assert found == [(SMALL, "compiles")]
 
 
 class _Compiles(bench_fakes.Fake):

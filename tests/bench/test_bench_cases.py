@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsa_codegen.bench.cases import KEYS, STAGES, SUITES, all_cases, chosen
+from dsa_codegen.bench.cases import KEYS, LOCAL, STAGES, SUITES, all_cases, chosen
 from dsa_codegen.bench.problems import Roofs, stage_of
 from dsa_codegen.errors import UnknownName
 from dsa_codegen.runtime.dispatch import chosen as dispatched
@@ -44,10 +44,26 @@ def test_a_case_has_parts_that_fit_and_a_limit(case):
         ("attention_decode", {"batch": 8, "heads": 64}),
         ("attention_decode", {"batch": 8, "heads": 16}),
         ("layer_decode", {"batch": 1, "heads": 128}),
+        ("select", {"rows": 4096, "context": 8192}),
+        ("select", {"rows": 8, "context": 131072}),
+        ("attention_prefill_paged", {"queries": 4096, "heads": 128}),
+        *[
+            ("attention_decode", {"batch": b, "heads": h, "head_dim": 512, "k": 640})
+            for b in (1, 8, 64, 128)
+            for h in (64, 128)
+        ],
     ],
 )
 def test_the_shapes_that_people_ask_about_are_there(stage, wanted):
     assert any(wanted.items() <= dict(case.shape).items() for case in chosen([stage]))
+
+
+@pytest.mark.parametrize("stage", ["attention_prefill", "attention_prefill_paged", "attention_decode"])
+@pytest.mark.parametrize("heads", [8, 16])
+def test_ranks_of_eight_have_random_and_neighbouring_lists(stage, heads):
+    """The same problem with both, so that their figures can be held beside each other."""
+    of = {kind: {case.shape for case in chosen([stage]) if case.distribution == kind} for kind in ("random", LOCAL)}
+    assert {shape for shape in of["random"] & of[LOCAL] if dict(shape)["heads"] == heads}
 
 
 def test_a_run_can_be_cut_to_stages_suites_and_headlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 
 import pytest
@@ -65,6 +66,7 @@ def test_those_who_agree_are_timed(entries):
     ("name", "note"),
     [
         ("missing", "missing is not installed"),
+        ("broken", "cannot be looked at: KeyError: 'driver'"),
         ("disagreeing", "disagrees: logits: similarity"),
         ("raising", "failed: ValueError: an answer that nobody wants"),
     ],
@@ -119,6 +121,20 @@ def test_a_row_sums_it_up(clock):
     assert row["limit_us"] >= 0 and row["cold"] and row["sets"] > 1
     assert "block_n=" in row["ours_variant"] and row["ours_variant"].endswith("[default]")
     assert row["warm_us"] == {}
+
+
+def test_a_row_knows_the_versions_and_promises_of_its_peers(clock, monkeypatch):
+    monkeypatch.setattr(bench_fakes.Fake, "ordered", False)
+    facts = summarise(SMALL, hold(clock), SHEET)["peer_facts"]
+    version = f"torch {importlib.metadata.version('torch')}"
+    assert facts["fast"] == {"version": version, "deterministic": True, "ordered": False}
+    assert set(facts) == {"fast", "crashing", "padded (padded to 64)"}, "of those who have a time"
+
+
+def test_a_peer_may_be_allowed_to_differ_by_more(clock, monkeypatch):
+    monkeypatch.setattr(bench_fakes.Disagreeing, "similarity", 0.5)
+    entries = {entry.name: entry for entry in hold(clock).entries}
+    assert entries["disagreeing"].timing and 1e-4 < entries["disagreeing"].similarity < 0.5
 
 
 def test_decode_is_also_timed_warm(clock):

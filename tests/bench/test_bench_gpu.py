@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsa_codegen.bench import contest, peers
-from dsa_codegen.bench.cases import case
+from dsa_codegen.bench.cases import V4_K, case
 from dsa_codegen.bench.contest import How
 from dsa_codegen.bench.report import labels
 from dsa_codegen.bench.summary import summarise
@@ -30,6 +30,12 @@ CASES = [
     case("index_select_decode", "full", {**_PAGED, **_INDEX, **_K}),
     case("attention_prefill", "local", {"queries": 64, "context": 16384, "heads": 16, "head_dim": 576, **_K}),
     case("attention_prefill", "random", {"queries": 64, "context": 8192, "heads": 128, "head_dim": 512, "k": 512}),
+    case("attention_prefill", "local", {"queries": 64, "context": 16384, "heads": 8, "head_dim": 576, **_K}),
+    case("attention_prefill", "fp8", {"queries": 64, "context": 8192, "heads": 128, "head_dim": 576, **_K}),
+    case("attention_prefill_paged", "local", {"queries": 64, "context": 8192, "heads": 16, "head_dim": 576, "page": 64, **_K}),
+    case("attention_decode", "local", {**_PAGED, "next_n": 4, "heads": 8, "head_dim": 576, **_K}),
+    case("attention_decode", "random", {**_PAGED, "heads": 128, "head_dim": 512, "k": V4_K}),
+    case("select", "normal", {"rows": 512, "context": 8192, **_K}),
     case("attention_decode", "random", {**_PAGED, "next_n": 2, "heads": 128, "head_dim": 576, **_K}),
     case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 512, "k": 512}),
     case("layer_prefill", "real", {"queries": 128, "context": 8192, "heads": 128, "head_dim": 576, **_K}),

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsa_codegen import functions
-from dsa_codegen.bench import peers
-from dsa_codegen.bench.cases import case
-from dsa_codegen.bench.peers import chain, deep_gemm, dense, fast_topk, flashinfer, flashmla, libraries, torch_topk, unfused
+from dsa_codegen.bench import installed, peers
+from dsa_codegen.bench.cases import FP8_PRODUCTS, LOCAL, case
+from dsa_codegen.bench.peers import (
+    base,
+    chain,
+    cudnn_frontend,
+    deep_gemm,
+    dense,
+    fast_topk,
+    flashinfer,
+    flashmla,
+    libraries,
+    q8kv8,
+    sgl_flash_mla,
+    topk_v2,
+    torch_topk,
+    triton_mla,
+    unfused,
+    vllm_fa3,
+    vllm_topk,
+)
 from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.problem.draw import Draw
 
@@ -19,14 +40,20 @@ _PAGED = {"batch": 2, "next_n": 1, "context": 192, "page": 64}
 INDEXER = case("indexer_prefill", "causal", {"queries": 8, "context": 96, **_INDEX})
 INDEXER_DECODE = case("indexer_decode", "full", {**_PAGED, **_INDEX})
 INDEXER_MTP = case("indexer_decode", "full", {**_PAGED, "next_n": 3, **_INDEX})
+INDEXER_128 = case("indexer_prefill", "causal", {"queries": 8, "context": 96, "heads": 32, "head_dim": 128})
+MANY_ROWS = case("select", "normal", {"rows": 130, "context": 2500, "k": 2048})
 SELECT = case("select", "normal", {"rows": 3, "context": 2500, "k": 2048})
 ATTENTION = case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 8, "head_dim": 576, "k": 128})
 ATTENTION_512 = case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 64, "head_dim": 512, "k": 128})
+ATTENTION_8 = case("attention_prefill", LOCAL, {"queries": 4, "context": 400, "heads": 8, "head_dim": 576, "k": 128})
+ATTENTION_FP8 = case("attention_prefill", FP8_PRODUCTS, dict(ATTENTION.shape))
+PROMPT = case("attention_prefill_paged", "random", {**dict(ATTENTION.shape), "page": 64})
 ATTENTION_DECODE = case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 576, "k": 64})
 ATTENTION_DECODE_V4 = case("attention_decode", "random", {**_PAGED, "next_n": 2, "heads": 16, "head_dim": 512, "k": 64})
 CHOICE = case("index_select_prefill", "causal", {"queries": 4, "context": 2100, "k": 2048, **_INDEX})
 CHOICE_DECODE = case("index_select_decode", "full", {**_PAGED, "context": 2112, "k": 2048, **_INDEX})
 LAYER = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 64, "head_dim": 576, "k": 2048})
+LAYER_16 = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 16, "head_dim": 576, "k": 2048})
 LAYER_DECODE = case("layer_decode", "real", {**_PAGED, "context": 2112, "heads": 64, "head_dim": 576, "k": 2048})
 
 
@@ -119,37 +146,266 @@ def deep_gemm_stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sgl_flash_mla_operators():
+    """Operators with the signatures that sgl-flash-mla's legacy library registers."""
+    library = torch.library.Library("flash_mla_legacy", "DEF")
+    define(
+        library,
+        "sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v, Tensor? attn_sink=None, "
+        "Tensor? topk_length=None, bool return_log2_stats=False, bool return_stats=True) -> Tensor?[]",
+        lambda q, kv, indices, sm_scale, d_v, sink=None, length=None, log2=False, stats=True: _sparse_prefill(
+            q, kv, indices, sm_scale, d_v
+        ),
+    )
+    define(
+        library,
+        "sparse_decode_fwd(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? attn_sink, "
+        "Tensor(a!)? tile_scheduler_metadata, Tensor(b!)? num_splits, Tensor? extra_kv, Tensor? extra_indices, "
+        "Tensor? extra_topk_length, int d_v, float sm_scale, str? kv_format=None) -> (Tensor, Tensor, Tensor(a)?, Tensor(b)?)",
+        _legacy_decode,
+    )
+    yield
+    library._destroy()
+
+
+def _legacy_decode(q, kv, indices, length, sink, tiles, splits, extra, extra_indices, extra_length, d_v, sm_scale, layout):
+    assert (tiles is None) == (splits is None) and (length, sink, extra, extra_indices, extra_length) == (None,) * 5
+    assert layout == {576: "V32", 512: "V4"}[q.shape[3]]
+    if tiles is None:
+        tiles, splits = q.new_zeros(4, 8, dtype=torch.int32), q.new_zeros(len(q) + 1, dtype=torch.int32)
+    lengths = q.new_zeros(len(q), dtype=torch.int32)
+    out, lse = _decode(q, kv, d_v, lengths, lengths[:, None], sm_scale, False, tiles, splits, True, indices)
+    return out, lse, tiles, splits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_operators():
+    """Operators with the signatures that vLLM's libraries register."""
+    topk, fa3 = torch.library.Library("_C", "FRAGMENT"), torch.library.Library("_vllm_fa3_C", "DEF")
+    arguments = "(Tensor logits, Tensor lengths, Tensor! output, Tensor workspace, int k, int max_seq_len) -> ()"
+    for name in ("persistent_topk", "cooperative_topk"):
+        define(topk, name + arguments, _vllm_topk)
+    define(
+        fa3,
+        "fwd(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, "
+        "int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos, "
+        "Tensor? rotary_sin, Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, "
+        "float softmax_scale, bool is_causal, int window_size_left, int window_size_right, float softcap, "
+        "bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin, "
+        "Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]",
+        _fa3,
+    )
+    yield
+    topk._destroy()
+    fa3._destroy()
+
+
+def _vllm_topk(logits, lengths, output, workspace, k, max_seq_len):
+    assert workspace.numel() == 1 << 20 and output.shape == (len(logits), k) and max_seq_len == logits.shape[1]
+    _fast_topk(logits, output, lengths, None)
+
+
+def _fa3(q, k, v, k_new, v_new, q_v, out, cu_q, *rest):
+    used, longest_q, longest_k, pages = rest[3], rest[4], rest[5], rest[6]
+    sm_scale, causal, left, right, softcap = rest[15:20]
+    assert k_new is v_new is out is None and cu_q.tolist() == list(range(len(q) + 1)) and set(used.tolist()) == {pages.shape[1]}
+    assert (longest_q, longest_k, causal, left, right, softcap) == (1, pages.shape[1], True, -1, -1, 0.0)
+    assert k.shape[1:] == (1, 1, 64) and v.shape[1:] == (1, 1, 512) and rest[26:28] == (1, 0)
+    kv = torch.cat([v, k], -1)[:, 0]
+    out, lse = functions.sparse_attention(torch.cat([q_v, q], -1), kv, pages[:, None], sm_scale)
+    return [out, lse]
+
+
+def define(library, schema, stand_in):
+    """An operator that runs on the CPU."""
+    library.define(schema)
+    library.impl(schema.partition("(")[0], stand_in, "CPU")
+
+
+def _plan(lengths):
+    return lengths.new_zeros(len(lengths) + 1, 2)
+
+
+def _topk_v2_paged(scores, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices=None):
+    assert scores.stride(0) % 4 == 0 and metadata.shape == (len(scores) + 1, 2) and page_size & (page_size - 1) == 0
+    _fast_topk(scores, out_page_indices, seq_lens, None)
+    if page_tables is not None:
+        tokens = out_page_indices.clamp(min=0)
+        slots = page_tables.gather(1, (tokens // page_size).long()) * page_size + tokens % page_size
+        out_page_indices.copy_(torch.where(out_page_indices < 0, -1, slots))
+
+
+def _topk_v2_ragged(scores, seq_lens, *, out_offsets, out_indices, row_starts=None):
+    assert seq_lens.dtype == out_offsets.dtype == out_indices.dtype == torch.int32 and scores.stride(0) % 4 == 0
+    _fast_topk(scores, out_indices, seq_lens, row_starts)
+    out_indices.copy_(torch.where(out_indices < 0, -1, out_indices + out_offsets[:, None]))
+
+
+def _triton_mla(q, kv, indices, sm_scale, d_v=512, *, topk_length=None, out=None, union=0):
+    assert union in (0, 2, 4) and topk_length.shape == q.shape[:1] and (not union or len(q) % union == 0)
+    return functions.sparse_attention(q, kv, indices, sm_scale)[0]
+
+
+def _q8kv8(q, kv, indices, sm_scale, q_scale, kv_scale, d_v=512):
+    assert q.dtype == kv.dtype == torch.float8_e4m3fn and q_scale.shape == kv_scale.shape == (1,) and q.shape[1] % 64 == 0
+    out, lse = functions.sparse_attention(
+        (q.float() * q_scale).bfloat16(), (kv.float() * kv_scale).bfloat16(), indices, sm_scale
+    )
+    return out, lse, lse
+
+
+def _cudnn_indexer(q, k, w, ratio=4, q_causal_offsets=None, precision="bf16", q_scale=None, k_scale=None):
+    assert ratio == 1 and precision == "fp8" and q_scale.shape == w.shape and q_causal_offsets.dtype == torch.int32
+    queries, context = q.shape[1], k.shape[1]
+    ends = torch.arange(1, queries + 1, dtype=torch.int32) + q_causal_offsets
+    logits = functions.indexer_logits(q[0], k[0, :, 0], k_scale[0, :, 0], w[0], torch.zeros_like(ends), ends)
+    return {"scores": logits[None, :, :context]}
+
+
+class _CudnnTopk:
+    """cuDNN-frontend's plan of a top-k."""
+
+    def __init__(self, sample_input_values, sample_seq_lens, top_k, return_val, deterministic):
+        assert not return_val and deterministic
+        self.topk, self.ready = top_k, 0
+
+    def check_support(self):
+        self.ready += 1
+        return True
+
+    def compile(self):
+        self.ready += 1
+
+    def scratch_workspace_bytes(self):
+        return 64
+
+    def execute(self, input_values, seq_lens, *, out_indices, workspace):
+        assert self.ready == 2 and workspace.numel() == 64
+        _fast_topk(input_values, out_indices, seq_lens, None)
+        return out_indices, None
+
+
+@pytest.fixture(autouse=True)
+def python_libraries(monkeypatch):
+    """The functions of the libraries that are Python modules."""
+    top_k = {"plan_topk_v2": _plan, "topk_transform_paged_v2": _topk_v2_paged, "topk_transform_ragged_v2": _topk_v2_ragged}
+    monkeypatch.setattr(topk_v2, "imported", lambda name: SimpleNamespace(**top_k))
+    monkeypatch.setattr(triton_mla, "library", lambda: SimpleNamespace(sparse_mla_prefill=_triton_mla))
+    monkeypatch.setattr(q8kv8, "imported", lambda name: SimpleNamespace(sparse_mla_q8kv8_prefill_fwd=_q8kv8))
+    cudnn = SimpleNamespace(indexer_forward_wrapper=_cudnn_indexer, IndexerTopK=_CudnnTopk)
+    monkeypatch.setattr(cudnn_frontend, "imported", lambda name: cudnn)
+
+
 @pytest.mark.parametrize(
-    ("peer", "each", "label"),
+    ("peer", "name", "each", "label"),
     [
-        (deep_gemm, INDEXER, "DeepGEMM"),
-        (deep_gemm, INDEXER_DECODE, "DeepGEMM"),
-        (deep_gemm, INDEXER_MTP, "DeepGEMM (queries as sequences)"),
-        (fast_topk, SELECT, "fast_topk"),
-        (torch_topk, SELECT, "torch.topk"),
-        (flashmla, ATTENTION, "FlashMLA (padded to 64)"),
-        (flashmla, ATTENTION_512, "FlashMLA"),
-        (flashmla, ATTENTION_DECODE, "FlashMLA"),
-        (flashmla, ATTENTION_DECODE_V4, "FlashMLA (padded to 64)"),
-        (unfused, INDEXER, "PyTorch (unfused)"),
-        (unfused, ATTENTION, "PyTorch (unfused)"),
-        (unfused, ATTENTION_DECODE, "PyTorch (unfused)"),
-        (chain, CHOICE, "DeepGEMM + fast_topk"),
-        (chain, CHOICE_DECODE, "DeepGEMM + fast_topk"),
-        (chain, LAYER, "DeepGEMM + fast_topk + FlashMLA"),
-        (chain, LAYER_DECODE, "DeepGEMM + fast_topk + FlashMLA"),
+        (deep_gemm, "DeepGEMM", INDEXER, ""),
+        (deep_gemm, "DeepGEMM", INDEXER_DECODE, ""),
+        (deep_gemm, "DeepGEMM", INDEXER_MTP, " (queries as sequences)"),
+        (cudnn_frontend, "cuDNN indexer", INDEXER_128, ""),
+        (fast_topk, "fast_topk", SELECT, ""),
+        (topk_v2, "SGLang topk_v2", SELECT, ""),
+        (topk_v2, "SGLang topk_v2", MANY_ROWS, ""),
+        (topk_v2, "SGLang topk_v2 (prompt)", MANY_ROWS, ""),
+        (torch_topk, "torch.topk", SELECT, ""),
+        (vllm_topk, "vLLM cooperative_topk", SELECT, ""),
+        (vllm_topk, "vLLM persistent_topk", MANY_ROWS, ""),
+        (cudnn_frontend, "cuDNN top-k (deterministic)", SELECT, ""),
+        (flashmla, "FlashMLA", ATTENTION, " (padded to 64)"),
+        (flashmla, "FlashMLA", ATTENTION_512, ""),
+        (flashmla, "FlashMLA", ATTENTION_DECODE, ""),
+        (flashmla, "FlashMLA", ATTENTION_DECODE_V4, " (padded to 64)"),
+        (flashmla, "FlashMLA", PROMPT, " (padded to 64)"),
+        (flashmla, "gather_kv + FlashMLA", PROMPT, " (padded to 64)"),
+        (sgl_flash_mla, "sgl-flash-mla", ATTENTION, " (padded to 64)"),
+        (sgl_flash_mla, "sgl-flash-mla", ATTENTION_512, ""),
+        (sgl_flash_mla, "sgl-flash-mla", ATTENTION_DECODE, ""),
+        (sgl_flash_mla, "sgl-flash-mla", ATTENTION_DECODE_V4, " (padded to 64)"),
+        (sgl_flash_mla, "sgl-flash-mla", PROMPT, " (padded to 64)"),
+        (sgl_flash_mla, "gather_kv + sgl-flash-mla", PROMPT, " (padded to 64)"),
+        (triton_mla, "SGLang Triton MLA", ATTENTION, ""),
+        (triton_mla, "SGLang Triton MLA (union of 2)", ATTENTION_8, ""),
+        (triton_mla, "SGLang Triton MLA (union of 4)", ATTENTION_8, ""),
+        (q8kv8, "SGLang Q8KV8", ATTENTION_FP8, " (padded to 64)"),
+        (vllm_fa3, "FA3 (vLLM)", ATTENTION, ""),
+        (unfused, "PyTorch (unfused)", INDEXER, ""),
+        (unfused, "PyTorch (unfused)", ATTENTION, ""),
+        (unfused, "PyTorch (unfused)", ATTENTION_DECODE, ""),
+        (chain, "DeepGEMM + fast_topk", CHOICE, ""),
+        (chain, "DeepGEMM + fast_topk", CHOICE_DECODE, ""),
+        (chain, "DeepGEMM + topk_v2", CHOICE, ""),
+        (chain, "DeepGEMM + topk_v2", CHOICE_DECODE, ""),
+        (chain, "DeepGEMM + fast_topk + FlashMLA", LAYER, ""),
+        (chain, "DeepGEMM + fast_topk + FlashMLA", LAYER_DECODE, ""),
+        (chain, "DeepGEMM + topk_v2 + sgl-flash-mla", LAYER_16, " (padded to 64)"),
+        (chain, "DeepGEMM + topk_v2 + sgl-flash-mla", LAYER_DECODE, ""),
     ],
-    ids=lambda value: getattr(value, "id", None),
+    ids=lambda value: getattr(value, "id", value) if not hasattr(value, "PEERS") else "",
 )
-def test_an_adapter_agrees_with_the_reference(peer, each, label):
+def test_an_adapter_agrees_with_the_reference(peer, name, each, label):
     stage = stage_of(each.stage)
     inputs = stage.inputs(each, Draw(2, "cpu"))
-    (adapter,) = (found for found in peer.PEERS if each.stage in found.stages)
+    adapter = named(peer, name)
+    assert each.stage in adapter.stages
     prepared = adapter.prepare(each, inputs)
-    assert prepared.label == label
+    assert prepared.label == name + label
     outputs = prepared.outputs(prepared.run())
     accuracy = stage.check(each, inputs, outputs, stage.reference(each, inputs), exact=False)
-    assert accuracy.passed or accuracy.similarity < 1e-4, accuracy.detail
+    assert accuracy.passed or accuracy.similarity < adapter.similarity, accuracy.detail
+
+
+def named(module, name):
+    """The adapter of that name."""
+    (adapter,) = (peer for peer in module.PEERS if peer.name == name)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "each"),
+    [
+        (topk_v2, "SGLang topk_v2", case("select", "normal", {"rows": 1, "context": 2501, "k": 2048})),
+        (topk_v2, "SGLang topk_v2 (prompt)", SELECT),
+        (vllm_topk, "vLLM cooperative_topk", MANY_ROWS),
+        (vllm_topk, "vLLM persistent_topk", case("select", "normal", {"rows": 1, "context": 2500, "k": 100})),
+        (triton_mla, "SGLang Triton MLA", ATTENTION_512),
+        (
+            triton_mla,
+            "SGLang Triton MLA (union of 4)",
+            case("attention_prefill", LOCAL, {**dict(ATTENTION_8.shape), "heads": 16}),
+        ),
+        (q8kv8, "SGLang Q8KV8", ATTENTION),
+        (vllm_fa3, "FA3 (vLLM)", ATTENTION_512),
+        (cudnn_frontend, "cuDNN indexer", INDEXER),
+        (flashmla, "gather_kv + FlashMLA", case("attention_prefill_paged", "random", {**dict(PROMPT.shape), "head_dim": 512})),
+    ],
+    ids=lambda value: getattr(value, "id", value) if not hasattr(value, "PEERS") else "",
+)
+def test_what_a_library_does_not_have_is_not_asked_of_it(module, name, each):
+    assert named(module, name).prepare(each, {}) is None
+
+
+def test_a_schedule_is_made_once_for_all_calls(monkeypatch):
+    inputs = stage_of("attention_decode").inputs(ATTENTION_DECODE, Draw(0, "cpu"))
+    prepared = named(sgl_flash_mla, "sgl-flash-mla").prepare(ATTENTION_DECODE, inputs)
+    made = []
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda self, *shape, **options: made.append(shape) or torch.zeros(*shape))
+    prepared.run()
+    assert (4, 8) not in made
+
+
+def test_who_promises_what():
+    promises = {
+        peer.name: (peer.deterministic, peer.ordered) for peer in peers.load(peers.sources()) if "select" in peer.stages
+    }
+    assert {name for name, kept in promises.items() if kept[0]} == {
+        "FlashInfer (deterministic)",
+        "CUB (lowest index)",
+        "cuDNN top-k (deterministic)",
+    }
+    assert {name for name, kept in promises.items() if kept[1]} == {"cuDNN top-k (deterministic)"}
+    assert None not in {ordered for _, ordered in promises.values()}
 
 
 def test_adapters_say_what_they_do_not_serve():
@@ -167,17 +423,20 @@ def test_flashinfer_is_called_with_its_options(monkeypatch):
     calls = []
 
     def top_k(scores, k, sorted, **options):
-        calls.append(options)
+        calls.append((options, os.environ.get("FLASHINFER_TOPK_ALGO")))
         return scores.topk(k, dim=1)
+
+    monkeypatch.setenv("FLASHINFER_TOPK_ALGO", "clusters")
 
     monkeypatch.setattr(flashinfer, "imported", lambda name: SimpleNamespace(top_k=top_k))
     stage = stage_of("select")
     inputs = stage.inputs(SELECT, Draw(0, "cpu"))
-    for peer in flashinfer.PEERS[:2]:
+    for peer in flashinfer.PEERS[:3]:
         prepared = peer.prepare(SELECT, inputs)
         outputs = prepared.outputs(prepared.run())
         assert stage.check(SELECT, inputs, outputs, stage.reference(SELECT, inputs), exact=False).passed
-    assert calls == [{}, {"deterministic": True}]
+    assert calls == [({}, "clusters"), ({"deterministic": True}, "clusters"), ({"tie_break": 1}, "cub")]
+    assert os.environ["FLASHINFER_TOPK_ALGO"] == "clusters"
 
 
 class _Mla:
@@ -205,7 +464,7 @@ def test_flashinfer_attends_page_by_page(monkeypatch, each):
     monkeypatch.setattr(flashinfer, "_WORKSPACE", 16)
     stage = stage_of(each.stage)
     inputs = stage.inputs(each, Draw(0, "cpu"))
-    prepared = flashinfer.PEERS[2].prepare(each, inputs)
+    prepared = flashinfer.PEERS[3].prepare(each, inputs)
     accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), stage.reference(each, inputs), exact=False)
     assert prepared.label == "FlashInfer MLA" and accuracy.passed, accuracy.detail
 
@@ -217,22 +476,63 @@ def test_without_a_gpu_only_torch_takes_part():
 
 
 def test_a_missing_library_is_a_reason():
-    libraries.sgl_kernel.cache_clear()
-    assert libraries.sgl_kernel("flashmla_ops.abi3.so") == "sglang-kernel is not installed"
-    assert libraries.imported("no_such_library") == "no_such_library is not installed"
+    assert libraries.loaded("sgl_kernel", "flashmla_ops.abi3.so", "sglang-kernel") == "sglang-kernel is not installed"
+    assert libraries.imported("no_such_library.part") == "no_such_library is not installed"
+    assert libraries.from_file("no_such_library", "part.py", "no-such") == "no-such is not installed"
+    assert libraries.version_of("no-such", "no_such_library/part.py") is None
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "sgl_kernel").mkdir()
-    (tmp_path / "sgl_kernel" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    (tmp_path / "sgl_kernel" / "broken.so").write_bytes(b"not a library")
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (tmp_path / "a_package" / "broken.abi3.so").write_bytes(b"not a library")
+    (tmp_path / "a_package" / "broken.py").write_text("raise OSError('no driver')")
     (tmp_path / "broken_module.py").write_text("raise OSError('libnuma is missing')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert libraries.sgl_kernel("absent.so") == "sglang-kernel has no absent.so"
-    assert libraries.sgl_kernel("broken.so").startswith("broken.so cannot be loaded")
+    assert libraries.loaded("a_package", "absent.*so", "a-package") == "a-package has no absent.*so"
+    assert libraries.loaded("a_package", "broken.*so", "a-package").startswith("broken.abi3.so cannot be loaded")
     assert libraries.imported("broken_module") == "broken_module cannot be imported: OSError: libnuma is missing"
+    assert libraries.from_file("a_package", "absent.py", "a-package") == "a-package has no absent.py"
+    assert libraries.from_file("a_package", "broken.py", "a-package") == "broken.py cannot be imported: OSError: no driver"
+
+
+def test_files_without_their_package_are_enough(tmp_path, monkeypatch):
+    """What was carried to a machine may be a folder of files, without ``__init__`` or metadata."""
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried" / "part.py").write_text("ANSWER = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert libraries.from_file("carried", "part.py", "carried").ANSWER == 42
+    version = libraries.version_of("carried", "carried/part.py")
+    (tmp_path / "carried" / "part.py").write_text("ANSWER = 43")
+    assert version.startswith("of unknown version (sha1 ") and libraries.version_of("carried", "carried/part.py") != version
+    assert libraries.version_of("torch", "carried/part.py") == torch.__version__
+
+
+def test_a_library_that_breaks_when_it_is_looked_at_is_a_reason(monkeypatch):
+    peer = named(flashmla, "FlashMLA")
+    monkeypatch.setattr(peer, "available", lambda: {}["driver"])
+    assert peer.reason() == "cannot be looked at: KeyError: 'driver'"
 
 
 def test_dense_attention_runs_group_after_group():
     q, k, v = (torch.randn(1, 2, tokens, d).bfloat16() for tokens, d in ((4, 192), (16, 192), (16, 128)))
     dense.attention_of(q, k, v, groups=3)()
+
+
+def test_what_is_installed_is_named_with_its_version(monkeypatch):
+    monkeypatch.setattr(base, "version_of", lambda name, file: {"sglang-kernel": "0.4.2", "torch": "2.11"}.get(name))
+    found = {finding.what: finding for finding in installed.findings()}
+    assert set(found) == {"peer sglang-kernel", "peer torch", "peers not installed"} and all(each.ok for each in found.values())
+    assert found["peer sglang-kernel"].state.startswith("0.4.2: ") and "FlashMLA" in found["peer sglang-kernel"].state
+    assert "sgl-flash-mla" in found["peers not installed"].state and "sglang-kernel" not in found["peers not installed"].state
+
+
+@pytest.mark.parametrize("extra", ["peers", "peers-torch211"])
+def test_the_documented_commands_install_the_extras(extra):
+    root = Path(__file__).resolve().parents[2]
+    listed = re.search(rf"^{extra} = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    wanted = set(re.findall(r'"([^"]+)"', listed))
+    commands = re.findall(r"^pip install .*", (root / "docs/benchmark.md").read_text().replace("\\\n", " "), re.MULTILINE)
+    assert wanted in [set(re.findall(r"[\w.-]+==[\w.]+", command)) for command in commands]
+    known = {name for peer in peers.load(peers.sources()) for name in peer.distributions}
+    assert {each.partition("==")[0] for each in wanted} - {"apache-tvm-ffi", "msgspec"} <= known

@@ -22,7 +22,11 @@ SMALL = [
     case("index_select_decode", "full", {**_DECODE, "k": 64, **_INDEX}),
     case("attention_prefill", "random", {"queries": 3, "context": 200, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_prefill", "local", {"queries": 20, "context": 400, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_prefill", "fp8", {"queries": 3, "context": 200, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_prefill_paged", "random", {"queries": 3, "context": 192, "heads": 4, "head_dim": 576, "k": 64, "page": 64}),
+    case("attention_prefill_paged", "local", {"queries": 20, "context": 384, "heads": 4, "head_dim": 576, "k": 64, "page": 64}),
     case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
+    case("attention_decode", "local", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 512, "k": 64}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
@@ -71,3 +75,23 @@ def test_local_indices_are_distinct_and_shared():
     shared = set(chosen[0].tolist()) & set(chosen[1].tolist())
     assert len(shared) == 32
     assert len(set(chosen[0].tolist()) & set(chosen[16].tolist())) < 32
+
+
+def test_the_prompt_reference_is_the_decode_one():
+    """It reads the whole cache back first, which the decode reference does token by token."""
+    each = next(each for each in SMALL if each.stage == "attention_prefill_paged")
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(1, "cpu"))
+    part, found = stage.part(each), stage.reference(each, inputs)
+    for name, value in part.op.reference(part.spec, inputs).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_neighbours_are_the_new_queries_of_one_sequence():
+    shape = {**_DECODE, "batch": 3, "next_n": 4, "heads": 4, "head_dim": 576, "k": 100}
+    lists = stage_of("attention_decode").inputs(case("attention_decode", "local", shape), Draw(1, "cpu"))["indices"]
+    for sequence in lists:
+        first, *others = ({*row.tolist()} for row in sequence)
+        assert [len(first & other) for other in others] == [80] * 3
+    assert all(len({*row.tolist()}) == 100 for row in lists.flatten(0, 1))
+    assert len({*lists[0, 0].tolist()} & {*lists[1, 0].tolist()}) < 80

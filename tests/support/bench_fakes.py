@@ -32,6 +32,7 @@ class Fake(Peer):
     """Answers with the reference; ``clock`` and ``takes_us`` are set by tests in the same process."""
 
     stages = STAGES
+    distributions = ("torch",)
     clock: Clock | None = None
     takes_us = 3.0
     label = ""
@@ -60,6 +61,16 @@ class Fake(Peer):
 class Missing(Fake):
     def available(self):
         return "missing is not installed"
+
+
+class Broken(Fake):
+    """An adapter whose library breaks when it is looked at, and which cannot say what it compiles."""
+
+    def available(self):
+        raise KeyError("driver")
+
+    def build_key(self, case):
+        raise AttributeError("no such constant")
 
 
 class Disagreeing(Fake):
@@ -102,6 +113,7 @@ class Padded(Fake):
 PEERS = (
     Fake("fast"),
     Missing("missing"),
+    Broken("broken"),
     Disagreeing("disagreeing"),
     Raising("raising"),
     Unwilling("unwilling"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import ClassVar
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
 
 from ...problem.op import Inputs
+from ..agreement import PEER_SIMILARITY
 from ..cases import BenchCase
 from ..stage import Prepared
+from .libraries import version_of
 
 
 class Peer(ABC):
@@ -20,6 +21,14 @@ class Peer(ABC):
     """The stages that it serves, in some cases at least."""
     distributions: ClassVar[tuple[str, ...]] = ()
     """The libraries, as the package index knows them; their versions are noted."""
+    files: ClassVar[Mapping[str, str]] = {}
+    """For a library that may have been carried without its metadata: a file of it, as ``package/path``."""
+    deterministic: ClassVar[bool] = True
+    """Whether the same inputs give the same result on every call; of a selection: the same set."""
+    ordered: ClassVar[bool | None] = None
+    """Whether chosen tokens come in ascending order; None where nothing is chosen."""
+    similarity: ClassVar[float] = PEER_SIMILARITY
+    """What its outputs may differ from the reference by."""
 
     @abstractmethod
     def available(self) -> str | None:
@@ -39,10 +48,17 @@ class Peer(ABC):
 
     def versions(self) -> dict[str, str]:
         """The installed versions of its libraries."""
-        found = {}
-        for name in self.distributions:
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return found
+        found = {name: version_of(name, self.files.get(name, "")) for name in self.distributions}
+        return {name: version for name, version in found.items() if version is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it: of which version it is, and what its users may count on."""
+        version = ", ".join(f"{name} {version}" for name, version in self.versions().items())
+        return {"version": version, "deterministic": self.deterministic, "ordered": self.ordered}
+
+    def reason(self) -> str | None:
+        """``available``, whatever a foreign library does when it is looked at."""
+        try:
+            return self.available()
+        except Exception as error:
+            return f"cannot be looked at: {type(error).__name__}: {error}"[:200]

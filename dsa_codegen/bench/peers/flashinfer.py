@@ -1,8 +1,9 @@
-"""FlashInfer's top-k (radix, and with a deterministic outcome), and its MLA over pages of one token as sparse prefill."""
+"""FlashInfer's top-k (its choice of method, with a deterministic outcome, and CUB's), and its MLA over pages of one token."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Hashable
 from typing import Any
 
@@ -17,6 +18,8 @@ from .libraries import imported, needs_gpu
 
 _D_V = 512
 _WORKSPACE = 128 << 20  # bytes, as its documentation recommends
+_METHOD = "FLASHINFER_TOPK_ALGO"  # the variable that chooses one, read on every call
+_LOWEST_INDEX = 1  # which of equals wins
 
 
 def reason(capability: int = 80) -> str | None:
@@ -26,14 +29,20 @@ def reason(capability: int = 80) -> str | None:
 
 
 class FlashInferTopk(Peer):
-    """Its selection."""
+    """Its selection.
+
+    Args:
+        same_set: whether its options promise the same set every time.
+        method: which of its methods; its own choice where empty.
+    """
 
     stages = ("select",)
     distributions = ("flashinfer-python",)
+    ordered = False
 
-    def __init__(self, name: str, **options: bool) -> None:
-        self.name = name  # type: ignore[misc]
-        self._options = options
+    def __init__(self, name: str, same_set: bool, method: str = "", **options: Any) -> None:
+        self.name, self.deterministic = name, same_set  # type: ignore[misc]
+        self._method, self._options = method, options
 
     def available(self) -> str | None:
         return reason()
@@ -48,7 +57,24 @@ class FlashInferTopk(Peer):
         def run() -> Any:
             return library.top_k(scores, k, sorted=False, **options)
 
-        return Prepared(self.name, run, lambda result: {"chosen": result[1].int()})
+        run_it = _with_method(self._method, run) if self._method else run
+        return Prepared(self.name, run_it, lambda result: {"chosen": result[1].int()})
+
+
+def _with_method(method: str, run: Run) -> Run:
+    """The same call with one of its methods, whatever the environment asks for otherwise."""
+
+    def forced() -> Any:
+        before = os.environ.get(_METHOD)
+        os.environ[_METHOD] = method
+        try:
+            return run()
+        finally:
+            del os.environ[_METHOD]
+            if before is not None:
+                os.environ[_METHOD] = before
+
+    return forced
 
 
 class FlashInferMla(Peer):
@@ -93,7 +119,8 @@ def _named(out: Tensor) -> dict[str, Tensor]:
 
 
 PEERS = (
-    FlashInferTopk("FlashInfer"),
-    FlashInferTopk("FlashInfer (deterministic)", deterministic=True),
+    FlashInferTopk("FlashInfer", False),
+    FlashInferTopk("FlashInfer (deterministic)", True, deterministic=True),
+    FlashInferTopk("CUB (lowest index)", True, "cub", tie_break=_LOWEST_INDEX),
     FlashInferMla(),
 )

@@ -1,4 +1,4 @@
-"""FlashMLA's sparse attention, prefill and decode, as sglang-kernel ships it."""
+"""FlashMLA's sparse attention, prefill and decode, as sglang-kernel ships it; and what any copy of FlashMLA asks for."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ... import functions
 from ...problem.op import Inputs
 from ..cases import BenchCase
-from ..stage import Prepared
+from ..stage import Prepared, Run
 from .base import Peer
-from .libraries import needs_gpu, sgl_kernel
+from .libraries import loaded, needs_gpu
 
 HEADS = (64, 128)
 """The only numbers of heads that it serves; others are padded, as its users do."""
 HEAD_DIMS = (512, 576)
 LIBRARY = "flashmla_ops.abi3.so"
 _D_V = 512
-_ENTRIES = {"attention_prefill": 128, "attention_decode": 64}  # k must be a multiple of these
+STAGES = ("attention_prefill", "attention_prefill_paged", "attention_decode")
+_ENTRIES = 64  # k must be a multiple of these over a cache, and of twice as many over latents
+_V32_CHANNELS = 576  # of a query of the 656-byte cache
 _V4_BYTES = 584  # of a token of the cache that goes with 512 channels
 
 Attend = Callable[[Tensor, Tensor], Sequence[Tensor]]
+"""Queries and indices to outputs, the first of which is the attention's."""
+PrefillOf = Callable[[Tensor, float], Attend]
+DecodeOf = Callable[[Tensor, torch.Size, int, int, float], Attend]
 
 
 def reason() -> str | None:
     """Why it cannot be used here."""
-    return needs_gpu(90) or sgl_kernel(LIBRARY)
+    return needs_gpu(90) or loaded("sgl_kernel", LIBRARY, "sglang-kernel")
 
 
 def served_heads(heads: int) -> int:
@@ -40,10 +46,16 @@ def padded(q: Tensor) -> Tensor:
     return torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
 
 
-def label(heads: int) -> str:
-    """FlashMLA, and how a case was padded for it."""
+def label(name: str, heads: int) -> str:
+    """A copy of FlashMLA, and how a case was padded for it."""
     served = served_heads(heads)
-    return "FlashMLA" if served == heads else f"FlashMLA (padded to {served})"
+    return name if served == heads else f"{name} (padded to {served})"
+
+
+def serves(case: BenchCase) -> bool:
+    """Whether its kernels have the case's heads, channels and k."""
+    entries = _ENTRIES * (2 if case.stage == "attention_prefill" else 1)
+    return case["heads"] <= HEADS[-1] and case["head_dim"] in HEAD_DIMS and case["k"] % entries == 0
 
 
 def prefill_of(kv: Tensor, sm_scale: float) -> Attend:
@@ -73,29 +85,68 @@ def as_tokens(cache: Tensor, page: int) -> Tensor:
     return cache.as_strided((len(cache), page, 1, _V4_BYTES), (cache.stride(0), _V4_BYTES, _V4_BYTES, 1))
 
 
-class FlashMla(Peer):
-    """See the module's first lines."""
+def over_cache(case: BenchCase, inputs: Inputs, decode: DecodeOf) -> Run:
+    """The decode kernel over the case's cache. The rows of a prompt are sequences of one query, as SGLang calls it there."""
+    q, indices = padded(inputs["q"]), inputs["indices"]
+    cache = as_tokens(inputs["cache"], case["page"])
+    attend = decode(cache, q.shape, case["context"], case["k"], inputs["sm_scale"])
+    return lambda: attend(q, indices)
 
-    name = "FlashMLA"
-    stages = ("attention_prefill", "attention_decode")
-    distributions = ("sglang-kernel",)
+
+def through_latents(inputs: Inputs, prefill: PrefillOf) -> Run:
+    """The prefill kernel after the whole cache, of the 656-byte layout, has been read back to BF16 by this package's gather."""
+    q, cache, indices = padded(inputs["q"][:, 0]), inputs["cache"], inputs["indices"]
+    slots = torch.arange(cache.shape[0] * cache.shape[1], dtype=torch.int32, device=cache.device)
+    sm_scale = inputs["sm_scale"]
+
+    def run() -> Sequence[Tensor]:
+        latents = functions.gather_kv(cache, slots)[:, None]
+        return [prefill(latents, sm_scale)(q, indices)[0][:, None]]
+
+    return run
+
+
+class FlashMlaPeer(Peer):
+    """A copy of FlashMLA.
+
+    Args:
+        prefill, decode: make its calls.
+        reason: why it cannot be used here.
+        gathered: over the cache of a prompt, read back the latents and run the prefill kernel on them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prefill: PrefillOf,
+        decode: DecodeOf,
+        reason: Callable[[], str | None],
+        distribution: str,
+        gathered: bool = False,
+    ) -> None:
+        self.name = f"gather_kv + {name}" if gathered else name  # type: ignore[misc]
+        self.stages = ("attention_prefill_paged",) if gathered else STAGES  # type: ignore[misc]
+        self.distributions = (distribution,)  # type: ignore[misc]
+        self._prefill, self._decode, self._reason, self._gathered = prefill, decode, reason, gathered
 
     def available(self) -> str | None:
-        return reason()
+        return self._reason()
 
     def build_key(self, case: BenchCase) -> Hashable | None:
         return self.name, case.stage
 
     def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
-        heads, topk = case["heads"], case["k"]
-        if heads > HEADS[-1] or case["head_dim"] not in HEAD_DIMS or topk % _ENTRIES[case.stage]:
+        heads = case["heads"]
+        if not serves(case) or (self._gathered and case["head_dim"] != _V32_CHANNELS):
             return None
-        q, indices, sm_scale = padded(inputs["q"]), inputs["indices"], inputs["sm_scale"]
-        if case.stage == "attention_prefill":
-            attend = prefill_of(inputs["kv"], sm_scale)
-        else:
-            attend = decode_of(as_tokens(inputs["cache"], case["page"]), q.shape, case["context"], topk, sm_scale)
-        return Prepared(label(heads), lambda: attend(q, indices), lambda results: {"out": results[0][..., :heads, :]})
+        return Prepared(label(self.name, heads), self._run(case, inputs), lambda results: {"out": results[0][..., :heads, :]})
+
+    def _run(self, case: BenchCase, inputs: Inputs) -> Run:
+        if case.stage != "attention_prefill":
+            return through_latents(inputs, self._prefill) if self._gathered else over_cache(case, inputs, self._decode)
+        q, indices = padded(inputs["q"]), inputs["indices"]
+        attend = self._prefill(inputs["kv"], inputs["sm_scale"])
+        return lambda: attend(q, indices)
 
 
-PEERS = (FlashMla(),)
+PEERS = tuple(FlashMlaPeer("FlashMLA", prefill_of, decode_of, reason, "sglang-kernel", gathered) for gathered in (False, True))

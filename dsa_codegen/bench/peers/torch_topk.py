@@ -13,6 +13,9 @@ class TorchTopk(Peer):
 
     name = "torch.topk"
     stages = ("select",)
+    distributions = ("torch",)
+    deterministic = False
+    ordered = False
 
     def available(self) -> str | None:
         return None

@@ -1,0 +1,53 @@
+"""FlashAttention 3 over pages of one token, as vLLM serves sparse MLA on Hopper: BF16 latents, any number of heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem.op import Inputs
+from ..cases import BenchCase
+from ..stage import Prepared, Run
+from .base import Peer
+from .libraries import loaded, needs_gpu
+
+LIBRARY = "vllm_flash_attn/_vllm_fa3_C.*so"
+_D_V = 512
+_HEAD_DIM = 576
+_NO_WINDOW = -1
+
+
+class Fa3(Peer):
+    """Every query is a request of its own, every token that it chose a page."""
+
+    name = "FA3 (vLLM)"
+    stages = ("attention_prefill",)
+    distributions = ("vllm",)
+
+    def available(self) -> str | None:
+        return needs_gpu(90) or loaded("vllm", LIBRARY, "vllm")
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if case["head_dim"] != _HEAD_DIM:
+            return None
+        run = _attend(inputs["q"], inputs["kv"], inputs["indices"], inputs["sm_scale"])
+        return Prepared(self.name, run, lambda results: {"out": results[0]})
+
+
+def _attend(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
+    queries, topk = len(q), indices.shape[2]
+    nope, rope = q[..., :_D_V].contiguous(), q[..., _D_V:].contiguous()
+    value, key = kv[:, None, :, :_D_V], kv[:, None, :, _D_V:]
+    each = torch.arange(queries + 1, dtype=torch.int32, device=q.device)
+    lengths = torch.full((queries,), topk, dtype=torch.int32, device=q.device)
+    pages, attend = indices.flatten(1), torch.ops._vllm_fa3_C.fwd.default
+    new = (None, None)  # keys and values
+    used = (each, None, None, None, lengths, 1, topk)  # queries, keys and new keys by request; used queries and keys; longest
+    paged = (pages, None, None, None, None, None)  # table, batches, padding, rotary cosines, sines and lengths
+    scales = (None, None, None, sm_scale)
+    masked = (True, _NO_WINDOW, _NO_WINDOW, 0.0, True)  # causal: with one query at the end of its request nothing is cut off
+    rest = (None, 0, None, 0, None, 1, 0, None)  # schedule, splits, packing, margin, sinks, ranks
+    return lambda: attend(rope, key, value, *new, nope, None, *used, *paged, *scales, *masked, *rest)
+
+
+PEERS = (Fa3(),)
