@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 try:
     import typer
@@ -25,7 +25,8 @@ except ImportError:
 from dsa_codegen import gpu as gpus
 from dsa_codegen import ops, paths
 from dsa_codegen.bench import command as benchmark
-from dsa_codegen.bench import comparison, printing, results
+from dsa_codegen.bench import comparison, installed, printing, results
+from dsa_codegen.bench.campaign import Campaign
 from dsa_codegen.command import doctor as diagnosis
 from dsa_codegen.command import generate as generation
 from dsa_codegen.command import ours, show, verification
@@ -41,9 +42,9 @@ from dsa_codegen.worker import Worker
 OFFLINE_GPU = "h200"
 """What ``--gpu auto`` means where there is no GPU and the command can work without one; the GPU with shipped records."""
 
-DOCUMENTS = [Path("README.md"), Path("docs/performance.md")]
+DOCUMENTS = ("README.md", "docs/performance-{gpu}.md")
 """What holds tables of measured times, between markers."""
-_MARKED = "A document whose marked tables are written anew; may be repeated. Otherwise README.md and docs/performance.md."
+_MARKED = "A document whose marked tables are written anew; may be repeated. Otherwise README.md and docs/performance-GPU.md."
 
 app = typer.Typer(
     help="Generate, verify and tune kernels for DeepSeek Sparse Attention.",
@@ -163,13 +164,19 @@ def bench(
     sweep: Annotated[str, typer.Option(help="context: also time and memory from 4K to 1M tokens.")] = "",
     budget: Annotated[str, typer.Option(help="Wall time after which nothing new begins: 240s, 10m.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what has been measured at this commit.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hold a short run again; exit code 1 where a ratio of --out's fell by more than 5 %."),
+    ] = False,
     folder: Annotated[Path, typer.Option("--out", help="Results are merged into files below this folder.")] = results.FOLDER,
     commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
     gpu: Annotated[str, typer.Option("--gpu", help="Measure only if this is the GPU that is here.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
-    listed = bool(against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep)))
+    listed = bool(
+        check or against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep))
+    )
     if not (listed or host or sweep):
         return _bench_ours(preset, spec, op, WARM if warm else COLD, _visible(gpu), as_json)
     stages, per_stage = tuple(filter(None, stage.split(","))), benchmark.QUICK if quick else limit
@@ -178,6 +185,8 @@ def bench(
     model = "" if preset == "deepseek-v3.2" else preset
     benchmark.check(request, sweep, {"--preset": model, "--spec": spec, "--op": ",".join(op or ()), "--warm": warm})
     campaign = request.campaign(_visible(gpu))
+    if check:
+        _check(request, campaign, as_json)
     rows = printing.campaign(err, lambda notify: benchmark.run(request, campaign, notify)) if listed else []
     host_rows = benchmark.run_host(campaign) if host else []
     sweep_rows = benchmark.run_sweep(campaign, resume=resume) if sweep else []
@@ -186,6 +195,12 @@ def bench(
     parts += [printing.sweep(sweep_rows)] if sweep_rows else []
     parts += [printing.unreached(campaign.unreached, until)] if campaign.unreached else []
     _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+
+
+def _check(request: benchmark.Request, campaign: Campaign, as_json: bool) -> NoReturn:
+    found = printing.campaign(err, lambda notify: benchmark.run_check(request, campaign, notify))
+    _print(as_json, printing.regression(found), [dataclasses.asdict(pair) for pair in found.pairs])
+    raise typer.Exit(1 if found.fallen or not found.pairs else 0)
 
 
 def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, target: gpus.Gpu, as_json: bool) -> None:
@@ -210,7 +225,7 @@ def report(
     folder: Annotated[Path, typer.Option("--results", help="The folder that bench writes to.")] = results.FOLDER,
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = results.FOLDER / "report.html",
     readme: Annotated[Optional[list[Path]], typer.Option(help=_MARKED)] = None,  # noqa: UP045
-    gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows.")] = OFFLINE_GPU,
+    gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows; otherwise those that are newest.")] = "",
     merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
     compare: Annotated[
         Optional[tuple[Path, Path]],  # noqa: UP045
@@ -219,14 +234,16 @@ def report(
 ) -> None:
     """Write one HTML page of all results, and the README's tables, from what bench has measured."""
     if compare is not None:
-        first, second = (comparison.rows_of(path, gpus.resolve(gpu).id) for path in compare)
+        first, second = (comparison.rows_of(path, gpus.resolve(gpu).id if gpu else "") for path in compare)
         found = comparison.compare(first, second)
         printing.comparison(found)(out)
         raise typer.Exit(1 if found.outside or not found.pairs else 0)
     if merge is not None:
         taken = benchmark.merge(merge, folder)
         out.print(f"took over {len(taken)} rows from {merge}")
-    written = benchmark.write_report(folder, page, readme or DOCUMENTS, gpus.resolve(gpu).id, Path(".tune"))
+    shown = gpus.resolve(gpu).id if gpu else results.latest_gpu(folder)
+    documents = readme or [Path(name.format(gpu=shown)) for name in DOCUMENTS]
+    written = benchmark.write_report(folder, page, documents, shown, Path(".tune"))
     show.lines(*written)(out)
 
 
@@ -276,7 +293,7 @@ def explain(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is here (GPU, compilers, records), what is missing and how to get it."""
-    findings = list(diagnosis.diagnose())
+    findings = [*diagnosis.diagnose(), *installed.findings()]
     _print(as_json, show.findings(findings), [vars(finding) for finding in findings])
 
 

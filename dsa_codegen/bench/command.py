@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DsaError, SpecError, UnknownName
-from ..gpu import Gpu
+from ..gpu import GPUS, Gpu
 from ..kernels import backends, toolchain
 from ..worker import Worker
-from . import ahead, cases, hostcost, peers, report, results
+from . import ahead, cases, hostcost, peers, regression, report, results
 from .campaign import Campaign, Notify
+from .comparison import Comparison
 from .deadline import Deadline
 from .results import Row
 from .sweep import CONTEXTS, METHODS, case_of, sweep
@@ -125,6 +127,26 @@ def run(request: Request, campaign: Campaign, notify: Notify) -> list[Row]:
     return campaign.run(wanted) if wanted else []
 
 
+def run_check(request: Request, campaign: Campaign, notify: Notify) -> Comparison:
+    """Hold a short run again, or what the request limits itself to, and compare it with the rows in its folder.
+
+    The fresh rows are thrown away: a speed test changes nothing.
+
+    Raises:
+        RecordError: there is nothing to compare with.
+    """
+    committed = results.read_rows(results.rows_path(request.folder, campaign.gpu.id))
+    if request.per_stage or tuple(request.suites) != ("core",):
+        keys = {results.key_of(row) for row in committed} & {case.key for case in request.cases()}
+        wanted = regression.known(keys)
+    else:
+        wanted = regression.short(committed, request.stages)
+    campaign.notify = notify
+    with tempfile.TemporaryDirectory() as folder:
+        campaign.folder = Path(folder)
+        return regression.run(campaign, committed, wanted)
+
+
 def run_host(campaign: Campaign) -> list[dict[str, Any]]:
     """Time what a call costs the host, entry point by entry point; what is behind is written."""
     rows: list[dict[str, Any]] = []
@@ -193,8 +215,9 @@ def write_report(folder: Path, out: Path, documents: Sequence[Path], gpu_id: str
 
     page = report.write(folder, out, _histories(state))
     rows = results.read_rows(results.rows_path(folder, gpu_id))
-    named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)))
-    empty = dict.fromkeys((*cases.STAGES, "headlines", "summary", "host", "context", "ceilings"), "")
+    gpu = GPUS[gpu_id].name if gpu_id in GPUS else gpu_id
+    named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)), gpu)
+    empty = dict.fromkeys((*cases.STAGES, "measured", "headlines", "summary", "host", "context", "ceilings"), "")
     lines = [f"wrote {page}"]
     for document in documents:
         if document.exists():

@@ -27,6 +27,8 @@ class Pair:
     """Ratios."""
     why: str = ""
     """Whose time moved most, and from what to what."""
+    key: tuple[Any, ...] = ()
+    """The case's."""
 
     @property
     def difference(self) -> float:
@@ -52,14 +54,22 @@ class Comparison:
         """Those that differ by more than the limit."""
         return [pair for pair in self.pairs if abs(pair.difference) > self.limit]
 
+    @property
+    def fallen(self) -> list[Pair]:
+        """Those whose second ratio is lower by more than the limit."""
+        return [pair for pair in self.pairs if pair.difference < -self.limit]
 
-def rows_of(path: Path, gpu_id: str) -> list[Row]:
-    """The rows of a file of results, or of the folder that a benchmark wrote to.
+
+def rows_of(path: Path, gpu_id: str = "") -> list[Row]:
+    """The rows of a file of results, or of the folder that a benchmark wrote to: there those of the GPU with the newest ones.
+
+    Args:
+        gpu_id: those of this GPU instead.
 
     Raises:
         RecordError: there are none, or they cannot be read.
     """
-    file = results.rows_path(path, gpu_id) if path.is_dir() else path
+    file = results.rows_path(path, gpu_id or results.latest_gpu(path)) if path.is_dir() else path
     rows = results.read_rows(file)
     if not rows:
         raise RecordError(f"there are no results in {file}")
@@ -79,9 +89,31 @@ def compare(first: Sequence[Row], second: Sequence[Row], limit: float = LIMIT) -
     return Comparison(sorted(pairs, key=lambda pair: -abs(pair.difference)), alone, limit)
 
 
+def against(committed: Sequence[Row], fresh: Sequence[Row], limit: float = LIMIT) -> Comparison:
+    """Pair fresh rows with the committed ones of the same problems, both against the committed row's best peer.
+
+    Where ours has no time any more its ratio is 0; where that peer has none there is nothing to compare.
+    """
+    before = {results.key_of(row): row for row in committed if row["ratio"]}
+    pairs, alone = [], []
+    for row in fresh:
+        one = before.get(results.key_of(row))
+        if one is None:
+            continue
+        peer_us = row["peers"].get(one["best_peer"])
+        if row["ours_us"] and not peer_us:
+            alone.append(f"{row['stage']}: {labels.shape(row)}: no time of {one['best_peer']}")
+            continue
+        ratio = peer_us / row["ours_us"] if peer_us and row["ours_us"] else 0.0
+        why = _moved(one, row) if row["ours_us"] else row["notes"].get("ours", "ours has no time")
+        pairs.append(Pair(labels.TITLES[row["stage"]], labels.shape(row), one["ratio"], ratio, why, results.key_of(row)))
+    return Comparison(sorted(pairs, key=lambda pair: pair.difference), alone, limit)
+
+
 def _moved(one: Row, two: Row) -> str:
     """The contestant whose time changed by the largest share."""
-    times = [(name, us, _times(two)[name]) for name, us in _times(one).items() if name in _times(two)]
+    after_us = {"ours": two["ours_us"], **two["peers"]}
+    times = [(name, us, after_us[name]) for name, us in _times(one).items() if name in after_us]
     name, before, after = max(times, key=lambda each: abs(each[2] / each[1] - 1))
     return f"{name} {before:.4g} → {after:.4g}"
 

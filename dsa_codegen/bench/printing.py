@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,8 +15,10 @@ from .comparison import Comparison
 from .report import labels
 from .results import Row
 
+_Found = TypeVar("_Found")
 
-def campaign(console: Console, run: Callable[[Notify], list[Row]]) -> list[Row]:
+
+def campaign(console: Console, run: Callable[[Notify], _Found]) -> _Found:
     """Run under a bar that says which case is being held and how long the rest will take."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
@@ -63,8 +65,12 @@ def unreached(cases: Sequence[BenchCase], budget_s: float) -> Printer:
     return lines(f"{len(cases)} cases were not reached within {budget_s:.0f} s; the same command with --resume measures them")
 
 
-def comparison(found: Comparison) -> Printer:
-    """Two files of results beside each other, the ratios that differ most first."""
+def comparison(found: Comparison, what: str = "") -> Printer:
+    """Two files of results beside each other, the ratios that differ most first.
+
+    Args:
+        what: the title; by default how many differ.
+    """
     body = [
         (
             each.stage,
@@ -76,19 +82,29 @@ def comparison(found: Comparison) -> Printer:
         )
         for each in found.pairs
     ]
-    title = f"{len(found.pairs)} ratios in both; {len(found.outside)} differ by more than {100 * found.limit:g} %"
+    title = what or f"{len(found.pairs)} ratios in both; {len(found.outside)} differ by more than {100 * found.limit:g} %"
     columns = ("stage", "case", "# first", "# second", "# difference", "times that moved, first → second µs")
     alone = lines(*(f"only in one: {text}" for text in found.alone))
     return together(table(title, columns, body), alone)
 
 
+def regression(found: Comparison) -> Printer:
+    """A fresh short run beside the committed rows."""
+    much = f"{100 * found.limit:g} %"
+    return comparison(found, f"{len(found.pairs)} ratios held again; {len(found.fallen)} fell by more than {much}")
+
+
 def _summary(found: Sequence[Row]) -> Printer:
+    """Stage by stage: cases won, even and lost, and by how much."""
+    stages = {labels.TITLES[stage]: each for stage, each in labels.by_stage(found).items()}
     body = []
-    for stage, each in labels.by_stage(found).items():
-        ratios = labels.ratios(each)
+    for title, each in {**stages, "all": found}.items():
+        ratios, counts = labels.ratios(each), labels.standings(each)
         spread = f"{min(ratios):.2f} – {max(ratios):.2f}" if ratios else "–"
-        body.append((labels.TITLES[stage], str(len(each)), labels.ratio(labels.geomean(ratios)), spread))
-    return table("against the best peer of each case", ("stage", "# cases", "# geometric mean", "# from – to"), body)
+        cells = (str(len(each)), *(str(count) for count in counts.values()), labels.ratio(labels.geomean(ratios)), spread)
+        body.append((title, *cells))
+    columns = ("stage", "# cases", *(f"# {name}" for name in labels.standings(())), "# geometric mean", "# from – to")
+    return table("against the best peer of each case", columns, body)
 
 
 def host(found: Sequence[Mapping[str, Any]]) -> Printer:

@@ -54,6 +54,18 @@ def gpus_in(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "results").glob("*.json"))
 
 
+def latest_gpu(folder: Path) -> str:
+    """The GPU with the newest row.
+
+    Raises:
+        RecordError: there are no rows.
+    """
+    dated = {gpu: max((row["date"] for row in read_rows(rows_path(folder, gpu))), default="") for gpu in gpus_in(folder)}
+    if not dated:
+        raise RecordError(f"there are no results in {folder / 'results'}; python cli.py bench --against all makes some")
+    return max(dated, key=lambda gpu: dated[gpu])
+
+
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two rows those of the same problem; equal to ``BenchCase.key``."""
     return row["stage"], tuple(sorted(row["shape"].items())), row["distribution"]

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import cli
 from dsa_codegen.bench import ceilings, command, hostcost, printing, report, results, sweep
+from dsa_codegen.bench.cases import FP8_PRODUCTS, case
 from dsa_codegen.bench.problems import Roofs
 from dsa_codegen.bench.report import bars, labels, tables, theme
 from dsa_codegen.errors import RecordError, UnknownName
@@ -101,10 +102,79 @@ def test_a_table_that_was_not_measured_leaves_its_place(tmp_path):
 def test_tables_say_who_was_the_best_and_what_is_missing():
     alone = row(SMALL, 5.0, {}, {"DeepGEMM": "does not serve 8 heads"})
     text = tables.stage([row(SMALL, 5.0, {"DeepGEMM": 6.0, "slow": 60.0}), alone], "indexer_prefill")
-    assert "| 16 queries of 64, 8 heads, d 64 | 5.00 | DeepGEMM 6.00 | 1.20× |" in text
-    assert "| DeepGEMM: does not serve 8 heads | – |" in text
+    assert "| 16 queries of 64, 8 heads, d 64 | 5.00 | DeepGEMM 6.00 |  | 1.20× |" in text
+    assert "| DeepGEMM: does not serve 8 heads |  | – |" in text
     summary = tables.summary(made_up_rows())
-    assert summary.count("\n") == 1 + len(labels.TITLES)
+    assert summary.count("\n") == 2 + len(labels.TITLES), "and all of them"
+
+
+SELECT = case("select", "normal", {"rows": 1, "context": 8192, "k": 2048})
+HEADLINE = case("select", "normal", {"rows": 1, "context": 65536, "k": 2048})
+
+
+@pytest.mark.parametrize(
+    ("ours", "peers", "standing"),
+    [
+        (10.0, {"a": 12.0, "b": 10.2}, labels.WON),
+        (10.0, {"a": 10.09}, labels.EVEN),
+        (10.0, {"a": 9.91}, labels.EVEN),
+        (10.0, {"a": 30.0, "b": 5.0}, labels.LOST),
+        (None, {"a": 5.0}, labels.LOST),
+        (10.0, {}, None),
+    ],
+)
+def test_a_case_is_won_even_or_lost_against_the_best(ours, peers, standing):
+    assert labels.standing(row(SELECT, ours, peers)) == standing
+
+
+def test_the_summary_counts_losses_too():
+    rows = [row(SELECT, 8.2, {"SGLang topk_v2": 3.9}), row(HEADLINE, 8.0, {"SGLang topk_v2": 8.05, "fast_topk": 37.0})]
+    assert "| Selection | 2 | 0 | 1 | 1 | 0.69× | 0.48 – 1.01 |" in tables.summary([*rows])
+    rows.append(row(SMALL, 5.0, {"DeepGEMM": 6.0}))
+    assert "| All | 3 | 1 | 1 | 1 |" in tables.summary(rows)
+
+
+def test_a_sentence_says_when_of_what_and_how_it_ended():
+    best = {"peer_facts": {"a": {"version": "sglang 0.5.23, sgl-deep-gemm 0.1"}, "b": {"version": "sglang 0.5.23"}}}
+    rows = [{**row(SELECT, 8.0, {"a": 4.0}, date="2026-11-28T01:00:00Z"), **best}]
+    said = "1 cases on one NVIDIA H100, 2026-11-28, at abc1234 beside sgl-deep-gemm 0.1, sglang 0.5.23: 0 won, 0 even, 1 lost."
+    assert tables.measured(rows, "NVIDIA H100") == said
+    earlier = {
+        name: value
+        for name, value in row(HEADLINE, 8.0, {"a": 9.0}, date="2026-11-26T01:00:00Z").items()
+        if name != "peer_facts"
+    }
+    assert "2026-11-26 to 2026-11-28" in tables.measured([*rows, earlier], "H100")
+    assert tables.measured([*rows, earlier], "H100").endswith("1 of them were measured earlier, beside fewer peers.")
+
+
+def test_the_worst_case_stands_beside_the_headline():
+    rows = [row(HEADLINE, 8.0, {"fast_topk": 37.0}), row(SELECT, 8.2, {"SGLang topk_v2": 3.9})]
+    beside = "| Selection | 1 row of 64K | 8.00 | fast_topk 37.0 | 4.62× | 1 row of 8K | 8.20 | SGLang topk_v2 3.90 | 0.48× |"
+    assert beside in tables.headlines(rows)
+    failed = row(SELECT, None, {"SGLang topk_v2": 3.9})
+    assert labels.worst([*rows, failed]) is failed, "no time is worse than any"
+    assert labels.worst([row(SELECT, 8.2, {})]) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"version": "sglang 1.2", "deterministic": False, "ordered": False}, "sglang 1.2; not deterministic, any order"),
+        ({"version": "a 1", "deterministic": True, "ordered": True}, "a 1; deterministic, ordered"),
+        ({"version": "sgl-flash-mla 1.0.0", "deterministic": True, "ordered": None}, "sgl-flash-mla 1.0.0"),
+        ({}, ""),
+    ],
+)
+def test_a_table_says_what_the_best_peer_promises(facts, words):
+    found = {**row(SELECT, 8.2, {"best": 3.9, "other": 4.0}), "peer_facts": {"best": facts, "other": {"version": "9"}}}
+    assert labels.promises(found) == words
+    assert f"| best 3.90 | {words} | 0.48× |" in tables.stage([found], "select")
+
+
+def test_rows_of_fp8_products_say_so():
+    shape = {"queries": 512, "context": 32768, "heads": 128, "head_dim": 576, "k": 2048}
+    assert labels.shape(row(case("attention_prefill", FP8_PRODUCTS, shape), 5.0, {})).endswith("FP8 products allowed")
 
 
 def test_a_peer_that_is_not_there_is_told_once():
@@ -188,7 +258,7 @@ def test_machine_facts_reach_the_tables():
     named = tables.named(made_up_rows(), made_up_machine())
     assert "device copy, read and written | 4.27 TB/s" in named["ceilings"]
     assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
-    assert set(named) == {"summary", "headlines", "host", "context", "ceilings", *labels.TITLES}
+    assert set(named) == {"summary", "headlines", "host", "context", "ceilings", "measured", *labels.TITLES}
     assert "| 32K | 5.3 ms, 0.69 GB | 0.52 ms, 0.44 GB | 1.56 ms, 0.58 GB |" in named["context"]
     assert named["context"].endswith("Sparse is faster from about 6K tokens of context on.")
     assert named["headlines"].count("\n") == 1 + len(labels.TITLES)

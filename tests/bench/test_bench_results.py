@@ -80,3 +80,13 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.delenv("DSA_COMMIT", raising=False)
     monkeypatch.setenv("PATH", "")
     assert results.commit() == "unknown"
+
+
+def test_the_newest_row_decides_whose_figures_are_shown(tmp_path):
+    results.merge_rows(results.rows_path(tmp_path, "h200"), [row(SMALL, 5.0, {}, date="2026-11-24T00:00:00Z")])
+    results.merge_rows(results.rows_path(tmp_path, "h100"), [row(OTHER, 5.0, {}, date="2026-11-28T00:00:00Z")])
+    assert results.latest_gpu(tmp_path) == "h100"
+    results.merge_rows(results.rows_path(tmp_path, "h200"), [row(SMALL, 5.0, {}, date="2026-11-29T00:00:00Z")])
+    assert results.latest_gpu(tmp_path) == "h200"
+    with pytest.raises(RecordError, match="bench --against all"):
+        results.latest_gpu(tmp_path / "elsewhere")

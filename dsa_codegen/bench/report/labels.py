@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cases import STAGES
+from ...proof.timing import TIE
+from ..cases import FP8_PRODUCTS, STAGES
 
 Row = Mapping[str, Any]
 
@@ -18,12 +19,16 @@ TITLES = {
     "index_select_prefill": "Indexer + selection, prefill",
     "index_select_decode": "Indexer + selection, decode",
     "attention_prefill": "Sparse attention, prefill",
+    "attention_prefill_paged": "Sparse attention, prefill over the FP8 cache",
     "attention_decode": "Sparse attention, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
 }
 _ABSENT = ("is not installed", "needs a CUDA GPU", "or newer")
 _USUAL = {"normal", "causal", "full", "random", "real"}
+_WORDS = {FP8_PRODUCTS: "FP8 products allowed"}
+WON, EVEN, LOST = "won", "even", "lost"
+"""How a case stands against its best peer; even is within 1 %."""
 
 
 def by_stage(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -52,7 +57,8 @@ def shape(row: Row) -> str:
     words += [f"{of['heads']} heads"] if "heads" in of else []
     words += [f"k {of['k']}"] if of.get("k", 2048) != 2048 else []
     words += [f"d {of['head_dim']}"] if of.get("head_dim", 576) not in (128, 576) else []
-    words += [row["distribution"]] if row["distribution"] not in _USUAL else []
+    distribution: str = row["distribution"]
+    words += [_WORDS.get(distribution, distribution)] if distribution not in _USUAL else []
     return ", ".join(words)
 
 
@@ -88,6 +94,41 @@ def ratios(rows: Sequence[Row]) -> list[float]:
     return [row["ratio"] for row in rows if row["ratio"]]
 
 
+def standing(row: Row) -> str | None:
+    """Whether a case is won, even or lost; lost too where ours has no time and a peer has. None where nobody else serves it."""
+    if not row["peers"]:
+        return None
+    if row["ratio"] is None:
+        return LOST
+    return EVEN if abs(row["ratio"] - 1) <= TIE else WON if row["ratio"] > 1 else LOST
+
+
+def standings(rows: Sequence[Row]) -> dict[str, int]:
+    """How many cases are won, even and lost."""
+    found = [standing(row) for row in rows]
+    return {each: found.count(each) for each in (WON, EVEN, LOST)}
+
+
+def told(rows: Sequence[Row]) -> str:
+    """``3 won, 1 even, 2 lost``."""
+    return ", ".join(f"{count} {name}" for name, count in standings(rows).items())
+
+
+def worst(rows: Sequence[Row]) -> Row | None:
+    """The case that is furthest behind, first of all one in which ours has no time; None where nobody else serves any."""
+    contested = [row for row in rows if row["peers"]]
+    return min(contested, key=lambda row: row["ratio"] or 0.0, default=None)
+
+
+def promises(row: Row) -> str:
+    """``sglang 0.5.23; not deterministic, any order``: of which version the best peer is, and what a choice of it keeps."""
+    facts = row.get("peer_facts", {}).get(row["best_peer"], {})
+    words = [] if facts.get("ordered") is None else ["ordered" if facts["ordered"] else "any order"]
+    if words or facts.get("deterministic") is False:
+        words.insert(0, "deterministic" if facts["deterministic"] else "not deterministic")
+    return "; ".join(part for part in (facts.get("version", ""), ", ".join(words)) if part)
+
+
 def best_peer(row: Row) -> str:
     """``FlashMLA 3905``, or why there is no figure."""
     if row["best_peer"]:
@@ -109,4 +150,4 @@ def absent(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _is_absence(note: str) -> bool:
-    return note.endswith(_ABSENT) or re.match(r"\S+ cannot be (imported|loaded)", note) is not None
+    return note.endswith(_ABSENT) or re.match(r"\S+ (cannot be (imported|loaded)|has no )", note) is not None

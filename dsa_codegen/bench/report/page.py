@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from ...errors import RecordError, ToolMissing
+from ...errors import ToolMissing
 from ...gpu import GPUS, Gpu, resolve
 from .. import results
 from ..ceilings import roofs
@@ -28,9 +28,8 @@ def write(folder: Path, out: Path, histories: Mapping[str, Sequence[Mapping[str,
         RecordError: there are no results, or they cannot be read.
         ToolMissing: matplotlib is not installed.
     """
-    names = results.gpus_in(folder)
-    if not names:
-        raise RecordError(f"there are no results in {folder / 'results'}; python cli.py bench --against all makes some")
+    newest = results.latest_gpu(folder)
+    names = [newest, *(name for name in results.gpus_in(folder) if name != newest)]
     gpus = [_gpu(folder, name, (histories or {}).get(name, ())) for name in names]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),

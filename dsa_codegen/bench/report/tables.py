@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import results
@@ -11,25 +11,46 @@ from ..sweep import METHODS, crossover
 from . import labels
 from .labels import Row
 
+_STANDINGS = (labels.WON, labels.EVEN, labels.LOST)
+
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line per stage: against the best peer of each case, and against the roofline."""
-    body = []
-    for stage, found in labels.by_stage(rows).items():
-        ratios = labels.ratios(found)
-        shares = [share for row in found if (share := labels.share_of_limit(row)) is not None]
-        spread = f"{min(ratios):.2f} – {max(ratios):.2f}" if ratios else "–"
-        peers = sorted({row["best_peer"] for row in found if row["best_peer"]})
-        best = labels.percent(max(shares)) if shares else "–"
-        body.append(
-            (labels.TITLES[stage], str(len(found)), labels.ratio(labels.geomean(ratios)), spread, best, ", ".join(peers) or "–")
-        )
-    head = ("stage", "cases", "speed against the best peer", "from – to", "best share of the limit", "best peers")
-    return markdown(head, body, right=(1, 2, 3, 4))
+    """A line per stage: cases won and lost against the best peer of each, by how much, and the share of the roofline."""
+    stages = {labels.TITLES[stage]: found for stage, found in labels.by_stage(rows).items()}
+    body = [_summed(title, found) for title, found in {**stages, "All": rows}.items()]
+    head = ("stage", "cases", *_STANDINGS, "speed against the best peer", "from – to", "best share of the limit", "best peers")
+    return markdown(head, body, right=range(1, 8))
+
+
+def measured(rows: Sequence[Row], gpu: str) -> str:
+    """A sentence: what was measured when, at which commits, beside which peers, and how it ended."""
+    dates, commits = sorted({row["date"][:10] for row in rows}), sorted({row["commit"] for row in rows})
+    facts = [facts for row in rows for facts in row.get("peer_facts", {}).values()]
+    versions = sorted({version for each in facts for version in each["version"].split(", ") if version})
+    beside = f" beside {', '.join(versions)}" if versions else ""
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    earlier = sum("peer_facts" not in row for row in rows)
+    less = f" {earlier} of them were measured earlier, beside fewer peers." if earlier else ""
+    return f"{len(rows)} cases on one {gpu}, {when}, at {', '.join(commits)}{beside}: {labels.told(rows)}.{less}"
+
+
+def _summed(title: str, rows: Sequence[Row]) -> Sequence[str]:
+    ratios, counts = labels.ratios(rows), labels.standings(rows)
+    shares = [share for row in rows if (share := labels.share_of_limit(row)) is not None]
+    peers = sorted({row["best_peer"] for row in rows if row["best_peer"]}) if title != "All" else []
+    return (
+        title,
+        str(len(rows)),
+        *(str(counts[each]) for each in _STANDINGS),
+        labels.ratio(labels.geomean(ratios)),
+        f"{min(ratios):.2f} – {max(ratios):.2f}" if ratios else "–",
+        labels.percent(max(shares)) if shares else "–",
+        ", ".join(peers) or "–",
+    )
 
 
 def headlines(rows: Sequence[Row]) -> str:
-    """The first case of every stage, as the list of cases has them."""
+    """The first case of every stage, as the list of cases has them, and beside it the case that is furthest behind."""
     first = {each.key for each in chosen(per_stage=1)}
     body = [
         (
@@ -38,11 +59,20 @@ def headlines(rows: Sequence[Row]) -> str:
             labels.microseconds(row["ours_us"]),
             labels.best_peer(row),
             labels.ratio(row["ratio"]),
+            *_worst(labels.by_stage(rows)[row["stage"]]),
         )
         for row in rows
         if results.key_of(row) in first
     ]
-    return markdown(("stage", "case", "µs", "best peer, µs", "ratio"), body, right=(2, 4))
+    head = ("stage", "case", "µs", "best peer, µs", "ratio", "furthest behind", "µs", "best peer, µs", "ratio")
+    return markdown(head, body, right=(2, 4, 6, 8))
+
+
+def _worst(rows: Sequence[Row]) -> Sequence[str]:
+    row = labels.worst(rows)
+    if row is None:
+        return "–", "–", "–", "–"
+    return labels.shape(row), labels.microseconds(row["ours_us"]), labels.best_peer(row), labels.ratio(row["ratio"])
 
 
 def stage(rows: Sequence[Row], name: str) -> str:
@@ -52,6 +82,7 @@ def stage(rows: Sequence[Row], name: str) -> str:
             labels.shape(row),
             labels.microseconds(row["ours_us"]),
             labels.best_peer(row),
+            labels.promises(row),
             labels.ratio(row["ratio"]),
             labels.percent(labels.share_of_limit(row)),
             row["commit"],
@@ -59,7 +90,7 @@ def stage(rows: Sequence[Row], name: str) -> str:
         for row in rows
         if row["stage"] == name
     ]
-    return markdown(("case", "ours, µs", "best peer, µs", "ratio", "of the limit", "commit"), body, right=(1, 3, 4))
+    return markdown(("case", "ours, µs", "best peer, µs", "it is", "ratio", "of the limit", "commit"), body, right=(1, 4, 5))
 
 
 def host(found: Sequence[Mapping[str, Any]]) -> str:
@@ -103,16 +134,17 @@ def ceilings(found: Mapping[str, Any]) -> str:
     return markdown(("ceiling", "measured"), body, right=(1,))
 
 
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
     """A table; columns of figures to the right."""
     rule = ["---:" if column in right else "---" for column in range(len(head))]
     lines = (head, rule, *body)
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def named(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, str]:
+def named(rows: Sequence[Row], machine: Mapping[str, Any], gpu: str = "GPU") -> dict[str, str]:
     """Every table by the name under which a README asks for it."""
     found = {
+        "measured": measured(rows, gpu) if rows else "",
         "summary": summary(rows),
         "headlines": headlines(rows),
         **{name: stage(rows, name) for name in labels.by_stage(rows)},
