@@ -99,32 +99,38 @@ def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
     return tuple(record for path in sorted(folder.glob(f"*/{op_name}.json")) for record in read(path))
 
 
-def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
+def merge(folder: Path, records: Iterable[Record], gone: Iterable[Record] = ()) -> list[Path]:
     """Write records into the files of ``folder``, keeping all others there; returns the files.
 
     Safe when several processes write at once: a lock, a temporary file, fsync and an atomic rename.
+
+    Args:
+        gone: records as ``read`` gave them, to be left out from now on; one that was replaced meanwhile stays. A file
+            without any entry is removed.
 
     Raises:
         RecordError: a record states what no reader would accept (a time of NaN), a file that is there cannot be read, or
             another process keeps its lock; it is not touched.
     """
-    by_file: dict[Path, list[Record]] = {}
+    by_file: dict[Path, tuple[list[Record], list[Record]]] = {}
     for record in records:
         parse(entry(record), record.op, record.gpu)
-        by_file.setdefault(path_of(folder, record.gpu.id, record.op), []).append(record)
-    for path, fresh in by_file.items():
+        by_file.setdefault(path_of(folder, record.gpu.id, record.op), ([], []))[0].append(record)
+    for record in gone:
+        by_file.setdefault(path_of(folder, record.gpu.id, record.op), ([], []))[1].append(record)
+    for path, (fresh, left_out) in by_file.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-                _merge_file(path, fresh)
+                _merge_file(path, fresh, left_out)
         except filelock.Timeout as error:
             reason = f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s"
             raise RecordError(f"{path} cannot be written: {reason}; end it and run this again") from error
     return list(by_file)
 
 
-def _merge_file(path: Path, fresh: list[Record]) -> None:
-    gpu = fresh[0].gpu
+def _merge_file(path: Path, fresh: list[Record], gone: list[Record]) -> None:
+    gpu = (fresh or gone)[0].gpu
     kept: list[Record] = []
     foreign: list[Any] = []  # entries that this version cannot parse: others' work, kept as they are
     for raw in _load(path)[1] if path.exists() else []:
@@ -132,10 +138,14 @@ def _merge_file(path: Path, fresh: list[Record]) -> None:
             kept.append(parse(raw, path.stem, gpu))
         except RecordError:
             foreign.append(raw)
+    kept = [record for record in kept if record not in gone]
     for record in fresh:
         kept = _ranked(kept, record)
     kept.sort(key=_order)
     entries = [*map(entry, kept), *foreign]
+    if not entries:
+        path.unlink(missing_ok=True)
+        return
     content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": entries}
     publish(path, pretty(content) + "\n")
 

@@ -13,6 +13,9 @@ from ..records.record import Record
 from .problem import Problem
 from .progress import StudyStatus
 
+STATE = Path(".tune")
+"""Where journals, clocks and builds of runs lie by default."""
+
 
 @dataclass(frozen=True)
 class Budget:
