@@ -25,8 +25,12 @@ from .ours import Row
 from .verification import Verdict
 
 if TYPE_CHECKING:
+    from ..tune.plan import Missing
+    from ..tune.problem import Problem
     from ..tune.progress import Notify
     from ..tune.progress import Progress as TuneProgress
+    from ..tune.refresh import Refreshed
+    from ..tune.renewal import Fate
     from ..tune.run import Report
 
 T = TypeVar("T")
@@ -59,6 +63,14 @@ def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
             bar.update(task, description=f"tune: {state.phase}", completed=state.fraction, eta=eta, counts=counts)
 
         return run(notify)
+
+
+def refreshing(console: Console, run: Callable[[Callable[[int, int], None]], Refreshed]) -> Refreshed:
+    """Run a refresh under a bar of the problems that are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("refresh", total=None)
+        return run(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Printer:
@@ -170,6 +182,48 @@ def tuned(report: Report) -> Printer:
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
     files = [f"wrote {path}" for path in report.files]
     return together(records(chosen, head), lines(_outcomes(report), *files), lines(*report.notes, style="yellow"))
+
+
+def missing(problems: Sequence[Missing], again: str, budget: str) -> Printer:
+    """What has no record, why, and the command that gets it."""
+    texts = [f"no record for {each.problem.op.name}, {_sizes_of(each.problem)}: {each.reason}" for each in problems]
+    late = dict.fromkeys(each.problem.op.name for each in problems if not each.failed)
+    command = f"{again} {' '.join(f'--op {name}' for name in late)} --budget {budget}"
+    return lines(*texts, *([f"To get them: {command}"] if late else []), style="yellow")
+
+
+def _sizes_of(problem: Problem) -> str:
+    return f"{problem.spec.id}, {describe(problem.case.sizes.bucket())}"
+
+
+def refreshed(report: Refreshed) -> Printer:
+    """What became of each record, and what is still to do."""
+    counts = Counter(fate.what for fate in report.fates)
+    told = [f"{number} {what}" for what, number in counts.items()] + [f"{report.holding} hold as they are"]
+    head = f"records: {', '.join(told)}, in {report.elapsed_s / 60:.1f} min"
+    left = "What is left serves no call: run this again with that GPU at hand, or with --drop-stale to have it dropped."
+    files = [f"wrote {path}" for path in report.files if path.exists()]
+    return together(
+        lines(*map(_fate, report.fates), head, *files),
+        lines(*([] if report.complete else [left]), style="yellow"),
+    )
+
+
+def _fate(fate: Fate) -> str:
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    times = [f"{each.time_us.median:.1f}" for each in (fate.old, fate.now) if each is not None]
+    took = f", {' → '.join(times)} µs" if fate.now is not None and fate.what != "carried" else ""
+    why = f" ({fate.why})" if fate.why else ""
+    return f"{fate.what}: {record.gpu.id} {record.op} {record.backend}, {describe(record.bucket)}{took}{why}"
+
+
+def fate_row(fate: Fate) -> dict[str, Any]:
+    """One record's fate for JSON; the record is the new one, where there is one."""
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    before = fate.old.time_us.median if fate.old else None
+    return {"fate": fate.what, "why": fate.why, "before_us": before, **record_row(record)}
 
 
 def _outcomes(report: Report) -> str:

@@ -20,7 +20,7 @@ from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
 from .ledger import Ledger
 from .on_gpu import GpuEvaluator
-from .plan import STATE
+from .plan import STATE, require_writable
 from .pool import CompilePool, cores
 from .renewal import Fate, Task, renew, task_of
 from .standing import Standing, standing
@@ -89,8 +89,11 @@ def refresh(
 
     Raises:
         StudyBusy: another process refreshes records of this GPU.
-        RecordError: a file cannot be written.
+        RecordError: a file of records cannot be read or written.
+        InputError: the folder cannot be written; nothing is touched.
     """
+    require_writable(folder, "folder")
+    require_writable(state, "state")
     return _Refresh(folder, here, wish or Wish(), tell).go(budget_s, processes, state)
 
 

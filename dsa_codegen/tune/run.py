@@ -23,7 +23,7 @@ from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
 from .outcome import Kind
-from .plan import OFFLINE, ON_GPU, STATE, Budget, Report, problems
+from .plan import OFFLINE, ON_GPU, STATE, Budget, Missing, Report, check, problems
 from .pool import CompilePool, cores
 from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
@@ -62,8 +62,10 @@ def tune(
     Raises:
         StudyBusy: another process is tuning the same.
         RecordError: a file of records there cannot be read; nothing is started.
+        InputError, UnknownName: an argument is out of its range, or a folder cannot be written; nothing is touched.
     """
     budget = budget or (OFFLINE if offline else ON_GPU)
+    check(budget, seed, processes, backends, folder, state)
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
     ledger = Ledger(state / gpu.id, aim, budget.wall_s)
@@ -117,7 +119,20 @@ class _Run:
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        return Report(found, tuple(files), statuses, tuple(self.opened.notes), interrupted, self.ledger.elapsed_s)
+        missing = tuple(self._missing(problem) for problem in wanted if not self.written.get(problem.id))
+        notes = tuple(self.opened.notes)
+        return Report(found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing)
+
+    def _missing(self, problem: Problem) -> Missing:
+        studies = [study for study, of in self.opened.studies.items() if of is problem]
+        seen = sum(len(study.seen) for study in studies)
+        if not studies:
+            return Missing(problem, "left out", False)
+        if any(study.failure for study in studies):
+            return Missing(problem, "it cannot be set up", True)
+        if seen and not any(study.counts[Kind.OK] for study in studies):
+            return Missing(problem, f"none of the {seen} candidates that were tried is right", True)
+        return Missing(problem, "the budget ended before its default was timed", False)
 
     def _finals(self, evaluator: Evaluator) -> None:
         self.phase = "finals"
