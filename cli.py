@@ -160,6 +160,7 @@ def tune(
         return _refresh(folder, wish, seconds, as_json)
     target, here = _gpu(gpu), gpus.detect()
     offline = here is None or here.id != target.id
+    target = target if here is None or offline else here  # with the limits that the device has
     usual = run.OFFLINE if offline else run.ON_GPU
     limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
     report = show.tuning(

@@ -84,14 +84,20 @@ def _load(path: Path) -> tuple[GpuKey, list[Any]]:
     return gpu, entries
 
 
-def require_readable(path: Path) -> None:
+def require_readable(path: Path, gpu: GpuKey) -> None:
     """Make sure that ``merge`` will be able to write a file, before hours are spent on what it should hold.
 
     Raises:
-        RecordError: the file is there and cannot be read.
+        RecordError: the file is there and cannot be read, or is of another board of that name.
     """
     if path.exists():
-        _load(path)
+        _require_of(path, _load(path)[0], gpu)
+
+
+def _require_of(path: Path, there: GpuKey, gpu: GpuKey) -> None:
+    if there != gpu:
+        boards = [f"a {each.id} ({each.arch}) of {each.sms} SMs and {each.smem} B a block" for each in (there, gpu)]
+        raise RecordError(f"{path} speaks of {boards[0]}, not of {boards[1]}; {_REMEDY}")
 
 
 def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
@@ -133,7 +139,9 @@ def _merge_file(path: Path, fresh: list[Record], gone: list[Record]) -> None:
     gpu = (fresh or gone)[0].gpu
     kept: list[Record] = []
     foreign: list[Any] = []  # entries that this version cannot parse: others' work, kept as they are
-    for raw in _load(path)[1] if path.exists() else []:
+    there, entries = _load(path) if path.exists() else (gpu, [])
+    _require_of(path, there, gpu)
+    for raw in entries:
         try:
             kept.append(parse(raw, path.stem, gpu))
         except RecordError:
@@ -142,11 +150,11 @@ def _merge_file(path: Path, fresh: list[Record], gone: list[Record]) -> None:
     for record in fresh:
         kept = _ranked(kept, record)
     kept.sort(key=_order)
-    entries = [*map(entry, kept), *foreign]
-    if not entries:
+    whole = [*map(entry, kept), *foreign]
+    if not whole:
         path.unlink(missing_ok=True)
         return
-    content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": entries}
+    content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": whole}
     publish(path, pretty(content) + "\n")
 
 

@@ -15,7 +15,7 @@ from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
-from ..records.record import Record
+from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
 from .keep import keep
 from .ledger import Ledger
@@ -98,7 +98,7 @@ class _Run:
     def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
         """The whole run."""
         for problem in wanted:
-            records.require_readable(records.path_of(self.folder, problem.gpu.id, problem.op.name))
+            records.require_readable(records.path_of(self.folder, problem.gpu.id, problem.op.name), GpuKey.of(problem.gpu))
         interrupted = False
         try:
             self.opener.open(wanted, self.opened)  # locked from here on

@@ -298,7 +298,7 @@ def test_a_journal_is_not_blamed_for_the_sampler(one_bucket, tmp_path):
     study = open_study(tmp_path)
     study.close()
     before = study.path.read_bytes()
-    with pytest.raises(ValueError, match="[Ss]eed"):
+    with pytest.raises(ValueError, match=r"[Ss]eed"):
         open_study(tmp_path, seed=2**40)
     assert study.path.read_bytes() == before and len(list(study.path.parent.glob("*.journal*"))) == 1
 
