@@ -359,5 +359,5 @@ def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[
 
 def findings(found: Sequence[Finding]) -> Printer:
     """The diagnosis."""
-    rows = [(each.what, "ok" if each.ok else "missing", each.state, "" if each.ok else each.remedy) for each in found]
+    rows = [(each.what, "ok" if each.ok else "amiss", each.state, "" if each.ok else each.remedy) for each in found]
     return table("doctor", ("what", "", "state", "remedy"), rows)
