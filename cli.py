@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -36,7 +37,7 @@ from dsa_codegen.ops import needs
 from dsa_codegen.problem import presets
 from dsa_codegen.proof.timing import COLD, WARM, Policy
 from dsa_codegen.records import explain as explanation
-from dsa_codegen.records import files as records
+from dsa_codegen.records import listing
 from dsa_codegen.runtime import dispatch
 from dsa_codegen.worker import Worker
 
@@ -309,17 +310,15 @@ def report(
 
 @app.command("list")
 def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU.")] = "", as_json: Json = False) -> None:
-    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set)."""
-    wanted = gpus.resolve(gpu).id if gpu else None
-    found = [
-        record
-        for folder in filter(None, (paths.user_records(), paths.shipped_records()))
-        for name in ops.all_ops()
-        for record in records.read_all(folder, name)
-        if wanted in (None, record.gpu.id)
-    ]
-    head = "records" if found else f"no records; python cli.py tune --gpu {wanted or 'auto'} makes some"
-    _print(as_json, show.records(found, head), [show.record_row(record) for record in found])
+    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set), and which records serve calls."""
+    wanted = gpus.resolve(gpu).id if gpu else ""
+    found = list(listing.listing(wanted))
+    serving = sum(each.status == listing.SERVES for each in found)
+    head = f"{len(found)} records, {serving} serve calls of their GPU"
+    if not found:
+        head = f"no records; python cli.py tune --gpu {wanted or 'auto'} makes some"
+    rows = [{**show.record_row(each.record), "status": each.status, "why": each.why} for each in found]
+    _print(as_json, show.listed(found, head), rows)
 
 
 @app.command()
@@ -405,9 +404,17 @@ def _complain(what: object) -> None:
     err.print(str(what), style="red", highlight=False, markup=False)
 
 
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning without the line of code that it came from."""
+    err.print(str(message), style="yellow", highlight=False, markup=False)
+
+
 def main() -> None:
     """Run the command line; the project's errors become one line and an exit code."""
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+    warnings.showwarning = lambda message, *where, **more: err.print(
+        str(message), style="yellow", highlight=False, markup=False
+    )
     try:
         app()
     except (NoGpu, ToolMissing) as error:

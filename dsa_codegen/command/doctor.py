@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +98,8 @@ def _own_records() -> Iterator[Finding]:
 def _files(what: str, folder: Path) -> Iterator[Finding]:
     """The files below a folder that no lookup can read, whole or in part: they count as misses there."""
     for path in sorted(folder.glob("*/*.json")):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            files.read(path)
-        for warning in caught:
-            remedy = f"restore or move away {path}, or tune into another --folder"
-            yield Finding(what, str(warning.message), False, remedy)
+        for complaint in files.complaints(path):
+            yield Finding(what, complaint, False, f"restore or move away {path}, or tune into another --folder")
 
 
 def _cache() -> Finding:

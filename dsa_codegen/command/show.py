@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
 from ..records.explain import Difference
+from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
-from ..records.record import Record
+from ..records.record import MEASURED, Record
 from .doctor import Finding
 from .generate import Generated
 from .ours import Row
@@ -235,30 +238,46 @@ def _outcomes(report: Report) -> str:
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:
-    """Records by GPU and evidence, a table each; an operation is a heading, as its column would leave the others no room."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in found:
-        groups.setdefault((record.gpu.id, record.evidence), []).append(record)
-    tables = [_records(group, f"{gpu}, {evidence}") for (gpu, evidence), group in groups.items()]
-    return together(lines(title), *tables)
+    """Records by GPU, operation and spec."""
+    return listed([Listed(record, Path(), "") for record in found], title)
 
 
-def _records(found: Sequence[Record], title: str) -> Printer:
-    rows: list[tuple[str, ...]] = []
-    for op, group in itertools.groupby(found, key=lambda record: record.op):
-        rows += [(op,), *map(_record, group)]
-    return table(title, ("spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
+def listed(found: Sequence[Listed], title: str) -> Printer:
+    """Records by GPU, operation, spec and sizes; what a console is too narrow for goes on in the next line, between words."""
+
+    def show(console: Console) -> None:
+        console.print(title, highlight=False, markup=False)
+        last: tuple[str, ...] = ()
+        for each in sorted(found, key=lambda each: _headings(each)[:3]):  # stable: buckets keep their order
+            headings = _headings(each)
+            for level, heading in enumerate(headings):
+                if headings[: level + 1] != last[: level + 1]:
+                    _indented(console, heading, level, "bold" if level < 2 else "")
+            last = headings
+            _indented(console, _result(each), 4, "" if each.status in ("", SERVES) else "dim")
+            _indented(console, values(each.record.config), 5, "dim")
+
+    return show
 
 
-def _record(record: Record) -> tuple[str, ...]:
-    return (
-        _short(record.spec),
-        describe(record.bucket),
-        f"{record.backend}: {values(record.config)}",
-        f"{record.time_us.median:.1f}",
-        f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
-        f"{100 * record.limit_us / record.time_us.median:.0f}",
-    )
+def _headings(each: Listed) -> tuple[str, ...]:
+    return each.record.gpu.id, each.record.op, _short(each.record.spec), describe(each.record.bucket)
+
+
+def _result(each: Listed) -> str:
+    """``tilelang 14.5 µs, 2.56× default, 61 % of limit; serves``."""
+    record = each.record
+    parts = [f"{record.backend} {record.time_us.median:.1f} µs"]
+    if record.default_time_us:
+        parts.append(f"{record.default_time_us / record.time_us.median:.2f}× default")
+    parts.append(f"{100 * record.limit_us / record.time_us.median:.0f} % of limit")
+    parts += [] if record.evidence == MEASURED else [record.evidence]
+    status = f"; {each.status} {each.why}".rstrip() if each.status else ""
+    return ", ".join(parts) + status
+
+
+def _indented(console: Console, text: str, level: int, style: str) -> None:
+    console.print(Padding(Text(text, style=style), (0, 0, 0, 2 * level), expand=False))
 
 
 def _short(spec: Mapping[str, Scalar]) -> str:

@@ -38,15 +38,36 @@ def path_of(folder: Path, gpu_id: str, op_name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Record, ...]:
-    """The records of a file; none where it is missing, and none with a RecordWarning where it cannot be read."""
+    """The records of a file; none where it is missing, and none where it cannot be read.
+
+    What cannot be read is told by one RecordWarning, however often and by whomever this version of the file is read.
+    """
+    version = _version(path)
+    if version is None:
+        return ()
+    records, complaints = _read(*version)
+    if complaints and version not in _told:
+        _told.add(version)
+        for complaint in complaints:
+            warnings.warn(complaint, RecordWarning, stacklevel=2)
+    return records
+
+
+def complaints(path: Path) -> tuple[str, ...]:
+    """What of a file cannot be read, and why."""
+    version = _version(path)
+    return _read(*version)[1] if version else ()
+
+
+_told: set[tuple[Path, int, int]] = set()
+
+
+def _version(path: Path) -> tuple[Path, int, int] | None:
     try:
         status = path.stat()
     except OSError:
-        return ()
-    records, complaints = _read(path, status.st_mtime_ns, status.st_size)
-    for complaint in complaints:
-        warnings.warn(complaint, RecordWarning, stacklevel=2)
-    return records
+        return None
+    return path, status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=256)
