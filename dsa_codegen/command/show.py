@@ -123,11 +123,23 @@ def values(mapping: Any) -> str:
 
 
 def generated(written: Sequence[Generated]) -> Printer:
-    """The files that ``generate`` wrote."""
-    rows = [(each.path.name, describe(each.need.case.sizes.bucket()), str(each.config), each.origin) for each in written]
-    modules = len({each.path for each in written})
-    head = f"{modules} modules for {len(written)} calls in {written[0].path.parent}"
-    return table(head, ("file", "sizes", "config", "from"), rows)
+    """The files that ``generate`` wrote, each with the sizes that it serves."""
+    by_file: dict[Path, list[Generated]] = {}
+    for each in written:
+        by_file.setdefault(each.path, []).append(each)
+
+    def show(console: Console) -> None:
+        folder = written[0].path.parent
+        head = (
+            f"{len(by_file)} modules for {len(written)} calls in {folder}, with index.json; python {folder}/launch.py runs them"
+        )
+        console.print(head, highlight=False, markup=False)
+        for path, calls in by_file.items():
+            _indented(console, path.name, 1, "bold")
+            for each in calls:
+                _indented(console, f"{describe(each.need.case.sizes.bucket())}: {each.config} ({each.origin})", 2, "")
+
+    return show
 
 
 def generated_row(each: Generated) -> dict[str, Any]:
