@@ -1,7 +1,7 @@
 """Write the rendered kernels of a model to a folder, as ordinary Python modules that people read, step through or ship.
 
 Beside them lie ``index.json`` (what each module computes, for which sizes, and how a call launches it) and ``launch.py``, which
-launches them without this package.
+launches them without this package, on a GPU or in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ..records.record import pretty
 from ..runtime import dispatch
 from . import standalone
 from .calls import small_call
+
+_INTERPRETER = "kernels/backends/interpreter.py"  # it imports nothing of this package
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def generate(model: Model, gpu: Gpu, folder: Path, names: Sequence[str] = (), ba
         raise NoConfig(f"{', '.join(names) or model.name}{f' ({backend})' if backend else ''}", gpu.name, ["no template of it"])
     publish(folder / "index.json", pretty(_index(written, gpu)) + "\n")
     publish(folder / "launch.py", Path(standalone.__file__).read_text())
+    publish(folder / "interpreter.py", Path(standalone.__file__).parents[1].joinpath(_INTERPRETER).read_text())
     return written
 
 

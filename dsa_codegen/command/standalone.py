@@ -4,7 +4,8 @@
     python launch.py MODULE       a small call of the module, with random arguments; on the CPU with TRITON_INTERPRET=1
 
 ``index.json`` says what each module computes and how a call launches it: the kernels in order, their grids, their arguments.
-``kernels`` gives a module's kernels to launch with arguments of your own.
+``kernels`` gives a module's kernels to launch with arguments of your own. ``interpreter.py`` mends what Triton's interpreter
+gets wrong of bf16 and FP8.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def kernels(name: str) -> dict[str, Kernel]:
     if hasattr(module, "KERNELS"):
         return {kernel: _tilelang(module, kernel) for kernel in module.KERNELS}
     if os.environ.get("TRITON_INTERPRET") == "1":
+        load("interpreter").repair()
         return {kernel: _interpreted(getattr(module, kernel)) for kernel in module.SIGNATURES}
     import triton
 

@@ -60,7 +60,8 @@ def standing(record: Record) -> Standing:
     template = template_sha(template_name(op, record.backend))
     if sizes.bucket() != record.bucket:
         return Standing(record, "its range of sizes is divided otherwise today", call=call, config=config)
-    if render(op, spec, config).sha != record.source_sha:
+    measured = render(op, spec, config, record.toolchain.get("triton", ""))  # the text for the Triton it was measured with
+    if measured.sha != record.source_sha:
         return Standing(record, "its template renders another source", call=call, config=config)
     if template != record.template:
         return Standing(record, "its template changed, its code did not", template, call, config)

@@ -47,7 +47,7 @@ def make(choice: Config = GOOD, gpu=H200, **changes) -> Record:
         "distribution": CASE.distribution,
         "template": template_sha(template_name(OP, "triton")),
         "source_sha": render(OP, SPEC, choice).sha,
-        "toolchain": {"triton": "3.5.0"},
+        "toolchain": {"triton": "3.6.0"},
         "policy": COLD,
         "accuracy": {"max_abs": 0.0, "similarity": 0.0},
         "search": {"trials": 412, "seed": 7},
@@ -192,6 +192,13 @@ def test_a_template_that_changed_without_its_code_needs_no_gpu(go, tmp_path):
     assert fates(go(here=None)) == ["carried"]
     (record,) = stored(tmp_path)
     assert record == dataclasses.replace(record, template=make().template, time_us=make().time_us)
+
+
+def test_another_triton_alone_changes_no_record(go, tmp_path):
+    """Its text is compared with the one for the Triton that it was measured with."""
+    old = render(OP, SPEC, GOOD, "3.7.0").sha
+    put(tmp_path, make(toolchain={"triton": "3.7.0"}, source_sha=old))
+    assert go().holding == 1
 
 
 def test_a_machine_in_trouble_costs_no_record(go, tmp_path):
