@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The command line: parses, calls dsa_codegen, prints.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler is missing, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler is missing, 4 tune ended before every call had
+a record, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
@@ -35,7 +38,7 @@ from dsa_codegen.ops import needs
 from dsa_codegen.problem import presets
 from dsa_codegen.proof.timing import COLD, WARM, Policy
 from dsa_codegen.records import explain as explanation
-from dsa_codegen.records import files as records
+from dsa_codegen.records import listing
 from dsa_codegen.runtime import dispatch
 from dsa_codegen.worker import Worker
 
@@ -55,6 +58,14 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+
+def _place(text: str) -> Path:
+    """A folder or file that was named; nothing at all would silently be the current folder."""
+    if not text:
+        raise typer.BadParameter("nothing is named; name a place, or leave the option out")
+    return Path(text)
+
+
 Preset = Annotated[str, typer.Option(help=f"A model: {', '.join(presets.names())}.")]
 SpecFile = Annotated[Optional[Path], typer.Option("--spec", help="A YAML file that states a model, instead of --preset.")]  # noqa: UP045
 OpNames = Annotated[
@@ -70,7 +81,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 @app.command()
 def generate(
-    out_dir: Annotated[Path, typer.Option("--out", help="Where the modules go.")] = Path("generated"),
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the modules go.", parser=_place, metavar="FOLDER")] = Path(
+        "generated"
+    ),
     preset: Preset = "deepseek-v3.2",
     spec: SpecFile = None,
     op: OpNames = None,
@@ -114,22 +127,42 @@ def verify(
 
 @app.command()
 def tune(
+    context: typer.Context,
     gpu: GpuName = "auto",
     preset: Preset = "deepseek-v3.2",
     spec: SpecFile = None,
     op: OpNames = None,
     budget: Annotated[str, typer.Option(help="Wall time, interrupted runs included: 90s, 1h; 10m, without the GPU 4m.")] = "",
-    trials: Annotated[int, typer.Option(help="Candidates per study at most; 48, without the GPU 24.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    folder: Annotated[Optional[Path], typer.Option(help="Where records go; by default tuned/.")] = None,  # noqa: UP045
+    trials: Annotated[int, typer.Option(help="Candidates per study at most; 48, without the GPU 24.", min=0, max=10**6)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)] = 0,
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where records go; by default tuned/.", parser=_place, metavar="FOLDER"),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="No search: measure the records anew whose templates have changed, of any model.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--every", help="With --refresh: also the records that hold.")] = False,
+    drop_stale: Annotated[
+        bool, typer.Option("--drop-stale", help="With --refresh: drop what no longer holds and cannot be measured here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
+    from dsa_codegen.tune import refresh as refreshing
     from dsa_codegen.tune import run
 
+    folder = folder or paths.user_records() or paths.shipped_records()
+    _check_tune(context, refresh)
+    if refresh:
+        names = [ops.get(name).name for name in op or ()]
+        wish = refreshing.Wish(names, "" if gpu == "auto" else gpus.resolve(gpu).id, every, drop_stale)
+        seconds = _seconds(budget) if budget else None
+        return _refresh(folder, wish, seconds, as_json)
     target, here = _gpu(gpu), gpus.detect()
     offline = here is None or here.id != target.id
+    target = target if here is None or offline else here  # with the limits that the device has
     usual = run.OFFLINE if offline else run.ON_GPU
     limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
     report = show.tuning(
@@ -137,7 +170,7 @@ def tune(
         lambda notify: run.tune(
             needs.specs(_model(preset, spec), op or (), target),
             target,
-            folder or paths.user_records() or paths.shipped_records(),
+            folder,
             budget=limits,
             offline=offline,
             seed=seed,
@@ -146,7 +179,47 @@ def tune(
         ),
     )
     _print(as_json, show.tuned(report), [show.record_row(record) for record in report.records])
-    raise typer.Exit(130 if report.interrupted else 0 if report.records else 1)
+    if report.missing:
+        state = f"--spec {shlex.quote(str(spec))}" if spec else f"--preset {preset}"
+        again = f"python cli.py tune --gpu {target.id} {state}"
+        show.missing(report.missing, again, _longer(limits.wall_s, usual.wall_s))(err)
+    raise typer.Exit(_exit_code(report))
+
+
+def _check_tune(context: typer.Context, refresh: bool) -> None:
+    """Options of the search and of ``--refresh`` do not mix."""
+    searching, refreshing = ("preset", "spec", "trials", "seed", "fresh"), ("every", "drop_stale")
+    for name in searching if refresh else refreshing:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option, allowed = f"--{name.replace('_', '-')}", "without" if refresh else "with"
+            raise SpecError(
+                option, context.params[name], f"only {allowed} --refresh, which goes through the records that are there"
+            )
+
+
+def _refresh(folder: Path, wish: Any, budget_s: float | None, as_json: bool) -> None:
+    from dsa_codegen.tune import refresh as refreshing
+
+    here = gpus.detect()
+    report = show.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
+    _print(as_json, show.refreshed(report), [show.fate_row(fate) for fate in report.fates])
+    raise typer.Exit(130 if report.interrupted else 0 if report.complete else 4)
+
+
+def _exit_code(report: Any) -> int:
+    """What a run of the tuner says to whoever called it."""
+    if report.interrupted:
+        return 130
+    if any(each.failed for each in report.missing):
+        return 1
+    return 4 if report.missing else 0
+
+
+def _longer(had_s: float | None, usual_s: float | None) -> str:
+    """A budget to try next: the usual one, or twice what was not enough."""
+    usual = usual_s or 0.0
+    return f"{math.ceil((usual if had_s is None or had_s < usual else 2 * had_s) / 60)}m"
 
 
 @app.command()
@@ -168,7 +241,9 @@ def bench(
         bool,
         typer.Option("--check", help="Hold a short run again; exit code 1 where a ratio of --out's fell by more than 5 %."),
     ] = False,
-    folder: Annotated[Path, typer.Option("--out", help="Results are merged into files below this folder.")] = results.FOLDER,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Results are merged into files below this folder.", parser=_place, metavar="FOLDER")
+    ] = results.FOLDER,
     commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
     gpu: Annotated[str, typer.Option("--gpu", help="Measure only if this is the GPU that is here.")] = "auto",
     as_json: Json = False,
@@ -222,8 +297,11 @@ def _visible(name: str) -> gpus.Gpu:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Option("--results", help="The folder that bench writes to.")] = results.FOLDER,
-    page: Annotated[Path, typer.Option("--out", help="The page to write.")] = results.FOLDER / "report.html",
+    folder: Annotated[
+        Path, typer.Option("--results", help="The folder that bench writes to.", parser=_place, metavar="FOLDER")
+    ] = results.FOLDER,
+    page: Annotated[Path, typer.Option("--out", help="The page to write.", parser=_place, metavar="FILE")] = results.FOLDER
+    / "report.html",
     readme: Annotated[Optional[list[Path]], typer.Option(help=_MARKED)] = None,  # noqa: UP045
     gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows; otherwise those that are newest.")] = "",
     merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
@@ -249,17 +327,15 @@ def report(
 
 @app.command("list")
 def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU.")] = "", as_json: Json = False) -> None:
-    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set)."""
-    wanted = gpus.resolve(gpu).id if gpu else None
-    found = [
-        record
-        for folder in filter(None, (paths.user_records(), paths.shipped_records()))
-        for name in ops.all_ops()
-        for record in records.read_all(folder, name)
-        if wanted in (None, record.gpu.id)
-    ]
-    head = "records" if found else f"no records; python cli.py tune --gpu {wanted or 'auto'} makes some"
-    _print(as_json, show.records(found, head), [show.record_row(record) for record in found])
+    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set), and which records serve calls."""
+    wanted = gpus.resolve(gpu).id if gpu else ""
+    found = list(listing.listing(wanted))
+    serving = sum(each.status == listing.SERVES for each in found)
+    head = f"{len(found)} records, {serving} serve calls of their GPU"
+    if not found:
+        head = f"no records; python cli.py tune --gpu {wanted or 'auto'} makes some"
+    rows = [{**show.record_row(each.record), "status": each.status, "why": each.why} for each in found]
+    _print(as_json, show.listed(found, head), rows)
 
 
 @app.command()
@@ -323,11 +399,15 @@ def _seconds(text: str) -> float:
 
 
 def _sizes(pairs: Iterable[str]) -> dict[str, Any]:
-    split = [pair.partition("=") for pair in pairs]
-    for name, _, value in split:
-        if not value.isdecimal():
-            raise SpecError(name, value, "name=value with a whole number, e.g. queries=4096")
-    return {name: int(value) for name, _, value in split}
+    found: dict[str, int] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not value.isdecimal() or len(value) > 15:
+            raise SpecError(name, value, "name=value with a whole number below 10^15, e.g. queries=4096")
+        if name in found:
+            raise SpecError(name, value, f"one value; {name}={found[name]} was given before")
+        found[name] = int(value)
+    return found
 
 
 def _print(as_json: bool, table: Callable[[Console], None], rows: list[Any]) -> None:
@@ -341,9 +421,17 @@ def _complain(what: object) -> None:
     err.print(str(what), style="red", highlight=False, markup=False)
 
 
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning without the line of code that it came from."""
+    err.print(str(message), style="yellow", highlight=False, markup=False)
+
+
 def main() -> None:
     """Run the command line; the project's errors become one line and an exit code."""
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+    warnings.showwarning = lambda message, *where, **more: err.print(
+        str(message), style="yellow", highlight=False, markup=False
+    )
     try:
         app()
     except (NoGpu, ToolMissing) as error:

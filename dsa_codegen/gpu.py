@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import NoGpu, SpecError, UnknownName
+from .errors import DsaError, NoGpu, SpecError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Gpu:
     """Limits and roofs of one GPU.
 
     Sizes are bytes, rates TFLOP/s (dense) and TB/s; ``clock_ghz`` is the sustained SM clock under tensor load.
-    The roofs are datasheet figures: good for ranking and percentages, not a promise.
+    The roofs are datasheet figures: good for ranking and percentages, not a promise. What ``detect`` finds has the limits that
+    its driver tells, and an id of its own where they are not those of a listed GPU: a slice of it, or another board.
     """
 
     id: str
@@ -35,6 +36,8 @@ class Gpu:
     regs_per_thread: int = 255
     threads_per_sm: int = 2048
     blocks_per_sm: int = 32
+    memory: int = 0
+    """Of the whole board; with the number of SMs it tells boards of one family apart."""
 
     @property
     def arch(self) -> str:
@@ -50,12 +53,13 @@ class Gpu:
 
 
 KIB = 1024
-MIB = 1024 * 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
 
 GPUS: dict[str, Gpu] = {
     gpu.id: gpu
     for gpu in (
-        Gpu("a100", "NVIDIA A100", 80, 108, 163 * KIB, 164 * KIB, 40 * MIB, 1.30, 2.0, 312, 0, 19.5),
+        Gpu("a100", "NVIDIA A100", 80, 108, 163 * KIB, 164 * KIB, 40 * MIB, 1.30, 2.0, 312, 0, 19.5, memory=80 * GIB),
         Gpu(
             "l40s",
             "NVIDIA L40S",
@@ -71,6 +75,7 @@ GPUS: dict[str, Gpu] = {
             91.6,
             threads_per_sm=1536,
             blocks_per_sm=24,
+            memory=45 * GIB,
         ),
         Gpu(
             "rtx4090",
@@ -87,11 +92,31 @@ GPUS: dict[str, Gpu] = {
             82.6,
             threads_per_sm=1536,
             blocks_per_sm=24,
+            memory=24 * GIB,
         ),
-        Gpu("h100", "NVIDIA H100", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 3.35, 989, 1979, 66.9),
-        Gpu("h200", "NVIDIA H200", 90, 132, 227 * KIB, 228 * KIB, 60 * MIB, 1.60, 4.8, 989, 1979, 66.9),
-        Gpu("h20", "NVIDIA H20", 90, 78, 227 * KIB, 228 * KIB, 60 * MIB, 1.70, 4.0, 148, 296, 44.0),
-        Gpu("b200", "NVIDIA B200", 100, 148, 227 * KIB, 228 * KIB, 126 * MIB, 1.70, 8.0, 2250, 4500, 75.0),
+        Gpu("h100", "NVIDIA H100", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 3.35, 989, 1979, 66.9, memory=80 * GIB),
+        Gpu(
+            "h100-nvl", "NVIDIA H100 NVL", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.40, 3.9, 835, 1671, 60.0, memory=94 * GIB
+        ),
+        Gpu(
+            "h100-pcie",
+            "NVIDIA H100 PCIe",
+            90,
+            114,
+            227 * KIB,
+            228 * KIB,
+            50 * MIB,
+            1.40,
+            2.0,
+            756,
+            1513,
+            51.0,
+            memory=80 * GIB,
+        ),
+        Gpu("gh200", "NVIDIA GH200", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 4.0, 989, 1979, 66.9, memory=96 * GIB),
+        Gpu("h200", "NVIDIA H200", 90, 132, 227 * KIB, 228 * KIB, 60 * MIB, 1.60, 4.8, 989, 1979, 66.9, memory=140 * GIB),
+        Gpu("h20", "NVIDIA H20", 90, 78, 227 * KIB, 228 * KIB, 60 * MIB, 1.70, 4.0, 148, 296, 44.0, memory=96 * GIB),
+        Gpu("b200", "NVIDIA B200", 100, 148, 227 * KIB, 228 * KIB, 126 * MIB, 1.70, 8.0, 2250, 4500, 75.0, memory=180 * GIB),
         Gpu(
             "rtx5090",
             "NVIDIA GeForce RTX 5090",
@@ -107,13 +132,17 @@ GPUS: dict[str, Gpu] = {
             105.0,
             threads_per_sm=1536,
             blocks_per_sm=24,
+            memory=32 * GIB,
         ),
     )
 }
 
 
+_SAME_MEMORY = 0.1  # what a driver keeps for itself is 1 to 5 % of the board's, the next larger board has 17 % more
+
+
 def resolve(name: str) -> Gpu:
-    """The GPU that ``name`` means: an id ("h100"), a marketing name, or "auto" for the visible one.
+    """The GPU that ``name`` means: an id ("h100"), a marketing name, the id of the visible one, or "auto" for that.
 
     Raises:
         UnknownName: no GPU of the table is meant; the message lists them.
@@ -124,7 +153,7 @@ def resolve(name: str) -> Gpu:
         if found is None:
             raise NoGpu("--gpu auto")
         return found
-    gpu = _match(name)
+    gpu = GPUS.get(name.lower()) or _visible_as(name.lower()) or (None if _PART.search(name.lower()) else _family(name))
     if gpu is None:
         raise UnknownName("GPU", name, GPUS)
     return gpu
@@ -133,7 +162,9 @@ def resolve(name: str) -> Gpu:
 def detect(device: int | None = None) -> Gpu | None:
     """What a CUDA device is, by default the current one; None where there is none, or one older than all that are listed.
 
-    ``DSA_GPU`` names it where its own name is not recognised.
+    It is a listed GPU only where SMs, shared memory and memory are that GPU's: a MIG slice and another board of the family
+    have an id of their own, so that their records are theirs; other GPUs' are borrowed. ``DSA_GPU`` names it where its own
+    name is not recognised; its limits are the device's even so.
 
     Raises:
         UnknownName: ``DSA_GPU`` names no GPU.
@@ -152,45 +183,93 @@ def _detect(device: int, override: str | None) -> Gpu | None:
 
     properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
-    known = resolve(override) if override else _match(properties.name)
-    if known is not None and known.capability == capability:
-        return known
     if override:
-        raise SpecError("DSA_GPU", override, f"a GPU of sm_{capability}, which {properties.name} (cuda:{device}) is, or unset")
-    return _unlisted(properties, capability)
+        named = _family(override)
+        if named is None:
+            raise UnknownName("GPU", f"{override} (of DSA_GPU)", GPUS)
+        if named.capability != capability:
+            raise SpecError(
+                "DSA_GPU", override, f"a GPU of sm_{capability}, which {properties.name} (cuda:{device}) is, or unset"
+            )
+        own_id = named.id if _limits(named) == _limits_of(properties) else f"{named.id}-{properties.multi_processor_count}sm"
+        return _as_device(named, own_id, named.name, properties)
+    known = _family(properties.name)
+    if known is None or known.capability != capability:
+        return _unlisted(properties, capability)
+    same = _limits(known) == _limits_of(properties)
+    if same and abs(properties.total_memory / known.memory - 1) < _SAME_MEMORY:
+        return _as_device(known, known.id, known.name, properties)
+    return _as_device(known, _own_id(known, properties), properties.name, properties)
 
 
-def _match(name: str) -> Gpu | None:
-    """The GPU whose id is a word of a marketing name: "NVIDIA H100 80GB HBM3", "H100-SXM"; "GH200" is none of them."""
+_PART = re.compile(r"mig\b|\d+sm$")
+"""In a name: a slice, or an id that ``_own_id`` made."""
+
+
+def _family(name: str) -> Gpu | None:
+    """The GPU whose id is a word of a marketing name: "NVIDIA H100 80GB HBM3", "H100-SXM"; "GB200" is none of them."""
     joined = re.sub(r"(?<=[a-z])[^a-z0-9]+(?=\d)", "", name.lower())  # "RTX 4090" is one word, "H100 80GB" two
-    for gpu_id, gpu in GPUS.items():
-        if re.search(rf"(?<![a-z0-9]){gpu_id}(?!\d)", joined):
-            return gpu
+    for gpu_id in sorted(GPUS, key=len, reverse=True):  # "h100-pcie" before "h100"
+        if re.search(rf"(?<![a-z0-9]){gpu_id.replace('-', '[^a-z0-9]*')}(?!\d)", joined):
+            return GPUS[gpu_id]
     return None
 
 
+def _visible_as(gpu_id: str) -> Gpu | None:
+    try:
+        here = detect()
+    except DsaError:  # of DSA_GPU: that is told where the device is used
+        return None
+    return here if here is not None and here.id == gpu_id else None
+
+
+def _limits(gpu: Gpu) -> tuple[int, int]:
+    return gpu.sms, gpu.smem_per_block
+
+
+def _limits_of(properties: Any) -> tuple[int, int]:
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _own_id(known: Gpu, properties: Any) -> str:
+    """An id by the device's name, and by its SMs and memory where only these tell it from ``known``."""
+    slug = re.sub(r"^(nvidia|geforce)-", "", _slug(properties.name))
+    sms = properties.multi_processor_count
+    if sms != known.sms:
+        return f"{slug}-{sms}sm"
+    return f"{slug}-{round(properties.total_memory / GIB)}gb" if slug == known.id else slug
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _as_device(model: Gpu, own_id: str, name: str, properties: Any) -> Gpu:
+    """``model`` with the device's limits; its roofs go with the SMs, the bandwidth with the memory (so do MIG slices)."""
+    same = own_id == model.id
+    scale = 1.0 if same else properties.multi_processor_count / model.sms
+    share = 1.0 if same else properties.total_memory / model.memory
+    return replace(
+        model,
+        id=own_id,
+        name=name,
+        sms=properties.multi_processor_count,
+        smem_per_block=properties.shared_memory_per_block_optin,
+        smem_per_sm=properties.shared_memory_per_multiprocessor,
+        l2=properties.L2_cache_size,
+        threads_per_sm=properties.max_threads_per_multi_processor,
+        memory=properties.total_memory,
+        bandwidth=model.bandwidth * share,
+        bf16=model.bf16 * scale,
+        fp8=model.fp8 * scale,
+        fp32=model.fp32 * scale,
+    )
+
+
 def _unlisted(properties: Any, capability: int) -> Gpu | None:
-    """A GPU outside the table: its own limits as the driver tells them, roofs of the nearest older listed one."""
+    """A GPU outside the table: its own limits as the driver tells them, roofs by those of the newest that is no newer."""
     older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
     if not older:
         return None
-    model = max(older, key=lambda gpu: gpu.capability)
-    sms = properties.multi_processor_count
-    scale = sms / model.sms
-    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    return Gpu(
-        slug,
-        properties.name,
-        capability,
-        sms,
-        properties.shared_memory_per_block_optin,
-        properties.shared_memory_per_multiprocessor,
-        properties.L2_cache_size,
-        model.clock_ghz,
-        model.bandwidth,
-        model.bf16 * scale,
-        model.fp8 * scale,
-        model.fp32 * scale,
-        threads_per_sm=properties.max_threads_per_multi_processor,
-        blocks_per_sm=model.blocks_per_sm,
-    )
+    model = replace(max(older, key=lambda gpu: gpu.capability), capability=capability)
+    return _as_device(model, _slug(properties.name), properties.name, properties)

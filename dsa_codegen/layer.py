@@ -13,7 +13,7 @@ from .errors import InputError
 from .ops.logits import chunk_rows
 from .problem.caches import kv_layout
 from .problem.paged import check_cache
-from .problem.presets import Model
+from .problem.presets import NO_CACHE, Model
 from .runtime import dispatch
 from .runtime.serving import Limits, calls
 
@@ -42,7 +42,7 @@ class Layer:
         self.model = model
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
         self._logits_bytes = logits_bytes
-        self._kv_bytes = kv_layout(model.kv_layout, model.page).bytes_per_token
+        self._kv_bytes = 0 if model.kv_layout == NO_CACHE else kv_layout(model.kv_layout, model.page).bytes_per_token
 
     def prefill(
         self,
@@ -113,6 +113,8 @@ class Layer:
         Returns:
             out bf16 [batch, next_n, heads, 512], lse fp32 [batch, next_n, heads], chosen int32 [batch, next_n, topk] (slots).
         """
+        if self.model.kv_layout == NO_CACHE:
+            raise InputError("kv_cache", "a tensor", f"a model with a paged KV cache; {self.model.name} states kv_layout: none")
         self._check(q, index_q, sink)
         self._check_page("kv_cache", kv_cache, self._kv_bytes)
         self._check_page("index_cache", index_cache, self.model.index_head_dim + 4)

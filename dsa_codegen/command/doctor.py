@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from .. import gpu, paths
 from ..errors import DsaError, ToolMissing
 from ..kernels import backends
 from ..kernels.backends.base import C_COMPILER
+from ..records import files
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ def diagnose() -> Iterator[Finding]:
     yield _c_compiler()
     yield _package("optuna", "tuning", "pip install 'dsa-codegen[tune]'")
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
-    yield Finding("shipped records", str(paths.shipped_records()), paths.shipped_records().is_dir(), "reinstall the package")
-    yield Finding("own records", str(paths.user_records() or "DSA_TUNED_DIR is not set"), True)
-    yield Finding("build cache", str(paths.cache()), True)
+    yield from _shipped_records()
+    yield from _own_records()
+    yield _cache()
 
 
 def _gpus() -> Iterator[Finding]:
@@ -47,6 +49,7 @@ def _gpus() -> Iterator[Finding]:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not devices:
         yield Finding("GPU", "none visible", False, offline)
+        yield from _named_gpu()
     for device in range(devices):
         what = "GPU" if devices == 1 else f"GPU {device}"
         try:
@@ -58,6 +61,52 @@ def _gpus() -> Iterator[Finding]:
             yield Finding(what, f"{torch.cuda.get_device_name(device)} is older than sm_80", False, offline)
         else:
             yield Finding(what, f"{found.name} ({found.arch}, {found.sms} SMs), id {found.id}", True)
+
+
+def _named_gpu() -> Iterator[Finding]:
+    """DSA_GPU, where no device asks for it: unknown, it is an error on the day when one does."""
+    named = os.environ.get("DSA_GPU")
+    if named:
+        try:
+            gpu.resolve(named)
+        except DsaError as error:
+            yield Finding("DSA_GPU", str(error), False, "correct or unset DSA_GPU")
+
+
+def _shipped_records() -> Iterator[Finding]:
+    folder = paths.shipped_records()
+    yield Finding("shipped records", str(folder), folder.is_dir(), "reinstall the package")
+    yield from _files("shipped records", folder)
+
+
+def _own_records() -> Iterator[Finding]:
+    folder = paths.user_records()
+    if folder is None:
+        yield Finding("own records", "DSA_TUNED_DIR is not set", True)
+    elif not folder.exists():
+        remedy = f"mkdir -p {folder}, or correct or unset DSA_TUNED_DIR"
+        yield Finding("own records", f"DSA_TUNED_DIR = {folder} is not there", False, remedy)
+    elif not folder.is_dir():
+        yield Finding(
+            "own records", f"DSA_TUNED_DIR = {folder} is not a folder", False, "name a folder, or unset DSA_TUNED_DIR"
+        )
+    else:
+        yield Finding("own records", str(folder), True)
+        yield from _files("own records", folder)
+
+
+def _files(what: str, folder: Path) -> Iterator[Finding]:
+    """The files below a folder that no lookup can read, whole or in part: they count as misses there."""
+    for path in sorted(folder.glob("*/*.json")):
+        for complaint in files.complaints(path):
+            yield Finding(what, complaint, False, f"restore or move away {path}, or tune into another --folder")
+
+
+def _cache() -> Finding:
+    folder = paths.cache()
+    reason = paths.unwritable(folder)
+    state = f"{folder} cannot be written ({reason})" if reason else str(folder)
+    return Finding("build cache", state, not reason, "make it writable, or name another folder in DSA_CACHE_DIR")
 
 
 def _backend(name: str) -> Finding:

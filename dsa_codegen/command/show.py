@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
 from ..records.explain import Difference
+from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
-from ..records.record import Record
+from ..records.record import MEASURED, Record
 from .doctor import Finding
 from .generate import Generated
 from .ours import Row
 from .verification import Verdict
 
 if TYPE_CHECKING:
+    from ..tune.plan import Missing
+    from ..tune.problem import Problem
     from ..tune.progress import Notify
     from ..tune.progress import Progress as TuneProgress
+    from ..tune.refresh import Refreshed
+    from ..tune.renewal import Fate
     from ..tune.run import Report
 
 T = TypeVar("T")
@@ -59,6 +66,14 @@ def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
             bar.update(task, description=f"tune: {state.phase}", completed=state.fraction, eta=eta, counts=counts)
 
         return run(notify)
+
+
+def refreshing(console: Console, run: Callable[[Callable[[int, int], None]], Refreshed]) -> Refreshed:
+    """Run a refresh under a bar of the problems that are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("refresh", total=None)
+        return run(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Printer:
@@ -108,11 +123,23 @@ def values(mapping: Any) -> str:
 
 
 def generated(written: Sequence[Generated]) -> Printer:
-    """The files that ``generate`` wrote."""
-    rows = [(each.path.name, describe(each.need.case.sizes.bucket()), str(each.config), each.origin) for each in written]
-    modules = len({each.path for each in written})
-    head = f"{modules} modules for {len(written)} calls in {written[0].path.parent}"
-    return table(head, ("file", "sizes", "config", "from"), rows)
+    """The files that ``generate`` wrote, each with the sizes that it serves."""
+    by_file: dict[Path, list[Generated]] = {}
+    for each in written:
+        by_file.setdefault(each.path, []).append(each)
+
+    def show(console: Console) -> None:
+        folder = written[0].path.parent
+        head = (
+            f"{len(by_file)} modules for {len(written)} calls in {folder}, with index.json; python {folder}/launch.py runs them"
+        )
+        console.print(head, highlight=False, markup=False)
+        for path, calls in by_file.items():
+            _indented(console, path.name, 1, "bold")
+            for each in calls:
+                _indented(console, f"{describe(each.need.case.sizes.bucket())}: {each.config} ({each.origin})", 2, "")
+
+    return show
 
 
 def generated_row(each: Generated) -> dict[str, Any]:
@@ -172,6 +199,48 @@ def tuned(report: Report) -> Printer:
     return together(records(chosen, head), lines(_outcomes(report), *files), lines(*report.notes, style="yellow"))
 
 
+def missing(problems: Sequence[Missing], again: str, budget: str) -> Printer:
+    """What has no record, why, and the command that gets it."""
+    texts = [f"no record for {each.problem.op.name}, {_sizes_of(each.problem)}: {each.reason}" for each in problems]
+    late = dict.fromkeys(each.problem.op.name for each in problems if not each.failed)
+    command = f"{again} {' '.join(f'--op {name}' for name in late)} --budget {budget}"
+    return lines(*texts, *([f"To get them: {command}"] if late else []), style="yellow")
+
+
+def _sizes_of(problem: Problem) -> str:
+    return f"{problem.spec.id}, {describe(problem.case.sizes.bucket())}"
+
+
+def refreshed(report: Refreshed) -> Printer:
+    """What became of each record, and what is still to do."""
+    counts = Counter(fate.what for fate in report.fates)
+    told = [f"{number} {what}" for what, number in counts.items()] + [f"{report.holding} hold as they are"]
+    head = f"records: {', '.join(told)}, in {report.elapsed_s / 60:.1f} min"
+    left = "What is left serves no call: run this again with that GPU at hand, or with --drop-stale to have it dropped."
+    files = [f"wrote {path}" for path in report.files if path.exists()]
+    return together(
+        lines(*map(_fate, report.fates), head, *files),
+        lines(*([] if report.complete else [left]), style="yellow"),
+    )
+
+
+def _fate(fate: Fate) -> str:
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    times = [f"{each.time_us.median:.1f}" for each in (fate.old, fate.now) if each is not None]
+    took = f", {' → '.join(times)} µs" if fate.now is not None and fate.what != "carried" else ""
+    why = f" ({fate.why})" if fate.why else ""
+    return f"{fate.what}: {record.gpu.id} {record.op} {record.backend}, {describe(record.bucket)}{took}{why}"
+
+
+def fate_row(fate: Fate) -> dict[str, Any]:
+    """One record's fate for JSON; the record is the new one, where there is one."""
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    before = fate.old.time_us.median if fate.old else None
+    return {"fate": fate.what, "why": fate.why, "before_us": before, **record_row(record)}
+
+
 def _outcomes(report: Report) -> str:
     """``candidates: 412 ok, 31 infeasible``."""
     counts: Counter[str] = Counter()
@@ -181,30 +250,46 @@ def _outcomes(report: Report) -> str:
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:
-    """Records by GPU and evidence, a table each; an operation is a heading, as its column would leave the others no room."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in found:
-        groups.setdefault((record.gpu.id, record.evidence), []).append(record)
-    tables = [_records(group, f"{gpu}, {evidence}") for (gpu, evidence), group in groups.items()]
-    return together(lines(title), *tables)
+    """Records by GPU, operation and spec."""
+    return listed([Listed(record, Path(), "") for record in found], title)
 
 
-def _records(found: Sequence[Record], title: str) -> Printer:
-    rows: list[tuple[str, ...]] = []
-    for op, group in itertools.groupby(found, key=lambda record: record.op):
-        rows += [(op,), *map(_record, group)]
-    return table(title, ("spec", "sizes", "config", "time µs", "# default", "limit %"), rows)
+def listed(found: Sequence[Listed], title: str) -> Printer:
+    """Records by GPU, operation, spec and sizes; what a console is too narrow for goes on in the next line, between words."""
+
+    def show(console: Console) -> None:
+        console.print(title, highlight=False, markup=False)
+        last: tuple[str, ...] = ()
+        for each in sorted(found, key=lambda each: _headings(each)[:3]):  # stable: buckets keep their order
+            headings = _headings(each)
+            for level, heading in enumerate(headings):
+                if headings[: level + 1] != last[: level + 1]:
+                    _indented(console, heading, level, "bold" if level < 2 else "")
+            last = headings
+            _indented(console, _result(each), 4, "" if each.status in ("", SERVES) else "dim")
+            _indented(console, values(each.record.config), 5, "dim")
+
+    return show
 
 
-def _record(record: Record) -> tuple[str, ...]:
-    return (
-        _short(record.spec),
-        describe(record.bucket),
-        f"{record.backend}: {values(record.config)}",
-        f"{record.time_us.median:.1f}",
-        f"{record.default_time_us / record.time_us.median:.2f}×" if record.default_time_us else "",
-        f"{100 * record.limit_us / record.time_us.median:.0f}",
-    )
+def _headings(each: Listed) -> tuple[str, ...]:
+    return each.record.gpu.id, each.record.op, _short(each.record.spec), describe(each.record.bucket)
+
+
+def _result(each: Listed) -> str:
+    """``tilelang 14.5 µs, 2.56× default, 61 % of limit; serves``."""
+    record = each.record
+    parts = [f"{record.backend} {record.time_us.median:.1f} µs"]
+    if record.default_time_us:
+        parts.append(f"{record.default_time_us / record.time_us.median:.2f}× default")
+    parts.append(f"{100 * record.limit_us / record.time_us.median:.0f} % of limit")
+    parts += [] if record.evidence == MEASURED else [record.evidence]
+    status = f"; {each.status} {each.why}".rstrip() if each.status else ""
+    return ", ".join(parts) + status
+
+
+def _indented(console: Console, text: str, level: int, style: str) -> None:
+    console.print(Padding(Text(text, style=style), (0, 0, 0, 2 * level), expand=False))
 
 
 def _short(spec: Mapping[str, Scalar]) -> str:
@@ -305,5 +390,5 @@ def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[
 
 def findings(found: Sequence[Finding]) -> Printer:
     """The diagnosis."""
-    rows = [(each.what, "ok" if each.ok else "missing", each.state, "" if each.ok else each.remedy) for each in found]
+    rows = [(each.what, "ok" if each.ok else "amiss", each.state, "" if each.ok else each.remedy) for each in found]
     return table("doctor", ("what", "", "state", "remedy"), rows)

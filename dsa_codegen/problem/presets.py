@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 
 from ..errors import SpecError, UnknownName
+from .caches import kv_layout
 from .values import Value
 
 KV_LAYOUTS = ("v32", "v4")
+NO_CACHE = "none"
+"""The layout of a model that has no paged KV cache: it prefills, and does not decode."""
 SCORES = ("weighted_relu", "relu_bias")
 
 
@@ -35,7 +38,7 @@ class Model(Value):
     topk: int
     """Tokens that each query attends to."""
     kv_layout: str = "v32"
-    """Layout of the paged FP8 KV cache: "v32" (656 B a token) or "v4" (584 B)."""
+    """Layout of the paged FP8 KV cache: "v32" (656 B a token, 512 + 64 channels), "v4" (584 B, 448 + 64), or "none"."""
     page: int = 64
     """Tokens per page of the paged caches."""
     score: str = "weighted_relu"
@@ -51,9 +54,39 @@ class Model(Value):
         self.require_in("index_heads", (8, 16, 32, 64))
         self.require_in("index_head_dim", (32, 64, 128))
         self.require_range("topk", 64, 4096)
-        self.require_in("kv_layout", KV_LAYOUTS)
+        self.require_in("kv_layout", (*KV_LAYOUTS, NO_CACHE))
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
+        self._require_channels()
+
+    def _require_channels(self) -> None:
+        """Fields that are possible one by one and contradict each other together are refused here, not at the first call."""
+        if self.kv_layout == NO_CACHE:
+            if self.d_nope + self.d_rope not in (512, 576):
+                raise SpecError("Model.d_rope", self.d_rope, "64, where d_nope is 448: attention takes 512 or 576 channels")
+            return
+        layout = kv_layout(self.kv_layout)
+        for field, stored in (("d_nope", layout.d_nope), ("d_rope", layout.d_rope)):
+            if getattr(self, field) != stored:
+                others = f"with kv_layout: {self.kv_layout}; kv_layout: {NO_CACHE} is a model without a paged KV cache"
+                raise SpecError(f"Model.{field}", getattr(self, field), f"{stored} {others}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: of two, the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class, after a look at the keys."""
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            name = key.tag, str(key.value)
+            if key.tag != "tag:yaml.org,2002:merge" and name in lines:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is stated in line {lines[name]} and again in line {line}"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def names() -> list[str]:
@@ -77,11 +110,12 @@ def load(path: str | Path) -> Model:
     """Read a model from a YAML file of the fields of ``Model``; ``name`` defaults to the file's, as far as it can be one.
 
     Raises:
-        SpecError: not a mapping, an unknown field, or a value that no kernel can serve.
+        SpecError: not a mapping, an unknown field or one that is stated twice, a value that no kernel can serve, or fields
+            that contradict each other.
     """
     path = Path(path)
     try:
-        mapping = yaml.safe_load(path.read_text())
+        mapping = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise SpecError("spec file", str(path), f"a readable YAML file ({error})") from error
     if not isinstance(mapping, Mapping):
@@ -97,5 +131,5 @@ def dump(model: Model) -> str:
 
 def _shipped() -> dict[str, Model]:
     text = importlib.resources.files(__package__).joinpath("presets.yaml").read_text()
-    presets: dict[str, Any] = yaml.safe_load(text)
+    presets: dict[str, Any] = yaml.load(text, _Loader)
     return {name: Model.from_dict({"name": name, **fields}) for name, fields in presets.items()}

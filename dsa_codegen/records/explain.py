@@ -12,12 +12,12 @@ from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, bucket_to_json
 from .files import read_all
 from .lookup import search_path, unusable
-from .record import Record
+from .record import GpuKey, Record
 
 
 def distance(record: Record, spec: Spec, sizes: Sizes, gpu: Gpu) -> float:
     """How far a record is from a problem: octaves between the sizes and the spec's numbers, more for what is not a number."""
-    total = 0.0 if record.gpu.id == gpu.id else 2.0 if record.gpu.arch == gpu.arch else 8.0
+    total = 0.0 if record.gpu == GpuKey.of(gpu) else 2.0 if record.gpu.arch == gpu.arch else 8.0
     for wanted, there in ((spec.to_dict(), record.spec), (sizes.to_dict(), record.sizes)):
         total += sum(_octaves(value, there.get(name)) for name, value in wanted.items())
     return total
@@ -45,8 +45,8 @@ class Difference:
 
 def differences(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, record: Record) -> list[Difference]:
     """Field by field, why a record does not serve a call; empty where it does."""
-    wanted = {"gpu": gpu.id, "arch": gpu.arch, **_flat(spec.to_dict(), bucket_to_json(sizes.bucket()))}
-    there = {"gpu": record.gpu.id, "arch": record.gpu.arch, **_flat(op.completed(record.spec), bucket_to_json(record.bucket))}
+    wanted = {**_board(GpuKey.of(gpu)), **_flat(spec.to_dict(), bucket_to_json(sizes.bucket()))}
+    there = {**_board(record.gpu), **_flat(op.completed(record.spec), bucket_to_json(record.bucket))}
     names = [*wanted, *(name for name in there if name not in wanted)]
     found = [
         Difference(name, str(wanted.get(name, "no such field")), str(there.get(name, "no such field")))
@@ -55,6 +55,10 @@ def differences(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, record: Record) -> l
     ]
     reason = None if found else unusable(op, spec, gpu, record)
     return [Difference("config", "usable", reason)] if reason else found
+
+
+def _board(gpu: GpuKey) -> dict[str, object]:
+    return {"gpu": gpu.id, "arch": gpu.arch, "gpu.sms": gpu.sms, "gpu.smem": gpu.smem}
 
 
 def _flat(spec: Mapping[str, Scalar], bucket: Mapping[str, list[int | None]]) -> dict[str, object]:

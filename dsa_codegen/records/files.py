@@ -38,15 +38,36 @@ def path_of(folder: Path, gpu_id: str, op_name: str) -> Path:
 
 
 def read(path: Path) -> tuple[Record, ...]:
-    """The records of a file; none where it is missing, and none with a RecordWarning where it cannot be read."""
+    """The records of a file; none where it is missing, and none where it cannot be read.
+
+    What cannot be read is told by one RecordWarning, however often and by whomever this version of the file is read.
+    """
+    version = _version(path)
+    if version is None:
+        return ()
+    records, complaints = _read(*version)
+    if complaints and version not in _told:
+        _told.add(version)
+        for complaint in complaints:
+            warnings.warn(complaint, RecordWarning, stacklevel=2)
+    return records
+
+
+def complaints(path: Path) -> tuple[str, ...]:
+    """What of a file cannot be read, and why."""
+    version = _version(path)
+    return _read(*version)[1] if version else ()
+
+
+_told: set[tuple[Path, int, int]] = set()
+
+
+def _version(path: Path) -> tuple[Path, int, int] | None:
     try:
         status = path.stat()
     except OSError:
-        return ()
-    records, complaints = _read(path, status.st_mtime_ns, status.st_size)
-    for complaint in complaints:
-        warnings.warn(complaint, RecordWarning, stacklevel=2)
-    return records
+        return None
+    return path, status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,14 +105,20 @@ def _load(path: Path) -> tuple[GpuKey, list[Any]]:
     return gpu, entries
 
 
-def require_readable(path: Path) -> None:
+def require_readable(path: Path, gpu: GpuKey) -> None:
     """Make sure that ``merge`` will be able to write a file, before hours are spent on what it should hold.
 
     Raises:
-        RecordError: the file is there and cannot be read.
+        RecordError: the file is there and cannot be read, or is of another board of that name.
     """
     if path.exists():
-        _load(path)
+        _require_of(path, _load(path)[0], gpu)
+
+
+def _require_of(path: Path, there: GpuKey, gpu: GpuKey) -> None:
+    if there != gpu:
+        boards = [f"a {each.id} ({each.arch}) of {each.sms} SMs and {each.smem} B a block" for each in (there, gpu)]
+        raise RecordError(f"{path} speaks of {boards[0]}, not of {boards[1]}; {_REMEDY}")
 
 
 def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
@@ -99,44 +126,56 @@ def read_all(folder: Path, op_name: str) -> tuple[Record, ...]:
     return tuple(record for path in sorted(folder.glob(f"*/{op_name}.json")) for record in read(path))
 
 
-def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
+def merge(folder: Path, records: Iterable[Record], gone: Iterable[Record] = ()) -> list[Path]:
     """Write records into the files of ``folder``, keeping all others there; returns the files.
 
     Safe when several processes write at once: a lock, a temporary file, fsync and an atomic rename.
+
+    Args:
+        gone: records as ``read`` gave them, to be left out from now on; one that was replaced meanwhile stays. A file
+            without any entry is removed.
 
     Raises:
         RecordError: a record states what no reader would accept (a time of NaN), a file that is there cannot be read, or
             another process keeps its lock; it is not touched.
     """
-    by_file: dict[Path, list[Record]] = {}
+    by_file: dict[Path, tuple[list[Record], list[Record]]] = {}
     for record in records:
         parse(entry(record), record.op, record.gpu)
-        by_file.setdefault(path_of(folder, record.gpu.id, record.op), []).append(record)
-    for path, fresh in by_file.items():
+        by_file.setdefault(path_of(folder, record.gpu.id, record.op), ([], []))[0].append(record)
+    for record in gone:
+        by_file.setdefault(path_of(folder, record.gpu.id, record.op), ([], []))[1].append(record)
+    for path, (fresh, left_out) in by_file.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-                _merge_file(path, fresh)
+                _merge_file(path, fresh, left_out)
         except filelock.Timeout as error:
             reason = f"another process has held {error.lock_file} for {_LOCK_TIMEOUT_S} s"
             raise RecordError(f"{path} cannot be written: {reason}; end it and run this again") from error
     return list(by_file)
 
 
-def _merge_file(path: Path, fresh: list[Record]) -> None:
-    gpu = fresh[0].gpu
+def _merge_file(path: Path, fresh: list[Record], gone: list[Record]) -> None:
+    gpu = (fresh or gone)[0].gpu
     kept: list[Record] = []
     foreign: list[Any] = []  # entries that this version cannot parse: others' work, kept as they are
-    for raw in _load(path)[1] if path.exists() else []:
+    there, entries = _load(path) if path.exists() else (gpu, [])
+    _require_of(path, there, gpu)
+    for raw in entries:
         try:
             kept.append(parse(raw, path.stem, gpu))
         except RecordError:
             foreign.append(raw)
+    kept = [record for record in kept if record not in gone]
     for record in fresh:
         kept = _ranked(kept, record)
     kept.sort(key=_order)
-    entries = [*map(entry, kept), *foreign]
-    content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": entries}
+    whole = [*map(entry, kept), *foreign]
+    if not whole:
+        path.unlink(missing_ok=True)
+        return
+    content = {"schema": SCHEMA, "op": path.stem, "gpu": asdict(gpu), "records": whole}
     publish(path, pretty(content) + "\n")
 
 

@@ -1,8 +1,9 @@
 """Lookup: which config serves a call, in one documented order.
 
 1. a measured record in ``DSA_TUNED_DIR``, 2. a measured record of the package's ``tuned/``, both for exactly this spec, bucket
-and GPU; 3. ("kin") the same of a spec that differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record of
-another GPU of the same architecture; 5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
+and GPU (its id, architecture, SMs and shared memory); 3. ("kin") the same of a spec that differs in minor fields only
+(``Op.minor``); 4. ("borrowed") a measured record of another GPU of the same architecture; 5. ("modelled") a record that ranked
+without a GPU; 6. the operation's default.
 
 A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, renders to
 another source than the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is
@@ -28,7 +29,7 @@ from ..problem.op import Config, Op
 from ..problem.values import Bucket, Sizes, Spec
 from ..proof.timing import TIE
 from .files import path_of, read, read_all
-from .record import MEASURED, MODELLED, Record
+from .record import MEASURED, MODELLED, GpuKey, Record
 
 ORIGINS = ("user", "tuned", "kin", "borrowed", "modelled", "default")
 """Where a config can come from, in the order of lookup."""
@@ -71,7 +72,7 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
             continue
         difference = toolchain_difference(record)
         if origin == "borrowed":
-            notes.append(f"borrowed from {record.gpu.id}: no record for {gpu.id}")
+            notes.append(f"borrowed from {_board(record, gpu)}: no record for {gpu.id}")
         if difference:
             notes.append(f"stale: tuned with {difference}")
         return Found(record.config_for(op), origin, record, bool(difference), tuple(notes))
@@ -99,7 +100,8 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
         return _ranked(op, found)
 
     own = {origin: read(path_of(folder, gpu.id, op.name)) for origin, folder in folders.items()}
-    own = {origin: tuple(r for r in records if r.gpu.arch == gpu.arch) for origin, records in own.items()}
+    key = GpuKey.of(gpu)  # a slice of a GPU, named as the whole, has other SMs: it borrows
+    own = {origin: tuple(r for r in records if r.gpu == key) for origin, records in own.items()}
     for origin, records in own.items():
         for record in matching(records, MEASURED):
             yield origin, record
@@ -107,13 +109,17 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
         for record in matching(records, MEASURED, kin=True):
             yield "kin", record
     for folder in folders.values():
-        others = [r for r in read_all(folder, op.name) if r.gpu.arch == gpu.arch and r.gpu.id != gpu.id]
+        others = [r for r in read_all(folder, op.name) if r.gpu.arch == gpu.arch and r.gpu != key]
         # The most similar GPU first; `sorted` keeps the fastest first among equals.
         for record in sorted(matching(others, MEASURED), key=lambda r: (abs(r.gpu.sms - gpu.sms), r.gpu.id)):
             yield "borrowed", record
     for records in own.values():
         for record in matching(records, MODELLED):
             yield "modelled", record
+
+
+def _board(record: Record, gpu: Gpu) -> str:
+    return f"{record.gpu.id} of {record.gpu.sms} SMs" if record.gpu.id == gpu.id else record.gpu.id
 
 
 def _stand_in(op: Op, spec: Spec, sizes: Sizes) -> Sizes:

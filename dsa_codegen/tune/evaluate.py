@@ -10,7 +10,7 @@ from types import TracebackType
 from ..kernels.build import Built
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
-from .outcome import Outcome
+from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Problem
 from .space import Candidate
@@ -85,6 +85,14 @@ class Evaluator(ABC):
         self._compiling.clear()
         self._ready.clear()
 
+    def set_up(self, problem: Problem, backend: str) -> str:
+        """Make a problem's inputs; why that failed, whatever the candidates are, or nothing."""
+        return ""
+
+    def gate(self, problem: Problem, candidate: Candidate) -> Outcome:
+        """Whether a built candidate is right, on the small cases and on the workload; it is not timed."""
+        return Outcome(Kind.OK)
+
     def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
         """Time candidates in turns, for about ``limit_s`` seconds; None where that failed or nothing is measured."""
         return None
@@ -110,6 +118,15 @@ class Evaluator(ABC):
     def is_built(self, candidate: Candidate) -> bool:
         """Whether there is a build of the candidate."""
         return isinstance(self.pool.results.get(candidate.rendered.sha), Built)
+
+    def compiled(self, candidate: Candidate) -> bool:
+        """Whether the compilers are done with the candidate, for better or worse."""
+        return candidate.rendered.sha in self.pool.results
+
+    def failure(self, candidate: Candidate) -> Outcome | None:
+        """Why there is no build of a candidate that the compilers are done with; None where there is one."""
+        result = self.pool.results.get(candidate.rendered.sha)
+        return result if isinstance(result, Outcome) else None
 
     def built(self, candidate: Candidate) -> Built:
         """The build of a candidate that compiled."""

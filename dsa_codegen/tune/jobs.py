@@ -56,18 +56,25 @@ def prepare(problem: Problem, backend: str) -> None:
 
 def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outcome:
     """Gate, probe, rounds; see the constants on top. What a kernel raises is the caller's to classify."""
-    variant = _variant(problem, entrant)
-    smem = max(usage.smem for usage in entrant.built.resources.values())
-    accuracy = _gate(problem, entrant, variant)
-    if not accuracy.passed:
-        return Outcome(Kind.MISMATCH, accuracy=accuracy, smem=smem, detail=accuracy.detail)
-    sets = _prepared(problem).sets
+    gated = gate(problem, entrant)
+    if not gated.ok:
+        return gated
+    accuracy, smem = gated.accuracy, gated.smem
+    variant, sets = _variant(problem, entrant), _prepared(problem).sets
     (probe,) = measure([variant], sets, PROBE)
     if best_us is not None and probe.timing.median > DOMINATED * best_us:
         return Outcome(Kind.OK, probe.timing, probe.policy, accuracy, smem, dominated=True)
     reps = max(PROBE.reps, min(COLD.reps, int(_ROUND_US / max(probe.timing.median, 1.0))))
     (rounds,) = measure([variant], sets, Policy(reps=reps, rounds=5, warmup_ms=5.0))
     return Outcome(Kind.OK, rounds.timing, rounds.policy, accuracy, smem)
+
+
+def gate(problem: Problem, entrant: Entrant) -> Outcome:
+    """Whether the candidate is right on the operation's cases and on the workload."""
+    accuracy = _gate(problem, entrant, _variant(problem, entrant))
+    smem = max(usage.smem for usage in entrant.built.resources.values())
+    kind = Kind.OK if accuracy.passed else Kind.MISMATCH
+    return Outcome(kind, accuracy=accuracy, smem=smem, detail=accuracy.detail)
 
 
 def final(problem: Problem, entrants: Sequence[Entrant], limit_s: float) -> list[Measured]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,23 @@ from ..records.record import GpuKey
 from .space import Space
 
 
-def identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
-    """What makes outcomes comparable; a change of any of it starts another study."""
+@dataclass(frozen=True)
+class Journal:
+    """Where a study's trials lie, and what makes its outcomes comparable; a change of any of it is another study's."""
+
+    path: Path
+    digest: str
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, space: Space, case: Case, folder: Path, method: str) -> Journal:
+        """The journal of a problem and backend below ``folder`` (``.tune/<gpu>``); nothing is created."""
+        key = _identity(space, case, method)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        return cls(folder / space.op.name / f"{space.backend}-{digest}.journal", digest, key)
+
+
+def _identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
     return {
         "op": space.op.name,
         "backend": space.backend,
@@ -44,13 +62,14 @@ def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # a killed process's; Optuna would wait 30 s for it
     _cut_off(path)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
     try:
-        return _create(path, name, seed, trials)
+        return _create(path, name, sampler)
     except (ValueError, KeyError, TypeError) as error:  # json's errors are ValueErrors
         aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
         path.rename(aside)
         warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
-        return _create(path, name, seed, trials)
+        return _create(path, name, sampler)
 
 
 def _cut_off(path: Path) -> None:
@@ -62,9 +81,8 @@ def _cut_off(path: Path) -> None:
             path.write_bytes(whole)
 
 
-def _create(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+def _create(path: Path, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
     return optuna.create_study(
         storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
     )

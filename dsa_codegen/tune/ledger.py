@@ -9,6 +9,9 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
+
+from .lock import take
 
 _SAVE_EVERY_S = 2.0
 
@@ -16,7 +19,8 @@ _SAVE_EVERY_S = 2.0
 class Ledger:
     """The clock of a run, its builds and the log of its workers, in ``.tune/<gpu>/`` under the aim's digest.
 
-    Clock and builds go when the run is over; the log stays, for whoever wants to know why candidates failed.
+    Clock and builds go when the run is over; the log stays, for whoever wants to know why candidates failed. A ledger is
+    entered before anything of it is used, by one process at a time.
 
     Args:
         aim: what identifies the run: problems, backends, method.
@@ -29,9 +33,23 @@ class Ledger:
         self.builds = folder / f"{digest}.builds"
         self.log = folder / f"{digest}.log"
         self.budget_s = budget_s
-        self.earlier_s = self._load()
+        self.earlier_s = 0.0
         self._start = time.monotonic()
         self._saved = 0.0
+
+    def __enter__(self) -> Ledger:
+        """Keep other runs with the same aim away.
+
+        Raises:
+            StudyBusy: one is under way.
+        """
+        self._lock = take(self._path)
+        self.earlier_s = self._load()
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
 
     @property
     def elapsed_s(self) -> float:

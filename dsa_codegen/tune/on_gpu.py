@@ -22,6 +22,8 @@ from .space import Candidate
 PREPARE_SECONDS = 180.0
 RUN_SECONDS = 20.0
 FINAL_SECONDS = 90.0
+GATE_SECONDS = 90.0
+_IDLE_SECONDS = 0.005
 # After these the process's CUDA context is of no use; other errors (too many resources, out of memory) leave it whole.
 _POISONED = re.compile(r"illegal|misaligned|launch failure|device-side assert|CUDA error|CUDA_ERROR", re.IGNORECASE)
 
@@ -34,6 +36,7 @@ class Jobs:
     evaluate: Callable[..., Outcome] = jobs.evaluate
     final: Callable[..., list[Measured]] = jobs.final
     recheck: Callable[..., Accuracy] = jobs.recheck
+    gate: Callable[..., Outcome] = jobs.gate
 
 
 JOBS = Jobs()
@@ -141,15 +144,35 @@ class GpuEvaluator(Evaluator):
             self._at_hand = None
         return None, failure
 
+    def set_up(self, problem: Problem, backend: str) -> str:
+        _, failure = self._attempt(self._wait_for, self._jobs.prepare, problem, backend, timeout=PREPARE_SECONDS)
+        return failure.detail if failure else ""
+
+    def gate(self, problem: Problem, candidate: Candidate) -> Outcome:
+        entrant = Entrant(candidate, self.built(candidate))
+        outcome, failure = self._attempt(self._wait_for, self._jobs.gate, problem, entrant, timeout=GATE_SECONDS)
+        return failure or outcome
+
     def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
         entrants = [Entrant(candidate, self.built(candidate)) for candidate in candidates]
         timeout = PREPARE_SECONDS + FINAL_SECONDS
-        return self._attempt(self._worker.call, self._jobs.final, problem, entrants, limit_s, timeout=timeout)[0]
+        return self._attempt(self._wait_for, self._jobs.final, problem, entrants, limit_s, timeout=timeout)[0]
 
     def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
         entrant = Entrant(candidate, self.built(candidate))
-        accuracy, failure = self._attempt(self._worker.call, self._jobs.recheck, problem, entrant, timeout=PREPARE_SECONDS)
+        accuracy, failure = self._attempt(self._wait_for, self._jobs.recheck, problem, entrant, timeout=PREPARE_SECONDS)
         return accuracy if failure is None else Accuracy(False, 0.0, 0.0, failure.detail)
+
+    def _wait_for(self, job: Callable[..., Any], *args: Any, timeout: float) -> Any:
+        """The result of a job, while the compilers are given what waits for them."""
+        if self._warming is not None:  # the search ended before the process was up
+            self._attempt(self._worker.result)
+            self._warming = None
+        self._submit(job, *args, timeout=timeout)
+        while not self._worker.ready():
+            self.pool.poll()
+            time.sleep(_IDLE_SECONDS)
+        return self._worker.result()
 
     def close(self) -> None:
         super().close()

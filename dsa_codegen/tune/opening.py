@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import filelock
 
 from ..errors import DsaError, NoConfig
 from ..problem.op import Config, Op
@@ -12,6 +14,8 @@ from ..records.explain import nearest
 from ..records.files import read_all
 from ..records.lookup import missing_tool, search_path
 from ..records.record import Record
+from .journal import Journal
+from .lock import StudyBusy, take
 from .problem import Problem
 from .space import Space
 from .study import Study
@@ -67,46 +71,64 @@ class Opener:
     backends: Sequence[str] = ()
 
     def open(self, problems: Sequence[Problem], opened: Opened) -> None:
-        """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them."""
-        for problem in problems:
-            op, gpu = problem.op, problem.gpu
-            if gpu.capability < op.min_capability:
-                opened.note(f"{op.name}: needs sm_{op.min_capability} or newer, {gpu.name} is sm_{gpu.capability}")
+        """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them.
+
+        All are locked before any is touched: where another process has one, nothing of the others is forgotten.
+
+        Raises:
+            StudyBusy: another process has one.
+        """
+        wanted = [each for problem in problems for each in self._wanted(problem, opened)]
+        locks: list[filelock.BaseFileLock] = []
+        try:
+            for problem, space, _ in wanted:
+                locks.append(take(Journal.of(space, problem.case, self.folder, self.method).path))
+        except StudyBusy:
+            for lock in locks:
+                lock.release()
+            raise
+        for (problem, space, first), lock in zip(wanted, locks, strict=True):
+            opened.studies[self._study(problem, space, first, lock)] = problem
+
+    def _wanted(self, problem: Problem, opened: Opened) -> Iterator[tuple[Problem, Space, Config]]:
+        """The backends of a problem that can be searched, each with its default; the others are noted."""
+        op, gpu = problem.op, problem.gpu
+        if gpu.capability < op.min_capability:
+            opened.note(f"{op.name}: needs sm_{op.min_capability} or newer, {gpu.name} is sm_{gpu.capability}")
+            return
+        try:
+            opened.defaults[problem.id] = op.default_config(problem.spec, problem.case.sizes, gpu)
+        except NoConfig as error:
+            opened.note(str(error))
+            return
+        for backend in self._backends(problem, opened.defaults[problem.id]):
+            lacking = missing_tool(backend)
+            if lacking:
+                opened.note(f"{op.name}: left out {lacking}")
                 continue
             try:
-                opened.defaults[problem.id] = op.default_config(problem.spec, problem.case.sizes, gpu)
+                first = op.default_config(problem.spec, problem.case.sizes, gpu, backend)
             except NoConfig as error:
                 opened.note(str(error))
                 continue
-            for backend in self._backends(problem, opened.defaults[problem.id]):
-                self._open(problem, backend, opened)
+            yield problem, Space(op, problem.spec, backend, gpu), first
 
     def _backends(self, problem: Problem, default: Config) -> list[str]:
         usual = problem.op.backends if self.measures else (default.backend,)
         return [backend for backend in problem.op.backends if backend in (self.backends or usual)]
 
-    def _open(self, problem: Problem, backend: str, opened: Opened) -> None:
-        lacking = missing_tool(backend)
-        if lacking:
-            opened.note(f"{problem.op.name}: left out {lacking}")
-            return
-        space = Space(problem.op, problem.spec, backend, problem.gpu)
-        try:
-            first = problem.op.default_config(problem.spec, problem.case.sizes, problem.gpu, backend)
-        except NoConfig as error:
-            opened.note(str(error))
-            return
-        study = Study(
+    def _study(self, problem: Problem, space: Space, first: Config, lock: filelock.BaseFileLock) -> Study:
+        return Study(
             space,
             problem.case,
             self.folder,
             method=self.method,
             trials=self.trials,
-            seeds=[first, *self._neighbours(problem, backend)],
+            seeds=[first, *self._neighbours(problem, space.backend)],
             seed=self.seed,
             fresh=self.fresh,
+            lock=lock,
         )
-        opened.studies[study] = problem
 
     def _neighbours(self, problem: Problem, backend: str) -> list[Config]:
         """Configs of the nearest records that the operation still accepts."""

@@ -43,13 +43,13 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether the candidate is right and was timed."""
+        """Whether the candidate is right (and was timed, unless it only had to pass the gate)."""
         return self.kind is Kind.OK
 
     @property
     def time_us(self) -> float:
         """The objective of the search."""
-        assert self.timing is not None, "only an OK outcome has a time"
+        assert self.timing is not None, "only what was timed has a time"
         return self.timing.median
 
     def to_json(self) -> dict[str, Any]:

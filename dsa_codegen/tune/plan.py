@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import paths
+from ..errors import InputError, UnknownName
 from ..gpu import Gpu
+from ..kernels.backends import NAMES
 from ..problem.op import Case, Op
 from ..problem.values import Bucket, Spec
 from ..records.record import Record
 from .problem import Problem
 from .progress import StudyStatus
+
+STATE = Path(".tune")
+"""Where journals, clocks and builds of runs lie by default."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,49 @@ OFFLINE = Budget(240.0, 24)
 """By default without a GPU: most of it is compiling, on however few cores there are."""
 
 
+SEEDS = 2**31
+"""Seeds are below it: with a study's own digest they stay within what the samplers take."""
+
+
+def check(budget: Budget, seed: int, processes: int | None, backends: Sequence[str], folder: Path, state: Path) -> None:
+    """Refuse what a run would fail on, before it touches anything.
+
+    Raises:
+        InputError: a number out of its range, or a folder that cannot be written.
+        UnknownName: there is no such backend.
+    """
+    for name in backends:
+        if name not in NAMES:
+            raise UnknownName("backend", name, NAMES)
+    if not 0 <= seed < SEEDS:
+        raise InputError("seed", seed, f"0 to {SEEDS - 1}")
+    if processes is not None and processes < 1:
+        raise InputError("processes", processes, "1 or more")
+    if budget.trials < 1:
+        raise InputError("trials", budget.trials, "1 or more")
+    if budget.wall_s is not None and not budget.wall_s > 0:
+        raise InputError("budget", f"{budget.wall_s} s", "a time above 0")
+    require_writable(folder, "folder")
+    require_writable(state, "state")
+
+
+def require_writable(folder: Path, argument: str) -> None:
+    """Raise InputError where nothing can be written to ``folder``, which need not be there yet."""
+    reason = paths.unwritable(folder)
+    if reason:
+        raise InputError(argument, str(folder), f"a folder that can be written ({reason})")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A problem that a run leaves without any record of its own."""
+
+    problem: Problem
+    reason: str
+    failed: bool
+    """Whether it had its turn: candidates were tried, and none was right."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What a run leaves."""
@@ -41,6 +90,7 @@ class Report:
     """What was left out and why; what failed more often than not, with its first message."""
     interrupted: bool
     elapsed_s: float
+    missing: tuple[Missing, ...] = ()
 
 
 def problems(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu) -> list[Problem]:

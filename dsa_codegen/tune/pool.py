@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,11 @@ from .outcome import Kind, Outcome
 COMPILE_SECONDS = 60.0
 
 Compile = Callable[[Rendered, Gpu], Built]
+
+
+def cores(spare: int = 0) -> int:
+    """Compilers to run at once: the cores this process may use, less those that it and the one that times need."""
+    return max(1, len(os.sched_getaffinity(0)) - spare)
 
 
 class CompilePool:

@@ -6,36 +6,31 @@ and an interrupted run writes what it has for the others. The next run goes on f
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import paths
 from ..gpu import Gpu
-from ..kernels.build import Built
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
-from ..records.record import Record
+from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
+from .keep import keep
 from .ledger import Ledger
 from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
 from .outcome import Kind
-from .plan import OFFLINE, ON_GPU, Budget, Report, problems
-from .pool import CompilePool
+from .plan import OFFLINE, ON_GPU, STATE, Budget, Missing, Report, check, problems
+from .pool import CompilePool, cores
 from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
 from .results import contenders, settle
 from .search import Search
 from .study import Study
 
-STATE = Path(".tune")
 _FINAL_SECONDS = 2.0  # of device time for a problem's final, at most; less where the budget is nearly spent
 
 
@@ -67,14 +62,14 @@ def tune(
     Raises:
         StudyBusy: another process is tuning the same.
         RecordError: a file of records there cannot be read; nothing is started.
+        InputError, UnknownName: an argument is out of its range, or a folder cannot be written; nothing is touched.
     """
     budget = budget or (OFFLINE if offline else ON_GPU)
+    check(budget, seed, processes, backends, folder, state)
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
     ledger = Ledger(state / gpu.id, aim, budget.wall_s)
-    if fresh:
-        ledger.restart()
-    with CompilePool(gpu, ledger.builds, processes or _cores(offline), log=ledger.log) as pool:
+    with ledger, CompilePool(gpu, ledger.builds, processes or cores(spare=0 if offline else 2), log=ledger.log) as pool:
         evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log)
         with evaluator:
             opener = Opener(
@@ -90,11 +85,6 @@ def tune(
             return _Run(folder, opener, ledger, notify).go(chosen, evaluator)
 
 
-def _cores(offline: bool) -> int:
-    available = len(os.sched_getaffinity(0))
-    return available if offline else max(1, available - 2)  # this process and the one that times need theirs
-
-
 @dataclass
 class _Run:
     folder: Path
@@ -108,10 +98,12 @@ class _Run:
     def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
         """The whole run."""
         for problem in wanted:
-            records.require_readable(records.path_of(self.folder, problem.gpu.id, problem.op.name))
+            records.require_readable(records.path_of(self.folder, problem.gpu.id, problem.op.name), GpuKey.of(problem.gpu))
         interrupted = False
         try:
-            self.opener.open(wanted, self.opened)
+            self.opener.open(wanted, self.opened)  # locked from here on
+            if self.opener.fresh:
+                self.ledger.restart()
             try:
                 Search(self.opened.studies, evaluator, self._tell).run(self.ledger.deadline(evaluator.search_share))
                 self._finals(evaluator)
@@ -127,7 +119,20 @@ class _Run:
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        return Report(found, tuple(files), statuses, tuple(self.opened.notes), interrupted, self.ledger.elapsed_s)
+        missing = tuple(self._missing(problem) for problem in wanted if not self.written.get(problem.id))
+        notes = tuple(self.opened.notes)
+        return Report(found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing)
+
+    def _missing(self, problem: Problem) -> Missing:
+        studies = [study for study, of in self.opened.studies.items() if of is problem]
+        seen = sum(len(study.seen) for study in studies)
+        if not studies:
+            return Missing(problem, "left out", False)
+        if any(study.failure for study in studies):
+            return Missing(problem, "it cannot be set up", True)
+        if seen and not any(study.counts[Kind.OK] for study in studies):
+            return Missing(problem, f"none of the {seen} candidates that were tried is right", True)
+        return Missing(problem, "the budget ended before its default was timed", False)
 
     def _finals(self, evaluator: Evaluator) -> None:
         self.phase = "finals"
@@ -142,7 +147,7 @@ class _Run:
             settled = settle(problem, studies, default, evaluator, seed=self.opener.seed, limit_s=limit_s)
             if evaluator.measures:
                 for _, candidate in settled:
-                    _keep(evaluator.built(candidate))
+                    keep(evaluator.built(candidate))
             self._write(problem, [record for record, _ in settled])
             waiting = waiting[1:]
             self._tell()
@@ -195,16 +200,3 @@ def _complaint(study: Study) -> str:
         if kind is not Kind.OK and 2 * study.counts[kind] > len(study.seen):
             return f"{study.label}: {study.counts[kind]} of {len(study.seen)} candidates: {kind.value}; the first: {message}"
     return ""
-
-
-def _keep(built: Built) -> None:
-    """Copy a winner's build from the run's cache to the user's: the first call that needs it need not compile."""
-    target = paths.cache() / built.folder.name
-    if target.exists():
-        return
-    staging = target.with_name(f".staging-{uuid.uuid4().hex}")
-    try:
-        shutil.copytree(built.folder, staging)
-        staging.rename(target)
-    except OSError:  # another process was first, or the cache cannot be written: it is compiled when it is needed
-        shutil.rmtree(staging, ignore_errors=True)

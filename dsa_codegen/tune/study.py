@@ -7,8 +7,6 @@ set is small enough, all of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -18,22 +16,15 @@ import filelock
 import optuna
 from optuna.trial import TrialState
 
-from ..errors import DsaError
 from ..problem.op import Case, Config, Violation
 from ..problem.values import describe
-from .journal import identity, open_study
+from .journal import Journal, open_study
+from .lock import take
 from .outcome import Kind, Outcome
 from .space import Candidate, Key, Space
 
 _FREE_ASKS = 24  # infeasible or repeated proposals in one ask: each takes the sampler about 10 ms
 _CONVERGED = 20  # repeats in a row: the sampler has nothing new to say
-
-
-class StudyBusy(DsaError):
-    """Another process is searching this study."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"another tuning run is using {path}; wait for it, or stop it and start again.")
 
 
 class Study:
@@ -46,6 +37,7 @@ class Study:
         trials: candidates to evaluate, in all runs together.
         seeds: configs to begin with, the default first.
         fresh: begin anew, whatever an earlier run found.
+        lock: the journal's, where the caller holds it already; released by ``close``.
 
     Raises:
         StudyBusy: another process has it open.
@@ -62,6 +54,7 @@ class Study:
         seeds: Sequence[Config],
         seed: int = 0,
         fresh: bool = False,
+        lock: filelock.BaseFileLock | None = None,
     ) -> None:
         self.space, self.case, self.trials = space, case, trials
         self.counts: Counter[Kind] = Counter()
@@ -73,20 +66,14 @@ class Study:
         self._repeats = 0
         self._turn = 0
         self._best: Outcome | None = None
-        key = identity(space, case, method)
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = folder / space.op.name / f"{space.backend}-{digest}.journal"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.path.with_suffix(".lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise StudyBusy(self.path) from error
+        journal = Journal.of(space, case, folder, method)
+        self.path = journal.path
+        self._lock = lock or take(self.path)
         if fresh:
             self.path.unlink(missing_ok=True)
-        sampler_seed = seed + int(digest, 16) % 2**31
-        self._study = open_study(self.path, f"{self.label} {digest}", sampler_seed, trials)
-        self._study.set_user_attr("identity", key)
+        sampler_seed = seed + int(journal.digest, 16) % 2**31
+        self._study = open_study(self.path, f"{self.label} {journal.digest}", sampler_seed, trials)
+        self._study.set_user_attr("identity", journal.identity)
         self._restore()
         self._first: deque[Config] = deque()
         self.suggest(seeds)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,40 @@ def test_bench_needs_a_gpu(named, monkeypatch):
 def test_bench_measures_on_the_gpu_that_is_meant(named, monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h200"))
     assert cli._visible(named).id == "h200"
+
+
+def test_the_list_fits_a_narrow_terminal(tmp_path):
+    """In 80 columns no word is broken, no line goes over, and every record is grouped by its operation."""
+    shown = run("python cli.py list --gpu h100", tmp_path, COLUMNS="80").stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    words = {word.strip(",;") for line in shown for word in line.split()}
+    rows = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
+    assert {row["backend"] for row in rows} <= words
+    assert {f"{name}={value}" for row in rows for name, value in row["config"].items()} <= words
+    assert [line.strip() for line in shown if line.startswith("  ") and line[2] != " "] == sorted(ops.all_ops())
+    assert len(shown) < 4 * len(rows)
+
+
+def test_the_list_says_which_record_serves(tmp_path):
+    rows = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
+    calls = {}
+    for row in rows:
+        calls.setdefault((row["op"], str(row["spec"]), row["bucket"]), []).append(row)
+    for found in calls.values():
+        assert sum(row["status"] == "serves" for row in found) == 1
+        assert all(row["why"].startswith("by ") for row in found if row["status"] == "shadowed")
+    shutil.copytree(ROOT / "tuned" / "h100", tmp_path / "records" / "h100")
+    again = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
+    assert len(again) == 2 * len(rows)
+    assert sum(row["status"] == "serves" for row in again) == len(calls), "own records go before the shipped ones"
+    assert any("of DSA_TUNED_DIR" in row["why"] for row in again)
+
+
+def test_a_damaged_file_is_told_once(tmp_path):
+    path = tmp_path / "records" / "h200" / "select.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    done = run("python cli.py explain --op select --gpu h200", tmp_path, COLUMNS="1000")
+    assert done.returncode == 0
+    assert done.stderr.count("is not a file of records") == 1, done.stderr
+    assert "RecordWarning" not in done.stderr and "stacklevel" not in done.stderr

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,10 @@ def test_python_examples_run(page, capsys):
         exec(compile(example, page, "exec"), namespace)
 
 
-def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Run the command line as a user would, without a GPU."""
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **environment}
-    return subprocess.run([sys.executable, ROOT / "cli.py", *arguments], capture_output=True, text=True, env=variables)
+    return subprocess.run([sys.executable, ROOT / "cli.py", *arguments], capture_output=True, text=True, env=variables, cwd=cwd)
 
 
 @functools.cache
@@ -89,10 +90,42 @@ def test_explain_names_the_origin():
         (["generate", "--backend", "cuda"], 2, "triton, gluon, tilelang"),
         (["generate", "--op", "quantize", "--backend", "gluon"], 2, "no configuration of quantize (gluon)"),
         (["generate", "--out", "/dev/null/kernels"], 2, "name another place"),
+        (["generate", "--out", ""], 2, "nothing is named"),
+        (["tune", "--folder", ""], 2, "nothing is named"),
+        (["tune", "--folder", "/dev/null/tuned"], 2, "/dev/null is not a folder"),
+        (["tune", "--seed", "99999999999999999"], 2, "--seed"),
+        (["tune", "--every"], 2, "only with --refresh"),
+        (["tune", "--refresh", "--seed", "1"], 2, "only without --refresh"),
+        (["explain", "--op", "select", "rows=64", "columns=9", "rows=65"], 2, "rows=64 was given before"),
+        (["explain", "--op", "select", f"rows={'9' * 5000}"], 2, "below 10^15"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
 def test_mistakes_are_named_with_their_remedy(arguments, code, words):
-    shown = cli(*arguments)
+    shown = cli(*arguments, DSA_TUNED_DIR="")
     assert (shown.returncode, words in " ".join(shown.stderr.split())) == (code, True), shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_a_budget_that_is_too_short_names_what_is_missing(tmp_path):
+    """One of the operations asked for has no record: an exit code of its own, and the command that gets it."""
+    wanted = ["--gpu", "h200", "--preset", "tiny", "--op", "select"]
+    shown = cli("tune", *wanted, "--budget", "0.001s", "--folder", "records", cwd=tmp_path)
+    said = " ".join(shown.stderr.split())
+    assert shown.returncode == 4, said
+    assert "no record for select" in said and "the budget ended before its default was timed" in said
+    assert "python cli.py tune --gpu h200 --preset tiny --op select --budget 4m" in said
+
+
+def test_refresh_without_a_gpu_says_what_is_left(tmp_path):
+    """A stale record of a GPU that is not here: left and said with an exit code, or dropped where that is asked for."""
+    shutil.copytree(ROOT / "tuned" / "h100", tmp_path / "h100")
+    path = tmp_path / "h100" / "select.json"
+    path.write_text(re.sub(r'"source_sha": "\w{4}', '"source_sha": "0000', path.read_text()))
+    shown = cli("tune", "--refresh", "--op", "select", "--folder", str(tmp_path))
+    assert shown.returncode == 4, shown.stderr
+    assert "left: h100 select" in shown.stdout and "--drop-stale" in shown.stdout
+    dropped = cli("tune", "--refresh", "--op", "select", "--folder", str(tmp_path), "--drop-stale", "--json")
+    assert dropped.returncode == 0, dropped.stderr
+    assert {row["fate"] for row in json.loads(dropped.stdout)} == {"dropped"}
+    assert not path.exists() and (tmp_path / "h100" / "indexer.json").exists()

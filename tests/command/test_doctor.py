@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from dsa_codegen import paths
 from dsa_codegen.command import doctor
 from dsa_codegen.errors import SpecError, ToolBroken, ToolMissing
 from dsa_codegen.gpu import resolve
@@ -164,3 +166,68 @@ def test_every_device_is_named(monkeypatch):
     assert "NVIDIA L40S (sm_89" in lines[1].state
     assert "Tesla V100 is older than sm_80" in lines[2].state
     assert "DSA_GPU" in lines[3].remedy
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Nothing visible, whatever this machine has; no variable is set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("DSA_TUNED_DIR", "DSA_CACHE_DIR", "DSA_GPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def amiss() -> dict[str, doctor.Finding]:
+    """What is not well, apart from the GPU that is not here."""
+    return {each.what: each for each in doctor.diagnose() if not each.ok and each.what != "GPU"}
+
+
+def test_where_all_is_well_nothing_is_reported(no_gpu, monkeypatch, tmp_path):
+    assert not amiss()
+    monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path))
+    monkeypatch.setenv("DSA_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
+    monkeypatch.setenv("DSA_GPU", "h100")
+    assert not amiss()
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
+
+
+def test_a_folder_of_own_records_that_is_missing(no_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path / "gone"))
+    found = amiss()["own records"]
+    assert "gone is not there" in found.state and f"mkdir -p {tmp_path / 'gone'}" in found.remedy
+
+
+def test_own_records_that_are_a_file(no_gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path / "file"))
+    found = amiss()["own records"]
+    assert "is not a folder" in found.state and "name a folder" in found.remedy
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'], ids=["cut off", "a list", "another schema"])
+def test_records_that_cannot_be_read(no_gpu, monkeypatch, tmp_path, text):
+    path = tmp_path / "h100" / "select.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path))
+    found = amiss()["own records"]
+    assert str(path) in found.state and f"move away {path}" in found.remedy
+
+
+def test_one_record_of_a_file_that_is_damaged(no_gpu, monkeypatch, tmp_path):
+    shutil.copytree(paths.shipped_records() / "h100", tmp_path / "h100")
+    path = tmp_path / "h100" / "select.json"
+    path.write_text(path.read_text().replace('"evidence": "measured"', '"evidence": "hearsay"', 1))
+    monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path))
+    assert "record 0" in amiss()["own records"].state
+
+
+def test_a_cache_that_cannot_be_written(no_gpu, monkeypatch):
+    monkeypatch.setenv("DSA_CACHE_DIR", "/dev/null/cache")
+    found = amiss()["build cache"]
+    assert "/dev/null is not a folder" in found.state and "DSA_CACHE_DIR" in found.remedy
+
+
+def test_a_gpu_of_the_environment_that_nobody_knows(no_gpu, monkeypatch):
+    monkeypatch.setenv("DSA_GPU", "h1000x")
+    found = amiss()["DSA_GPU"]
+    assert "h1000x" in found.state and "unset DSA_GPU" in found.remedy

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from dsa_codegen import ops
-from dsa_codegen.errors import SpecError, UnknownName
+import pytest
+import torch
+
+from dsa_codegen import Layer, ops
+from dsa_codegen.errors import InputError, SpecError, UnknownName
 from dsa_codegen.problem import presets
 
 NAMES = ["deepseek-v3.2", "deepseek-v3.2-tp8", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5-tp8", "tiny"]
@@ -57,6 +60,49 @@ def test_nonsense_is_refused_by_name(text, field, tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text("\n".join(lines))
     with pytest.raises(SpecError, match=field):
+        presets.load(path)
+
+
+def written(tmp_path, **changes):
+    """A file that states tiny with some fields changed."""
+    path = tmp_path / "model.yaml"
+    path.write_text("\n".join(f"{name}: {value}" for name, value in {**presets.preset("tiny").to_dict(), **changes}.items()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_layout": "v4"}, "Model.d_nope = 512 is not possible; allowed: 448 with kv_layout: v4"),
+        ({"d_nope": 448}, "Model.d_nope = 448 is not possible; allowed: 512 with kv_layout: v32"),
+        ({"d_rope": 0}, "Model.d_rope = 0 is not possible; allowed: 64 with kv_layout: v32"),
+        ({"kv_layout": "v4", "d_nope": 448, "d_rope": 0}, "allowed: 64 with kv_layout: v4"),
+        ({"kv_layout": "none", "d_nope": 448, "d_rope": 0}, "allowed: 64, where d_nope is 448"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_fields_that_contradict_each_other_are_refused(changes, words, tmp_path):
+    with pytest.raises(SpecError, match=re.escape(words)):
+        presets.load(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("d_nope", "d_rope"), [(512, 0), (512, 64), (448, 64)])
+def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
+    """Prefill and the index keys' cache are served, and whoever decodes is told."""
+    model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
+    served = {name for name, op in ops.all_ops().items() if op.specs(model)}
+    assert served == set(ops.all_ops()) - {"attention_paged"}
+    assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
+    with pytest.raises(InputError, match="kv_layout: none"):
+        Layer(model).decode(*[torch.zeros(1)] * 7, 1)
+
+
+@pytest.mark.parametrize("text", ["heads: 32", "'heads': 32", "name: tiny"])
+def test_a_field_that_is_stated_twice_is_refused(text, tmp_path):
+    path = written(tmp_path)
+    again = path.read_text() + f"\n{text}\n"
+    path.write_text(again)
+    with pytest.raises(SpecError, match=r"(heads|name) is stated in line \d+ and again in line 12"):
         presets.load(path)
 
 

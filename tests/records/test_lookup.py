@@ -9,6 +9,7 @@ import pytest
 from test_records import CASE, CONFIG, SPEC, make
 
 from dsa_codegen import ops
+from dsa_codegen.errors import RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
@@ -18,7 +19,7 @@ from dsa_codegen.records import files as records
 from dsa_codegen.records import lookup as rooms
 from dsa_codegen.records.explain import Difference, distance, explain, nearest
 from dsa_codegen.records.lookup import lookup, search_path
-from dsa_codegen.records.record import MODELLED
+from dsa_codegen.records.record import MODELLED, GpuKey
 
 from support import H200
 from toy import OP
@@ -125,6 +126,29 @@ def test_borrowed_only_where_nothing_is_violated(folders):
     result = found(folders, gpu=small)
     assert result.origin == "default"
     assert "smem" in result.notes[0]
+
+
+SLICE = dataclasses.replace(H200, sms=16)
+
+
+def test_a_slice_that_is_named_as_the_whole_borrows(folders):
+    """Records are of a board: its SMs and shared memory, not its name alone."""
+    put(folders["tuned"], 2)
+    result = found(folders, gpu=SLICE)
+    assert (result.origin, result.notes) == ("borrowed", ("borrowed from h200 of 132 SMs: no record for h200",))
+    ((_, (difference,)),) = explain(OP, SPEC, SIZES, SLICE, folders)
+    assert difference == Difference("gpu.sms", "16", "132")
+
+
+def test_what_a_slice_finds_replaces_nothing_of_the_whole(folders):
+    put(folders["tuned"], 2)
+    path = records.path_of(folders["tuned"], "h200", "indexer")
+    before = path.read_bytes()
+    for attempt in (lambda: put(folders["tuned"], 3, gpu=SLICE), lambda: records.require_readable(path, GpuKey.of(SLICE))):
+        with pytest.raises(RecordError, match=r"h200 \(sm_90a\) of 132 SMs .* not of a h200 \(sm_90a\) of 16 SMs"):
+            attempt()
+    assert path.read_bytes() == before
+    records.require_readable(path, GpuKey.of(H200))
 
 
 def test_a_borrowed_record_is_of_the_most_similar_gpu(folders):

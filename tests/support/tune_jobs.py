@@ -50,6 +50,11 @@ def evaluate(problem, entrant, best_us) -> Outcome:
     return timed(landscape(entrant.config))
 
 
+def gate(problem, entrant) -> Outcome:
+    """Misbehaves as ``evaluate`` does, and takes no time."""
+    return Outcome(evaluate(problem, entrant, None).kind, accuracy=PASSED, smem=1024)
+
+
 def final(problem, entrants, limit_s) -> list[SimpleNamespace]:
     """The landscape's times, as a final would give them."""
     return [SimpleNamespace(timing=timed(landscape(entrant.config)).timing, policy=COLD, sets=1) for entrant in entrants]

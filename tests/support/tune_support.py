@@ -13,6 +13,7 @@ from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD
 from dsa_codegen.tune.evaluate import Done, Evaluator, Task
 from dsa_codegen.tune.on_gpu import Jobs
+from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.problem import Problem
 from dsa_codegen.tune.space import Space
 from dsa_codegen.tune.study import Study
@@ -27,7 +28,7 @@ CASE = Case(IndexerSizes(4096, 32768), "causal")
 PROBLEM = Problem(OP, SPEC, CASE, H200)
 SPACE = Space(OP, SPEC, "triton", H200)
 DEFAULT = OP.default_config(SPEC, CASE.sizes, H200)
-FAKE = Jobs(tune_jobs.prepare, tune_jobs.evaluate, tune_jobs.final, tune_jobs.recheck)
+FAKE = Jobs(tune_jobs.prepare, tune_jobs.evaluate, tune_jobs.final, tune_jobs.recheck, tune_jobs.gate)
 
 
 def config(block_q=4, block_n=64, num_warps=4, num_stages=3, splits=1) -> Config:
@@ -72,6 +73,10 @@ class InstantGpu(InstantEvaluator):
         self.finals: list[list[Config]] = []
         self.refusals = 0
         """How many winners fail their last check."""
+        self.wrong: set[Config] = set()
+        """What does not pass the gate."""
+        self.trouble = ""
+        """Why no problem can be set up."""
 
     def is_built(self, candidate) -> bool:
         return True
@@ -80,6 +85,16 @@ class InstantGpu(InstantEvaluator):
         folder = self.folder / candidate.rendered.sha[:32]
         folder.mkdir(parents=True, exist_ok=True)
         return Built(candidate.rendered, H200, folder, {})
+
+    def compiled(self, candidate) -> bool:
+        return True
+
+    def set_up(self, problem, backend) -> str:
+        return self.trouble
+
+    def gate(self, problem, candidate) -> Outcome:
+        passed = Outcome(Kind.OK, accuracy=tune_jobs.PASSED, smem=1024)
+        return Outcome(Kind.MISMATCH, detail="3 values outside tolerance") if candidate.config in self.wrong else passed
 
     def final(self, problem, candidates, limit_s):
         self.finals.append([candidate.config for candidate in candidates])

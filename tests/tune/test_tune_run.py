@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsa_codegen import paths
-from dsa_codegen.errors import RecordError
+from dsa_codegen.errors import DsaError, InputError, RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.indexer import IndexerSpec
 from dsa_codegen.problem.op import Accuracy
@@ -20,6 +21,7 @@ from dsa_codegen.records import files as records
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.tune import opening
 from dsa_codegen.tune import run as room
+from dsa_codegen.tune.lock import StudyBusy, take
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.plan import Budget, problems
 from dsa_codegen.tune.run import tune
@@ -27,7 +29,7 @@ from dsa_codegen.tune.run import tune
 from support import H200
 from toy import OP
 from tune_jobs import landscape, timed
-from tune_support import CASE, DEFAULT, SPEC, InstantGpu
+from tune_support import CASE, DEFAULT, SPEC, InstantGpu, open_study
 
 TRIALS = 8
 
@@ -112,6 +114,8 @@ def test_where_nothing_is_right_nothing_is_written(go, one_bucket, tmp_path):
     report = go(InstantGpu(lambda task: wrong))
     assert report.records == () and stored(tmp_path) == ()
     (note,) = report.notes
+    (missing,) = report.missing
+    assert missing.failed and "none of the 8 candidates" in missing.reason
     assert "8 of 8 candidates: mismatch" in note and "7 values outside tolerance" in note
 
 
@@ -219,6 +223,92 @@ def test_an_unreadable_file_stops_the_run_before_it_begins(go, tmp_path):
     with pytest.raises(RecordError, match=r"indexer\.json"):
         go(evaluator)
     assert not evaluator.judged
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, locks aside."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_second_run_touches_nothing_of_the_first(go, one_bucket, tmp_path, fresh):
+    tried = []
+
+    def second(progress):
+        if tried or sum(study.evaluated for study in progress.studies) < 4:
+            return
+        (clock,) = (tmp_path / ".tune" / "h200").glob("*.clock")
+        clock.with_suffix(".builds").mkdir()
+        clock.with_suffix(".builds").joinpath("kernel.cubin").write_text("a build of the first run")
+        tried.append(contents(tmp_path / ".tune"))
+        with pytest.raises(StudyBusy, match="nothing was changed: wait"):
+            go(fresh=fresh)
+        assert contents(tmp_path / ".tune") == tried[0]
+
+    assert len(go(notify=second).records) == 1
+    assert any(path.name == "kernel.cubin" for path in tried[0])
+
+
+def test_where_one_study_is_in_use_none_is_forgotten(go, tmp_path):
+    go()
+    journals = sorted((tmp_path / ".tune" / "h200" / "indexer").glob("*.journal"))
+    assert len(journals) == 4
+    before = contents(tmp_path / ".tune")
+    for path in journals:
+        held = take(path)
+        with pytest.raises(StudyBusy, match=path.name):
+            go(fresh=True)
+        held.release()
+        assert contents(tmp_path / ".tune") == before
+    assert len(go(fresh=True).records) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 99999999999999999}, "seed: got 99999999999999999; expected 0 to 2147483647"),
+        ({"seed": -1}, "seed"),
+        ({"processes": 0}, "processes"),
+        ({"budget": Budget(-1.0, 8)}, "budget"),
+        ({"budget": Budget(float("nan"), 8)}, "budget"),
+        ({"budget": Budget(1.0, 0)}, "trials"),
+        ({"backends": ("cuda",)}, "unknown backend"),
+        ({"state": Path("/dev/null/.tune")}, "state: got /dev/null/.tune; expected a folder that can be written"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, dict) else "",
+)
+def test_arguments_are_checked_before_anything_is_touched(go, one_bucket, tmp_path, options, words):
+    go()
+    before = contents(tmp_path)
+    with pytest.raises(DsaError, match=re.escape(words)):
+        go(fresh=True, **options)
+    assert contents(tmp_path) == before, "no journal is blamed for an argument"
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_search(go, one_bucket, tmp_path):
+    (tmp_path / "tuned").write_text("a file")
+    evaluator = InstantGpu()
+    with pytest.raises(InputError, match="tuned is not a folder"):
+        go(evaluator)
+    assert not evaluator.judged and not (tmp_path / ".tune").exists()
+
+
+def test_a_journal_is_not_blamed_for_the_sampler(one_bucket, tmp_path):
+    """Whatever the sampler refuses is no damage of the file."""
+    study = open_study(tmp_path)
+    study.close()
+    before = study.path.read_bytes()
+    with pytest.raises(ValueError, match=r"[Ss]eed"):
+        open_study(tmp_path, seed=2**40)
+    assert study.path.read_bytes() == before and len(list(study.path.parent.glob("*.journal*"))) == 1
+
+
+def test_what_the_budget_did_not_reach_is_named(go):
+    report = go(budget=Budget(1e-6, TRIALS))
+    assert report.records == () and len(report.missing) == 4
+    assert {each.reason for each in report.missing} == {"the budget ended before its default was timed"}
+    assert not any(each.failed for each in report.missing)
+    assert go().missing == ()
 
 
 def test_what_is_left_out_is_said(go, one_bucket, monkeypatch):

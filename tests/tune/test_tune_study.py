@@ -11,8 +11,8 @@ import pytest
 
 from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.problem.op import Accuracy, Case, Parameter
+from dsa_codegen.tune.lock import StudyBusy
 from dsa_codegen.tune.outcome import Kind, Outcome
-from dsa_codegen.tune.study import StudyBusy
 
 from support import H200
 from toy import OP

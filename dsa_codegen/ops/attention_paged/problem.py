@@ -22,7 +22,7 @@ from ...problem.caches import KvLayout, KvV4Layout, KvV32Layout, kv_layout, toke
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.paged import check_cache
-from ...problem.presets import KV_LAYOUTS, Model
+from ...problem.presets import KV_LAYOUTS, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from ..attended import check_scale, compare_attended
@@ -80,8 +80,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     minor = frozenset({"lengths", "sink", "page"})
 
     def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
-        layout = kv_layout(model.kv_layout, model.page)
-        if (model.d_nope, model.d_rope) != (layout.d_nope, layout.d_rope):
+        if model.kv_layout == NO_CACHE:
             return ()
         return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, sink=model.attn_sink),)
 

@@ -18,7 +18,7 @@ from ...problem import checks, paged
 from ...problem.caches import IndexKLayout, tokens_of, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ..paged_rows import PagedRowsSpec
 from ..rows import RowSizes, draw_rows, same_bytes
@@ -49,6 +49,8 @@ class GatherPagedProblem(Problem[GatherPagedSpec, GatherPagedSizes]):
 
     def specs(self, model: Model) -> Sequence[GatherPagedSpec]:
         keys = GatherPagedSpec("index_k", model.index_head_dim, model.page)
+        if model.kv_layout == NO_CACHE:
+            return (keys,)
         return (keys, GatherPagedSpec(model.kv_layout, paged.WIDTHS[model.kv_layout][0], model.page))
 
     def bind(self, *args: Any) -> tuple[GatherPagedSpec, GatherPagedSizes, Inputs]:

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...problem import checks, compare, paged
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ..paged_rows import PagedRowsSpec
 from ..rows import RowSizes, as_bytes, check_rows, draw_rows
@@ -58,9 +58,7 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
 
     def specs(self, model: Model) -> Sequence[QuantizePagedSpec]:
         keys = QuantizePagedSpec("index_k", model.index_head_dim, model.page)
-        if model.d_nope not in paged.WIDTHS[model.kv_layout] or model.d_rope != paged.rope_of(
-            paged.layout_of(model.kv_layout, 1, model.d_nope)
-        ):
+        if model.kv_layout == NO_CACHE:
             return (keys,)
         return (QuantizePagedSpec(model.kv_layout, model.d_nope, model.page, power_of_two=model.kv_layout == "v4"), keys)
 

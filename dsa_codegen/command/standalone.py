@@ -1,0 +1,158 @@
+"""Launch the kernels of this folder by themselves: with Triton or TileLang and torch, without the package that generated them.
+
+    python launch.py              what is here
+    python launch.py MODULE       a small call of the module, with random arguments; on the CPU with TRITON_INTERPRET=1
+
+``index.json`` says what each module computes and how a call launches it: the kernels in order, their grids, their arguments.
+``kernels`` gives a module's kernels to launch with arguments of your own. ``interpreter.py`` mends what Triton's interpreter
+gets wrong of bf16 and FP8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+Kernel = Callable[[Sequence[int], Sequence[Any]], None]
+
+
+class Tiles:
+    """A matrix of which TMA loads tiles, as Triton's launcher reads it; shape and strides in the kernel's elements."""
+
+    padding = "zero"
+
+    def __init__(self, tensor: torch.Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> None:
+        self.tensor, self.shape, self.strides, self.offset = tensor, shape, strides, offset
+        self.base = self
+
+    def data_ptr(self) -> int:
+        """The address of the first element."""
+        return self.tensor.data_ptr() + self.offset
+
+
+def index() -> dict[str, Any]:
+    """What ``index.json`` says, by module."""
+    entries = json.loads((HERE / "index.json").read_text())
+    return {entry["module"]: entry for entry in entries}
+
+
+def load(name: str) -> Any:
+    """The module of that name in this folder."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None, "a file of this folder can be imported"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def kernels(name: str) -> dict[str, Kernel]:
+    """The kernels of a module by name, each to be called with its grid and its arguments in order."""
+    module = load(name)
+    if hasattr(module, "KERNELS"):
+        return {kernel: _tilelang(module, kernel) for kernel in module.KERNELS}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        load("interpreter").repair()
+        return {kernel: _interpreted(getattr(module, kernel)) for kernel in module.SIGNATURES}
+    import triton
+
+    target = triton.runtime.driver.active.get_current_target()
+    return {kernel: _compiled(compile_kernel(module, kernel, target)) for kernel in module.SIGNATURES}
+
+
+def compile_kernel(module: Any, kernel: str, target: Any) -> Any:
+    """A Triton or Gluon kernel, compiled from the signature that its module states; ``target`` is a ``GPUTarget``."""
+    import triton
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    types = module.SIGNATURES[kernel]
+    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
+    aligned = [place for place, kind in enumerate(types.values()) if kind.startswith("*") or kind.endswith(":16")]
+    kind = GluonASTSource if hasattr(module, "gluon") else ASTSource
+    source = kind(getattr(module, kernel), signature, {}, {(place,): [["tt.divisibility", 16]] for place in aligned})
+    return triton.compile(source, target=target, options=module.OPTIONS[kernel])
+
+
+def _compiled(kernel: Any) -> Kernel:
+    return lambda grid, args: kernel[tuple(grid)](*args)
+
+
+def _interpreted(function: Any) -> Kernel:
+    return lambda grid, args: function[tuple(grid)](*args)
+
+
+def _tilelang(module: Any, kernel: str) -> Kernel:
+    import tilelang
+
+    major, minor = torch.cuda.get_device_capability()
+    target = {"kind": "cuda", "arch": f"sm_{major}{minor}{'a' if major >= 9 else ''}"}
+    compiled = tilelang.compile(
+        module.KERNELS[kernel](), target=target, execution_backend="tvm_ffi", pass_configs=module.PASS_CONFIGS
+    )
+    return lambda grid, args: compiled(*args)  # its grid lies in the kernel
+
+
+def arguments(tensors: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, torch.Tensor]:
+    """Random tensors of the shapes, strides, types and ranges that the index states."""
+    torch.manual_seed(0)
+    return {name: _drawn(stated, device) for name, stated in tensors.items()}
+
+
+def _drawn(stated: Mapping[str, Any], device: str) -> torch.Tensor:
+    dtype = getattr(torch, stated["dtype"])
+    tensor = _view(torch.zeros(stated["bytes"], dtype=torch.uint8, device=device), dtype, stated)
+    if "range" in stated:  # of whole numbers: windows, tokens, slots, bytes of a cache
+        low, high = stated["range"]
+        tensor.copy_(torch.randint(low, high + 1, tensor.shape, device=device))
+    else:
+        tensor.copy_(torch.randn(tensor.shape, device=device).to(dtype))
+    return tensor
+
+
+def _view(base: torch.Tensor, dtype: torch.dtype, stated: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor over the memory of another; its offset is in elements of ``dtype``."""
+    made = torch.empty(0, dtype=dtype, device=base.device)
+    return made.set_(base.untyped_storage(), stated.get("offset", 0), stated["shape"], stated["stride"])
+
+
+def _argument(stated: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if not isinstance(stated, dict):
+        return stated
+    if "tiles" in stated:
+        return Tiles(tensors[stated["tiles"]], stated["shape"], stated["stride"], stated["offset"])
+    return _view(tensors[stated["of"]], getattr(torch, stated["dtype"]), stated)
+
+
+def run(name: str, device: str) -> dict[str, torch.Tensor]:
+    """Launch the small call of a module; returns its tensors by name, inputs, outputs and workspaces."""
+    call = index()[name]["call"]
+    tensors = arguments(call["tensors"], device)
+    made = kernels(name)
+    for launch in call["launches"]:
+        made[launch["kernel"]](launch["grid"], [_argument(stated, tensors) for stated in launch["args"]])
+    return tensors
+
+
+def main() -> None:
+    """See the module's first lines."""
+    entries = index()
+    if len(sys.argv) != 2 or sys.argv[1] not in entries:
+        for name, entry in entries.items():
+            print(f"{name}\n  {entry['summary']}\n  for {'; '.join(call['sizes'] for call in entry['serves'])}")
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for name, tensor in run(sys.argv[1], "cpu" if interpreted else "cuda").items():
+        print(f"{name}: {tensor.dtype} {list(tensor.shape)}, mean {tensor.double().nanmean():.6g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Field: the candidates that reached a problem's final, timed in turns, the winner checked once more, and its record."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ..kernels.render import template_name, template_sha
+from ..kernels.toolchain import versions
+from ..problem.op import Accuracy
+from ..records.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
+from .evaluate import Evaluator
+from .finals import Finalist, choose
+from .outcome import Kind, Outcome
+from .problem import Problem
+from .space import Candidate
+
+_RUNNERS_UP = 5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate that reached the final, with the outcome so far and, once it is over, the final's."""
+
+    candidate: Candidate
+    outcome: Outcome
+    default: bool
+
+    @property
+    def finalist(self) -> Finalist:
+        """What the choice looks at."""
+        assert self.outcome.timing is not None
+        return Finalist(self.candidate.config, self.outcome.timing, self.outcome.smem, self.default)
+
+
+C = TypeVar("C", bound=Contender)
+
+
+def timed_in_turns(problem: Problem, field: Sequence[C], evaluator: Evaluator, limit_s: float) -> tuple[list[C], bool]:
+    """The contenders that are built, with the times they took in turns, and whether there was such a final."""
+    field = [each for each in field if evaluator.is_built(each.candidate)]
+    measured = evaluator.final(problem, [each.candidate for each in field], limit_s) if field else None
+    if measured is None:
+        return field, False
+    timed = [
+        replace(each, outcome=replace(each.outcome, timing=time.timing, policy=time.policy))
+        for each, time in zip(field, measured, strict=True)
+    ]
+    return timed, True
+
+
+def winner_of(
+    problem: Problem, field: Sequence[C], evaluator: Evaluator | None, reject: Callable[[C, Outcome], None]
+) -> C | None:
+    """The choice among a backend's contenders; one that fails its last check is struck off, and ``reject`` is told."""
+    remaining = list(field)
+    while remaining:
+        by_config = {each.candidate.config: each for each in remaining}
+        winner = by_config[choose([each.finalist for each in remaining]).config]
+        if evaluator is None:
+            return winner
+        accuracy = evaluator.recheck(problem, winner.candidate)
+        if accuracy.passed:
+            return winner
+        remaining.remove(winner)
+        reject(winner, Outcome(Kind.MISMATCH, accuracy=accuracy, detail=accuracy.detail))
+    return None
+
+
+def record_of(
+    problem: Problem, winner: Contender, field: Sequence[Contender], default_us: float | None, search: Mapping[str, float]
+) -> Record:
+    """The winner's record; ``field`` are all contenders of its backend, from which the runners-up come."""
+    op, spec, case = problem.op, problem.spec, problem.case
+    config, outcome = winner.candidate.config, winner.outcome
+    assert outcome.timing is not None
+    others = sorted((each for each in field if each is not winner), key=lambda each: each.outcome.time_us)
+    return Record(
+        op=op.name,
+        gpu=GpuKey.of(problem.gpu),
+        backend=config.backend,
+        spec=spec.to_dict(),
+        bucket=case.sizes.bucket(),
+        config=config.to_dict(),
+        evidence=MEASURED if outcome.policy else MODELLED,
+        time_us=outcome.timing,
+        default_time_us=default_us,
+        limit_us=op.cost(spec, case).limit_us(problem.gpu),
+        sizes={name: int(value) for name, value in case.sizes.to_dict().items()},
+        distribution=case.distribution,
+        template=template_sha(template_name(op, config.backend)),
+        source_sha=winner.candidate.rendered.sha,
+        toolchain=versions(config.backend),
+        policy=outcome.policy,
+        accuracy=_accuracy(outcome.accuracy),
+        search=search,
+        runners_up=tuple(RunnerUp(each.candidate.config.to_dict(), each.outcome.time_us) for each in others[:_RUNNERS_UP]),
+        measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _accuracy(accuracy: Accuracy | None) -> dict[str, float] | None:
+    return {"max_abs": accuracy.max_abs, "similarity": accuracy.similarity} if accuracy else None

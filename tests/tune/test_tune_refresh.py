@@ -1,0 +1,259 @@
+"""Refresh: records whose template changed are measured again without a search, and nothing else is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.render import render, template_name, template_sha
+from dsa_codegen.problem.op import Config
+from dsa_codegen.proof.timing import COLD, Timing
+from dsa_codegen.records import files as records
+from dsa_codegen.records.lookup import lookup
+from dsa_codegen.records.record import GpuKey, Record
+from dsa_codegen.tune import refresh as room
+from dsa_codegen.tune import standing
+from dsa_codegen.tune.lock import StudyBusy
+from dsa_codegen.tune.on_gpu import GpuEvaluator
+from dsa_codegen.tune.pool import CompilePool
+from dsa_codegen.tune.refresh import Wish, refresh
+
+import tune_jobs
+from support import H200
+from toy import OP
+from tune_jobs import landscape
+from tune_support import CASE, DEFAULT, FAKE, PROBLEM, SPACE, SPEC, InstantGpu, config
+
+GOOD, BAD = config(block_q=2), config(num_stages=2, splits=8)  # faster than the default, and slower
+CHANGED = {"source_sha": "0" * 64, "template": "0" * 12}
+
+
+def make(choice: Config = GOOD, gpu=H200, **changes) -> Record:
+    """A record that holds, with some fields changed."""
+    fields = {
+        "op": OP.name,
+        "gpu": GpuKey.of(gpu),
+        "backend": choice.backend,
+        "spec": SPEC.to_dict(),
+        "bucket": CASE.sizes.bucket(),
+        "config": choice.to_dict(),
+        "evidence": "measured",
+        "time_us": Timing(50.0, 49.0, 51.0, 10),
+        "default_time_us": 60.0,
+        "limit_us": 40.0,
+        "sizes": CASE.sizes.to_dict(),
+        "distribution": CASE.distribution,
+        "template": template_sha(template_name(OP, "triton")),
+        "source_sha": render(OP, SPEC, choice).sha,
+        "toolchain": {"triton": "3.6.0"},
+        "policy": COLD,
+        "accuracy": {"max_abs": 0.0, "similarity": 0.0},
+        "search": {"trials": 412, "seed": 7},
+    }
+    return Record(**{**fields, **changes})
+
+
+@pytest.fixture
+def go(tmp_path, monkeypatch):
+    """Refresh what was put in a folder, with an evaluator that needs no GPU."""
+    for module in (room, standing):
+        monkeypatch.setattr(module, "all_ops", lambda: {OP.name: OP})
+
+    def run(evaluator=None, wish=None, here=H200, **options):
+        evaluator = evaluator or InstantGpu(folder=tmp_path / "builds")
+        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, log: evaluator)
+        return refresh(tmp_path / "tuned", here, wish, state=tmp_path / ".tune", **options)
+
+    return run
+
+
+def put(tmp_path, *found: Record) -> None:
+    records.merge(tmp_path / "tuned", found)
+
+
+def stored(tmp_path, gpu="h200") -> tuple[Record, ...]:
+    return records.read(tmp_path / "tuned" / gpu / "indexer.json")
+
+
+def near(choice: Config):
+    """The landscape's time, in as many digits as a file keeps."""
+    return pytest.approx(landscape(choice), rel=1e-5)
+
+
+def fates(report) -> list[str]:
+    return [fate.what for fate in report.fates]
+
+
+def test_a_changed_template_is_measured_again(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    assert lookup(OP, SPEC, CASE.sizes, H200, {"tuned": tmp_path / "tuned"}).origin == "default"
+    report = go()
+    (record,) = stored(tmp_path)
+    assert fates(report) == ["refreshed"] and report.complete
+    assert record.config_for(OP) == GOOD
+    assert (record.source_sha, record.template) == (make().source_sha, make().template)
+    assert record.time_us.median == near(GOOD)
+    assert record.default_time_us == near(DEFAULT)
+    assert record.accuracy == {"max_abs": 1e-6, "similarity": 1e-9}
+    assert record.toolchain.keys() > {"torch"} and record.measured_at
+    assert record.search == {"trials": 412, "seed": 7, "refreshed": 1}
+    found = lookup(OP, SPEC, CASE.sizes, H200, {"tuned": tmp_path / "tuned"})
+    assert (found.origin, found.stale) == ("tuned", False)
+
+
+def test_only_the_shipped_config_and_the_default_are_timed(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    go(evaluator)
+    assert evaluator.finals == [[GOOD, DEFAULT]]
+    assert not evaluator.judged
+
+
+def test_a_config_that_is_slower_now_gives_way_to_the_default(go, tmp_path):
+    put(tmp_path, make(BAD, **CHANGED))
+    (fate,) = go().fates
+    assert fate.what == "default" and "against the default's" in fate.why
+    assert stored(tmp_path)[0].config_for(OP) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_warps": 8}, "warpgroup rows"), ({"block_q": 3}, "block_q"), ({"block_k": 1}, "exactly the parameters")],
+    ids=["violation", "value", "parameters"],
+)
+def test_a_config_that_is_no_longer_possible_gives_way_too(go, tmp_path, change, words):
+    put(tmp_path, make(**{**CHANGED, "config": {**GOOD.to_dict(), **change}}))
+    (fate,) = go().fates
+    assert fate.what == "default" and words in fate.why
+    assert stored(tmp_path)[0].config_for(OP) == DEFAULT
+
+
+def test_a_wrong_config_never_stays(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    evaluator.wrong = {GOOD}
+    (fate,) = go(evaluator).fates
+    assert (fate.what, fate.why) == ("default", "mismatch: 3 values outside tolerance")
+    assert stored(tmp_path)[0].config_for(OP) == DEFAULT
+
+
+def test_where_the_default_is_wrong_too_the_record_goes(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    evaluator.wrong = {GOOD, DEFAULT}
+    assert fates(go(evaluator)) == ["dropped"]
+    assert not (tmp_path / "tuned" / "h200" / "indexer.json").exists()
+
+
+def test_a_winner_that_fails_its_last_check_gives_way(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    evaluator.refusals = 1
+    (fate,) = go(evaluator).fates
+    assert fate.what == "default" and "a repeat differs" in fate.why
+
+
+@pytest.mark.parametrize("here", [None, H200], ids=["no GPU", "another GPU"])
+def test_records_of_a_gpu_that_is_not_here(go, tmp_path, here):
+    put(tmp_path, make(gpu=resolve("H20"), **CHANGED))
+    before = stored(tmp_path, "h20")
+    report = go(here=here)
+    assert fates(report) == ["left"] and not report.complete
+    assert "h20" in report.fates[0].why and stored(tmp_path, "h20") == before
+    assert fates(go(here=here, wish=Wish(drop=True))) == ["dropped"]
+    assert stored(tmp_path, "h20") == ()
+
+
+def test_a_slice_of_the_gpu_does_not_measure_its_records(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    assert fates(go(here=dataclasses.replace(H200, sms=16))) == ["left"]
+
+
+def test_what_holds_is_left_alone(go, tmp_path):
+    put(tmp_path, make(), make(gpu=resolve("H20")))
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("tuned/*/*.json"))]
+    report = go(wish=Wish(drop=True))
+    assert (report.holding, report.fates, report.complete) == (2, [], True)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("tuned/*/*.json"))] == before
+
+
+def test_every_record_where_that_is_wished(go, tmp_path):
+    put(tmp_path, make(), make(gpu=resolve("H20")))
+    report = go(wish=Wish(every=True, gpu_id="h200"))
+    assert fates(report) == ["refreshed"]
+    assert stored(tmp_path)[0].time_us.median == near(GOOD)
+    assert stored(tmp_path, "h20")[0].time_us.median == 50.0
+
+
+def test_a_template_that_changed_without_its_code_needs_no_gpu(go, tmp_path):
+    put(tmp_path, make(template="0" * 12))
+    assert fates(go(here=None)) == ["carried"]
+    (record,) = stored(tmp_path)
+    assert record == dataclasses.replace(record, template=make().template, time_us=make().time_us)
+
+
+def test_another_triton_alone_changes_no_record(go, tmp_path):
+    """Its text is compared with the one for the Triton that it was measured with."""
+    old = render(OP, SPEC, GOOD, "3.7.0").sha
+    put(tmp_path, make(toolchain={"triton": "3.7.0"}, source_sha=old))
+    assert go().holding == 1
+
+
+def test_a_machine_in_trouble_costs_no_record(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    before = stored(tmp_path)
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    evaluator.trouble = "CUDA error: out of memory"
+    (fate,) = go(evaluator).fates
+    assert fate.what == "left" and "out of memory" in fate.why
+    assert stored(tmp_path) == before
+    evaluator.trouble, evaluator.final = "", lambda problem, candidates, limit_s: None
+    assert fates(go(evaluator)) == ["left"]
+    assert stored(tmp_path) == before
+
+
+def test_a_spent_budget_leaves_the_rest(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    (fate,) = go(budget_s=1e-9).fates
+    assert (fate.what, fate.why) == ("left", "the budget was spent")
+
+
+def test_a_backend_that_is_gone_makes_room_for_the_default(go, tmp_path):
+    put(tmp_path, make(backend="tilelang", **CHANGED))
+    report = go()
+    assert fates(report) == ["dropped", "added"]
+    (record,) = stored(tmp_path)
+    assert (record.backend, record.config_for(OP)) == ("triton", DEFAULT)
+
+
+def test_one_refresh_at_a_time(go, tmp_path):
+    put(tmp_path, make(**CHANGED))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+
+    def again(problem, candidates, limit_s):
+        with pytest.raises(StudyBusy, match="nothing was changed"):
+            go(evaluator)
+        return InstantGpu.final(evaluator, problem, candidates, limit_s)
+
+    evaluator.final = again
+    assert fates(go(evaluator)) == ["refreshed"]
+
+
+def test_a_process_of_its_own_gates_and_times(tmp_path):
+    """The jobs cross to the GPU's process; what dies there is an outcome, and compilers go on meanwhile."""
+    unruly = SPACE.candidate(config(block_q=1, block_n=128, splits=4))
+    good = SPACE.candidate(GOOD)
+    with CompilePool(H200, tmp_path, 1, compile=tune_jobs.compile_quickly) as pool, GpuEvaluator(pool, FAKE) as evaluator:
+        for candidate in (unruly, good):
+            pool.request(candidate.rendered)
+        while not evaluator.compiled(unruly):
+            pool.poll()
+        assert evaluator.set_up(PROBLEM, "triton") == ""
+        assert evaluator.gate(PROBLEM, unruly).kind.value == "worker_died"
+        while not evaluator.compiled(good):
+            pool.poll()
+        assert evaluator.gate(PROBLEM, good).ok
+        (measured,) = evaluator.final(PROBLEM, [good], 1.0)
+    assert measured.timing.median == landscape(GOOD)
