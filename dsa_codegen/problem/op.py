@@ -139,7 +139,7 @@ class Problem(ABC, Generic[S, Z]):
     schema: ClassVar[str]
     """The torch operator's arguments and results, without the name: ``(Tensor q, ...) -> Tensor``."""
     buffers: ClassVar[tuple[str, ...]] = ()
-    """Outputs that a caller may bring: the operator ``<function>_into`` takes them behind the other arguments, and returns nothing."""
+    """Outputs that a caller may bring: the operator ``<function>_into`` takes them behind the others, and returns nothing."""
     spec_type: ClassVar[type[Spec]]
     sizes_type: ClassVar[type[Sizes]]
     minor: ClassVar[frozenset[str]] = frozenset()

@@ -27,7 +27,9 @@ SPECS = [
 ]
 # The second pool: V4's, another page and other lengths than the first's, none of them a multiple of a tile.
 TWO_POOLS = [
-    AttentionPagedSpec(5, 20, kv_layout="v4", page=61, lengths=True, sink=True, extra_topk=45, extra_page=2, extra_lengths=True),
+    AttentionPagedSpec(
+        5, 20, kv_layout="v4", page=61, lengths=True, sink=True, extra_topk=45, extra_page=2, extra_lengths=True
+    ),
     AttentionPagedSpec(16, 33, kv_layout="v4", page=53, extra_topk=16, extra_page=64),
     AttentionPagedSpec(20, 7, page=69, sink=True, extra_topk=30, extra_page=7, extra_lengths=True),
 ]
@@ -245,6 +247,14 @@ def test_an_empty_second_pool_changes_nothing():
         assert torch.equal(value, alone[name])
 
 
+def two_pools(**changes):
+    """A valid call's arguments in order, its caches as engines view them, with some of them changed."""
+    spec = TWO_POOLS[0]
+    layouts = {"cache": spec.layout, "extra_cache": spec.extra_layout}
+    pages = {name: as_pages(each, each.empty(3)).unflatten(1, (each.page, 1, 584)) for name, each in layouts.items()}
+    return arguments(spec, **{**pages, **changes})
+
+
 @pytest.mark.parametrize(
     ("changes", "argument"),
     [
@@ -259,10 +269,10 @@ def test_an_empty_second_pool_changes_nothing():
 )
 def test_a_wrong_second_pool_is_named(changes, argument):
     with pytest.raises(InputError, match=f"^{argument}:"):
-        OP.bind(*arguments(TWO_POOLS[0], **changes))
+        OP.bind(*two_pools(**changes))
 
 
 def test_spec_of_a_second_pool_has_one_spelling():
     with pytest.raises(SpecError, match="extra_lengths"):
         AttentionPagedSpec(16, 64, extra_lengths=True)
-    assert OP.bind(*arguments(TWO_POOLS[0]))[0] == TWO_POOLS[0]
+    assert OP.bind(*two_pools())[0] == TWO_POOLS[0]

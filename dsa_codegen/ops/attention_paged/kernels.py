@@ -106,7 +106,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
         batch, next_n = q.shape[:2]
         rows, d_v = batch * next_n, spec.layout.d_v
-        pools = [_pool(inputs, next_n, spec.page), *([_pool(inputs, next_n, spec.extra_page, "extra_")] if spec.extra_topk else [])]
+        pools = [_pool(inputs, next_n, spec.page)]
+        if spec.extra_topk:
+            pools.append(_pool(inputs, next_n, spec.extra_page, "extra_"))
         if not rows:
             return ()
         if not any(slots for _, (slots, *_) in pools):

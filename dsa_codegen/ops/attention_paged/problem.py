@@ -120,10 +120,11 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), {**inputs, **buffers}
 
     def inputs(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
+        batch, next_n = case.sizes.batch, case.sizes.next_n
         layout = spec.layout
         pool = _draw_pool(layout, spec.topk, spec.lengths, case, draw)
         inputs = {
-            "q": draw.normal(case.sizes.batch, case.sizes.next_n, spec.heads, layout.d_nope + layout.d_rope, dtype=torch.bfloat16),
+            "q": draw.normal(batch, next_n, spec.heads, layout.d_nope + layout.d_rope, dtype=torch.bfloat16),
             "cache": pool["cache"],
             "indices": pool["indices"],
             "sm_scale": (layout.d_nope + layout.d_rope) ** -0.5,
