@@ -67,11 +67,13 @@ def fp8_fp4_mqa_logits(
     Returns:
         [seq_len, seq_len_kv] or [seq_len, max_seqlen_k].
     """
-    if clean_logits is not None and not isinstance(clean_logits, bool):
-        clean_logits, max_seqlen_k = None, clean_logits
-    if clean_logits and max_seqlen_k:
+    if isinstance(clean_logits, bool):
+        clean = clean_logits
+    else:
+        max_seqlen_k = clean_logits or max_seqlen_k
+        clean = not max_seqlen_k
+    if clean and max_seqlen_k:
         raise InputError("clean_logits", "True", "False with max_seqlen_k")
-    clean = not max_seqlen_k if clean_logits is None else clean_logits
     windows = cu_seq_len_k_start, cu_seq_len_k_end
     return indexer_logits(
         _fp8(q), *kv, weights, *windows, logits=_dtype(logits_dtype), clean=clean, max_window=max_seqlen_k or None
