@@ -10,18 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from . import ops
 from .errors import InputError
+from .ops.attention.problem import D_V as _D_V
 from .ops.logits import chunk_rows, row_bytes
 from .runtime.torch_ops import direct
 
 _indexer_logits = direct("indexer_logits")
 _indexer_logits_paged = direct("indexer_logits_paged")
 _select = direct("select")
+_select_into = direct("select_into")
 _sparse_attention = direct("sparse_attention")
+_sparse_attention_into = direct("sparse_attention_into")
 _sparse_attention_paged = direct("sparse_attention_paged")
+_sparse_attention_paged_into = direct("sparse_attention_paged_into")
 _quantize = direct("quantize")
 _quantize_paged = direct("quantize_paged")
 _gather_paged = direct("gather_paged")
@@ -149,6 +154,7 @@ def select(
     page: int = 64,
     keep_first: int = 0,
     keep_recent: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The k highest scores of each row's window [start, end), in ascending order of tokens; ties go to the lowest token.
 
@@ -160,11 +166,16 @@ def select(
         page_table: int32 [requests, max_pages]; with it the result holds physical slots (block · page + offset), and
             rows / requests consecutive rows share a request.
         keep_first, keep_recent: so many tokens at the window's start and end are always chosen; they count among the k.
+        out: int32 [rows, topk], contiguous, where to write the result; a new tensor where absent.
 
     Returns:
         int32 [rows, topk], -1 behind the last chosen token of a short window. The same input gives the same bits, always.
     """
-    return _select(scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
+    arguments = (scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
+    if out is None:
+        return _select(*arguments)
+    _select_into(*arguments, out)
+    return out
 
 
 def sparse_attention(
@@ -175,21 +186,33 @@ def sparse_attention(
     *,
     lengths: Tensor | None = None,
     sink: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    max_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
     Args:
         q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512.
         kv: bf16 [tokens, 1, d]; the first 512 channels are the value.
-        indices: int32 [queries, 1, topk], invalid ones anywhere.
+        indices: int32 or int64 [queries, 1, topk], invalid ones anywhere. Kernels read int32: int64 is narrowed first, which
+            reads and writes them once more (4096 × 2048 of them are 100 MB).
         sm_scale: factor of the scores, usually d^-0.5.
         lengths: int32 [queries]; only so many entries of a row count.
         sink: fp32 [heads], a logit that joins the softmax's denominator; lse stays as it is.
+        out, lse: where to write the results, shaped like them and contiguous; new tensors where absent.
+        max_logits: fp32 [queries, heads], where to write each head's highest score (-inf where there is none); a kernel of
+            its own, so that nobody else pays for it.
 
     Returns:
         out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
-    return _sparse_attention(q, kv, indices, sm_scale, lengths, sink)
+    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink)
+    if out is None and lse is None and max_logits is None:
+        return _sparse_attention(*arguments)
+    out, lse = _results(q, out, lse)
+    _sparse_attention_into(*arguments, out, lse, max_logits)
+    return out, lse
 
 
 def sparse_attention_paged(
@@ -200,19 +223,47 @@ def sparse_attention_paged(
     *,
     lengths: Tensor | None = None,
     sink: Tensor | None = None,
+    extra_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache.
+    """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache, or over two of them at once.
 
     Args:
         q: bf16 [batch, next_n, heads, d].
-        cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token.
-        indices: int32 [batch, next_n, topk], physical slots (block · page + offset), invalid ones anywhere.
+        cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token; page 1 to 1024.
+        indices: int32 or int64 [batch, next_n, topk], physical slots (block · page + offset), invalid ones anywhere.
         sm_scale, lengths, sink: as in ``sparse_attention``; lengths is int32 [batch, next_n] or [batch].
+        extra_cache, extra_indices, extra_lengths: a second pool, which one softmax attends to together with the first
+            (DeepSeek-V4: a window of recent tokens beside the chosen ones): a cache of the same layout with its own page,
+            lists of its own length, and lengths of its own where there are any.
+        out, lse: as in ``sparse_attention``.
 
     Returns:
         out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads].
     """
-    return _sparse_attention_paged(q, cache, indices, sm_scale, lengths, sink)
+    listed = None if extra_indices is None else _as_int32(extra_indices)
+    arguments = (q, cache, _as_int32(indices), sm_scale, lengths, sink, extra_cache, listed, extra_lengths)
+    if out is None and lse is None:
+        return _sparse_attention_paged(*arguments)
+    out, lse = _results(q, out, lse)
+    _sparse_attention_paged_into(*arguments, out, lse)
+    return out, lse
+
+
+def _as_int32(indices: Tensor) -> Tensor:
+    """The indices as int32. What int32 cannot hold is no token, and stays none at its ends."""
+    narrow = getattr(indices, "dtype", None) is torch.int64
+    return indices.clamp(-1, 2**31 - 1).int() if narrow else indices
+
+
+def _results(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Buffers for what the caller brought none for; the operator checks those that came."""
+    rows = q.shape[:-1]
+    out = q.new_empty(*rows, _D_V) if out is None else out
+    return out, q.new_empty(rows, dtype=torch.float32) if lse is None else lse
 
 
 def quantize_index_q(q: Tensor, weights: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""What both attention operations give, out and lse, and what both ask of their scalars."""
+"""What both attention operations give (out, lse, on demand the highest scores), and what both ask of scalars and buffers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from ..errors import InputError
-from ..problem import compare
-from ..problem.op import Accuracy, Outputs
+from ..problem import checks, compare
+from ..problem.op import Accuracy, Inputs, Outputs
 
 
 def check_scale(sm_scale: float) -> None:
@@ -15,9 +19,35 @@ def check_scale(sm_scale: float) -> None:
         raise InputError("sm_scale", str(sm_scale), "a positive number")
 
 
+def check_buffers(
+    names: Sequence[str], brought: Sequence[object], rows: Sequence[int], d_v: int, q: Tensor
+) -> dict[str, Tensor]:
+    """Check the buffers of ``names`` that a caller brought for results: out bf16 [*rows, d_v], the others fp32 rows."""
+    buffers = {}
+    for name, value in zip(names, brought, strict=False):
+        if value is not None:
+            shape, dtype = ((*rows, d_v), torch.bfloat16) if name == "out" else (rows, torch.float32)
+            buffers[name] = checks.tensor(name, value, shape, dtype, like=q)
+    return buffers
+
+
+def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = False) -> Outputs:
+    """The buffers that came with the inputs; where there is none, uninitialised memory."""
+    device = inputs["q"].device
+    out, lse, highest = (inputs.get(name) for name in ("out", "lse", "max_logits"))
+    results = {
+        "out": torch.empty(*rows, d_v, dtype=torch.bfloat16, device=device) if out is None else out,
+        "lse": torch.empty(*rows, dtype=torch.float32, device=device) if lse is None else lse,
+    }
+    if max_logits:
+        results["max_logits"] = torch.empty(*rows, dtype=torch.float32, device=device) if highest is None else highest
+    return results
+
+
 def compare_attended(outputs: Outputs, reference: Outputs) -> Accuracy:
-    """Compare ``out`` and ``lse`` within the limits of attention."""
+    """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention."""
+    statistics = (name for name in reference if name != "out")
     return compare.worst(
         compare.close("out", outputs["out"], reference["out"], compare.ATTENTION),
-        compare.close("lse", outputs["lse"], reference["lse"], compare.LSE),
+        *(compare.close(name, outputs[name], reference[name], compare.LSE) for name in statistics),
     )

@@ -138,6 +138,8 @@ class Problem(ABC, Generic[S, Z]):
     """The public function and torch operator."""
     schema: ClassVar[str]
     """The torch operator's arguments and results, without the name: ``(Tensor q, ...) -> Tensor``."""
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Outputs that a caller may bring: the operator ``<function>_into`` takes them behind the others, and returns nothing."""
     spec_type: ClassVar[type[Spec]]
     sizes_type: ClassVar[type[Sizes]]
     minor: ClassVar[frozenset[str]] = frozenset()
@@ -149,7 +151,7 @@ class Problem(ABC, Generic[S, Z]):
 
     @abstractmethod
     def bind(self, *args: Any) -> tuple[S, Z, Inputs]:
-        """Check the arguments of a call (in the order of ``schema``) and name them; runs before every launch.
+        """Check the arguments of a call (in the order of ``schema``, then ``buffers``) and name them; runs before every launch.
 
         Raises:
             InputError: names the argument, what came and what is allowed.

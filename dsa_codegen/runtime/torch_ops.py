@@ -26,9 +26,17 @@ _is_tracing = torch._C._is_tracing
 _profiler_enabled = torch._C._autograd._profiler_enabled
 
 
-def _register(op: Op) -> None:
-    name = f"{NAMESPACE}::{op.function}"
-    schema = torch._C.parse_schema(name + op.schema)
+def _forms(op: Op) -> dict[str, str]:
+    """The schemas of an operation's operators by name: one that returns its results, and one that writes them to buffers."""
+    if not op.buffers:
+        return {op.function: op.schema}
+    written = "".join(f", Tensor({letter}!)? {name}=None" for letter, name in zip("abcdef", op.buffers, strict=False))
+    return {op.function: op.schema, f"{op.function}_into": f"{op.schema[: op.schema.rindex(') ->')]}{written}) -> ()"}
+
+
+def _register(op: Op, function: str, form: str) -> None:
+    name = f"{NAMESPACE}::{function}"
+    schema = torch._C.parse_schema(name + form)
     arguments = schema.arguments
     defaults = [argument.default_value if argument.has_default_value() else None for argument in arguments]
     written, listed = _results(schema)
@@ -43,9 +51,9 @@ def _register(op: Op) -> None:
         spec, _, inputs = op.bind(*complete(args))
         return _returned(op.allocate(spec, inputs), written, listed)
 
-    _LIBRARY.define(op.function + op.schema)
+    _LIBRARY.define(function + form)
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(op.function, run, device)
+        _LIBRARY.impl(function, run, device)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
 
 
@@ -67,8 +75,8 @@ def direct(name: str) -> Callable[..., Any]:
     Nobody can tell the two apart: the first call of its kind went through the operator, which found its arguments good, and
     whatever wants to see operators (a trace, a mode, a transform, a profiler, gradients) still sees this one.
     """
-    operator, op = function(name), _BY_FUNCTION[name]
-    written, listed = _results(torch._C.parse_schema(name + op.schema))
+    operator, (op, form) = function(name), _BY_FUNCTION[name]
+    written, listed = _results(torch._C.parse_schema(name + form))
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _watched():
@@ -90,6 +98,6 @@ def _watched() -> bool:
     return _dispatch_modes() > 0 or _function_modes() > 0 or _transforms() is not None or _is_tracing() or _profiler_enabled()
 
 
-_BY_FUNCTION = {op.function: op for op in ops.all_ops().values()}
-for _op in _BY_FUNCTION.values():
-    _register(_op)
+_BY_FUNCTION = {name: (op, form) for op in ops.all_ops().values() for name, form in _forms(op).items()}
+for _name, (_op, _form) in _BY_FUNCTION.items():
+    _register(_op, _name, _form)

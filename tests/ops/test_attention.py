@@ -23,6 +23,7 @@ SPECS = [
     AttentionSpec(20, 512, topk=33, lengths=True),
     AttentionSpec(16, 576, topk=96, sink=True),
     AttentionSpec(1, 512, topk=1, lengths=True, sink=True),
+    AttentionSpec(5, 576, topk=70, lengths=True, sink=True, max_logits=True),
 ]
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
@@ -46,6 +47,10 @@ def test_matches_the_reference(interpreter, spec, case):
         (AttentionSpec(32, 512, 512), MULTISTAGE.replace(block_h=32, block_n=64, threads=256)),
         (AttentionSpec(128, 576, 2048), MULTISTAGE.replace(block_h=64, num_stages=3, threads=256)),
         (AttentionSpec(16, 576, 2048, lengths=True), TRITON),
+        (AttentionSpec(16, 576, 2048, max_logits=True), TRITON),
+        (AttentionSpec(128, 576, 2048, max_logits=True), SPECIALISED),
+        (AttentionSpec(64, 512, 512, lengths=True, sink=True, max_logits=True), SPECIALISED),
+        (AttentionSpec(5, 576, 37, max_logits=True), MULTISTAGE),
         (AttentionSpec(128, 576, 2048, sink=True), TRITON.replace(block_h=64, num_stages=5, num_warps=8)),
     ],
     ids=lambda value: value.id if isinstance(value, AttentionSpec) else value.to_dict().get("pipeline", value.backend),
@@ -141,6 +146,17 @@ def test_bind_reads_the_spec_off_the_arguments():
 def test_lists_shorter_than_k_are_padded_and_name_no_token_twice():
     indices = OP.inputs(AttentionSpec(1, 512, 9), Case(AttentionSizes(2, 5), "random"), Draw(0))["indices"][:, 0]
     assert indices.sort().values.tolist() == [[-1, -1, -1, -1, 0, 1, 2, 3, 4]] * 2
+
+
+def test_max_logits_are_the_highest_scores():
+    spec = AttentionSpec(3, 576, 16, max_logits=True)
+    inputs = OP.inputs(spec, Case(AttentionSizes(4, 30), "ragged"), Draw(0))
+    outputs = OP.reference(spec, inputs)
+    for query, listed in enumerate(inputs["indices"][:, 0]):
+        kept = inputs["kv"][listed[(listed >= 0) & (listed < 30)].long(), 0].float()
+        scores = inputs["q"][query].float() @ kept.T * inputs["sm_scale"]
+        expected = scores.amax(-1) if len(kept) else torch.full((3,), -math.inf)
+        torch.testing.assert_close(outputs["max_logits"][query], expected)
 
 
 def test_the_sink_takes_weight_from_the_tokens_but_leaves_lse():

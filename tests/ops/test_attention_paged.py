@@ -25,6 +25,14 @@ SPECS = [
     AttentionPagedSpec(20, 70, kv_layout="v4", page=53, lengths=True, sink=True),
     AttentionPagedSpec(1, 17, kv_layout="v4", page=2),
 ]
+# The second pool: V4's, another page and other lengths than the first's, none of them a multiple of a tile.
+TWO_POOLS = [
+    AttentionPagedSpec(
+        5, 20, kv_layout="v4", page=61, lengths=True, sink=True, extra_topk=45, extra_page=2, extra_lengths=True
+    ),
+    AttentionPagedSpec(16, 33, kv_layout="v4", page=53, extra_topk=16, extra_page=64),
+    AttentionPagedSpec(20, 7, page=69, sink=True, extra_topk=30, extra_page=7, extra_lengths=True),
+]
 SMALL = Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=3)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
@@ -33,6 +41,17 @@ BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 @pytest.mark.parametrize("case", OP.cases(SPECS[0]), ids=lambda case: case.id)
 def test_matches_the_reference(interpreter, spec, case):
     assert_matches_reference(interpreter, OP, spec, SMALL, case)
+
+
+@pytest.mark.parametrize("spec", TWO_POOLS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize("case", OP.cases(SPECS[0]), ids=lambda case: case.id)
+def test_two_pools_match_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, OP, spec, SMALL, case)
+
+
+@pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 24}, {"block_n": 32}], ids=str)
+def test_two_pools_match_the_reference_in_every_form(interpreter, changes):
+    assert_matches_reference(interpreter, OP, TWO_POOLS[0], SMALL.replace(**changes), OP.cases(TWO_POOLS[0])[1])
 
 
 @pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 24}, {"dequantize": "cast"}, {"block_n": 32}], ids=str)
@@ -59,6 +78,17 @@ def test_default_config_compiles_for_hopper(name):
 )
 def test_configs_without_violations_fit(changes):
     assert_compiles(OP, AttentionPagedSpec(128, 2048, sink=True), SMALL.replace(**changes), spills=64)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 64, 128])
+def test_two_pools_compile_for_hopper(heads):
+    spec = AttentionPagedSpec(heads, 128, "v4", 256, sink=True, extra_topk=512, extra_page=64, extra_lengths=True)
+    assert_compiles(OP, spec, default(OP, spec, "triton"), spills=64)
+
+
+def test_a_second_pool_is_left_to_triton():
+    found = OP.violations(TWO_POOLS[0], Config.of("gluon", splits=0), H200)
+    assert [violation.name for violation in found] == ["second pool"]
 
 
 @pytest.mark.parametrize("spec", SPECS[1::2], ids=lambda spec: spec.id)
@@ -147,7 +177,8 @@ def test_bind_names_what_it_took(spec):
     bound, sizes, inputs = OP.bind(*arguments(spec, cache=pages))
     assert bound == spec
     assert (sizes.batch, sizes.next_n) == (2, 2)
-    assert list(inputs) == ["q", "cache", "indices", "sm_scale", "lengths", "sink"]
+    pools = [f"{pool}{name}" for pool in ("", "extra_") for name in ("cache", "indices", "lengths")]
+    assert inputs.keys() == {"q", "sm_scale", "sink", *pools}
 
 
 def test_a_long_prompt_is_not_split_until_memory_ends():
@@ -186,3 +217,62 @@ def test_takes_the_v4_cache_as_engines_view_it():
     view = pages.as_strided((3, 61, 1, 584), (layout.page_bytes, 584, 584, 1))
     spec, _, _ = OP.bind(*arguments(AttentionPagedSpec(4, 8, kv_layout="v4", page=61), cache=view))
     assert spec.page == 61
+
+
+@pytest.mark.parametrize("spec", TWO_POOLS, ids=lambda spec: spec.id)
+def test_one_softmax_runs_over_both_pools(spec):
+    """Two calls, one for each pool, joined by their lse, give what one call over both gives."""
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(2, 3, 150), "ragged"), Draw(3))
+    both = OP.reference(spec, inputs)
+    parts = []
+    for prefix in ("", "extra_"):
+        pool = {name: inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths")}
+        fields = {name: getattr(spec, f"{prefix}{name}") for name in ("topk", "page", "lengths")}
+        alone = AttentionPagedSpec(spec.heads, kv_layout=spec.kv_layout, **fields)
+        parts.append(OP.reference(alone, {**inputs, **pool, "sink": None}))
+    lse = torch.stack([part["lse"] for part in parts])
+    joined = lse.logsumexp(0)
+    total = joined if inputs["sink"] is None else torch.logaddexp(joined, inputs["sink"])
+    shares = (lse - total).exp().nan_to_num(0.0)
+    torch.testing.assert_close(both["lse"], joined)
+    torch.testing.assert_close(both["out"], (torch.stack([part["out"] for part in parts]) * shares[..., None]).sum(0))
+
+
+def test_an_empty_second_pool_changes_nothing():
+    spec = TWO_POOLS[1]
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(2, 1, 150), "random"), Draw(4))
+    nothing = {"extra_cache": spec.extra_layout.empty(0), "extra_indices": torch.full_like(inputs["extra_indices"], -1)}
+    alone = OP.reference(AttentionPagedSpec(spec.heads, spec.topk, "v4", spec.page), inputs)
+    for name, value in OP.reference(spec, {**inputs, **nothing}).items():
+        assert torch.equal(value, alone[name])
+
+
+def two_pools(**changes):
+    """A valid call's arguments in order, its caches as engines view them, with some of them changed."""
+    spec = TWO_POOLS[0]
+    layouts = {"cache": spec.layout, "extra_cache": spec.extra_layout}
+    pages = {name: as_pages(each, each.empty(3)).unflatten(1, (each.page, 1, 584)) for name, each in layouts.items()}
+    return arguments(spec, **{**pages, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"extra_cache": None}, "extra_indices"),
+        ({"extra_cache": None, "extra_indices": None}, "extra_lengths"),
+        ({"extra_cache": torch.zeros(10, 7, 1, 656, dtype=torch.uint8)}, "extra_cache"),
+        ({"extra_indices": None}, "extra_indices"),
+        ({"extra_indices": torch.zeros(2, 1, 45, dtype=torch.int32)}, "extra_indices"),
+        ({"extra_lengths": torch.zeros(3, dtype=torch.int32)}, "extra_lengths"),
+    ],
+    ids=str,
+)
+def test_a_wrong_second_pool_is_named(changes, argument):
+    with pytest.raises(InputError, match=f"^{argument}:"):
+        OP.bind(*two_pools(**changes))
+
+
+def test_spec_of_a_second_pool_has_one_spelling():
+    with pytest.raises(SpecError, match="extra_lengths"):
+        AttentionPagedSpec(16, 64, extra_lengths=True)
+    assert OP.bind(*two_pools())[0] == TWO_POOLS[0]

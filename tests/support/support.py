@@ -26,7 +26,8 @@ def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
 def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
     """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
     schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
-    options = {**spec.to_dict(), "weights": None, "starts": None, "lengths": None, "sink": None}
+    absent = dict.fromkeys(("weights", "starts", "lengths", "sink", "extra_cache", "extra_indices", "extra_lengths"))
+    options = {**spec.to_dict(), **absent}
     return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 

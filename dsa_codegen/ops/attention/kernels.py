@@ -69,10 +69,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return ()
         if not len(kv):
             outputs["out"].zero_()
-            outputs["lse"].fill_(-math.inf)
+            for name in outputs.keys() - {"out"}:
+                outputs[name].fill_(-math.inf)
             return ()
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
-        tensors = (q, kv, inputs["indices"], *optional, outputs["out"], outputs["lse"])
+        tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
         scalars = (len(kv), inputs["sm_scale"]) if config.backend == "triton" else (inputs["sm_scale"],)
         return (Launch("attention", (len(q) * _head_blocks(spec, config), 1, 1), (*tensors, *scalars)),)
 

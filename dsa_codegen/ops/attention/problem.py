@@ -20,7 +20,7 @@ from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import Model
 from ...problem.values import Sizes, Spec
-from ..attended import check_scale, compare_attended
+from ..attended import attended, check_buffers, check_scale, compare_attended
 
 D_V = 512
 """Channels of a token that are also its value: 512 + 64 (V3.2), 512 + 0, and all of 448 + 64 (V4)."""
@@ -39,6 +39,8 @@ class AttentionSpec(Spec):
     lengths: bool = False
     """Whether only the first ``lengths[query]`` entries of a list count."""
     sink: bool = False
+    max_logits: bool = False
+    """Whether each head's highest score is written out as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,15 +68,16 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     schema = (
         "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None) -> (Tensor, Tensor)"
     )
+    buffers = ("out", "lse", "max_logits")
     spec_type = AttentionSpec
     sizes_type = AttentionSizes
-    minor = frozenset({"lengths", "sink"})
+    minor = frozenset({"lengths", "sink", "max_logits"})
 
     def specs(self, model: Model) -> Sequence[AttentionSpec]:
         return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
-        q, kv, indices, sm_scale, lengths, sink = args
+        q, kv, indices, sm_scale, lengths, sink, *brought = args
         q = checks.tensor("q", q, (None, None, None), torch.bfloat16)
         queries, heads, d_qk = q.shape
         tokens = checks.tensor("kv", kv, (None, 1, d_qk), torch.bfloat16, like=q).shape[0]
@@ -84,8 +87,9 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if sink is not None:
             checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
-        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None)
-        inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
+        buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
+        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None, "max_logits" in buffers)
+        inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionSizes(queries, tokens), inputs
 
     def inputs(self, spec: AttentionSpec, case: Case[AttentionSizes], draw: Draw) -> Inputs:
@@ -107,14 +111,11 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def reference(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
         q = inputs["q"]
         parts = [_attend(inputs, slice(first, first + _CHUNK)) for first in range(0, max(len(q), 1), _CHUNK)]
-        return {"out": torch.cat([out for out, _ in parts]), "lse": torch.cat([lse for _, lse in parts])}
+        names = self.buffers if spec.max_logits else self.buffers[:2]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def allocate(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
-        shape, device = inputs["q"].shape[:2], inputs["q"].device
-        return {
-            "out": torch.empty(*shape, D_V, dtype=torch.bfloat16, device=device),
-            "lse": torch.empty(shape, dtype=torch.float32, device=device),
-        }
+        return attended(inputs, inputs["q"].shape[:2], D_V, spec.max_logits)
 
     def check(self, spec: AttentionSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         return compare_attended(outputs, reference)
@@ -133,7 +134,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         return [Case(AttentionSizes(3, 200), "random"), *ragged]
 
     def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
-        return tuple(replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True))
+        plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
+        return (*plain, replace(plain[-1], max_logits=True))
 
     def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
         sizes = ((4096, 32768), (4096, 131072), (512, 32768), (512, 131072))
@@ -161,8 +163,8 @@ def _spoiled(draw: Draw, indices: Tensor, tokens: int) -> Tensor:
     return spoiled
 
 
-def _attend(inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor]:
-    """(out, lse) of some queries in fp32."""
+def _attend(inputs: Inputs, rows: slice) -> Outputs:
+    """What some queries get, in fp32."""
     q, kv, chosen = inputs["q"][rows].float(), inputs["kv"][:, 0], inputs["indices"][rows, 0].long()
     valid = (chosen >= 0) & (chosen < len(kv))
     if inputs["lengths"] is not None:
@@ -174,4 +176,5 @@ def _attend(inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor]:
     lse = scores.logsumexp(-1)
     total = lse if inputs["sink"] is None else torch.logaddexp(lse, inputs["sink"].expand_as(lse))
     weights = torch.exp(scores - total[..., None]).masked_fill(~valid[:, None], 0.0)
-    return torch.einsum("qhk,qkd->qhd", weights, latent[..., :D_V]), lse
+    out = torch.einsum("qhk,qkd->qhd", weights, latent[..., :D_V])
+    return {"out": out, "lse": lse, "max_logits": scores.amax(-1)}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from ...gpu import Gpu
 from ...kernels.waves import until_done
@@ -48,6 +49,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             if gpu.capability != 90:
                 reason = f"capability: the Gluon template is Hopper's, {gpu.name} is sm_{gpu.capability}"
                 yield Violation("capability", 1.0, reason)
+            if spec.extra_topk:
+                yield Violation("second pool", 1.0, "second pool: the Gluon template gathers from one cache, Triton's from two")
             yield from exceeds("smem", _gluon_smem(spec), gpu.smem_per_block, " B")
             return
         if config["dequantize"] == "cast":
@@ -88,6 +91,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             "combine_d": _COMBINE_D,
             "combine_s": _COMBINE_S,
         }
+        if spec.extra_topk:
+            names |= {"extra_scales_base": spec.extra_layout.scales.base}
         if config.backend == "gluon":
             chunks = [f"acc{chunk}" for chunk in range(layout.d_v // layout.group)]
             half = len(chunks) // 2
@@ -98,12 +103,15 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     def launches(
         self, spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
     ) -> Sequence[Launch]:
-        q, cache, out, lse = inputs["q"], inputs["cache"], outputs["out"], outputs["lse"]
+        q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
         batch, next_n = q.shape[:2]
         rows, d_v = batch * next_n, spec.layout.d_v
+        pools = [_pool(inputs, next_n, spec.page)]
+        if spec.extra_topk:
+            pools.append(_pool(inputs, next_n, spec.extra_page, "extra_"))
         if not rows:
             return ()
-        if not len(cache):
+        if not any(slots for _, (slots, *_) in pools):
             out.zero_()
             lse.fill_(-math.inf)
             return ()
@@ -119,16 +127,23 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         parts = combined[0] * splits if splits > 1 else 0
         partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-        lengths, sink = inputs["lengths"], inputs["sink"]
-        optional = [tensor for tensor in (lengths, sink) if tensor is not None]
-        per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
-        tensors = (q, cache, inputs["indices"], *optional, out, lse, partial_out, partial_lse)
-        scalars = (len(cache) * spec.page, cache.stride(0), per_length, splits, inputs["sm_scale"])
+        sink = (inputs["sink"],) if spec.sink else ()
+        (listed, places), *extra = pools
+        tensors = (q, *listed, *sink, *(tensor for more, _ in extra for tensor in more), out, lse, partial_out, partial_lse)
+        scalars = (*places, *(value for _, more in extra for value in more), splits, inputs["sm_scale"])
         main = Launch("attention_paged", (whole + (blocks - whole) * splits, 1, 1), (*tensors, *scalars, *last))
         if splits == 1:
             return (main,)
-        joined = (*((sink,) if sink is not None else ()), partial_out, partial_lse, out, lse, splits, *last)
+        joined = (*sink, partial_out, partial_lse, out, lse, splits, *last)
         return (main, Launch("combine", combined, joined))
+
+
+def _pool(inputs: Inputs, next_n: int, page: int, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """What a kernel takes of a pool: its tensors; its slots, the bytes between blocks, the rows that share a length."""
+    cache, indices, lengths = (inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths"))
+    rows_per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
+    tensors = (cache, indices) if lengths is None else (cache, indices, lengths)
+    return tensors, (len(cache) * page, cache.stride(0), rows_per_length)
 
 
 def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
@@ -138,7 +153,7 @@ def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
 def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     """The number that ends soonest, in units of a tile: whole waves of blocks, each with a start, and joining the parts."""
     blocks = max(1, sizes.batch * sizes.next_n) * _head_blocks(spec, config)
-    tiles = -(-spec.topk // config["block_n"])
+    tiles = -(-spec.topk // config["block_n"]) + -(-spec.extra_topk // config["block_n"])
     resident = gpu.sms * (8 // config["num_warps"])
 
     def duration(splits: int) -> float:

@@ -4,6 +4,9 @@
 ``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode), where ``kv`` is the latent that a
 slot states, rounded to bf16: the results are those of prefill attention on the BF16 latents read back from the cache. With a
 sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is. A slot below 0 or past the cache means "no token".
+
+A second pool may be listed beside the first: another cache of the same layout with a page, lists and lengths of its own. One
+softmax runs over both (DeepSeek-V4: a window of recent tokens beside the chosen compressed ones).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ...problem.paged import check_cache
 from ...problem.presets import KV_LAYOUTS, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
-from ..attended import check_scale, compare_attended
+from ..attended import attended, check_buffers, check_scale, compare_attended
 
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
@@ -41,6 +44,11 @@ class AttentionPagedSpec(Spec):
     lengths: bool = False
     """Whether only the first ``lengths`` entries of a row count."""
     sink: bool = False
+    extra_topk: int = 0
+    """Entries of a row in the second pool; 0 where there is none."""
+    extra_page: int = 64
+    extra_lengths: bool = False
+    """Whether only the first ``extra_lengths`` of them count."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,11 +56,19 @@ class AttentionPagedSpec(Spec):
         self.require_range("topk", 1, 1 << 20)
         self.require_in("kv_layout", KV_LAYOUTS)
         self.require_range("page", 1, 1024)
+        self.require_range("extra_topk", 0, 1 << 20)
+        self.require_range("extra_page", 1, 1024)
+        self.require_in("extra_lengths", (False, True) if self.extra_topk else (False,))
 
     @property
     def layout(self) -> KvLayout:
         """How a block of the cache is laid out."""
         return kv_layout(self.kv_layout, self.page)
+
+    @property
+    def extra_layout(self) -> KvLayout:
+        """How a block of the second pool is laid out."""
+        return kv_layout(self.kv_layout, self.extra_page)
 
 
 @dataclass(frozen=True)
@@ -73,11 +89,13 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     summary = "Sparse MLA decode: the newest queries attend to listed slots of a paged FP8 latent KV cache."
     function = "sparse_attention_paged"
     schema = (
-        "(Tensor q, Tensor cache, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None) -> (Tensor, Tensor)"
+        "(Tensor q, Tensor cache, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
+        "Tensor? extra_cache=None, Tensor? extra_indices=None, Tensor? extra_lengths=None) -> (Tensor, Tensor)"
     )
+    buffers = ("out", "lse")
     spec_type = AttentionPagedSpec
     sizes_type = AttentionPagedSizes
-    minor = frozenset({"lengths", "sink", "page"})
+    minor = frozenset({"lengths", "sink", "page", "extra_page", "extra_lengths"})
 
     def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
         if model.kv_layout == NO_CACHE:
@@ -85,40 +103,37 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, sink=model.attn_sink),)
 
     def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
-        q, cache, indices, sm_scale, lengths, sink = args
+        q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, *brought = args
         q = checks.tensor("q", q, (None, None, None, None), torch.bfloat16)
         batch, next_n, heads, d_qk = q.shape
         layout = _layout_of(d_qk)
-        page = check_cache("cache", cache, layout.bytes_per_token, like=q)
-        topk = checks.tensor("indices", indices, (batch, next_n, None), torch.int32, like=q).shape[2]
-        if lengths is not None:
-            per_query = isinstance(lengths, Tensor) and lengths.dim() == 2
-            checks.tensor("lengths", lengths, (batch, next_n) if per_query else (batch,), torch.int32, like=q)
+        page, topk = _check_pool("", layout, q, cache, indices, lengths)
         if sink is not None:
             checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
-        spec = AttentionPagedSpec(heads, topk, layout.name, page, lengths is not None, sink is not None)
+        extra = _bind_extra(layout, q, extra_cache, extra_indices, extra_lengths)
+        spec = AttentionPagedSpec(heads, topk, layout.name, page, lengths is not None, sink is not None, *extra)
         inputs = {"q": q, "cache": cache, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
-        return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), inputs
+        inputs |= {"extra_cache": extra_cache, "extra_indices": extra_indices, "extra_lengths": extra_lengths}
+        buffers = check_buffers(self.buffers, brought, (batch, next_n, heads), layout.d_v, q)
+        return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), {**inputs, **buffers}
 
     def inputs(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
         batch, next_n = case.sizes.batch, case.sizes.next_n
-        layout, blocks = spec.layout, -(-case.sizes.tokens // spec.page)
-        indices = _indices(draw, batch * next_n, blocks * spec.page, spec.topk)
-        lengths = None
-        if case.distribution == "ragged":
-            indices = _spoiled(draw, indices, blocks * spec.page)
-        if spec.lengths:
-            per_query = case.sizes.batch % 2 == 0
-            lengths = draw.integers(-1, spec.topk + 3, *((batch, next_n) if per_query else (batch,)))
-        return {
+        layout = spec.layout
+        pool = _draw_pool(layout, spec.topk, spec.lengths, case, draw)
+        inputs = {
             "q": draw.normal(batch, next_n, spec.heads, layout.d_nope + layout.d_rope, dtype=torch.bfloat16),
-            "cache": _cache(layout, blocks, draw),
-            "indices": indices.view(batch, next_n, spec.topk),
+            "cache": pool["cache"],
+            "indices": pool["indices"],
             "sm_scale": (layout.d_nope + layout.d_rope) ** -0.5,
-            "lengths": lengths,
+            "lengths": pool["lengths"],
             "sink": draw.normal(spec.heads, scale=2.0) if spec.sink else None,
         }
+        extra = dict.fromkeys(("cache", "indices", "lengths"))
+        if spec.extra_topk:
+            extra |= _draw_pool(spec.extra_layout, spec.extra_topk, spec.extra_lengths, case, draw)
+        return inputs | {f"extra_{name}": value for name, value in extra.items()}
 
     def reference(self, spec: AttentionPagedSpec, inputs: Inputs) -> Outputs:
         outputs = self.allocate(spec, inputs)
@@ -134,21 +149,19 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return {"out": out, "lse": lse}
 
     def allocate(self, spec: AttentionPagedSpec, inputs: Inputs) -> Outputs:
-        shape, device = inputs["q"].shape[:3], inputs["q"].device
-        return {
-            "out": torch.empty(*shape, spec.layout.d_v, dtype=torch.bfloat16, device=device),
-            "lse": torch.empty(shape, dtype=torch.float32, device=device),
-        }
+        return attended(inputs, inputs["q"].shape[:3], spec.layout.d_v)
 
     def check(self, spec: AttentionPagedSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         return compare_attended(outputs, reference)
 
     def cost(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes]) -> Cost:
         layout, rows = spec.layout, case.sizes.batch * case.sizes.next_n
-        d_qk, chosen = layout.d_nope + layout.d_rope, min(spec.topk, case.sizes.tokens)
+        d_qk, entries = layout.d_nope + layout.d_rope, spec.topk + spec.extra_topk
+        chosen = min(spec.topk, case.sizes.tokens) + min(spec.extra_topk, case.sizes.tokens)
         flops = 2 * rows * spec.heads * chosen * (d_qk + layout.d_v)
-        gathered = min(case.sizes.tokens, rows * chosen) * layout.bytes_per_token
-        return Cost(flops, gathered + 4 * rows * spec.topk + rows * spec.heads * (2 * d_qk + 2 * layout.d_v + 4), "bf16")
+        pools = 2 if spec.extra_topk else 1
+        gathered = min(pools * case.sizes.tokens, rows * chosen) * layout.bytes_per_token
+        return Cost(flops, gathered + 4 * rows * entries + rows * spec.heads * (2 * d_qk + 2 * layout.d_v + 4), "bf16")
 
     def cases(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         sizes = ((2, 2, 333), (1, 1, 40), (3, 1, 0), (0, 1, 64))
@@ -158,7 +171,9 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return [Case(AttentionPagedSizes(75, 2, 3000), "ragged")]  # more blocks than a GPU has SMs
 
     def options(self, spec: AttentionPagedSpec) -> Sequence[AttentionPagedSpec]:
-        return tuple(replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True))
+        plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
+        extra = replace(spec, topk=128, extra_topk=spec.topk, extra_page=spec.page, page=256)
+        return (*plain, extra, replace(extra, lengths=True, sink=True, extra_page=2, extra_lengths=True))
 
     def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         # Far more tokens than fit in L2 where a batch would bring them.
@@ -171,6 +186,45 @@ def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
         if layout.d_nope + layout.d_rope == d_qk:
             return layout
     raise InputError("q", f"{d_qk} channels", "576 for the 656-byte cache, 512 for the 584-byte one")
+
+
+def _check_pool(
+    prefix: str, layout: type[KvLayout], q: Tensor, cache: object, indices: object, lengths: object
+) -> tuple[int, int]:
+    """Check a pool's arguments, whose names begin with the prefix, and return its page and the entries of a row."""
+    batch, next_n = q.shape[:2]
+    page = check_cache(f"{prefix}cache", cache, int(layout.bytes_per_token), like=q)  # type: ignore[call-overload]
+    topk = checks.tensor(f"{prefix}indices", indices, (batch, next_n, None), torch.int32, like=q).shape[2]
+    if lengths is not None:
+        per_query = isinstance(lengths, Tensor) and lengths.dim() == 2
+        checks.tensor(f"{prefix}lengths", lengths, (batch, next_n) if per_query else (batch,), torch.int32, like=q)
+    return page, topk
+
+
+def _bind_extra(layout: type[KvLayout], q: Tensor, cache: object, indices: object, lengths: object) -> tuple[int, int, bool]:
+    """The spec's fields of the second pool: entries of a row, page, whether there are lengths."""
+    if cache is None:
+        for name, value in (("extra_indices", indices), ("extra_lengths", lengths)):
+            if value is not None:
+                raise InputError(name, "a tensor", "None without extra_cache")
+        return 0, 64, False
+    page, topk = _check_pool("extra_", layout, q, cache, indices, lengths)
+    return (topk, page, lengths is not None) if topk else (0, 64, False)
+
+
+def _draw_pool(layout: KvLayout, topk: int, lengths: bool, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
+    """cache, indices and lengths of one pool."""
+    batch, next_n = case.sizes.batch, case.sizes.next_n
+    blocks = -(-case.sizes.tokens // layout.page)
+    indices = _indices(draw, batch * next_n, blocks * layout.page, topk)
+    if case.distribution == "ragged":
+        indices = _spoiled(draw, indices, blocks * layout.page)
+    rows = (batch, next_n) if batch % 2 == 0 else (batch,)
+    return {
+        "lengths": draw.integers(-1, topk + 3, *rows) if lengths else None,
+        "indices": indices.view(batch, next_n, topk),
+        "cache": _cache(layout, blocks, draw),
+    }
 
 
 def _cache(layout: KvLayout, blocks: int, draw: Draw) -> Tensor:
@@ -204,9 +258,14 @@ def _spoiled(draw: Draw, indices: Tensor, slots: int) -> Tensor:
 
 
 def _listed(spec: AttentionPagedSpec, inputs: Inputs, row: int, query: int) -> Tensor:
-    """fp32 latents [valid entries, d_qk] of one query, rounded to bf16 as reading the cache back rounds them."""
-    slots, lengths = inputs["indices"][row, query], inputs["lengths"]
-    if lengths is not None:
-        slots = slots[: max(0, int(lengths[row, query] if lengths.dim() == 2 else lengths[row]))]
-    slots = slots[valid_slots(slots, tokens_of(spec.layout, inputs["cache"]))]
-    return spec.layout.dequantize(inputs["cache"], slots).bfloat16().float()
+    """fp32 latents [valid entries of all pools, d_qk] of one query, rounded to bf16 as reading the cache back rounds them."""
+    pools = [("", spec.layout), *([("extra_", spec.extra_layout)] if spec.extra_topk else [])]
+    latents = []
+    for prefix, layout in pools:
+        cache, slots, lengths = (inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths"))
+        slots = slots[row, query]
+        if lengths is not None:
+            slots = slots[: max(0, int(lengths[row, query] if lengths.dim() == 2 else lengths[row]))]
+        slots = slots[valid_slots(slots, tokens_of(layout, cache))]
+        latents.append(layout.dequantize(cache, slots).bfloat16().float())
+    return torch.cat(latents)

@@ -74,6 +74,7 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         "(Tensor scores, Tensor ends, int topk, Tensor? starts=None, Tensor? page_table=None, int page=64, "
         "int keep_first=0, int keep_recent=0) -> Tensor"
     )
+    buffers = ("chosen",)
     spec_type = SelectSpec
     sizes_type = SelectSizes
     minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
@@ -82,7 +83,7 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
 
     def bind(self, *args: Any) -> tuple[SelectSpec, SelectSizes, Inputs]:
-        scores, ends, topk, starts, page_table, page, keep_first, keep_recent = args
+        scores, ends, topk, starts, page_table, page, keep_first, keep_recent, *brought = args
         scores = checks.tensor("scores", scores, (None, None), tuple(_NAMES), inner_contiguous=True)
         rows, columns = scores.shape
         if columns > _MAX_COLUMNS:
@@ -96,6 +97,8 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
             if rows % max(requests, 1) or (rows and not requests):
                 raise InputError("page_table", f"{requests} rows", f"a row per request, and the {rows} rows of scores shared")
         inputs = {"scores": scores, "ends": ends, "starts": starts, "page_table": page_table}
+        if brought and brought[0] is not None:
+            inputs["chosen"] = checks.tensor("out", brought[0], (rows, topk), torch.int32, like=scores)
         paged = {} if page_table is None else {"output": "slots", "page": page}
         dtype = _NAMES[scores.dtype]
         spec = SelectSpec(topk, dtype, starts is not None, keep_first=keep_first, keep_recent=keep_recent, **paged)
@@ -123,7 +126,8 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         }
 
     def reference(self, spec: SelectSpec, inputs: Inputs) -> Outputs:
-        scores, chosen = inputs["scores"], self.allocate(spec, inputs)["chosen"]
+        scores = inputs["scores"]
+        chosen = torch.empty(len(scores), spec.topk, dtype=torch.int32, device=scores.device)
         step = max(1, _REFERENCE_SCORES // max(scores.shape[1], 1))
         for first in range(0, len(scores), step):
             rows = slice(first, first + step)
@@ -132,6 +136,8 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
 
     def allocate(self, spec: SelectSpec, inputs: Inputs) -> Outputs:
         scores = inputs["scores"]
+        if "chosen" in inputs:
+            return {"chosen": inputs["chosen"]}
         return {"chosen": torch.empty(scores.shape[0], spec.topk, dtype=torch.int32, device=scores.device)}
 
     def check(self, spec: SelectSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
