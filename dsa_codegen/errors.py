@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .invocation import command
+
 
 class DsaError(Exception):
     """Base of all errors this package raises for its users."""
@@ -41,7 +43,7 @@ class NoGpu(DsaError, RuntimeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} needs a CUDA GPU and none is visible; `python cli.py doctor` says what is missing, and generate, "
+            f"{what} needs a CUDA GPU and none is visible; `{command()} doctor` says what is missing, and generate, "
             "verify, tune and explain work without one for the GPU that you name (--gpu H100)."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..errors import RecordError
+from ..invocation import command
 from .campaign import Campaign
 from .cases import BenchCase, all_cases, chosen, headlines_first
 from .comparison import Comparison, against
@@ -36,7 +37,7 @@ def known(keys: Iterable[object]) -> list[BenchCase]:
     wanted = set(keys)
     found = headlines_first(each for each in all_cases() if each.key in wanted)
     if not found:
-        raise RecordError("no committed result to compare with; python cli.py bench --against all makes some")
+        raise RecordError(f"no committed result to compare with; {command()} bench --against all makes some")
     return found
 
 

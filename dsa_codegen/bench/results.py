@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from ..errors import RecordError
+from ..invocation import command
 from ..records.publish import publish
 from .cases import STAGES, BenchCase
 
@@ -62,7 +63,7 @@ def latest_gpu(folder: Path) -> str:
     """
     dated = {gpu: max((row["date"] for row in read_rows(rows_path(folder, gpu))), default="") for gpu in gpus_in(folder)}
     if not dated:
-        raise RecordError(f"there are no results in {folder / 'results'}; python cli.py bench --against all makes some")
+        raise RecordError(f"there are no results in {folder / 'results'}; {command()} bench --against all makes some")
     return max(dated, key=lambda gpu: dated[gpu])
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .. import gpu, paths
 from ..errors import DsaError, ToolMissing
+from ..invocation import install
 from ..kernels import backends
 from ..kernels.backends.base import C_COMPILER
 from ..records import files
@@ -36,7 +37,7 @@ def diagnose() -> Iterator[Finding]:
     for name in backends.NAMES:
         yield _backend(name)
     yield _c_compiler()
-    yield _package("optuna", "tuning", "pip install 'dsa-codegen[tune]'")
+    yield _package("optuna", "tuning", install("tune"))
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
     yield from _shipped_records()
     yield from _own_records()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import gpu as gpus
 from ..errors import BuildError, CaptureError, NoGpu
+from ..invocation import command
 from ..kernels.backends import Launchable
 from ..kernels.build import build, build_all
 from ..kernels.render import render
@@ -263,7 +264,7 @@ def _complaints(op: Op, sizes: Sizes, gpu: gpus.Gpu, found: Found) -> Iterator[s
     if found.origin == "default":
         yield (
             f"{op.name} is not tuned for {gpu.name} at {describe(sizes.bucket())}; its default config is used. "
-            f"Tune it: python cli.py tune --gpu {gpu.id} --op {op.name} --preset <your model>"
+            f"Tune it: {command()} tune --gpu {gpu.id} --op {op.name} --preset <your model>"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import cli
+from dsa_codegen import cli
 from dsa_codegen.bench import ahead, cases, command, results
 from dsa_codegen.bench.campaign import Campaign
 from dsa_codegen.bench.cases import case

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-import cli
-from dsa_codegen import gpu
+from dsa_codegen import cli, gpu
 from dsa_codegen.bench import comparison, regression, results
 from dsa_codegen.bench.campaign import Campaign
 from dsa_codegen.bench.cases import case

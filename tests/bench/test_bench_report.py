@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
-import cli
+from dsa_codegen import cli
 from dsa_codegen.bench import ceilings, command, hostcost, printing, report, results, sweep
 from dsa_codegen.bench.cases import FP8_PRODUCTS, case
 from dsa_codegen.bench.problems import Roofs

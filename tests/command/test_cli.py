@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from dsa_codegen import cli, ops
 from dsa_codegen import gpu as gpus
-from dsa_codegen import ops
 from dsa_codegen.errors import NoGpu, SpecError
 
 ROOT = Path(__file__).resolve().parents[2]

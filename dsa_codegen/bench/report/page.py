@@ -10,6 +10,7 @@ import jinja2
 
 from ...errors import ToolMissing
 from ...gpu import GPUS, Gpu, resolve
+from ...invocation import install
 from .. import results
 from ..ceilings import roofs
 from . import labels
@@ -97,6 +98,6 @@ def _drawn(module: str, function: str, *args: Any, name: str, title: str) -> str
     try:
         from . import bars, curves, theme
     except ImportError as error:
-        raise ToolMissing("matplotlib", "pip install 'dsa-codegen[bench]'") from error
+        raise ToolMissing("matplotlib", install("bench")) from error
     maker = getattr({"bars": bars, "curves": curves}[module], function)
     return theme.drawn(lambda: maker(*args), name, title)

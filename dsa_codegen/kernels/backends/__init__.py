@@ -6,13 +6,14 @@ import functools
 import importlib
 
 from ...errors import ToolBroken, ToolMissing, UnknownName
+from ...invocation import install
 from .base import Backend, Launchable, Resources
 
 __all__ = ["NAMES", "Backend", "Launchable", "Resources", "get"]
 
 NAMES = ("triton", "gluon", "tilelang")
-_PACKAGES = {"triton": ("triton", ""), "gluon": ("triton", ""), "tilelang": ("tilelang", "[tilelang]")}
-"""The compiler's package, and the extra of this one that brings it."""
+_PACKAGES = {"triton": ("triton", ""), "gluon": ("triton", ""), "tilelang": ("tilelang", "tilelang")}
+"""The compiler's package, and the extra of this one that brings it; "" where this package needs it anyway."""
 
 
 @functools.cache
@@ -30,7 +31,8 @@ def get(name: str) -> Backend:
     try:
         return importlib.import_module(f".{name}", __package__).BACKEND
     except Exception as error:  # a compiler that loads libraries of its own while it is imported may raise whatever it likes
+        remedy = install(extra) if extra else f"pip install {package}"
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            raise ToolMissing(package, f"pip install 'dsa-codegen{extra}'") from error
+            raise ToolMissing(package, remedy) from error
         reason = f"{type(error).__name__}: {error}"
-        raise ToolBroken(package, reason, f"pip install --force-reinstall {package}, or 'dsa-codegen{extra}'") from error
+        raise ToolBroken(package, reason, f"pip install --force-reinstall {package}, or {remedy}") from error

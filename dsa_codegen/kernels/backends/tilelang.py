@@ -20,12 +20,13 @@ from tilelang.jit.adapter.kernel_cache import TVMFFIKernelCache
 
 from ...errors import BuildError, ToolMissing
 from ...gpu import Gpu
+from ...invocation import install
 from .base import Backend, Launchable, Resources, cubin_usage, import_module, report_of
 
 _LOCK = threading.Lock()  # TileLang's cache folder is a setting of the whole process
 _VERSION = re.compile(r"release ([\d.]+)")
 _NVCC = (
-    "TileLang compiles with it: pip install 'dsa-codegen[tilelang]' brings one, or install the CUDA toolkit (12.8 or newer) "
+    f"TileLang compiles with it: {install('tilelang')} brings one, or install the CUDA toolkit (12.8 or newer) "
     "and put nvcc on the PATH or name the toolkit's folder in CUDA_HOME"
 )
 

@@ -1,0 +1,468 @@
+"""The command line: parses, calls, prints. The same app as ``dsa``, ``python -m dsa_codegen`` and a checkout's ``cli.py``.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 3 a GPU or compiler is missing, 4 tune ended before every call had
+a record, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:
+    from .invocation import command, install
+
+    sys.exit(f"{command()} needs typer and rich: {install('tune')}")
+
+from . import gpu as gpus
+from . import ops, paths
+from .bench import command as benchmark
+from .bench import comparison, installed, printing, results
+from .bench.campaign import Campaign
+from .command import doctor as diagnosis
+from .command import generate as generation
+from .command import ours, show, verification
+from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing
+from .invocation import command
+from .ops import needs
+from .problem import presets
+from .proof.timing import COLD, WARM, Policy
+from .records import explain as explanation
+from .records import listing
+from .runtime import dispatch
+from .worker import Worker
+
+OFFLINE_GPU = "h200"
+"""What ``--gpu auto`` means where there is no GPU and the command can work without one; the GPU with shipped records."""
+
+DOCUMENTS = ("README.md", "docs/performance-{gpu}.md")
+"""What holds tables of measured times, between markers."""
+_MARKED = "A document whose marked tables are written anew; may be repeated. Otherwise README.md and docs/performance-GPU.md."
+
+app = typer.Typer(
+    help="Generate, verify and tune kernels for DeepSeek Sparse Attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def _place(text: str) -> Path:
+    """A folder or file that was named; nothing at all would silently be the current folder."""
+    if not text:
+        raise typer.BadParameter("nothing is named; name a place, or leave the option out")
+    return Path(text)
+
+
+Preset = Annotated[str, typer.Option(help=f"A model: {', '.join(presets.names())}.")]
+SpecFile = Annotated[Optional[Path], typer.Option("--spec", help="A YAML file that states a model, instead of --preset.")]  # noqa: UP045
+OpNames = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--op", help=f"Only this operation ({', '.join(ops.all_ops())}); may be repeated."),
+]
+GpuName = Annotated[str, typer.Option("--gpu", help=f"auto, or one of {', '.join(gpus.GPUS)}.")]
+SIZES = "Sizes as name=value, all or none (then those that people serve). " + "; ".join(
+    f"{op.name}: {' '.join(f'{field.name}=…' for field in dataclasses.fields(op.sizes_type))}" for op in ops.all_ops().values()
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"dsa_codegen {importlib.metadata.version('dsa-codegen')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Generate, verify and tune kernels for DeepSeek Sparse Attention."""
+
+
+@app.command()
+def generate(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the modules go.", parser=_place, metavar="FOLDER")] = Path(
+        "generated"
+    ),
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    gpu: GpuName = "auto",
+    backend: Annotated[str, typer.Option(help="Only this backend: triton, gluon or tilelang.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write the rendered kernels of a model to a folder, as Python modules to read, step through or ship."""
+    written = generation.generate(_model(preset, spec), _gpu(gpu), out_dir, op or (), backend)
+    _print(as_json, show.generated(written), [show.generated_row(each) for each in written])
+
+
+@app.command()
+def verify(
+    preset: Preset = "tiny",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    gpu: GpuName = "auto",
+    repeats: Annotated[
+        int, typer.Option(help="Runs on the GPU that must agree bit for bit.", min=1)
+    ] = verification.GPU_REPEATS,
+    as_json: Json = False,
+) -> None:
+    """Check every operation, option and template of a model against the reference; offline, interpret and compile them."""
+    target = _gpu(gpu)
+    subjects = verification.subjects(_model(preset, spec), target, op or ())
+    here = gpus.detect()
+    if here is not None and here.arch == target.arch:
+        environment: dict[str, str] = {}
+        check: Callable[..., Iterable[verification.Verdict]] = functools.partial(verification.on_gpu, repeats=repeats)
+    else:
+        environment, check = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, verification.offline
+    with err.status(f"compiling {len(subjects)} sources for {target.name}"):
+        verification.build_ahead(subjects, target)
+    with Worker(environment) as worker:
+        batches = show.progress(err, "verify", subjects, lambda subject: list(check(subject, target, worker)))
+        verdicts = [verdict for batch in batches for verdict in batch]
+    _print(as_json, show.verdicts(verdicts), [show.verdict_row(verdict) for verdict in verdicts])
+    raise typer.Exit(0 if all(verdict.passed for verdict in verdicts) else 1)
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    gpu: GpuName = "auto",
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    budget: Annotated[str, typer.Option(help="Wall time, interrupted runs included: 90s, 1h; 10m, without the GPU 4m.")] = "",
+    trials: Annotated[int, typer.Option(help="Candidates per study at most; 48, without the GPU 24.", min=0, max=10**6)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)] = 0,
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where records go; by default tuned/.", parser=_place, metavar="FOLDER"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="No search: measure the records anew whose templates have changed, of any model.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--every", help="With --refresh: also the records that hold.")] = False,
+    drop_stale: Annotated[
+        bool, typer.Option("--drop-stale", help="With --refresh: drop what no longer holds and cannot be measured here.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
+    from .tune import refresh as refreshing
+    from .tune import run
+
+    folder = folder or paths.user_records() or paths.shipped_records()
+    _check_tune(context, refresh)
+    if refresh:
+        names = [ops.get(name).name for name in op or ()]
+        wish = refreshing.Wish(names, "" if gpu == "auto" else gpus.resolve(gpu).id, every, drop_stale)
+        seconds = _seconds(budget) if budget else None
+        return _refresh(folder, wish, seconds, as_json)
+    target, here = _gpu(gpu), gpus.detect()
+    offline = here is None or here.id != target.id
+    target = target if here is None or offline else here  # with the limits that the device has
+    usual = run.OFFLINE if offline else run.ON_GPU
+    limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
+    report = show.tuning(
+        err,
+        lambda notify: run.tune(
+            needs.specs(_model(preset, spec), op or (), target),
+            target,
+            folder,
+            budget=limits,
+            offline=offline,
+            seed=seed,
+            fresh=fresh,
+            notify=notify,
+        ),
+    )
+    _print(as_json, show.tuned(report), [show.record_row(record) for record in report.records])
+    if report.missing:
+        state = f"--spec {shlex.quote(str(spec))}" if spec else f"--preset {preset}"
+        again = f"{command()} tune --gpu {target.id} {state}"
+        show.missing(report.missing, again, _longer(limits.wall_s, usual.wall_s))(err)
+    raise typer.Exit(_exit_code(report))
+
+
+def _check_tune(context: typer.Context, refresh: bool) -> None:
+    """Options of the search and of ``--refresh`` do not mix."""
+    searching, refreshing = ("preset", "spec", "trials", "seed", "fresh"), ("every", "drop_stale")
+    for name in searching if refresh else refreshing:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option, allowed = f"--{name.replace('_', '-')}", "without" if refresh else "with"
+            raise SpecError(
+                option, context.params[name], f"only {allowed} --refresh, which goes through the records that are there"
+            )
+
+
+def _refresh(folder: Path, wish: Any, budget_s: float | None, as_json: bool) -> None:
+    from .tune import refresh as refreshing
+
+    here = gpus.detect()
+    report = show.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
+    _print(as_json, show.refreshed(report), [show.fate_row(fate) for fate in report.fates])
+    raise typer.Exit(130 if report.interrupted else 0 if report.complete else 4)
+
+
+def _exit_code(report: Any) -> int:
+    """What a run of the tuner says to whoever called it."""
+    if report.interrupted:
+        return 130
+    if any(each.failed for each in report.missing):
+        return 1
+    return 4 if report.missing else 0
+
+
+def _longer(had_s: float | None, usual_s: float | None) -> str:
+    """A budget to try next: the usual one, or twice what was not enough."""
+    usual = usual_s or 0.0
+    return f"{math.ceil((usual if had_s is None or had_s < usual else 2 * had_s) / 60)}m"
+
+
+@app.command()
+def bench(
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Leave the inputs in L2.")] = False,
+    against: Annotated[str, typer.Option(help="Beside peers: all, none, or adapters such as deep_gemm,flashmla.")] = "",
+    stage: Annotated[str, typer.Option(help="Only these stages, separated by commas.")] = "",
+    suite: Annotated[str, typer.Option(help="Which shapes: core, distributions, flashmla, deepgemm, all.")] = "core",
+    limit: Annotated[int, typer.Option(help="So many cases of each stage; 0 for all.", min=0)] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="The first case of each stage.")] = False,
+    host: Annotated[bool, typer.Option("--host", help="Also what a call costs the host.")] = False,
+    sweep: Annotated[str, typer.Option(help="context: also time and memory from 4K to 1M tokens.")] = "",
+    budget: Annotated[str, typer.Option(help="Wall time after which nothing new begins: 240s, 10m.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what has been measured at this commit.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hold a short run again; exit code 1 where a ratio of --out's fell by more than 5 %."),
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Results are merged into files below this folder.", parser=_place, metavar="FOLDER")
+    ] = results.FOLDER,
+    commit: Annotated[str, typer.Option(help="What rows say they were measured at; by default the checkout's.")] = "",
+    gpu: Annotated[str, typer.Option("--gpu", help="Measure only if this is the GPU that is here.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
+    listed = bool(
+        check or against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep))
+    )
+    if not (listed or host or sweep):
+        return _bench_ours(preset, spec, op, WARM if warm else COLD, _visible(gpu), as_json)
+    stages, per_stage = tuple(filter(None, stage.split(","))), benchmark.QUICK if quick else limit
+    until = _seconds(budget) if budget else math.inf
+    request = benchmark.Request(against or "all", stages, suite.split(","), per_stage, folder, commit, until, resume)
+    model = "" if preset == "deepseek-v3.2" else preset
+    benchmark.check(request, sweep, {"--preset": model, "--spec": spec, "--op": ",".join(op or ()), "--warm": warm})
+    campaign = request.campaign(_visible(gpu))
+    if check:
+        _check(request, campaign, as_json)
+    rows = printing.campaign(err, lambda notify: benchmark.run(request, campaign, notify)) if listed else []
+    host_rows = benchmark.run_host(campaign) if host else []
+    sweep_rows = benchmark.run_sweep(campaign, resume=resume) if sweep else []
+    parts = [printing.rows(rows, campaign.gpu.name)] if rows else []
+    parts += [printing.host(host_rows)] if host_rows else []
+    parts += [printing.sweep(sweep_rows)] if sweep_rows else []
+    parts += [printing.unreached(campaign.unreached, until)] if campaign.unreached else []
+    _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+
+
+def _check(request: benchmark.Request, campaign: Campaign, as_json: bool) -> NoReturn:
+    found = printing.campaign(err, lambda notify: benchmark.run_check(request, campaign, notify))
+    _print(as_json, printing.regression(found), [dataclasses.asdict(pair) for pair in found.pairs])
+    raise typer.Exit(1 if found.fallen or not found.pairs else 0)
+
+
+def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, target: gpus.Gpu, as_json: bool) -> None:
+    model = _model(preset, spec)
+    cases = ours.plan(model, target, op or ())
+    timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
+    _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
+
+
+def _visible(name: str) -> gpus.Gpu:
+    """The GPU that is here, which must be the one that is meant."""
+    here = gpus.detect()
+    if here is None:
+        raise NoGpu("bench")
+    if name != "auto" and gpus.resolve(name).id != here.id:
+        raise SpecError("--gpu", name, f"auto, or {here.id}, which is here")
+    return here
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Option("--results", help="The folder that bench writes to.", parser=_place, metavar="FOLDER")
+    ] = results.FOLDER,
+    page: Annotated[Path, typer.Option("--out", help="The page to write.", parser=_place, metavar="FILE")] = results.FOLDER
+    / "report.html",
+    readme: Annotated[Optional[list[Path]], typer.Option(help=_MARKED)] = None,  # noqa: UP045
+    gpu: Annotated[str, typer.Option("--gpu", help="Whose figures the README shows; otherwise those that are newest.")] = "",
+    merge: Annotated[Optional[Path], typer.Option(help="First take over results from another folder.")] = None,  # noqa: UP045
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(help="Instead, compare the ratios of two runs: files of results or folders; exit code 1 beyond 5 %."),
+    ] = None,
+) -> None:
+    """Write one HTML page of all results, and the README's tables, from what bench has measured."""
+    if compare is not None:
+        first, second = (comparison.rows_of(path, gpus.resolve(gpu).id if gpu else "") for path in compare)
+        found = comparison.compare(first, second)
+        printing.comparison(found)(out)
+        raise typer.Exit(1 if found.outside or not found.pairs else 0)
+    if merge is not None:
+        taken = benchmark.merge(merge, folder)
+        out.print(f"took over {len(taken)} rows from {merge}")
+    shown = gpus.resolve(gpu).id if gpu else results.latest_gpu(folder)
+    documents = readme or [Path(name.format(gpu=shown)) for name in DOCUMENTS]
+    written = benchmark.write_report(folder, page, documents, shown, Path(".tune"))
+    show.lines(*written)(out)
+
+
+@app.command("list")
+def list_records(gpu: Annotated[str, typer.Option("--gpu", help="Only this GPU.")] = "", as_json: Json = False) -> None:
+    """Show what tuned/ holds (and DSA_TUNED_DIR, where it is set), and which records serve calls."""
+    wanted = gpus.resolve(gpu).id if gpu else ""
+    found = list(listing.listing(wanted))
+    serving = sum(each.status == listing.SERVES for each in found)
+    head = f"{len(found)} records, {serving} serve calls of their GPU"
+    if not found:
+        head = f"no records; {command()} tune --gpu {wanted or 'auto'} makes some"
+    rows = [{**show.record_row(each.record), "status": each.status, "why": each.why} for each in found]
+    _print(as_json, show.listed(found, head), rows)
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Option("--op", help="The operation.")],
+    sizes: Annotated[Optional[list[str]], typer.Argument(help=SIZES)] = None,  # noqa: UP045
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    gpu: GpuName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say which record serves a call, or field by field why none does."""
+    operation = ops.get(op)
+    stated = operation.sizes_type.from_dict(_sizes(sizes)) if sizes else None
+    target, model = _gpu(gpu), _model(preset, spec)
+    if stated is None:
+        calls = [(need.spec, need.case.sizes) for need in needs.needs(model, [op], target)]
+    else:
+        calls = [(each, stated) for _, each in needs.specs(model, [op], target)]
+    printers, rows = [], []
+    for each, size in calls:
+        answer = each, dispatch.chosen(operation, each, size, target), explanation.explain(operation, each, size, target)
+        printers.append(show.explanation(operation, size, target, [answer]))
+        rows.append({"sizes": size.to_dict(), **show.explanation_row(*answer)})
+    if any(row["origin"] == "default" for row in rows):
+        state = f"--spec {spec}" if spec else f"--preset {preset}"
+        printers.append(show.lines(f"Tune it: {command()} tune --gpu {target.id} --op {op} {state}"))
+    _print(as_json, show.together(*printers), rows)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here (GPU, compilers, records), what is missing and how to get it."""
+    findings = [*diagnosis.diagnose(), *installed.findings()]
+    _print(as_json, show.findings(findings), [vars(finding) for finding in findings])
+
+
+def _model(preset: str, spec: Path | None) -> presets.Model:
+    return presets.load(spec) if spec else presets.preset(preset)
+
+
+def _gpu(name: str) -> gpus.Gpu:
+    """The GPU that is meant; ``auto`` without one means the one that is compiled for offline."""
+    try:
+        return gpus.resolve(name)
+    except NoGpu:
+        err.print(f"No GPU is visible: taking {OFFLINE_GPU.upper()} as the target (--gpu names another).", style="dim")
+        return gpus.resolve(OFFLINE_GPU)
+
+
+def _seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1h`` or a plain number of seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise SpecError("--budget", text, "a time such as 90s, 10m or 1h")
+    return seconds
+
+
+def _sizes(pairs: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, int] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not value.isdecimal() or len(value) > 15:
+            raise SpecError(name, value, "name=value with a whole number below 10^15, e.g. queries=4096")
+        if name in found:
+            raise SpecError(name, value, f"one value; {name}={found[name]} was given before")
+        found[name] = int(value)
+    return found
+
+
+def _print(as_json: bool, table: Callable[[Console], None], rows: list[Any]) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        table(out)
+
+
+def _complain(what: object) -> None:
+    err.print(str(what), style="red", highlight=False, markup=False)
+
+
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning without the line of code that it came from."""
+    err.print(str(message), style="yellow", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command line; the project's errors become one line and an exit code."""
+    os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+    warnings.showwarning = lambda message, *where, **more: err.print(
+        str(message), style="yellow", highlight=False, markup=False
+    )
+    try:
+        app()
+    except (NoGpu, ToolMissing) as error:
+        _complain(error)
+        sys.exit(3)
+    except BuildError as error:
+        _complain(error)
+        sys.exit(1)
+    except DsaError as error:
+        _complain(error)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # not about a path that somebody named
+            raise
+        _complain(f"cannot use {error.filename}: {error.strerror}; name another place (--out, --folder, DSA_CACHE_DIR).")
+        sys.exit(2)
