@@ -19,6 +19,7 @@ from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
 from ..records.explain import Difference
+from ..records.files import outranked
 from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
 from ..records.record import MEASURED, Record
@@ -189,14 +190,23 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
 
 
 def tuned(report: Report) -> Printer:
-    """The chosen variants (the fastest backend of each problem), where all records lie, and what was left out."""
+    """What serves each call now, which files changed, which choices a measured record outranks, and what was left out."""
     fastest: dict[tuple[object, ...], Record] = {}
     for record in sorted(report.records, key=lambda record: record.time_us.median):
         fastest.setdefault((record.op, tuple(record.spec.items()), record.bucket), record)
     chosen = [record for record in report.records if record in fastest.values()]
+    rivals = [outranked(path, record) for record in chosen for path in [_file_of(report, record)]]
+    serving = [rival or record for rival, record in zip(rivals, chosen, strict=True)]
+    changed = {_file_of(report, record) for record in report.records if outranked(_file_of(report, record), record) is None}
+    files = [f"wrote {path}" if path in changed else f"left {path} as it was" for path in report.files]
+    kept = sum(rival is not None for rival in rivals)
+    aside = [f"{kept} of {len(chosen)} choices were not kept: measured records serve those calls, as shown"] if kept else []
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
-    files = [f"wrote {path}" for path in report.files]
-    return together(records(chosen, head), lines(_outcomes(report), *files), lines(*report.notes, style="yellow"))
+    return together(records(serving, head), lines(_outcomes(report), *files, *aside), lines(*report.notes, style="yellow"))
+
+
+def _file_of(report: Report, record: Record) -> Path:
+    return next(path for path in report.files if (path.parent.name, path.stem) == (record.gpu.id, record.op))
 
 
 def missing(problems: Sequence[Missing], again: str, budget: str) -> Printer:

@@ -191,6 +191,14 @@ def _ranked(records: list[Record], fresh: Record) -> list[Record]:
     return [*others, *measured, fresh]
 
 
+def outranked(path: Path, record: Record) -> Record | None:
+    """The measured record of a file that ``merge`` keeps instead of a modelled one; None where the latter stands."""
+    if record.evidence == MEASURED:
+        return None
+    rivals = (rival for rival in read(path) if rival.key == record.key and rival.template == record.template)
+    return next((rival for rival in rivals if rival.evidence == MEASURED), None)
+
+
 def _order(record: Record) -> tuple[object, ...]:
     spec = tuple((name, str(type(value)), value) for name, value in sorted(record.spec.items()))
     bucket = tuple((name, low, high is None, high or 0) for name, low, high in record.bucket)

@@ -235,3 +235,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_numbers_are_short():
     entry = record.entry(make(time_us=1899.123456789))
     assert entry["time_us"]["median"] == 1899.12
+
+
+def test_a_modelled_choice_that_is_not_kept_names_what_serves_instead(tmp_path):
+    measured, modelled = make(), make(evidence=MODELLED, time_us=3.3, policy=None, accuracy=None)
+    (path,) = records.merge(tmp_path, [modelled])
+    assert records.outranked(path, modelled) is None
+    records.merge(tmp_path, [measured])
+    records.merge(tmp_path, [modelled])
+    assert records.outranked(path, modelled) == measured
+    assert records.outranked(path, measured) is None

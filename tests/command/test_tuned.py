@@ -1,0 +1,37 @@
+"""What `tune` prints: what serves now, and which of its choices were not kept."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from test_records import make
+
+from dsa_codegen.command import show
+from dsa_codegen.records import files
+from dsa_codegen.records.record import MODELLED
+from dsa_codegen.tune.plan import Report
+
+
+def printed(report: Report) -> str:
+    text = io.StringIO()
+    show.tuned(report)(Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_a_choice_that_a_measured_record_outranks_is_said_and_what_serves_is_shown(tmp_path):
+    modelled = make(evidence=MODELLED, time_us=3.3, policy=None, accuracy=None)
+    (path,) = files.merge(tmp_path, [make(time_us=1899.0)])
+    files.merge(tmp_path, [modelled])
+    shown = printed(Report((modelled,), (path,), (), (), False, 1.0))
+    assert "1 of 1 choices were not kept" in shown
+    assert f"left {path} as it was" in shown.replace("\n", "")
+    assert "1899" in shown.replace(",", "")
+
+
+def test_a_choice_that_is_kept_is_written(tmp_path):
+    modelled = make(evidence=MODELLED, time_us=3.3, policy=None, accuracy=None)
+    (path,) = files.merge(tmp_path, [modelled])
+    shown = printed(Report((modelled,), (path,), (), (), False, 1.0))
+    assert "not kept" not in shown
+    assert f"wrote {path}" in shown.replace("\n", "")
