@@ -2,7 +2,7 @@
 
 It keeps bf16 as 16-bit patterns: ``tl.dot`` multiplies those integers, and fp32 -> bf16 truncates where a GPU rounds to
 nearest even (truncated probabilities alone put attention at a similarity of 1.2e-5). fp32 -> e4m3 rounds, but loses the carry
-into the exponent: 127 becomes 64. A constant of the module that meets a tensor makes a constant that holds a tensor: from 3.7
+into the exponent: 127 becomes 64; e4m3's NaN is read as 480. A constant of the module that meets a tensor makes a constant that holds a tensor: from 3.7
 on, most functions refuse it. What a scalar comparison gives becomes int32 where it is broadcast: 3.9 refuses it as a mask.
 3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on.
 """
@@ -34,13 +34,15 @@ def repair() -> None:
     splat, lend = InterpreterBuilder.create_splat, interpreter._patch_lang_tensor
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, _widened(a), _widened(b), *rest)
+        return dot(self, _exact(_widened(a)), _exact(_widened(b)), *rest)
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
         rounds = source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16
         return TensorHandle(_rounded(source.data), tl.bfloat16) if rounds else cast(self, source, to)
 
     def create_fp_to_fp(self: Any, source: Any, to: Any, rounding: Any) -> Any:
+        if source.dtype.scalar == tl.float8e4nv:
+            return convert(self, _exact(source), to, rounding) if to.scalar != tl.float32 else _exact(source)
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.float8e4nv):
             return convert(self, source, to, rounding)
         values = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32)).to(torch.float8_e4m3fn)
@@ -70,6 +72,14 @@ def _unwrapping(operator: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
         return result.value if isinstance(getattr(result, "value", None), tl.tensor) else result
 
     return operate
+
+
+def _exact(operand: Any) -> Any:
+    """fp32 of e4m3, NaN included; anything else as it is."""
+    if operand.dtype.scalar != tl.float8e4nv:
+        return operand
+    values = torch.from_numpy(np.ascontiguousarray(operand.data)).view(torch.float8_e4m3fn)
+    return TensorHandle(values.float().numpy(), tl.float32)
 
 
 def _widened(operand: Any) -> Any:

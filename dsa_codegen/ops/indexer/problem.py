@@ -1,7 +1,8 @@
 """Lightning indexer, prefill: FP8 logits of every query against the tokens of its window.
 
 ``weighted_relu``: ``I[t,s] = Σ_j w[t,j] · ReLU(q[t,j] · k[s])``; ``relu_bias``: ``I[t,s] = Σ_j ReLU(q[t,j] · k[s] + w[t,j])``
-with ``k[s]`` dequantised by its token's scale (DeepSeek-V3.2-Exp report, equation 1).
+with ``k[s]`` dequantised by its token's scale (DeepSeek-V3.2-Exp report, equation 1). ReLU keeps NaN: a broken key, scale or
+query shows in its scores.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         checks.one_of("logits", logits, tuple(LOGITS))
         q = checks.tensor("q", q, (None, None, None), checks.FP8)
         queries, heads, head_dim = q.shape
-        tokens = checks.tensor("k", k, (None, head_dim), checks.FP8, like=q).shape[0]
-        checks.tensor("k_scale", k_scale, (tokens,), torch.float32, like=q)
-        checks.tensor("weights", weights, (queries, heads), torch.float32, like=q)
-        checks.tensor("starts", starts, (queries,), torch.int32, like=q)
-        checks.tensor("ends", ends, (queries,), torch.int32, like=q)
+        k = checks.tensor("k", k, (None, head_dim), checks.FP8, like=q)
+        tokens = k.shape[0]
+        k_scale = checks.tensor("k_scale", k_scale, (tokens,), torch.float32, like=q)
+        weights = checks.tensor("weights", weights, (queries, heads), torch.float32, like=q)
+        starts = checks.tensor("starts", starts, (queries,), torch.int32, like=q)
+        ends = checks.tensor("ends", ends, (queries,), torch.int32, like=q)
         if tokens > _MOST_TOKENS:
             raise InputError("k", f"{tokens} tokens", f"at most {_MOST_TOKENS}")
         inputs = {"q": q, "k": k, "k_scale": k_scale, "weights": weights, "starts": starts, "ends": ends}
@@ -114,7 +116,7 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     def reference(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
         q, weights = inputs["q"].float(), inputs["weights"]
         key = inputs["k"].float() * inputs["k_scale"][:, None]
-        logits = torch.zeros(len(q), len(key), device=q.device)
+        logits = torch.zeros(len(q), len(key), dtype=torch.float32, device=q.device)
         for head in range(spec.heads):  # head by head: all at once would take heads × queries × tokens floats
             dots = q[:, head] @ key.T
             if spec.score == "weighted_relu":
