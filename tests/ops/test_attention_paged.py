@@ -63,7 +63,7 @@ def test_every_form_matches_the_reference(interpreter, spec, changes):
 @pytest.mark.parametrize("name", presets.names())
 def test_default_config_compiles_for_hopper(name):
     spec = OP.specs(presets.preset(name))[0]
-    assert_compiles(OP, spec, default(OP, spec, "triton"), spills=64)
+    assert_compiles(OP, spec, default(OP, spec, "triton"), spills=96)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_default_config_compiles_for_hopper(name):
     ids=str,
 )
 def test_configs_without_violations_fit(changes):
-    assert_compiles(OP, AttentionPagedSpec(128, 2048, sink=True), SMALL.replace(**changes), spills=64)
+    assert_compiles(OP, AttentionPagedSpec(128, 2048, sink=True), SMALL.replace(**changes), spills=96)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 64, 128])
@@ -93,8 +93,7 @@ def test_a_second_pool_is_left_to_triton():
 
 @pytest.mark.parametrize("spec", SPECS[1::2], ids=lambda spec: spec.id)
 def test_the_specialised_kernel_compiles_for_hopper(spec):
-    # 8 bytes: the base of shared memory, which a producer reads once per tile.
-    assert_compiles(OP, spec, Config.of("gluon", splits=1), spills=8)
+    assert_compiles(OP, spec, Config.of("gluon", splits=1))
 
 
 @BY_SPEC

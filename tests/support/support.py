@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsa_codegen import ops
 from dsa_codegen.gpu import Gpu, resolve
 from dsa_codegen.kernels import build, render
-from dsa_codegen.problem.op import Case, Config, Inputs, Op
+from dsa_codegen.kernels.backends import triton
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.problem.op import Case, Config, Inputs, Op, Outputs
 from dsa_codegen.problem.values import Spec
-from dsa_codegen.proof.verify import interpret
+from dsa_codegen.proof.verify import interpret, poison
 from dsa_codegen.worker import Worker
 
 H200 = resolve("H200")
@@ -36,6 +43,33 @@ def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Co
     assert not op.violations(spec, config, H200)
     accuracy = interpreter.call(interpret, op.name, spec, config, case, H200)
     assert accuracy.passed, accuracy.detail
+
+
+def run_interpreted(interpreter: Worker, op_name: str, spec: Spec, config: Config, inputs: Inputs) -> Outputs:
+    """What the rendered Triton kernels make of these inputs on the CPU."""
+    return _unpacked(interpreter.call(_run_packed, op_name, spec, config, _packed(inputs)))
+
+
+def _packed(tensors: Mapping[str, Any]) -> bytes:
+    """Tensors themselves would travel as shared memory, which workers have none of."""
+    written = io.BytesIO()
+    torch.save(dict(tensors), written)
+    return written.getvalue()
+
+
+def _unpacked(written: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(written))
+
+
+def _run_packed(op_name: str, spec: Spec, config: Config, packed: bytes) -> bytes:
+    op, inputs = ops.get(op_name), _unpacked(packed)
+    rendered = render.render(op, spec, config)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / f"{rendered.module_name}.py"
+        source.write_text(rendered.text)
+        outputs = op.allocate(spec, inputs)
+        poison(outputs)
+        return _packed(Variant(op, spec, config, H200, triton.interpreted(source)).run(inputs, outputs))
 
 
 def assert_compiles(op: Op, spec: Spec, config: Config, gpu: Gpu = H200, spills: int = 0) -> None:

@@ -80,12 +80,13 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         q, kv, indices, sm_scale, lengths, sink, *brought = args
         q = checks.tensor("q", q, (None, None, None), torch.bfloat16)
         queries, heads, d_qk = q.shape
-        tokens = checks.tensor("kv", kv, (None, 1, d_qk), torch.bfloat16, like=q).shape[0]
-        topk = checks.tensor("indices", indices, (queries, 1, None), torch.int32, like=q).shape[2]
+        kv = checks.tensor("kv", kv, (None, 1, d_qk), torch.bfloat16, like=q)
+        indices = checks.tensor("indices", indices, (queries, 1, None), torch.int32, like=q)
+        tokens, topk = kv.shape[0], indices.shape[2]
         if lengths is not None:
-            checks.tensor("lengths", lengths, (queries,), torch.int32, like=q)
+            lengths = checks.tensor("lengths", lengths, (queries,), torch.int32, like=q)
         if sink is not None:
-            checks.tensor("sink", sink, (heads,), torch.float32, like=q)
+            sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
         buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
         spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None, "max_logits" in buffers)
@@ -169,7 +170,7 @@ def _attend(inputs: Inputs, rows: slice) -> Outputs:
     valid = (chosen >= 0) & (chosen < len(kv))
     if inputs["lengths"] is not None:
         valid &= torch.arange(chosen.shape[1], device=q.device) < inputs["lengths"][rows, None]
-    latent = torch.zeros(*chosen.shape, q.shape[2], device=q.device)
+    latent = torch.zeros(*chosen.shape, q.shape[2], dtype=torch.float32, device=q.device)
     latent[valid] = kv[chosen[valid]].float()
     scores = torch.einsum("qhd,qkd->qhk", q, latent) * inputs["sm_scale"]
     scores = scores.masked_fill(~valid[:, None], -math.inf)

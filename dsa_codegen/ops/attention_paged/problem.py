@@ -109,7 +109,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         layout = _layout_of(d_qk)
         page, topk = _check_pool("", layout, q, cache, indices, lengths)
         if sink is not None:
-            checks.tensor("sink", sink, (heads,), torch.float32, like=q)
+            sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
         extra = _bind_extra(layout, q, extra_cache, extra_indices, extra_lengths)
         spec = AttentionPagedSpec(heads, topk, layout.name, page, lengths is not None, sink is not None, *extra)

@@ -1,0 +1,348 @@
+"""NaN and infinities: a broken row stays visible in its own results, and touches no other."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen import ops
+from dsa_codegen.kernels.render import render
+from dsa_codegen.ops.attention import AttentionSpec
+from dsa_codegen.ops.attention_paged import AttentionPagedSpec
+from dsa_codegen.ops.indexer import IndexerSpec
+from dsa_codegen.ops.indexer_paged import IndexerPagedSizes, IndexerPagedSpec
+from dsa_codegen.ops.quantize import QuantizeSpec
+from dsa_codegen.problem.caches import IndexKLayout, KvV32Layout, as_pages, kv_layout
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.runtime import dispatch
+
+from support import run_interpreted
+
+FP8 = torch.float8_e4m3fn
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SCORES = ["weighted_relu", "relu_bias"]
+INDEXERS = {
+    "gluon": Config.of("gluon", accumulators=1, block_n=64, num_stages=2, blocks_per_sm=2),
+    "triton": Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=1),
+    "tilelang": Config.of(
+        "tilelang", block_q=2, block_n=64, num_stages=2, splits=1, pipeline="plain", threads=128, blocks_per_sm=1
+    ),
+}
+PAGED_INDEXERS = {
+    "gluon": Config.of("gluon", part_queries=1, block_n=64, num_stages=2, accumulators=1, blocks_per_sm=2, gathered=1),
+    "triton": Config.of("triton", schedule="split", block_n=64, block_q=1, num_warps=4, num_stages=2, blocks_per_sm=1),
+}
+PREFILL = {
+    "tilelang": Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384),
+    "multistage": Config.of("tilelang", pipeline="multistage", block_h=64, block_n=64, num_stages=2, threads=256),
+    "triton": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
+}
+DECODE = {
+    "gluon": Config.of("gluon", splits=1),
+    "split": Config.of("gluon", splits=2),
+    "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
+    "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
+}
+
+
+def under(device, op, config):
+    """The kernels of this config on a GPU; on the CPU there is one way only."""
+    return dispatch.override(ops.get(op), config) if device == "cuda" else contextlib.nullcontext()
+
+
+def indexer_inputs(device="cpu"):
+    draw = Draw(5, device)
+    k, k_scale = draw.normal(200, 64, dtype=FP8), draw.uniform(200, low=0.5)
+    k[7, 3] = math.nan
+    k_scale[11] = math.nan
+    q, weights = draw.normal(3, 8, 64, dtype=FP8), draw.normal(3, 8)
+    starts = torch.zeros(3, dtype=torch.int32, device=device)
+    return {"q": q, "k": k, "k_scale": k_scale, "weights": weights, "starts": starts, "ends": starts + 200}
+
+
+def assert_nan_at(logits, columns):
+    where = logits.isnan().nonzero()[:, 1].unique().tolist()
+    assert where == columns
+    assert logits.isnan().sum() == len(logits) * len(columns)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("backend", INDEXERS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_key_scores_nan(device, backend, score):
+    with under(device, "indexer", INDEXERS[backend]):
+        assert_nan_at(dsa.indexer_logits(*indexer_inputs(device).values(), score=score), [7, 11])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_broken_key_scores_nan_interpreted(interpreter, score):
+    spec = IndexerSpec(8, 64, score=score)
+    outputs = run_interpreted(interpreter, "indexer", spec, INDEXERS["triton"], indexer_inputs())
+    assert_nan_at(outputs["logits"], [7, 11])
+
+
+def paged_indexer_inputs(score, device="cpu"):
+    op = ops.get("indexer_paged")
+    spec = IndexerPagedSpec(8, 64, score=score)
+    inputs = op.inputs(spec, Case(IndexerPagedSizes(1, 150), "full"), Draw(6, device))
+    slot = int(inputs["page_table"][0, 0]) * 64
+    layout, slots = IndexKLayout(64, 64), torch.tensor([slot + 7, slot + 11], device=device)
+    keys, scales = layout.unpack(inputs["cache"], slots)
+    keys[0, 3], scales[1] = math.nan, math.nan
+    layout.pack(inputs["cache"], slots, keys, scales)
+    return spec, inputs
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("backend", PAGED_INDEXERS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_key_of_a_cache_scores_nan(device, backend, score):
+    _, inputs = paged_indexer_inputs(score, device)
+    with under(device, "indexer_paged", PAGED_INDEXERS[backend]):
+        assert_nan_at(dsa.indexer_logits_paged(*inputs.values(), score=score), [7, 11])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_broken_key_of_a_cache_scores_nan_interpreted(interpreter, score):
+    spec, inputs = paged_indexer_inputs(score)
+    outputs = run_interpreted(interpreter, "indexer_paged", spec, PAGED_INDEXERS["triton"], inputs)
+    assert_nan_at(outputs["logits"], [7, 11])
+
+
+@pytest.mark.parametrize("op", ["indexer", "indexer_paged"])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_relu_of_an_indexer_keeps_nan(op, score):
+    spec = IndexerSpec(8, 64, score=score) if op == "indexer" else IndexerPagedSpec(8, 64, score=score)
+    for config in (INDEXERS if op == "indexer" else PAGED_INDEXERS).values():
+        code = render(ops.get(op), spec, config).code
+        assert code.count("PropagateNan.ALL") + code.count("max.NaN.f32") == 1
+        assert "T.max(terms" not in code
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_token_is_chosen_last(device):
+    scores = torch.arange(100.0, device=device).expand(2, 100).contiguous()
+    scores[:, 50:90] = math.nan
+    chosen = dsa.select(scores, torch.full((2,), 100, dtype=torch.int32, device=device), 64)
+    assert chosen[0].tolist() == [*range(50), 50, 51, 52, 53, *range(90, 100)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_broken_row_is_quantised_to_nan_alone(device, power_of_two):
+    exact = Draw(1).normal(9, 128, dtype=torch.bfloat16).to(device)
+    exact[2, 5], exact[4, 0], exact[6, 127] = math.nan, math.inf, -math.inf
+    values, scales = dsa.quantize_index_k(exact, power_of_two=power_of_two)
+    latent = values.float() * scales[:, None]
+    assert latent[[2, 4, 6]].isnan().all()
+    kept = [0, 1, 3, 5, 7, 8]
+    torch.testing.assert_close(latent[kept], exact[kept].float(), rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_broken_row_is_quantised_to_nan_alone_interpreted(interpreter, power_of_two):
+    exact = Draw(1).normal(9, 64, dtype=torch.bfloat16)
+    exact[2, 5], exact[4, 0] = math.nan, math.inf
+    spec, config = QuantizeSpec(64, power_of_two=power_of_two), Config.of("triton", block_t=4, num_warps=1)
+    outputs = run_interpreted(interpreter, "quantize", spec, config, {"source": exact})
+    latent = outputs["values"].float() * outputs["scales"][:, None]
+    assert latent[[2, 4]].isnan().all()
+    assert latent[[0, 1, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+def test_the_kernel_carries_nan_to_the_scale_and_the_values():
+    for op, spec in (("quantize", QuantizeSpec(64)), ("quantize", QuantizeSpec(64, power_of_two=True))):
+        code = render(ops.get(op), spec, Config.of("triton", block_t=4, num_warps=1)).code
+        assert "tl.max(" not in code
+        assert code.count("propagate_nan=tl.PropagateNan.ALL") == 2  # of the largest magnitude, of the clamp
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+def test_a_broken_row_is_nan_where_it_is_read_back(device, layout):
+    draw = Draw(2)
+    kv = kv_layout(layout)
+    nope, rope = (draw.normal(6, width, dtype=torch.bfloat16).to(device) for width in (kv.d_nope, 64))
+    nope[1, 3], nope[3, 300] = math.nan, math.inf
+    cache = kv.empty(2, device)
+    slots = torch.arange(6, device=device)
+    dsa.store_kv(nope, rope, slots, cache, layout=layout)
+    latent = dsa.gather_kv(cache, slots, layout=layout)
+    assert latent[1, : kv.group].isnan().all()
+    group = 300 // kv.group
+    assert latent[3, group * kv.group : (group + 1) * kv.group].isnan().all()
+    assert latent[1, kv.group :].isfinite().all()
+    assert latent[[0, 2, 4, 5]].isfinite().all()
+
+
+def prefill_inputs(device, lengths, sink, heads=16):
+    draw = Draw(7, device)
+    q = draw.normal(6, heads, 576, dtype=torch.bfloat16)
+    indices = draw.integers(0, 100, 6, 1, 64)
+    indices[1] = -1
+    indices[3] = 100
+    q[1], q[3], q[4, 2, 5] = math.nan, math.inf, math.nan
+    return {
+        "q": q,
+        "kv": draw.normal(100, 1, 576, dtype=torch.bfloat16, scale=0.1),
+        "indices": indices,
+        "sm_scale": 576**-0.5,
+        "lengths": torch.tensor([64, 64, 0, 40, 64, 3], dtype=torch.int32, device=device) if lengths else None,
+        "sink": draw.normal(heads) if sink else None,
+    }
+
+
+def assert_padding(out, lse, lengths):
+    """Rows 1 and 3 have no token, row 2 none where lengths count; of row 4 one head is broken."""
+    empty = [1, 3, *([2] if lengths else [])]
+    assert not out[empty].any()
+    assert (lse[empty] == -math.inf).all()
+    assert out[4, 2].isnan().all()
+    assert lse[4, 2].isnan()
+    assert out[4, [0, 1, 3]].isfinite().all()
+    assert out[[0, 5]].isfinite().all()
+    assert lse[[0, 5]].isfinite().all()
+
+
+OPTIONS = pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
+
+
+@OPTIONS
+@pytest.mark.parametrize("config", PREFILL)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_without_a_token_is_zero_whatever_q_holds(device, config, lengths, sink):
+    inputs = prefill_inputs(device, lengths, sink)
+    with under(device, "attention", PREFILL[config]):
+        out, lse = dsa.sparse_attention(*list(inputs.values())[:4], lengths=inputs["lengths"], sink=inputs["sink"])
+    assert_padding(out, lse, lengths)
+
+
+def test_a_row_without_a_token_is_zero_interpreted(interpreter):
+    inputs = prefill_inputs("cpu", True, True)
+    spec = AttentionSpec(16, 576, 64, lengths=True, sink=True)
+    outputs = run_interpreted(interpreter, "attention", spec, PREFILL["triton"], inputs)
+    assert_padding(outputs["out"], outputs["lse"], True)
+
+
+def decode_inputs(device, layout, lengths, sink):
+    inputs = prefill_inputs(device, lengths, sink)
+    kv = kv_layout(layout)
+    draw = Draw(8, device)
+    cache = kv.empty(2, device)
+    nope, rope = (draw.normal(100, width, dtype=torch.bfloat16, scale=0.1) for width in (kv.d_nope, 64))
+    dsa.store_kv(nope, rope, torch.arange(100, device=device), cache, layout=layout)
+    indices = inputs["indices"].masked_fill(inputs["indices"] == 100, 128)
+    return {
+        "q": inputs["q"][:, None, :, : kv.d_nope + 64].contiguous(),
+        "cache": cache,
+        "indices": indices,
+        **dict(list(inputs.items())[3:]),
+    }
+
+
+@OPTIONS
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+@pytest.mark.parametrize("config", DECODE)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_of_a_padded_batch_is_zero_whatever_q_holds(device, config, layout, lengths, sink):
+    inputs = decode_inputs(device, layout, lengths, sink)
+    with under(device, "attention_paged", DECODE[config]):
+        out, lse = dsa.sparse_attention_paged(*list(inputs.values())[:4], lengths=inputs["lengths"], sink=inputs["sink"])
+    assert_padding(out[:, 0], lse[:, 0], lengths)
+
+
+@pytest.mark.parametrize("config", ["bits", "cast"])
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+def test_a_row_of_a_padded_batch_is_zero_interpreted(interpreter, layout, config):
+    inputs = decode_inputs("cpu", layout, True, True)
+    spec = AttentionPagedSpec(16, 64, layout, lengths=True, sink=True)
+    outputs = run_interpreted(interpreter, "attention_paged", spec, DECODE[config], inputs)
+    assert_padding(outputs["out"][:, 0], outputs["lse"][:, 0], True)
+
+
+def broken_cache(layout, device, byte):
+    """A cache of 64 tokens; token 5 has a NaN byte in its e4m3."""
+    inputs = decode_inputs(device, layout, False, False)
+    pages = as_pages(kv_layout(layout), inputs["cache"])
+    field = kv_layout(layout).nope
+    pages[0, field.base + 5 * field.stride + 130] = byte
+    row = torch.arange(64, dtype=torch.int32, device=device).view(1, 1, 64)
+    with_it, without = row, row.masked_fill(row == 5, -1)
+    indices = torch.cat([with_it, without])
+    q = inputs["q"][[0, 5]]
+    return {"q": q, "cache": inputs["cache"], "indices": indices, "sm_scale": inputs["sm_scale"], "lengths": None, "sink": None}
+
+
+def assert_broken_once(out, lse):
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    assert out[1].isfinite().all()
+    assert lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+@pytest.mark.parametrize("config", DECODE)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_byte_of_a_chosen_token_is_nan(device, config, layout, byte):
+    inputs = broken_cache(layout, device, byte)
+    with under(device, "attention_paged", DECODE[config]):
+        assert_broken_once(*dsa.sparse_attention_paged(*list(inputs.values())[:4]))
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+def test_a_nan_byte_of_a_chosen_token_is_nan_interpreted(interpreter, layout, byte):
+    inputs = broken_cache(layout, "cpu", byte)
+    outputs = run_interpreted(interpreter, "attention_paged", AttentionPagedSpec(16, 64, layout), DECODE["bits"], inputs)
+    assert_broken_once(outputs["out"], outputs["lse"])
+
+
+def test_a_nan_scale_of_a_chosen_token_is_nan_interpreted(interpreter):
+    inputs = broken_cache("v4", "cpu", 0)
+    layout = kv_layout("v4")
+    as_pages(layout, inputs["cache"])[0, layout.scales.base + 5 * layout.scales.stride] = 255
+    outputs = run_interpreted(interpreter, "attention_paged", AttentionPagedSpec(16, 64, "v4"), DECODE["bits"], inputs)
+    assert_broken_once(outputs["out"], outputs["lse"])
+
+
+def scaled_cache(exponent, device):
+    """A cache of 64 tokens whose latents are all 1.5 · 2^exponent, so that out is, whatever the weights are."""
+    layout = KvV32Layout()
+    cache = layout.empty(1, device)
+    nope = torch.full((64, 512), 1.5, device=device).to(FP8)
+    scales = torch.full((64, 4), 2.0**exponent, device=device)
+    layout.pack(cache, torch.arange(64, device=device), nope, scales, torch.zeros(64, 64, device=device))
+    q = torch.zeros(1, 1, 16, 576, dtype=torch.bfloat16, device=device)
+    q[..., 0] = 2.0 ** -abs(exponent)
+    indices = torch.arange(64, dtype=torch.int32, device=device).view(1, 1, 64)
+    return {"q": q, "cache": cache, "indices": indices, "sm_scale": 0.1, "lengths": None, "sink": None}
+
+
+@pytest.mark.parametrize("exponent", [-40, 0, 38, 39])
+def test_scales_are_right_to_the_edge_of_their_range(interpreter, exponent):
+    inputs = scaled_cache(exponent, "cpu")
+    outputs = run_interpreted(interpreter, "attention_paged", AttentionPagedSpec(16, 64), DECODE["bits"], inputs)
+    assert (outputs["out"] == 1.5 * 2.0**exponent).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-40, 0, 38, 39])
+@pytest.mark.parametrize("config", DECODE)
+def test_scales_are_right_to_the_edge_of_their_range_on_a_gpu(config, exponent):
+    inputs = scaled_cache(exponent, "cuda")
+    with dispatch.override(ops.get("attention_paged"), DECODE[config]):
+        out, _ = dsa.sparse_attention_paged(*list(inputs.values())[:4])
+    torch.testing.assert_close(out.float(), torch.full_like(out, 1.5 * 2.0**exponent).float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [40, 100])
+def test_scales_beyond_their_range_are_never_taken_for_others(interpreter, exponent):
+    inputs = scaled_cache(exponent, "cpu")
+    outputs = run_interpreted(interpreter, "attention_paged", AttentionPagedSpec(16, 64), DECODE["bits"], inputs)
+    assert not outputs["out"].isfinite().any()
