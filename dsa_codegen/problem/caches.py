@@ -281,14 +281,23 @@ def _positions(layout: CacheLayout, slots: Tensor, field: Field) -> tuple[Tensor
 
 def _scatter(layout: CacheLayout, cache: Tensor, slots: Tensor, fields: tuple[tuple[Field, Tensor], ...]) -> None:
     pages = as_pages(layout, cache)
-    keep = valid_slots(slots, tokens_of(layout, cache))
+    keep = _last_of_each(slots, valid_slots(slots, tokens_of(layout, cache)))
     for field, values in fields:
         rows = values.contiguous().view(torch.uint8)
         if rows.shape != (*slots.shape, field.width):
             raise InputError(
                 "values", f"{list(rows.shape)} bytes", f"{[*slots.shape, field.width]} for {list(slots.shape)} slots"
             )
-        pages[_positions(layout, slots[keep], field)] = rows[keep]
+        pages[_positions(layout, slots.flatten()[keep], field)] = rows.flatten(0, -2)[keep]
+
+
+def _last_of_each(slots: Tensor, valid: Tensor) -> Tensor:
+    """The places, in the flat list of slots, of the last row of each valid slot."""
+    places = valid.flatten().nonzero()[:, 0]
+    ordered, order = slots.flatten()[places].sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return places[order[last]]
 
 
 def _gather(layout: CacheLayout, cache: Tensor, slots: Tensor, field: Field) -> Tensor:

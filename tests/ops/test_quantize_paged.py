@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dsa_codegen as dsa
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.quantize_paged import OP, QuantizePagedSizes, QuantizePagedSpec
 from dsa_codegen.problem import caches, presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import interpret
 from dsa_codegen.runtime import dispatch
 
 from support import H200, assert_compiles, assert_matches_reference
@@ -91,3 +93,37 @@ def test_nothing_to_do_launches_nothing():
     for spec in SPECS:
         inputs = OP.inputs(spec, Case(QuantizePagedSizes(0)), Draw(0))
         assert OP.launches(spec, SMALL, inputs, OP.allocate(spec, inputs), H200) == ()
+
+
+def interpret_repeated(layout, width, tokens):
+    """Whether the kernels leave what the reference does, whole, where many rows share slots."""
+    spec = QuantizePagedSpec(layout, width, page=16)
+    return interpret(
+        "quantize_paged", spec, Config.of("triton", block_t=64, num_warps=8), Case(QuantizePagedSizes(tokens), "repeated"), H200
+    )
+
+
+@pytest.mark.parametrize(("layout", "width", "tokens"), [("index_k", 32, 1100), ("v32", 512, 70)])
+def test_of_rows_with_one_slot_the_last_is_stored(interpreter, layout, width, tokens):
+    accuracy = interpreter.call(interpret_repeated, layout, width, tokens)
+    assert accuracy.passed, accuracy.detail
+
+
+def test_the_reference_stores_the_last_row_of_a_slot_whole():
+    draw = Draw(3)
+    rows, slots = draw.normal(500, 576, dtype=torch.bfloat16), draw.integers(0, 60, 500)
+    cache = caches.KvV32Layout(64).empty(1)
+    dsa.store_kv(rows[:, :512], rows[:, 512:], slots, cache)
+    last = torch.tensor([int((slots == slot).nonzero()[-1]) for slot in slots.unique()])
+    alone = caches.KvV32Layout(64).empty(1)
+    dsa.store_kv(rows[last, :512].contiguous(), rows[last, 512:].contiguous(), slots[last], alone)
+    assert torch.equal(cache, alone)
+
+
+def test_many_rows_are_claimed_first():
+    spec = QuantizePagedSpec("v32", 512)
+    inputs = OP.inputs(spec, Case(QuantizePagedSizes(1025)), Draw(0, "meta"))
+    launches = OP.launches(spec, SMALL, inputs, OP.allocate(spec, inputs), H200)
+    assert [launch.kernel for launch in launches] == ["claim", "claim", "quantize_paged"]
+    assert launches[0].args[1].numel() == len(inputs["cache"]) * 64
+    assert launches[2].args[-1] == 1

@@ -68,10 +68,12 @@ class QuantizeProblem(Problem[QuantizeSpec, QuantizeSizes]):
     def bind(self, *args: Any) -> tuple[QuantizeSpec, QuantizeSizes, Inputs]:
         source, weights, power_of_two = args
         if weights is None:
-            tokens, width = check_rows("source", source).shape
+            source = check_rows("source", source)
+            tokens, width = source.shape
             return QuantizeSpec(width, power_of_two=power_of_two), QuantizeSizes(tokens), {"source": source}
-        tokens, heads, width = checks.tensor("source", source, (None, None, None), torch.bfloat16).shape
-        checks.tensor("weights", weights, (tokens, heads), tuple(WEIGHTS.values()), like=source)
+        source = checks.tensor("source", source, (None, None, None), torch.bfloat16)
+        tokens, heads, width = source.shape
+        weights = checks.tensor("weights", weights, (tokens, heads), tuple(WEIGHTS.values()), like=source)
         spec = QuantizeSpec(width, heads, _WEIGHT_NAMES[weights.dtype], power_of_two)
         return spec, QuantizeSizes(tokens), {"source": source, "weights": weights}
 

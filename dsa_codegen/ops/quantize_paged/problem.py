@@ -2,8 +2,8 @@
 
 The layouts are those of ``caches``: "index_k" (a scale per token), "v32" (fp32 scales per 128 channels, rope in bf16) and
 "v4" (power-of-two scales per 64 channels, rope in bf16). A group with largest magnitude ``a`` gets the scale
-``max(a, 1e-4) / 448``, or the next power of two. An invalid slot (below 0, or past the cache) is skipped; two rows with the
-same slot leave either of them there.
+``max(a, 1e-4) / 448``, or the next power of two. An invalid slot (below 0, or past the cache) is skipped; of rows with the
+same slot the last is stored, whole.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
     def bind(self, *args: Any) -> tuple[QuantizePagedSpec, QuantizePagedSizes, Inputs]:
         source, rope, slots, cache, layout, power_of_two = args
         checks.one_of("layout", layout, paged.LAYOUTS)
-        tokens, width = check_rows("source", source).shape
+        source = check_rows("source", source)
+        tokens, width = source.shape
         if width not in paged.WIDTHS[layout]:
             raise InputError("source", f"{width} channels", " or ".join(map(str, paged.WIDTHS[layout])))
         known = paged.layout_of(layout, 1, width)
@@ -74,11 +75,11 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
             came, allowed = ("None", "a tensor") if rope is None else ("a tensor", "None")
             raise InputError("rope", came, f"{allowed} for layout {layout!r}")
         if rope is not None:
-            inputs["rope"] = check_rows("rope", rope, source)
+            inputs["rope"] = rope = check_rows("rope", rope, source)
             if rope.shape != (tokens, paged.rope_of(known)):
                 raise InputError("rope", f"shape {list(rope.shape)}", f"shape {[tokens, paged.rope_of(known)]}")
-        paged.check_slots(slots, tokens, source)
-        page = paged.check_cache("cache", cache, known.bytes_per_token, like=source)
+        slots = paged.check_slots(slots, tokens, source)
+        cache, page = paged.check_cache("cache", cache, known.bytes_per_token, like=source)
         spec = QuantizePagedSpec(layout, width, page, paged.SLOT_NAMES[slots.dtype], power_of_two or layout == "v4")
         return spec, QuantizePagedSizes(tokens), {**inputs, "slots": slots, "cache": cache}
 
@@ -90,7 +91,7 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
         return {
             "source": rows[:, : spec.width],
             **({"rope": rows[:, spec.width :]} if d_rope else {}),
-            "slots": paged.draw_slots(draw, tokens, blocks, spec.page, spec.slots),
+            "slots": paged.draw_slots(draw, tokens, blocks, spec.page, spec.slots, case.distribution == "repeated"),
             "cache": spec.cache.empty(blocks, draw.device),
         }
 
@@ -116,7 +117,11 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
         return Cost(3.0 * tokens * spec.width, tokens * moved, "fp32")
 
     def cases(self, spec: QuantizePagedSpec) -> Sequence[Case[QuantizePagedSizes]]:
-        return [Case(QuantizePagedSizes(tokens)) for tokens in (37, 1, 130, 0)]
+        repeated = Case(QuantizePagedSizes(70), "repeated")
+        return [*(Case(QuantizePagedSizes(tokens)) for tokens in (37, 1, 130, 0)), repeated]
+
+    def long_cases(self, spec: QuantizePagedSpec) -> Sequence[Case[QuantizePagedSizes]]:
+        return [Case(QuantizePagedSizes(tokens), "repeated") for tokens in (1000, 5000)]
 
     def options(self, spec: QuantizePagedSpec) -> Sequence[QuantizePagedSpec]:
         keys = QuantizePagedSpec("index_k", 128, spec.page)
