@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..problem.checks import settled_strides
+
 
 class Tiled:
     """What Triton's launcher reads to encode the descriptor; the tile and its layout lie in the compiled kernel.
@@ -33,7 +35,7 @@ class Tiled:
 
     def _place(self, start: int, offset: int, shape: Sequence[int], strides: Sequence[int]) -> None:
         self._address, self._offset = start + offset, offset
-        self.shape, self.strides = shape, strides
+        self.shape, self.strides = shape, settled_strides(shape, strides)  # the encoder looks at every stride
         self.encoded: tuple[object, Any] | None = None
         """What a launcher made of it, and for which tiles; a view that a plan keeps is launched again and again."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def tensor(
     like: Tensor | None = None,
     inner_contiguous: bool = False,
 ) -> Tensor:
-    """Check one tensor argument and return it.
+    """Check one tensor argument and return it; where all dimensions must be contiguous, ``settled``.
 
     Args:
         shape: sizes by dimension; None where any size is allowed.
@@ -43,13 +44,60 @@ def tensor(
     if like is not None and value.device != like.device:
         raise InputError(name, f"a tensor on {value.device}", f"one on {like.device}, like the other arguments")
     if inner_contiguous:
-        if value.numel() and value.stride(-1) != 1:
+        if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
             raise InputError(name, f"strides {value.stride()}", "a contiguous last dimension")
     elif not value.is_contiguous():
         raise InputError(name, f"strides {value.stride()}", "a contiguous tensor (call .contiguous())")
     if value.device.type == "cuda" and not _is_fake(value) and value.data_ptr() % _ALIGNMENT:
         raise InputError(name, f"an address that {_ALIGNMENT} does not divide", "a 16-byte aligned tensor (call .clone())")
-    return value
+    return value if inner_contiguous else settled(value)
+
+
+def settled(value: Tensor) -> Tensor:
+    """The tensor, or a view of it in which dimensions of size 1 have the strides that packed ones would have.
+
+    Torch leaves any stride there, as nothing steps along them; launchers that encode or compare strides would stumble.
+    """
+    if _is_fake(value) or 1 not in value.shape or not value.numel():
+        return value
+    strides = settled_strides(value.shape, value.stride())
+    return value if strides == value.stride() else value.as_strided(value.shape, strides)
+
+
+def settled_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides, with those of packed dimensions where the size is 1."""
+    found, packed = list(strides), 1
+    for place in reversed(range(len(shape))):
+        if shape[place] == 1:
+            found[place] = packed
+        packed = shape[place] * found[place]
+    return tuple(found)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Tensor": ("a tensor", lambda value: isinstance(value, Tensor)),
+    "int": ("a whole number", lambda value: isinstance(value, torch.SymInt) or _plain(value, "__index__")),
+    "float": ("a number", lambda value: isinstance(value, torch.SymFloat) or _plain(value, "__float__")),
+    "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "str": ("a string", lambda value: isinstance(value, str)),
+}
+"""For each type of an operator's schema: how it is called, and whether torch takes a value for it."""
+
+
+def check_kind(name: str, value: object, kind: str) -> None:
+    """Raise InputError unless ``value`` is of a schema's type ("Tensor", "Optional[int]", …), which torch says less plainly."""
+    inner = kind.removeprefix("Optional[").removesuffix("]")
+    if value is None and inner != kind:
+        return
+    called, fits = _KINDS[inner]
+    if not fits(value):
+        shown = type(value).__name__ if isinstance(value, (Tensor, list, tuple)) else repr(value)
+        raise InputError(name, shown, called if inner == kind else f"{called}, or None")
+
+
+def _plain(value: object, conversion: str) -> bool:
+    """Whether a value converts to a number, and is no truth value; a tensor of none but one number does."""
+    return hasattr(value, conversion) and not isinstance(value, bool) and not (isinstance(value, Tensor) and value.dim())
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -149,6 +149,9 @@ def record(
     if not launches or len(places) < len(tensors):
         return None
     arguments = list({id(value): value for launch in launches for value in launch.args}.values())
+    by_address = all(getattr(kernels[launch.kernel], "takes_addresses", False) for launch in launches)
+    if by_address:
+        places |= _settled_places(tensors, arguments)
     allocated = [output for output in outputs.values() if id(output) not in places]
     known = places.keys() | {id(output) for output in allocated}
     workspaces = [value for value in arguments if isinstance(value, Tensor) and value.numel() and id(value) not in known]
@@ -172,8 +175,23 @@ def record(
         views,
         constants,
         picked,
-        by_address=all(getattr(kernel, "takes_addresses", False) for kernel, _, _ in picked),
+        by_address,
     )
+
+
+def _settled_places(tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict[int, int]:
+    """The places of arguments that are ``checks.settled`` views of a tensor of the call: alike where only addresses count."""
+    views = [value for value in arguments if isinstance(value, Tensor) and value.numel()]
+    views += [value.tensor for value in arguments if isinstance(value, Tiled) and value.tensor is not None]
+    return {
+        id(view): place
+        for view in views
+        for place, tensor in enumerate(tensors)
+        if (view.data_ptr(), view.shape, view.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        and view is not tensor
+        and 1 in view.shape
+        and not any(view is other for other in tensors)
+    }
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

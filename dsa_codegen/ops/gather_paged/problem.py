@@ -57,12 +57,13 @@ class GatherPagedProblem(Problem[GatherPagedSpec, GatherPagedSizes]):
         cache, slots, layout = args
         checks.one_of("layout", layout, paged.LAYOUTS)
         # A cache of index keys states their width in its last dimension.
+        checks.check_kind("cache", cache, "Tensor")
         width = (cache.shape[-1] if cache.dim() else 0) - 4 if layout == "index_k" else paged.WIDTHS[layout][0]
         if width not in paged.WIDTHS[layout]:
             allowed = ", ".join(str(width + 4) for width in paged.WIDTHS[layout])
             raise InputError("cache", f"shape {list(cache.shape)}", f"[blocks, page, 1, {allowed}]")
-        page = paged.check_cache("cache", cache, paged.layout_of(layout, 1, width).bytes_per_token)
-        paged.check_slots(slots, None, cache)
+        cache, page = paged.check_cache("cache", cache, paged.layout_of(layout, 1, width).bytes_per_token)
+        slots = paged.check_slots(slots, None, cache)
         spec = GatherPagedSpec(layout, width, page, paged.SLOT_NAMES[slots.dtype])
         return spec, GatherPagedSizes(slots.shape[0]), {"cache": cache, "slots": slots}
 

@@ -91,10 +91,10 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         checks.one_of("logits", logits, tuple(LOGITS))
         q = checks.tensor("q", q, (None, None, None, None), checks.FP8)
         batch, next_n, heads, head_dim = q.shape
-        page = check_cache("cache", cache, head_dim + 4, like=q)
-        checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
-        checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
-        checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
+        cache, page = check_cache("cache", cache, head_dim + 4, like=q)
+        weights = checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
+        lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
+        page_table = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
         if not 0 <= max_context <= _LONGEST:
             raise InputError("max_context", max_context, f"0 to {_LONGEST}")
         inputs = {"q": q, "cache": cache, "weights": weights, "lengths": lengths, "page_table": page_table}
@@ -124,7 +124,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     def reference(self, spec: IndexerPagedSpec, inputs: Inputs) -> Outputs:
         q, page_table, context = inputs["q"], inputs["page_table"], inputs["max_context"]
         weights = inputs["weights"].view(*q.shape[:2], spec.heads)
-        logits = torch.full((*q.shape[:2], context), -math.inf, device=q.device)
+        logits = torch.full((*q.shape[:2], context), -math.inf, dtype=torch.float32, device=q.device)
         for row in range(len(q)):
             key, present = _keys(spec, inputs["cache"], page_table[row], context)
             for query in range(spec.next_n):
@@ -201,5 +201,5 @@ def _keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) ->
     present = valid_slots(pages, len(cache)).repeat_interleave(spec.page)[:context]
     slots = (pages.long()[:, None] * spec.page + place).flatten()[:context]
     if not len(cache):
-        return torch.zeros(len(slots), spec.head_dim, device=pages.device), present
+        return torch.zeros(len(slots), spec.head_dim, dtype=torch.float32, device=pages.device), present
     return spec.layout.dequantize(cache, slots.masked_fill(~present, 0)), present

@@ -88,12 +88,12 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         rows, columns = scores.shape
         if columns > _MAX_COLUMNS:
             raise InputError("scores", f"{columns} columns", f"at most {_MAX_COLUMNS}")
-        checks.tensor("ends", ends, (rows,), torch.int32, like=scores)
+        ends = checks.tensor("ends", ends, (rows,), torch.int32, like=scores)
         if starts is not None:
-            checks.tensor("starts", starts, (rows,), torch.int32, like=scores)
+            starts = checks.tensor("starts", starts, (rows,), torch.int32, like=scores)
         if page_table is not None:
-            table = checks.tensor("page_table", page_table, (None, None), torch.int32, like=scores, inner_contiguous=True)
-            requests = table.shape[0]
+            page_table = checks.tensor("page_table", page_table, (None, None), torch.int32, like=scores, inner_contiguous=True)
+            requests = page_table.shape[0]
             if rows % max(requests, 1) or (rows and not requests):
                 raise InputError("page_table", f"{requests} rows", f"a row per request, and the {rows} rows of scores shared")
         inputs = {"scores": scores, "ends": ends, "starts": starts, "page_table": page_table}
@@ -217,7 +217,7 @@ def _extremes(columns: int) -> list[tuple[int, int]]:
 
 def _special(scores: Tensor, draw: Draw) -> Tensor:
     """Half NaN, and infinities and zeros of both signs."""
-    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], device=scores.device)
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=torch.float32, device=scores.device)
     return torch.where(draw.uniform(*scores.shape) < 0.5, torch.nan, values[draw.integers(0, 5, *scores.shape)] + scores * 0)
 
 
