@@ -11,6 +11,7 @@ from torch import Tensor
 from . import functions
 from .errors import InputError
 from .ops.logits import chunk_rows
+from .problem import checks
 from .problem.caches import kv_layout
 from .problem.paged import check_cache
 from .problem.presets import NO_CACHE, Model
@@ -39,6 +40,9 @@ class Layer:
     """
 
     def __init__(self, model: Model, logits_bytes: int = LOGITS_BYTES) -> None:
+        if not isinstance(model, Model):
+            raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
+        checks.check_kind("logits_bytes", logits_bytes, "int")
         self.model = model
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
         self._logits_bytes = logits_bytes
@@ -70,7 +74,12 @@ class Layer:
         Returns:
             out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
         """
-        self._check(q, index_q, sink)
+        self._check(3, q, index_q, index_weights, sink)
+        checks.tensor("index_k", index_k, (None, self.model.index_head_dim), checks.FP8, like=q)
+        checks.tensor("index_k_scale", index_k_scale, (len(index_k),), torch.float32, like=q)
+        checks.tensor("kv", kv, (len(index_k), 1, q.shape[-1]), torch.bfloat16, like=q)
+        for name, value in (("starts", starts), ("ends", ends)):
+            checks.tensor(name, value, (len(q),), torch.int32, like=q, inner_contiguous=True)
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
         parts = []
         step = max(4, chunk_rows(self._logits_bytes, len(q), len(index_k), "fp32"))
@@ -115,16 +124,18 @@ class Layer:
         """
         if self.model.kv_layout == NO_CACHE:
             raise InputError("kv_cache", "a tensor", f"a model with a paged KV cache; {self.model.name} states kv_layout: none")
-        self._check(q, index_q, sink)
+        self._check(4, q, index_q, index_weights, sink)
         self._check_page("kv_cache", kv_cache, self._kv_bytes)
         self._check_page("index_cache", index_cache, self.model.index_head_dim + 4)
-        batch, next_n = index_q.shape[:2]
+        if len(kv_cache) != len(index_cache):
+            raise InputError("kv_cache", f"{len(kv_cache)} blocks", f"{len(index_cache)}, as index_cache has")
+        batch, next_n = checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q).shape
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
         logits = functions.indexer_logits_paged(
             flat_q.view(index_q.shape), index_cache, flat_weights, lengths, page_table, max_context, score=self.model.score
         )
         chosen = functions.select(logits, lengths.flatten(), self.model.topk, page_table=page_table, page=self.model.page).view(
-            batch, next_n, -1
+            batch, next_n, self.model.topk
         )
         out, lse = functions.sparse_attention_paged(q, kv_cache, chosen, self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)
@@ -160,21 +171,30 @@ class Layer:
         """
         return dispatch.warmup(calls(self.model, Limits(max_queries, max_batch, max_context, next_n)), processes)
 
-    def _check(self, q: Tensor, index_q: Tensor, sink: Tensor | None) -> None:
+    def _check(self, dims: int, q: Tensor, index_q: Tensor, index_weights: Tensor, sink: Tensor | None) -> None:
         """Other heads than the model's would be served, by kernels that nobody tuned or warmed up."""
         model = self.model
         for name, value, (heads, width) in (
             ("q", q, (model.heads, model.d_nope + model.d_rope)),
             ("index_q", index_q, (model.index_heads, model.index_head_dim)),
         ):
-            if value.shape[-2:] != (heads, width):
+            checks.check_kind(name, value, "Tensor")
+            if value.dim() != dims or value.shape[-2:] != (heads, width):
                 raise InputError(name, f"shape {list(value.shape)}", f"[…, {heads}, {width}], as {model.name} has")
+        rows = list(q.shape[:-2])
+        checks.check_kind("index_weights", index_weights, "Tensor")
+        for name, value, allowed in (
+            ("index_q", index_q, [*rows, *index_q.shape[-2:]]),
+            ("index_weights", index_weights, [*rows, model.index_heads]),
+        ):
+            if list(value.shape) != allowed:
+                raise InputError(name, f"shape {list(value.shape)}", f"shape {allowed}: the rows of q")
         if (sink is not None) != model.attn_sink:
             came, wanted = ("a tensor", "None") if sink is not None else ("None", f"fp32 [{model.heads}]")
             raise InputError("sink", came, f"{wanted}, as {model.name} states attn_sink: {str(model.attn_sink).lower()}")
 
     def _check_page(self, name: str, cache: Tensor, bytes_per_token: int) -> None:
         """The selection makes slots of the model's page: in a cache of other pages they would name other tokens."""
-        page = cache.shape[1] if cache.dim() == 4 else check_cache(name, cache, bytes_per_token)
+        page = check_cache(name, cache, bytes_per_token)[1]
         if page != self.model.page:
             raise InputError(name, f"pages of {page} tokens", f"{self.model.page}, as {self.model.name} states")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_prefill_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
-@pytest.mark.parametrize(("batch", "next_n"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("batch", "next_n"), [(1, 1), (3, 2), (0, 1), (0, 2)])
 def test_decode(model, batch, next_n):
     assert_decode_matches(dsa.Layer(model), decode_inputs(model, batch, next_n, 200))
 
@@ -114,6 +115,79 @@ def test_refuses_what_the_model_does_not_state(model, argument, change):
     inputs = decode_inputs(model, 2, 1, 100)
     with pytest.raises(InputError, match=rf"^{argument}: .* as {model.name} "):
         dsa.Layer(model).decode(**{**inputs, argument: change(inputs[argument])})
+
+
+def padded(inputs):
+    """The batch with a row behind it that no sequence has: no tokens, and whatever was in memory."""
+    inputs["q"][-1], inputs["index_q"][-1], inputs["index_weights"][-1] = math.nan, math.nan, math.inf
+    inputs["lengths"][-1] = 0
+    inputs["page_table"][-1] = 1 << 30
+    return inputs
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
+def test_a_padded_batch_is_the_batch_and_zeros(model, device):
+    inputs = padded(decode_inputs(model, 3, 1, 200, device))
+    batched = ("q", "index_q", "index_weights", "lengths", "page_table")
+    whole = dsa.Layer(model).decode(**inputs)
+    alone = dsa.Layer(model).decode(**{name: value[:2] if name in batched else value for name, value in inputs.items()})
+    assert all(torch.equal(a[:2], b) for a, b in zip(whole, alone, strict=True))
+    assert not whole.out[2].any()
+    assert (whole.lse[2] == -math.inf).all()
+    assert (whole.chosen[2] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("index_q", lambda value: value[:4]),
+        ("index_weights", lambda value: value[:4]),
+        ("index_weights", lambda value: value.tolist()),
+        ("starts", lambda value: value[:4]),
+        ("ends", lambda value: value[:4]),
+        ("ends", lambda value: value.long()),
+        ("kv", lambda value: value[:100]),
+        ("kv", lambda value: None),
+        ("index_k", lambda value: value[:100]),
+        ("index_k_scale", lambda value: value[:100]),
+        ("q", lambda value: value[None]),
+        ("q", lambda value: value.tolist()),
+    ],
+)
+def test_prefill_refuses_what_does_not_fit_together(argument, change):
+    inputs = prefill_inputs(TINY, 5, 150)
+    if argument == "index_k":
+        argument = "kv"  # more of it than of the keys
+        inputs["index_k"] = change(inputs["index_k"])
+    else:
+        inputs[argument] = change(inputs[argument])
+    with pytest.raises(InputError, match=f"^{argument}:"):
+        dsa.Layer(TINY).prefill(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("index_q", lambda value: value[:2]),
+        ("index_weights", lambda value: value[:2]),
+        ("lengths", lambda value: value[:2]),
+        ("page_table", lambda value: value[:2]),
+        ("kv_cache", lambda value: value[:-1]),
+        ("kv_cache", lambda value: [value]),
+        ("q", lambda value: value[:, 0]),
+    ],
+)
+def test_decode_refuses_what_does_not_fit_together(argument, change):
+    inputs = decode_inputs(TINY, 3, 1, 100)
+    with pytest.raises(InputError, match=f"^{argument}:"):
+        dsa.Layer(TINY).decode(**{**inputs, argument: change(inputs[argument])})
+
+
+@pytest.mark.parametrize(("arguments", "named"), [(("tiny",), "model"), ((None,), "model"), ((TINY, "1G"), "logits_bytes")])
+def test_refuses_to_be_made_of_anything_else(arguments, named):
+    with pytest.raises(InputError, match=f"^{named}:"):
+        dsa.Layer(*arguments)
 
 
 @pytest.mark.gpu
