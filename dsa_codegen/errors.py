@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .invocation import command
 
@@ -24,7 +24,11 @@ class InputError(DsaError, ValueError):
 
     def __init__(self, argument: str, got: object, allowed: str) -> None:
         super().__init__(f"{argument}: got {got}; expected {allowed}.")
-        self.argument = argument
+        self.argument, self._got, self._allowed = argument, got, allowed
+
+    def renamed(self, names: Mapping[str, str]) -> InputError:
+        """The same of the argument's public name, where it has another one."""
+        return InputError(names.get(self.argument, self.argument), self._got, self._allowed)
 
 
 class UnknownName(DsaError, KeyError):

@@ -3,7 +3,12 @@
 Every function raises InputError, naming the argument, before anything is launched, or SpecError, naming the field, where a
 size or option is one that no kernel serves (12 heads of the indexer, topk 10). "No token" is -1 or any index at or beyond
 the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
-the sizes in question, and all are traced by ``torch.compile``.
+the sizes in question, and all but ``indexer_logits_chunks``, which is a
+loop of the host around one of them, are traced by ``torch.compile``. Surroundings change nothing: neither the default dtype nor
+autocast. There is no backward: an input that requires a gradient, where gradients are on, is an InputError on every device.
+NaN stays where it is: a NaN key or scale gives NaN scores of its token, which ``select`` takes only where nothing else is left;
+a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a
+token gives 0 and -inf, whatever it holds.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from . import ops
 from .errors import InputError
 from .ops.attention.problem import D_V as _D_V
 from .ops.logits import chunk_rows, row_bytes
+from .problem import checks
+from .problem.presets import KV_LAYOUTS
 from .runtime.torch_ops import direct
 
 _indexer_logits = direct("indexer_logits")
@@ -27,8 +34,10 @@ _sparse_attention = direct("sparse_attention")
 _sparse_attention_into = direct("sparse_attention_into")
 _sparse_attention_paged = direct("sparse_attention_paged")
 _sparse_attention_paged_into = direct("sparse_attention_paged_into")
-_quantize = direct("quantize")
-_quantize_paged = direct("quantize_paged")
+_quantize_q = direct("quantize", source="q")
+_quantize_k = direct("quantize", source="k")
+_store_k = direct("quantize_paged", source="k")
+_store_kv = direct("quantize_paged", source="nope")
 _gather_paged = direct("gather_paged")
 
 
@@ -83,6 +92,9 @@ def indexer_logits_chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """``indexer_logits`` in chunks of rows, in order, so that any context can be scored in bounded memory.
 
+    The same call gives the same bits. A chunk is a call of its own: its rows differ from those of a whole call by the rounding
+    of fp32 sums in another order (1e-5 of the largest score, measured on the CPU), where other rows make another kernel serve.
+
     Every chunk is memory of its own, which stays as it is for as long as it is kept. A loop still holds one chunk while the
     next is computed: the budget covers these two.
 
@@ -99,6 +111,8 @@ def indexer_logits_chunks(
     """
     if not isinstance(max_bytes, int):
         raise InputError("max_bytes", repr(max_bytes), "a whole number")
+    checks.check_kind("clean", clean, "bool")
+    checks.check_kind("max_window", max_window, "Optional[int]")
     ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window)
     queries, columns = len(q), len(k) if max_window is None else max_window
     step = chunk_rows(max_bytes, queries, columns, logits)
@@ -233,7 +247,8 @@ def sparse_attention_paged(
 
     Args:
         q: bf16 [batch, next_n, heads, d].
-        cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token; page 1 to 1024.
+        cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token; page 1 to 1024. Scales lie
+            below 2^40, latents hence below 2^48: beyond, results are NaN or infinite, never another number.
         indices: int32 or int64 [batch, next_n, topk], physical slots (block · page + offset), invalid ones anywhere.
         sm_scale, lengths, sink: as in ``sparse_attention``; lengths is int32 [batch, next_n] or [batch].
         extra_cache, extra_indices, extra_lengths: a second pool, which one softmax attends to together with the first
@@ -277,33 +292,41 @@ def quantize_index_q(q: Tensor, weights: Tensor, *, power_of_two: bool = False) 
     Returns:
         e4m3 [queries, heads, head_dim] and fp32 [queries, heads]: ``weights · scale · head_dim^-0.5 · heads^-0.5``.
     """
-    return _quantize(q, weights, power_of_two)
+    if weights is None:  # the operator takes that for keys
+        raise InputError("weights", "None", "a tensor")
+    return _quantize_q(q, weights, power_of_two)
 
 
 def quantize_index_k(k: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """Keys of the indexer, bf16 [tokens, head_dim], to e4m3 [tokens, head_dim] and one fp32 scale per token."""
-    return _quantize(k, None, power_of_two)
+    """Keys of the indexer, bf16 [tokens, head_dim], to e4m3 [tokens, head_dim] and one fp32 scale per token.
+
+    A row with a NaN is NaN, values and scale; so it is wherever rows are quantised. One with an infinity is so once it is
+    multiplied out.
+    """
+    return _quantize_k(k, None, power_of_two)
 
 
 def store_index_k(k: Tensor, slots: Tensor, cache: Tensor, *, power_of_two: bool = False) -> None:
     """Quantise keys of the indexer, bf16 [tokens, head_dim], into their slots [tokens] of a paged cache.
 
-    A slot is block · page + offset; one outside the cache (-1) is skipped.
+    A slot is block · page + offset; one outside the cache (-1) is skipped. Of rows with the same slot the last is stored,
+    whole. More than 1024 rows take 4 bytes of scratch memory for every slot of the cache.
     """
-    _quantize_paged(k, None, slots, cache, "index_k", power_of_two)
+    _store_k(k, None, slots, cache, "index_k", power_of_two)
 
 
 def store_kv(
     nope: Tensor, rope: Tensor, slots: Tensor, cache: Tensor, *, layout: str = "v32", power_of_two: bool = False
 ) -> None:
-    """Quantise latent vectors into their slots [tokens] of a paged KV cache.
+    """Quantise latent vectors into their slots [tokens] of a paged KV cache; slots as in ``store_index_k``.
 
     Args:
         nope: bf16 [tokens, 512] ("v32") or [tokens, 448] ("v4"), quantised in groups of 128 or 64 channels.
         rope: bf16 [tokens, 64], stored as it is.
         layout: "v32" (656 bytes a token) or "v4" (584); the latter has power-of-two scales only.
     """
-    _quantize_paged(nope, rope, slots, cache, layout, power_of_two or layout == "v4")
+    checks.one_of("layout", layout, KV_LAYOUTS)
+    _store_kv(nope, rope, slots, cache, layout, True if layout == "v4" else power_of_two)
 
 
 def gather_index_k(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,5 +337,6 @@ def gather_index_k(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 def gather_kv(cache: Tensor, slots: Tensor, *, layout: str = "v32") -> Tensor:
     """Latent vectors at ``slots`` [tokens], dequantised: bf16 [tokens, 576] ("v32") or [tokens, 512] ("v4")."""
+    checks.one_of("layout", layout, KV_LAYOUTS)
     (latent,) = _gather_paged(cache, slots, layout)
     return latent

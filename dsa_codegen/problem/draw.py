@@ -22,12 +22,12 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
         """Normal numbers with standard deviation ``scale``; FP8 dtypes are rounded from fp32."""
-        values = torch.randn(*shape, device=self.device, generator=self._generator)
+        values = torch.randn(*shape, dtype=torch.float32, device=self.device, generator=self._generator)
         return (values * scale).to(dtype)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """fp32 numbers in [low, high)."""
-        return torch.rand(*shape, device=self.device, generator=self._generator) * (high - low) + low
+        return torch.rand(*shape, dtype=torch.float32, device=self.device, generator=self._generator) * (high - low) + low
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Integers in [low, high)."""

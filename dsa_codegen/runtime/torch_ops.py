@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
+from ..errors import InputError
+from ..problem.checks import check_kind
 from ..problem.op import Op, Outputs
 from . import dispatch
 
 NAMESPACE = "dsa_codegen"
+_NO_GRADIENTS = "none that does: the operations have no backward; call them under torch.no_grad(), or detach the tensor"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Asked at every call, and found here at once.
@@ -51,10 +55,22 @@ def _register(op: Op, function: str, form: str) -> None:
         spec, _, inputs = op.bind(*complete(args))
         return _returned(op.allocate(spec, inputs), written, listed)
 
+    def refuse_gradients(*args: Any) -> Any:
+        wanted = [argument.name for argument, value in zip(arguments, args, strict=False) if _wants_gradient(value)]
+        if wanted:
+            raise InputError(wanted[0], "a tensor that requires a gradient", _NO_GRADIENTS)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(getattr(torch.ops, NAMESPACE), function).default(*args)
+
     _LIBRARY.define(function + form)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(function, run, device)
+    _LIBRARY.impl(function, refuse_gradients, "Autograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+
+
+def _wants_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
 def _returned(outputs: Outputs, written: Sequence[str], listed: bool) -> Any:
@@ -69,20 +85,33 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def direct(name: str) -> Callable[..., Any]:
+def direct(name: str, **public: str) -> Callable[..., Any]:
     """The registered operator, or the way around it for a call like an earlier one; takes every argument of the schema.
 
     Nobody can tell the two apart: the first call of its kind went through the operator, which found its arguments good, and
     whatever wants to see operators (a trace, a mode, a transform, a profiler, gradients) still sees this one.
+
+    Args:
+        public: names that arguments of the schema have in the function that people call; errors are about those.
     """
     operator, (op, form) = function(name), _BY_FUNCTION[name]
-    written, listed = _results(torch._C.parse_schema(name + form))
+    schema = torch._C.parse_schema(name + form)
+    written, listed = _results(schema)
+    kinds = [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+    def first(args: Sequence[Any]) -> Any:
+        try:
+            for (argument, kind), value in zip(kinds, args, strict=False):
+                check_kind(argument, value, kind)
+            return operator(*args)
+        except InputError as error:
+            raise error.renamed(public) from None
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched():
+        if torch.compiler.is_compiling():
             return operator(*args)
-        outputs = dispatch.call_again(op, args)
-        return operator(*args) if outputs is None else _returned(outputs, written, listed)
+        outputs = None if _watched() else dispatch.call_again(op, args)
+        return first(args) if outputs is None else _returned(outputs, written, listed)
 
     return call
 
