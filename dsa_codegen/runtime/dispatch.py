@@ -16,9 +16,10 @@ from .. import gpu as gpus
 from ..errors import BuildError, CaptureError, NoGpu
 from ..invocation import command
 from ..kernels.backends import Launchable
-from ..kernels.build import build, build_all
+from ..kernels.build import build, build_all, find
 from ..kernels.render import render
 from ..kernels.variant import Variant
+from ..problem.exact import exactly
 from ..problem.op import Config, Inputs, Op, Outputs
 from ..problem.values import Bucket, Sizes, Spec, describe
 from ..records.lookup import Found, lookup, stand_ins
@@ -133,7 +134,10 @@ def _keep(call: plans.Key, plan: plans.Plan, key: Key, variant: Variant) -> None
 
 
 def stats() -> dict[str, int]:
-    """What happened so far: calls per operation, and where each variant's config came from when it was loaded."""
+    """What happened so far: calls per operation, and where each variant's config came from when it was loaded.
+
+    "built during a call" counts those that a caller waited for while they compiled: what ``warmup`` was not asked for.
+    """
     values = {f"{op}: {what}": tally.value() for (op, what), tally in sorted(_tallies.items())}
     return {name: value for name, value in values.items() if value}
 
@@ -176,7 +180,10 @@ def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = Non
     """Build in parallel, and load on the current CUDA device, every variant that these calls will need.
 
     Run it before the first request and before any CUDA graph is captured: afterwards nothing compiles, and no kernel is left
-    whose code a first launch would load. Where a process serves several devices, run it under ``torch.cuda.device`` for each.
+    whose code a first launch would load. A spec is what compiles: every other heads, head_dim, topk, page, layout, dtype, or
+    presence of starts, lengths, a sink or a page table is another kernel, of 2 to 15 s; so is a bucket of sizes whose record
+    states another config. Sizes inside a bucket (rows, tokens, batch, context) and strides never compile anything. Where a
+    process serves several devices, run it under ``torch.cuda.device`` for each.
 
     Returns:
         How many variants were not loaded before.
@@ -255,6 +262,8 @@ def _kernels_of(op: Op, spec: Spec, gpu: gpus.Gpu, config: Config, device: int) 
     rendered = render(op, spec, config)
     source = rendered.sha, device
     if source not in _kernels:  # buckets often share a source
+        if find(rendered, gpu) is None:  # `warmup` has built what it was asked for
+            _count(op, "built during a call")
         _kernels[source] = build(rendered, gpu).load()
     return _kernels[source]
 
@@ -293,6 +302,7 @@ def _device(inputs: Inputs) -> torch.device:
 def _reference(op: Op, spec: Spec, inputs: Inputs) -> Outputs:
     _count(op, "reference")
     outputs = op.allocate(spec, inputs)
-    for name, value in op.reference(spec, inputs).items():
-        outputs[name].copy_(value)
+    with exactly():
+        for name, value in op.reference(spec, inputs).items():
+            outputs[name].copy_(value)
     return outputs

@@ -327,3 +327,14 @@ def test_chunks_refuse_at_the_call():
 def test_no_queries_give_no_chunks():
     tensors = OP.inputs(SPECS[0], Case(IndexerSizes(0, 130), "ragged"), Draw(4)).values()
     assert not list(dsa.indexer_logits_chunks(*tensors))
+
+
+def test_a_chunk_differs_from_the_whole_by_rounding_at_most():
+    draw = Draw(9)
+    q, k = draw.normal(257, 16, 64, dtype=torch.float8_e4m3fn), draw.normal(700, 64, dtype=torch.float8_e4m3fn)
+    ends = torch.full((257,), 700, dtype=torch.int32)
+    call = q, k, draw.uniform(700), draw.normal(257, 16), torch.zeros_like(ends), ends
+    whole = dsa.indexer_logits(*call)
+    for first, chunk in dsa.indexer_logits_chunks(*call, max_bytes=24 * 768 * 4):
+        rows = whole[first : first + len(chunk)]
+        torch.testing.assert_close(chunk, rows, rtol=0, atol=1e-5 * float(whole.abs().max()))

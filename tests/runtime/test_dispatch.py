@@ -108,7 +108,7 @@ def test_builds_once_per_spec_and_bucket(monkeypatch):
         call()
     call()
     assert (len(fake.builds), len(fake.runs)) == (1, 2)
-    assert dispatch.stats() == {"indexer: calls": 2, "indexer: default": 1}
+    assert dispatch.stats() == {"indexer: built during a call": 1, "indexer: calls": 2, "indexer: default": 1}
 
 
 def test_a_default_that_does_not_build_gives_way_to_the_next_guess(monkeypatch):
@@ -139,6 +139,15 @@ def test_buckets_that_share_a_source_share_what_is_loaded(monkeypatch):
         fake.current = 1
         assert dispatch.warmup(wanted) == 2
     assert loads == [0, 1]
+
+
+def test_what_was_warmed_up_is_not_built_during_a_call(monkeypatch):
+    FakeGpu(monkeypatch)
+    dispatch.reset()
+    with dispatch.override(OP, Config.of("triton", block_q=1, block_n=64, num_warps=4, num_stages=2, splits=1)):
+        dispatch.warmup([(OP, SPEC, IndexerSizes(5, 40))])
+        call()
+        assert "indexer: built during a call" not in dispatch.stats()
 
 
 def test_never_compiles_while_a_graph_is_captured(monkeypatch):

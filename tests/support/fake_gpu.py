@@ -47,6 +47,7 @@ class FakeGpu:
         monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, getattr(device, "index", device)))
         monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])
+        monkeypatch.setattr(dispatch, "find", lambda rendered, gpu: self if (rendered.sha, gpu) in self.builds else None)
         monkeypatch.setattr(dispatch, "build", self._build)
         monkeypatch.setattr(dispatch, "build_all", self._build_all)
         self._kernels = kernels

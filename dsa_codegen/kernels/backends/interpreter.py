@@ -2,9 +2,9 @@
 
 It keeps bf16 as 16-bit patterns: ``tl.dot`` multiplies those integers, and fp32 -> bf16 truncates where a GPU rounds to
 nearest even (truncated probabilities alone put attention at a similarity of 1.2e-5). fp32 -> e4m3 rounds, but loses the carry
-into the exponent: 127 becomes 64; e4m3's NaN is read as 480. A constant of the module that meets a tensor makes a constant that holds a tensor: from 3.7
-on, most functions refuse it. What a scalar comparison gives becomes int32 where it is broadcast: 3.9 refuses it as a mask.
-3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on.
+into the exponent: 127 becomes 64; e4m3's NaN is read as 480. A constant of the module that meets a tensor makes a constant that
+holds a tensor: from 3.7 on, most functions refuse it. What a scalar comparison gives becomes int32 where it is broadcast: 3.9
+refuses it as a mask. 3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on.
 """
 
 from __future__ import annotations
