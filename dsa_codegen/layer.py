@@ -195,6 +195,6 @@ class Layer:
 
     def _check_page(self, name: str, cache: Tensor, bytes_per_token: int) -> None:
         """The selection makes slots of the model's page: in a cache of other pages they would name other tokens."""
-        page = check_cache(name, cache, bytes_per_token)[1]
+        page = check_cache(name, cache, bytes_per_token)
         if page != self.model.page:
             raise InputError(name, f"pages of {page} tokens", f"{self.model.page}, as {self.model.name} states")

@@ -68,8 +68,8 @@ def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
     return names
 
 
-def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | None = None) -> tuple[Tensor, int]:
-    """Check a cache, uint8 [blocks, page, 1, bytes_per_token] or [blocks, bytes of a page]; return it and its page size.
+def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | None = None) -> int:
+    """Check a cache, uint8 [blocks, page, 1, bytes_per_token] or [blocks, bytes of a page], and return its page size.
 
     Blocks may lie further apart than they are long (padded pages, caches of several layers interleaved). The two-dimensional
     form has to have exactly the length of a page of 1, 2, 4, … 1024 tokens: padding is never taken for tokens.
@@ -86,7 +86,7 @@ def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | N
     if blocks > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * bytes_per_token):
         allowed = f"a multiple of {_ALIGNMENT} of at least {page * bytes_per_token}"
         raise InputError(name, f"{cache.stride(0)} bytes between blocks", allowed)
-    return cache, page
+    return page
 
 
 def _flat_page(name: str, cache: Tensor, bytes_per_token: int) -> int:

@@ -21,10 +21,10 @@ def flat(layout: caches.Layout, padding: int = 0) -> torch.Tensor:
 
 @BY_LAYOUT
 def test_both_shapes_state_the_page(layout):
-    assert check_cache("cache", flat(layout), layout.bytes_per_token)[1] == layout.page
+    assert check_cache("cache", flat(layout), layout.bytes_per_token) == layout.page
     exact = flat(layout)[:, : layout.page * layout.bytes_per_token]
-    assert check_cache("cache", exact, layout.bytes_per_token)[1] == layout.page
-    assert check_cache("cache", exact.unflatten(1, (layout.page, 1, -1)), layout.bytes_per_token)[1] == layout.page
+    assert check_cache("cache", exact, layout.bytes_per_token) == layout.page
+    assert check_cache("cache", exact.unflatten(1, (layout.page, 1, -1)), layout.bytes_per_token) == layout.page
 
 
 @BY_LAYOUT

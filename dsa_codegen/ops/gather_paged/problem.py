@@ -62,7 +62,7 @@ class GatherPagedProblem(Problem[GatherPagedSpec, GatherPagedSizes]):
         if width not in paged.WIDTHS[layout]:
             allowed = ", ".join(str(width + 4) for width in paged.WIDTHS[layout])
             raise InputError("cache", f"shape {list(cache.shape)}", f"[blocks, page, 1, {allowed}]")
-        cache, page = paged.check_cache("cache", cache, paged.layout_of(layout, 1, width).bytes_per_token)
+        page = paged.check_cache("cache", cache, paged.layout_of(layout, 1, width).bytes_per_token)
         slots = paged.check_slots(slots, None, cache)
         spec = GatherPagedSpec(layout, width, page, paged.SLOT_NAMES[slots.dtype])
         return spec, GatherPagedSizes(slots.shape[0]), {"cache": cache, "slots": slots}

@@ -91,7 +91,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         checks.one_of("logits", logits, tuple(LOGITS))
         q = checks.tensor("q", q, (None, None, None, None), checks.FP8)
         batch, next_n, heads, head_dim = q.shape
-        cache, page = check_cache("cache", cache, head_dim + 4, like=q)
+        page = check_cache("cache", cache, head_dim + 4, like=q)
         weights = checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
         lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         page_table = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)

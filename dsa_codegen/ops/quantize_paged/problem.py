@@ -79,7 +79,7 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
             if rope.shape != (tokens, paged.rope_of(known)):
                 raise InputError("rope", f"shape {list(rope.shape)}", f"shape {[tokens, paged.rope_of(known)]}")
         slots = paged.check_slots(slots, tokens, source)
-        cache, page = paged.check_cache("cache", cache, known.bytes_per_token, like=source)
+        page = paged.check_cache("cache", cache, known.bytes_per_token, like=source)
         spec = QuantizePagedSpec(layout, width, page, paged.SLOT_NAMES[slots.dtype], power_of_two or layout == "v4")
         return spec, QuantizePagedSizes(tokens), {**inputs, "slots": slots, "cache": cache}
 
