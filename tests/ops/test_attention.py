@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ import torch
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels import build, render
 from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
 from dsa_codegen.ops.attention.problem import D_V
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.records import lookup
 
-from support import H200, assert_compiles, assert_matches_reference, default
+from support import H200, assert_compiles, assert_matches_reference
 
 SPECS = [
     AttentionSpec(5, 576, topk=70),
@@ -28,6 +31,8 @@ SPECS = [
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
 SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
+CLUSTER = Config.of("cuda", num_stages=3, turns=True, consumer_registers=224)
+SPILLS_BETWEEN_QUERIES = 56  # bytes; none is touched in the loop over tiles
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
 
@@ -59,6 +64,94 @@ def test_compiles_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
 
 
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (AttentionSpec(128, 576, 2048), CLUSTER),
+        (AttentionSpec(128, 576, 130, lengths=True, sink=True), CLUSTER),
+        (AttentionSpec(128, 512, 1024, sink=True), CLUSTER.replace(num_stages=4)),
+        (AttentionSpec(128, 576, 2048, lengths=True), CLUSTER.replace(turns=False)),
+    ],
+    ids=["plain", "lengths, sink", "without a tail", "without turns"],
+)
+def test_clusters_compile_for_hopper(spec, config):
+    assert_compiles(OP, spec, config, spills=SPILLS_BETWEEN_QUERIES)
+    built = build.find(render.render(OP, spec, config), H200)
+    assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
+@pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("queries", "blocks"), [(1, 2), (65, 130), (66, 132), (500, 132)])
+def test_a_persistent_grid_of_clusters_gets_its_arguments(queries, blocks, lengths, sink):
+    spec = AttentionSpec(128, 512, 1, lengths, sink)
+    inputs = OP.inputs(spec, Case(AttentionSizes(queries, 3), "random"), Draw(0))
+    outputs = OP.allocate(spec, inputs)
+    (launch,) = OP.launches(spec, CLUSTER, inputs, outputs, H200)
+    optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
+    tensors = [inputs["q"], inputs["kv"], inputs["indices"], *optional, outputs["out"], outputs["lse"]]
+    assert launch.grid == (blocks, 1, 1)
+    assert [id(value) for value in launch.args[: len(tensors)]] == [id(tensor) for tensor in tensors]
+    assert launch.args[len(tensors) :] == (queries, 3, inputs["sm_scale"])
+    namespace: dict = {}
+    exec(render.render(OP, spec, CLUSTER).code, namespace)
+    (facts,) = namespace["KERNELS"].values()
+    assert facts["args"] == ("ptr",) * len(tensors) + ("i32", "i32", "f32")
+    assert facts["cluster"] == 2
+    # Every parameter of the text, in that order.
+    text = re.search(r"\nattention\((.*?)\)", namespace["SOURCE"], re.DOTALL)[1]
+    names = [parameter.split()[-1] for parameter in text.split(",")]
+    given = [name for name in ("lengths", "sink") if spec.to_dict()[name]]
+    assert names == ["q", "kv", "indices", *given, "out", "lse", "queries", "tokens", "sm_scale"]
+
+
+def test_clusters_leave_calls_without_tokens_to_torch():
+    spec = AttentionSpec(128, 512, 1)
+    for queries, tokens in ((3, 0), (0, 40)):
+        inputs = OP.inputs(spec, Case(AttentionSizes(queries, tokens), "ragged"), Draw(0))
+        outputs = OP.allocate(spec, inputs)
+        assert OP.launches(spec, CLUSTER, inputs, outputs, H200) == ()
+        assert not outputs["out"].count_nonzero()
+        assert outputs["lse"].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "d_qk", "topk", "gpu", "expected"),
+    [
+        (128, 576, 2048, "h100", CLUSTER),
+        (128, 512, 1024, "h200", CLUSTER.replace(num_stages=4)),
+        (128, 576, 512, "h200", SPECIALISED),
+        (64, 576, 2048, "h200", SPECIALISED),
+        (16, 576, 2048, "h200", SPECIALISED),
+        (128, 576, 2048, "b200", None),
+    ],
+)
+def test_default_is_the_cluster_where_it_wins(heads, d_qk, topk, gpu, expected):
+    found = OP.default_config(AttentionSpec(heads, d_qk, topk), AttentionSizes(4096, 32768), resolve(gpu))
+    assert found == expected or (expected is None and found.backend == "triton")
+
+
+def test_clusters_do_not_keep_the_exact_maxima():
+    spec = AttentionSpec(128, 576, 2048, max_logits=True)
+    assert [violation.name for violation in OP.violations(spec, CLUSTER, H200)] == ["max_logits"]
+    assert OP.default_config(spec, AttentionSizes(4096, 32768), H200) == SPECIALISED
+
+
+def test_without_nvcc_the_default_is_not_the_cluster(monkeypatch, tmp_path):
+    monkeypatch.setattr(lookup, "missing_tool", lambda backend: None if backend == "triton" else f"{backend} (no nvcc)")
+    found = lookup.lookup(OP, AttentionSpec(128, 576, 2048), AttentionSizes(4096, 32768), H200, {"tuned": tmp_path})
+    assert (found.config.backend, found.origin) == ("triton", "default")
+    assert "no nvcc" in found.notes[0]
+
+
+def test_steep_scores_rise_by_hundreds_within_a_row():
+    spec = AttentionSpec(2, 576, 64)
+    inputs = OP.inputs(spec, Case(AttentionSizes(4, 300), "steep"), Draw(0))
+    latent = inputs["kv"][inputs["indices"][:, 0].long(), 0].float()
+    scores = torch.einsum("qhd,qkd->qhk", inputs["q"].float(), latent) * inputs["sm_scale"]
+    assert (scores[..., 32:].amax(-1) - scores[..., :32].amax(-1)).abs().max() > 30
+    assert scores.abs().amax() > 100
+
+
 @pytest.mark.parametrize("gpu", ["a100", "l40s", "h200", "b200", "rtx5090"])
 @pytest.mark.parametrize("heads", [8, 32, 128])
 def test_default_breaks_no_constraint(gpu, heads):
@@ -67,8 +160,8 @@ def test_default_breaks_no_constraint(gpu, heads):
     assert not OP.violations(spec, config, resolve(gpu))
 
 
-def test_default_of_many_heads_is_specialised_on_hopper():
-    assert default(OP, AttentionSpec(128, 576, 2048), "tilelang") == SPECIALISED
+def test_tilelangs_default_of_many_heads_is_specialised_on_hopper():
+    assert OP.default_config(AttentionSpec(128, 576, 2048), AttentionSizes(4096, 32768), H200, "tilelang") == SPECIALISED
 
 
 @pytest.mark.parametrize(
@@ -79,6 +172,9 @@ def test_default_of_many_heads_is_specialised_on_hopper():
         (MULTISTAGE.replace(block_h=64), "h200", "accumulator registers"),
         (MULTISTAGE.replace(threads=256), "h200", "columns per warp"),
         (MULTISTAGE.replace(block_n=64, num_stages=6), "h200", "smem"),
+        (CLUSTER, "h200", "heads"),
+        (CLUSTER, "a100", "capability"),
+        (CLUSTER.replace(num_stages=4), "h200", "smem"),
         (TRITON.replace(block_h=64), "h200", "accumulator registers"),
         (TRITON.replace(block_h=64, num_warps=8, num_stages=7), "l40s", "smem"),
     ],

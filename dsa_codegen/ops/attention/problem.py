@@ -98,11 +98,15 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         indices = _distinct(draw, queries, tokens, spec.topk)
         if case.distribution == "ragged":
             indices = _spoiled(draw, indices, tokens)
+        # Scores of deviation 1. Values of 0.1, as FlashMLA's tests have them: rounding the weights to bf16 costs 2^-9
+        # of a value where few tokens share them, and the limit's absolute part is 1e-3.
+        q = draw.normal(queries, spec.heads, spec.d_qk, dtype=torch.bfloat16, scale=10.0)
+        kv = draw.normal(tokens, 1, spec.d_qk, dtype=torch.bfloat16, scale=0.1)
+        if case.distribution == "steep":
+            _make_steep(draw, kv)
         return {
-            # Scores of deviation 1. Values of 0.1, as FlashMLA's tests have them: rounding the weights to bf16 costs 2^-9
-            # of a value where few tokens share them, and the limit's absolute part is 1e-3.
-            "q": draw.normal(queries, spec.heads, spec.d_qk, dtype=torch.bfloat16, scale=10.0),
-            "kv": draw.normal(tokens, 1, spec.d_qk, dtype=torch.bfloat16, scale=0.1),
+            "q": q,
+            "kv": kv,
             "indices": indices[:, None],
             "sm_scale": spec.d_qk**-0.5,
             "lengths": draw.integers(-1, spec.topk + 3, queries) if spec.lengths else None,
@@ -134,6 +138,10 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         ragged = [Case(AttentionSizes(queries, tokens), "ragged") for queries, tokens in sizes]
         return [Case(AttentionSizes(3, 200), "random"), *ragged]
 
+    def long_cases(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
+        sizes = ((301, 2500, "ragged"), (140, 4096, "random"), (170, 3000, "steep"))  # a GPU has 132 SMs: rounds of 66 to 132
+        return [Case(AttentionSizes(queries, tokens), distribution) for queries, tokens, distribution in sizes]
+
     def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
         plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
         return (*plain, replace(plain[-1], max_logits=True))
@@ -162,6 +170,12 @@ def _spoiled(draw: Draw, indices: Tensor, tokens: int) -> Tensor:
     spoiled[:1] = -1
     spoiled[1:2, : topk // 2] = tokens
     return spoiled
+
+
+def _make_steep(draw: Draw, kv: Tensor) -> None:
+    """A token's channels that are key only times 1, 30 or 300: maxima rise by hundreds within a row."""
+    steps = torch.tensor([1.0, 30.0, 300.0], dtype=kv.dtype, device=kv.device)
+    kv[..., D_V:] *= steps[draw.integers(0, 3, len(kv), 1, 1).long()]
 
 
 def _attend(inputs: Inputs, rows: slice) -> Outputs:
