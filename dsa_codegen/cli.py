@@ -106,7 +106,7 @@ def generate(
     spec: SpecFile = None,
     op: OpNames = None,
     gpu: GpuName = "auto",
-    backend: Annotated[str, typer.Option(help="Only this backend: triton, gluon or tilelang.")] = "",
+    backend: Annotated[str, typer.Option(help="Only this backend: triton, gluon, tilelang or cuda.")] = "",
     as_json: Json = False,
 ) -> None:
     """Write the rendered kernels of a model to a folder, as Python modules to read, step through or ship."""

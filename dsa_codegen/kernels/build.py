@@ -28,6 +28,7 @@ from .render import Rendered, code_of
 
 _QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 """A compiler's process needs no GPU, and one core."""
+_BY_NVCC = ("cuda", "tilelang")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def build_all(sources: Iterable[Rendered], gpu: Gpu, processes: int | None = Non
     missing = {rendered.sha: rendered for rendered in sources if find(rendered, gpu) is None}
     if not missing:
         return {}
-    # TileLang's take longest and are taken first, from the end, so that none is left when the other processes are done.
-    waiting = deque(sorted(missing.values(), key=lambda rendered: rendered.backend))
+    # nvcc's take longest and are taken first, from the end, so that none is left when the other processes are done.
+    waiting = deque(sorted(missing.values(), key=lambda rendered: (rendered.backend in _BY_NVCC, rendered.backend)))
     workers = [Worker(_QUIET) for _ in range(min(processes or len(os.sched_getaffinity(0)), len(missing)))]
     outcomes: dict[str, str] = {}
     with ThreadPoolExecutor(len(workers)) as threads:

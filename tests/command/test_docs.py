@@ -87,7 +87,7 @@ def test_explain_names_the_origin():
         (["explain", "--op", "indexer", "rows=1"], 2, "queries, context"),
         (["bench"], 3, "--gpu H100"),
         (["verify", "--gpu", "a100", "--op", "indexer"], 2, "sm_89"),
-        (["generate", "--backend", "cuda"], 2, "triton, gluon, tilelang"),
+        (["generate", "--backend", "hip"], 2, "triton, gluon, tilelang, cuda"),
         (["generate", "--op", "quantize", "--backend", "gluon"], 2, "no configuration of quantize (gluon)"),
         (["generate", "--out", "/dev/null/kernels"], 2, "name another place"),
         (["generate", "--out", ""], 2, "nothing is named"),

@@ -82,7 +82,7 @@ def test_a_compiler_that_cannot_be_imported(fresh, monkeypatch, error, kind, wor
 def test_a_missing_or_broken_nvcc(fresh, monkeypatch, change, words):
     from dsa_codegen.kernels.backends import tilelang
 
-    monkeypatch.setattr(tilelang.nvcc, "get_nvcc_compiler", change)
+    monkeypatch.setattr(tilelang, "get_nvcc_compiler", change)
     with pytest.raises(ToolMissing, match="CUDA_HOME"):
         tilelang.BACKEND.toolchain()
     assert words in lookup.missing_tool("tilelang")
@@ -92,8 +92,8 @@ def test_the_compiler_that_is_reported_is_the_one_that_compiles(monkeypatch):
     """Wherever TileLang finds its nvcc: not the first of the PATH."""
     from dsa_codegen.kernels.backends import tilelang
 
-    monkeypatch.setattr(tilelang, "report_of", lambda tool, *arguments, remedy: f"release 99.9 of {tool}")
-    monkeypatch.setattr(tilelang.nvcc, "get_nvcc_compiler", lambda: sys.executable)
+    monkeypatch.setattr(tilelang.nvcc, "report_of", lambda tool, *arguments, remedy: f"release 99.9 of {tool}")
+    monkeypatch.setattr(tilelang, "get_nvcc_compiler", lambda: sys.executable)
     assert tilelang.BACKEND.toolchain()["nvcc"] == "99.9"
 
 

@@ -5,13 +5,62 @@
 
 int parameters = 0, sizes[64];  /* of the kernel that is launched next: how many, and the bytes of each to write down */
 unsigned long long written[80];
+unsigned cluster, overlaps, allowed[16];  /* of the last launch; what functions were allowed, by attribute */
+int answers[8];  /* what the next launches answer, the last one first */
+int waiting = 0, entered = 0;
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
   unsigned long long head[] = {config->gridDimX,       config->gridDimY, config->gridDimZ, config->blockDimX,
                                config->sharedMemBytes, config->numAttrs, (uintptr_t)config->hStream, (uintptr_t)function};
   memset(written, 0, sizeof written);
   memcpy(written, head, sizeof head);
-  for (int i = 0; i < parameters; i++) memcpy(written + 8 + i, arguments[i], sizes[i]);
+  cluster = overlaps = 0;
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    const CUlaunchAttribute *attribute = config->attrs + i;
+    if (attribute->id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = attribute->value.clusterDim.x;
+    if (attribute->id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      overlaps = attribute->value.programmaticStreamSerializationAllowed;
+  }
+  for (int i = 0; arguments && i < parameters; i++) memcpy(written + 8 + i, arguments[i], sizes[i]);
+  if (extra && extra[0] == CU_LAUNCH_PARAM_BUFFER_POINTER && extra[2] == CU_LAUNCH_PARAM_BUFFER_SIZE && extra[4] == CU_LAUNCH_PARAM_END) {
+    written[8] = *(size_t *)extra[3];
+    memcpy(written + 9, extra[1], written[8]);
+  }
+  return waiting ? answers[--waiting] : CUDA_SUCCESS;
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  *module = (CUmodule)(uintptr_t)*(const unsigned char *)image;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  *function = (CUfunction)((uintptr_t)module + (unsigned char)*name);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  allowed[attribute] = value;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorString(CUresult code, const char **text) {
+  *text = "as the test wished";
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+  *device = 40 + ordinal;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = (CUcontext)(uintptr_t)device;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+  entered = (uintptr_t)context;
   return CUDA_SUCCESS;
 }
 
@@ -48,7 +97,6 @@ CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 /* Asked for by name only, never called. */
 #define ABSENT(name) __asm__(".globl " #name "\n" #name ": ud2");
-ABSENT(cuGetErrorString) ABSENT(cuCtxGetLimit) ABSENT(cuCtxSetCurrent) ABSENT(cuCtxSetLimit) ABSENT(cuDeviceGet)
-ABSENT(cuDeviceGetAttribute) ABSENT(cuDevicePrimaryCtxRetain) ABSENT(cuFuncGetAttribute) ABSENT(cuFuncSetAttribute)
-ABSENT(cuFuncSetCacheConfig) ABSENT(cuModuleGetFunction) ABSENT(cuModuleLoadData) ABSENT(cuOccupancyMaxActiveClusters)
-ABSENT(cuCtxGetDevice) ABSENT(cuStreamIsCapturing) ABSENT(cuTensorMapEncodeIm2col)
+ABSENT(cuCtxGetLimit) ABSENT(cuCtxSetLimit) ABSENT(cuDeviceGetAttribute) ABSENT(cuFuncGetAttribute)
+ABSENT(cuFuncSetCacheConfig) ABSENT(cuOccupancyMaxActiveClusters) ABSENT(cuCtxGetDevice) ABSENT(cuStreamIsCapturing)
+ABSENT(cuTensorMapEncodeIm2col)

@@ -11,8 +11,13 @@ from .base import Backend, Launchable, Resources
 
 __all__ = ["NAMES", "Backend", "Launchable", "Resources", "get"]
 
-NAMES = ("triton", "gluon", "tilelang")
-_PACKAGES = {"triton": ("triton", ""), "gluon": ("triton", ""), "tilelang": ("tilelang", "tilelang")}
+NAMES = ("triton", "gluon", "tilelang", "cuda")
+_PACKAGES = {
+    "triton": ("triton", ""),
+    "gluon": ("triton", ""),
+    "tilelang": ("tilelang", "tilelang"),
+    "cuda": ("nvidia-cuda-nvcc", "tilelang"),
+}
 """The compiler's package, and the extra of this one that brings it; "" where this package needs it anyway."""
 
 

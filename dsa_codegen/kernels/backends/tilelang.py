@@ -7,7 +7,6 @@ block, and ``PASS_CONFIGS``. A launch passes the arguments in the order of the p
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,20 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import tilelang
-from tilelang.contrib import nvcc
+from tilelang.contrib.nvcc import get_nvcc_compiler
 from tilelang.jit.adapter.kernel_cache import TVMFFIKernelCache
 
 from ...errors import BuildError, ToolMissing
 from ...gpu import Gpu
-from ...invocation import install
-from .base import Backend, Launchable, Resources, cubin_usage, import_module, report_of
+from . import nvcc
+from .base import Backend, Launchable, Resources, cubin_usage, import_module
 
 _LOCK = threading.Lock()  # TileLang's cache folder is a setting of the whole process
-_VERSION = re.compile(r"release ([\d.]+)")
-_NVCC = (
-    f"TileLang compiles with it: {install('tilelang')} brings one, or install the CUDA toolkit (12.8 or newer) "
-    "and put nvcc on the PATH or name the toolkit's folder in CUDA_HOME"
-)
 
 
 class TileLangBackend(Backend):
@@ -38,13 +32,10 @@ class TileLangBackend(Backend):
 
     def toolchain(self) -> dict[str, str]:
         try:
-            compiler = nvcc.get_nvcc_compiler()  # the one that TileLang will call: CUDA_HOME's, the PATH's or pip's
+            compiler = get_nvcc_compiler()  # the one that TileLang will call: CUDA_HOME's, the PATH's or pip's
         except RuntimeError as error:
-            raise ToolMissing("nvcc", _NVCC) from error
-        if not os.path.exists(compiler):
-            raise ToolMissing(f"nvcc at {compiler}", _NVCC)
-        found = _VERSION.search(report_of(compiler, "--version", remedy=_NVCC))
-        return {"tilelang": tilelang.__version__, "nvcc": found.group(1) if found else "unknown"}
+            raise ToolMissing("nvcc", nvcc.REMEDY) from error
+        return {"tilelang": tilelang.__version__, "nvcc": nvcc.version(nvcc.checked(compiler))}
 
     def compile(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Resources]:
         module = import_module(source)
@@ -104,9 +95,7 @@ def _launchable(compiled: Any) -> Launchable:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower()]
-    return (telling or lines or [type(error).__name__])[0].strip()[:300]
+    return nvcc.telling_line(str(error)) or type(error).__name__
 
 
 BACKEND = TileLangBackend()

@@ -1,0 +1,170 @@
+"""CUDA's driver, as far as loading and launching a kernel takes: ctypes on libcuda, no compiler and no headers.
+
+Arguments travel as one buffer, packed by ``struct``'s native alignment, which is that of a kernel's parameters: a launch costs
+a few microseconds of Python. It is an ordinary launch on torch's current stream, so CUDA graphs capture it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int, c_size_t, c_uint, c_void_p
+from typing import Any
+
+import torch
+
+from ...errors import ToolMissing
+
+_LIBRARY = "libcuda.so.1"
+_REMEDY = "NVIDIA's driver brings it; where there is no GPU, kernels are compiled but never loaded"
+_KINDS = {"ptr": "P", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "f32": "f", "f64": "d"}
+_SMEM_WITHOUT_ASKING = 48 * 1024
+_PORTABLE_CLUSTER = 8
+# Names of cuda.h.
+_INVALID_CONTEXT = 201
+_MAX_DYNAMIC_SHARED_SIZE, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14  # CU_FUNC_ATTRIBUTE_
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_
+_PARAM_END, _PARAM_BUFFER, _PARAM_BUFFER_SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", c_int), ("pad", c_int), ("value", c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{of}_{axis}", c_uint) for of in ("grid", "block") for axis in "xyz"),
+        ("smem", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", c_uint),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The driver's library.
+
+    Raises:
+        ToolMissing: there is none.
+    """
+    try:
+        return ctypes.CDLL(_LIBRARY)
+    except OSError as error:
+        raise ToolMissing(
+            _LIBRARY, "NVIDIA's driver brings it; without a GPU kernels are compiled only, never loaded"
+        ) from error
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = c_char_p()
+        library().cuGetErrorString(c_int(code), ctypes.byref(text))
+        raise RuntimeError(f"CUDA's driver refused {what}: {(text.value or b'unknown error').decode()} ({code})")
+
+
+def load_module(cubin: bytes) -> c_void_p:
+    """The machine code on the current device; it stays for the life of the process, as launches may be captured in graphs."""
+    torch.cuda.current_device()  # torch makes the context
+    loaded = c_void_p()
+    code = library().cuModuleLoadData(ctypes.byref(loaded), cubin)
+    if code == _INVALID_CONTEXT:
+        _enter_context(torch.cuda.current_device())
+        code = library().cuModuleLoadData(ctypes.byref(loaded), cubin)
+    _check(code, "to load the machine code")
+    return loaded
+
+
+def _enter_context(device: int) -> None:
+    """Make the device's context this thread's; torch does so only once a thread needs it."""
+    handle, context = c_int(), c_void_p()
+    _check(library().cuDeviceGet(ctypes.byref(handle), c_int(device)), "the device")
+    _check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "the device's context")
+    _check(library().cuCtxSetCurrent(context), "the device's context")
+
+
+class CudaKernel:
+    """A ``Launchable``; its device is the one that is current when it is made.
+
+    Args:
+        module: where the function lies, as ``load_module`` gives it.
+        name: of the function.
+        args: kinds of its parameters: see ``cuda``.
+        threads: per block.
+        smem: dynamic bytes per block.
+        cluster: blocks per cluster, along x.
+        pdl: launches may overlap the kernel before, which the function waits for itself (``griddepcontrol.wait``).
+    """
+
+    takes_addresses = True
+    """Tensors may come as their addresses."""
+
+    def __init__(
+        self, module: c_void_p, name: str, args: Sequence[str], threads: int, smem: int, cluster: int = 1, pdl: bool = False
+    ) -> None:
+        self._name, self._threads, self._smem, self._cluster, self._pdl = name, threads, smem, cluster, pdl
+        self._pack = struct.Struct("@" + "".join(_KINDS[kind] for kind in args))
+        self._pointers = tuple(place for place, kind in enumerate(args) if kind == "ptr")
+        self._device = torch.cuda.current_device()
+        self._stream = torch._C._cuda_getCurrentRawStream  # ~0.1 us
+        self._launch = library().cuLaunchKernelEx
+        self._frames = threading.local()
+        self._function = c_void_p()
+        _check(library().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"the kernel {name}")
+        if smem > _SMEM_WITHOUT_ASKING:
+            self._allow(_MAX_DYNAMIC_SHARED_SIZE, smem)
+        if cluster > _PORTABLE_CLUSTER:
+            self._allow(_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+
+    def _allow(self, attribute: int, value: int) -> None:
+        _check(library().cuFuncSetAttribute(self._function, c_int(attribute), c_int(value)), f"{value} for {self._name}")
+
+    def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
+        values = list(args)
+        for place in self._pointers:
+            value = values[place]
+            if value.__class__ is not int:  # of a tensor with one element struct would take the element
+                values[place] = value.data_ptr()
+        try:
+            frame = self._frames.frame
+        except AttributeError:
+            frame = self._frames.frame = _Frame(self._pack.size, self._threads, self._smem, self._attributes())
+        self._pack.pack_into(frame.buffer, 0, *values)
+        config = frame.config
+        config.grid_x, config.grid_y, config.grid_z = grid
+        config.stream = self._stream(self._device)
+        code = self._launch(frame.reference, self._function, None, frame.extra)
+        if code == _INVALID_CONTEXT:
+            _enter_context(self._device)
+            code = self._launch(frame.reference, self._function, None, frame.extra)
+        if code:
+            _check(code, f"to launch {self._name} with a grid of {grid}")
+
+    def _attributes(self) -> Sequence[_Attribute]:
+        found = []
+        if self._cluster > 1:
+            found.append(_Attribute(_CLUSTER_DIMENSION, 0, (c_uint * 16)(self._cluster, 1, 1)))
+        if self._pdl:
+            found.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (c_uint * 16)(1)))
+        return found
+
+
+class _Frame:
+    """What a launch hands to the driver. Every thread has its own; the driver has read it when it returns."""
+
+    def __init__(self, size: int, threads: int, smem: int, attributes: Sequence[_Attribute]) -> None:
+        self.buffer = ctypes.create_string_buffer(max(size, 1))
+        self._size = c_size_t(size)
+        self._attributes = (_Attribute * len(attributes))(*attributes)
+        self.extra = (c_void_p * 5)(
+            _PARAM_BUFFER, ctypes.addressof(self.buffer), _PARAM_BUFFER_SIZE, ctypes.addressof(self._size), _PARAM_END
+        )
+        self.config = _Config(1, 1, 1, threads, 1, 1, smem, None, self._attributes, len(attributes))
+        self.reference = ctypes.byref(self.config)
