@@ -9,9 +9,8 @@ A record is passed over, with a note, when its config is no longer one, breaks a
 reach all sizes of the call's bucket, renders to another source than the one that was tuned, or needs a compiler that is not
 installed. Of several buckets the tightest is taken; a record that was timed inside the call's bucket counts as one for
 exactly it, however far its own reaches, since its time compares. Of several backends the fastest is taken, or the one that
-the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or
-depends on anything but its arguments, the files and the installed compilers: all ranks that read the same files choose the
-same config.
+the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or depends on anything but its
+arguments, the files and the installed compilers: all ranks that read the same files choose the same config.
 """
 
 from __future__ import annotations
