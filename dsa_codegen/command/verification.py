@@ -70,12 +70,12 @@ def subjects(model: Model, gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]
 
 def _configs(op: Op, spec: Spec, gpu: Gpu, tuned: bool) -> Iterator[Config]:
     sizes = [case.sizes for case in op.workloads(spec)]
-    configs = [op.default_config(spec, size, gpu) for size in (sizes if tuned else sizes[:1])]
-    if tuned:
-        configs += [dispatch.chosen(op, spec, size, gpu).config for size in sizes]
-    yield from configs
-    for backend in sorted(set(op.backends) - {config.backend for config in configs}):
-        for size in (sizes[0], sizes[-1]):
+    for size in sizes if tuned else sizes[:1]:
+        yield op.default_config(spec, size, gpu)
+    for size in sizes if tuned else ():
+        yield dispatch.chosen(op, spec, size, gpu).config
+    for backend in op.backends:
+        for size in (sizes[0], sizes[-1]):  # a template's parts may differ with them: one block or a cluster, say
             with contextlib.suppress(NoConfig):  # this template does not serve them; another backend's does
                 yield op.default_config(spec, size, gpu, backend)
 

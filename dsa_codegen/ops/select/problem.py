@@ -160,6 +160,11 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         extreme = Case(SelectSizes(8, 2 * topk + 77), "extreme_normal")
         return [*plain, *kinds, extreme, *(Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes)]
 
+    def long_cases(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
+        # Every block of a cluster has its part of such a row; equal scores, few different ones and NaN lie in many of them.
+        kinds = ("normal", "few", "ragged_equal", "ragged_special")
+        return [Case(SelectSizes(3, 131072), kind) for kind in kinds]
+
     def options(self, spec: SelectSpec) -> Sequence[SelectSpec]:
         return (
             spec,
@@ -169,7 +174,7 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
         # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
-        prefill = ((4096, 32768), (4096, 131072), (4096, 8192))
+        prefill = ((4096, 131072), (4096, 32768), (4096, 8192))
         decode = itertools.product((64, 1, 8, 16), (65536, 131072, 32768, 16384, 8192))
         batched = ((128, 32768), (128, 16384), (128, 8192))
         sizes = prefill if spec.output == "tokens" else (*decode, *batched)
