@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -35,8 +35,9 @@ from .bench.campaign import Campaign
 from .command import doctor as diagnosis
 from .command import generate as generation
 from .command import ours, show, verification
-from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing
+from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
 from .invocation import command
+from .kernels import backends
 from .ops import needs
 from .problem import presets
 from .proof.timing import COLD, WARM, Policy
@@ -75,6 +76,10 @@ OpNames = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--op", help=f"Only this operation ({', '.join(ops.all_ops())}); may be repeated."),
 ]
+Backends = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--backend", help=f"Only this backend ({', '.join(backends.NAMES)}); may be repeated."),
+]
 GpuName = Annotated[str, typer.Option("--gpu", help=f"auto, or one of {', '.join(gpus.GPUS)}.")]
 SIZES = "Sizes as name=value, all or none (then those that people serve). " + "; ".join(
     f"{op.name}: {' '.join(f'{field.name}=…' for field in dataclasses.fields(op.sizes_type))}" for op in ops.all_ops().values()
@@ -106,7 +111,7 @@ def generate(
     spec: SpecFile = None,
     op: OpNames = None,
     gpu: GpuName = "auto",
-    backend: Annotated[str, typer.Option(help="Only this backend: triton, gluon, tilelang or cuda.")] = "",
+    backend: Annotated[str, typer.Option(help=f"Only this backend: {', '.join(backends.NAMES)}.")] = "",
     as_json: Json = False,
 ) -> None:
     """Write the rendered kernels of a model to a folder, as Python modules to read, step through or ship."""
@@ -165,6 +170,7 @@ def tune(
     drop_stale: Annotated[
         bool, typer.Option("--drop-stale", help="With --refresh: drop what no longer holds and cannot be measured here.")
     ] = False,
+    backend: Backends = None,
     as_json: Json = False,
 ) -> None:
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
@@ -191,6 +197,7 @@ def tune(
             folder,
             budget=limits,
             offline=offline,
+            backends=_backends(backend or (), op or ()),
             seed=seed,
             fresh=fresh,
             notify=notify,
@@ -206,7 +213,7 @@ def tune(
 
 def _check_tune(context: typer.Context, refresh: bool) -> None:
     """Options of the search and of ``--refresh`` do not mix."""
-    searching, refreshing = ("preset", "spec", "trials", "seed", "fresh"), ("every", "drop_stale")
+    searching, refreshing = ("preset", "spec", "trials", "seed", "fresh", "backend"), ("every", "drop_stale")
     for name in searching if refresh else refreshing:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -402,6 +409,15 @@ def _gpu(name: str) -> gpus.Gpu:
     except NoGpu:
         err.print(f"No GPU is visible: taking {OFFLINE_GPU.upper()} as the target (--gpu names another).", style="dim")
         return gpus.resolve(OFFLINE_GPU)
+
+
+def _backends(names: Sequence[str], op_names: Sequence[str]) -> Sequence[str]:
+    """The backends that were named, each known and one that an operation has templates of."""
+    able = {name for op in map(ops.get, op_names or ops.all_ops()) for name in op.backends}
+    for name in names:
+        if name not in able:
+            raise UnknownName(f"backend of {', '.join(op_names) or 'any operation'}", name, sorted(able))
+    return names
 
 
 def _seconds(text: str) -> float:

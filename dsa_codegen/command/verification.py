@@ -6,6 +6,7 @@ run in the interpreter and every template is compiled for the GPU that was named
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,15 +70,14 @@ def subjects(model: Model, gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]
 
 def _configs(op: Op, spec: Spec, gpu: Gpu, tuned: bool) -> Iterator[Config]:
     sizes = [case.sizes for case in op.workloads(spec)]
-    configs = [op.default_config(spec, size, gpu) for size in (sizes if tuned else sizes[:1])]
-    if tuned:
-        configs += [dispatch.chosen(op, spec, size, gpu).config for size in sizes]
-    yield from configs
-    for backend in set(op.backends) - {config.backend for config in configs}:
-        try:
-            yield op.default_config(spec, sizes[0], gpu, backend)
-        except NoConfig:  # this template does not serve the spec; another backend's does
-            continue
+    for size in sizes if tuned else sizes[:1]:
+        yield op.default_config(spec, size, gpu)
+    for size in sizes if tuned else ():
+        yield dispatch.chosen(op, spec, size, gpu).config
+    for backend in op.backends:
+        for size in (sizes[0], sizes[-1]):  # a template's parts may differ with them: one block or a cluster, say
+            with contextlib.suppress(NoConfig):  # this template does not serve them; another backend's does
+                yield op.default_config(spec, size, gpu, backend)
 
 
 def build_ahead(subjects: Sequence[Subject], gpu: Gpu) -> None:
@@ -132,7 +132,7 @@ def run_cases(subject: Subject, gpu: Gpu, repeats: int) -> list[Verdict]:
     op, spec, config = subject.op, subject.spec, subject.config
     variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
     verdicts = []
-    for case in (*op.cases(spec), *op.long_cases(spec)):
+    for case in op.cases_for(spec, config):
         start = time.monotonic()
         accuracy = verify(variant, case, "cuda", repeats=repeats)
         seconds = time.monotonic() - start

@@ -43,6 +43,7 @@ class Variant:
         for case in self.op.cases(self.spec):
             if not waiting:
                 return
+            case = self.op.within_reach(self.spec, self.config, case)
             inputs = self.op.inputs(self.spec, case, Draw(0, device))
             launches = self.launch(inputs, self.op.allocate(self.spec, inputs))
             waiting -= {launch.kernel for launch in launches}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import NoConfig, SpecError, UnknownName
 from ..gpu import Gpu
-from .values import Scalar, Sizes, Spec
+from .values import Bucket, Scalar, Sizes, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,6 +210,17 @@ class Kernels(ABC, Generic[S, Z]):
     def constraints(self, spec: S, config: Config, gpu: Gpu) -> Iterable[Violation]:
         """Graded violations, the ONE place for what a template cannot do; used by tuner, dispatcher and tests."""
 
+    def reach(self, spec: S, config: Config, bucket: Bucket) -> Iterable[Violation]:
+        """Graded violations of a config that cannot serve all sizes of a bucket: a row that its registers must hold, say.
+
+        A bound of None is no bound. Asked beside ``constraints`` wherever a config is chosen for sizes.
+        """
+        return ()
+
+    def within_reach(self, spec: S, config: Config, case: Case[Z]) -> Case[Z]:
+        """The case, cut to sizes that the config reaches: what verification runs in its place."""
+        return case
+
     @abstractmethod
     def guesses(self, spec: S, sizes: Z, gpu: Gpu) -> Iterable[Config]:
         """Configs by judgement, the most promising first; not all of them fit every spec and GPU."""
@@ -237,8 +248,12 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         """
         return self.cost(spec, case)
 
-    def violations(self, spec: S, config: Config, gpu: Gpu) -> list[Violation]:
-        """All graded violations: values outside the ranges, a GPU that is too old, then the op's own constraints."""
+    def violations(self, spec: S, config: Config, gpu: Gpu, bucket: Bucket | None = None) -> list[Violation]:
+        """All graded violations: values outside the ranges, a GPU that is too old, then the op's own constraints.
+
+        Args:
+            bucket: the sizes that the config is to serve, which must be in its reach; None where none are meant.
+        """
         found = []
         for parameter in self.parameters(config.backend):
             if config[parameter.name] not in parameter.choices:
@@ -247,7 +262,14 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         if gpu.capability < self.min_capability:
             reason = f"capability: sm_{self.min_capability} or newer needed, {gpu.name} is sm_{gpu.capability}"
             found.append(Violation("capability", 1.0, reason))
-        return found or list(self.constraints(spec, config, gpu))
+        if found:
+            return found
+        return [*self.constraints(spec, config, gpu), *(() if bucket is None else self.reach(spec, config, bucket))]
+
+    def cases_for(self, spec: S, config: Config) -> Sequence[Case[Z]]:
+        """All cases that a GPU verifies a config with, cut to what it reaches."""
+        cases = (*self.cases(spec), *self.long_cases(spec))
+        return list(dict.fromkeys(self.within_reach(spec, config, case) for case in cases))
 
     def default_config(self, spec: S, sizes: Z, gpu: Gpu, backend: str = "") -> Config:
         """What the dispatcher uses untuned, and where a search begins: the first guess that breaks no constraint.
@@ -258,14 +280,15 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         Raises:
             NoConfig: there is none, nor any other config.
         """
+        bucket = sizes.bucket()
         for config in self.guesses(spec, sizes, gpu):
-            if backend in ("", config.backend) and not self.violations(spec, config, gpu):
+            if backend in ("", config.backend) and not self.violations(spec, config, gpu, bucket):
                 return config
         fallback = "triton" if "triton" in self.backends else self.backends[0]  # the one that serves every GPU
-        return self.seed_config(spec, backend or fallback, gpu)
+        return self.seed_config(spec, backend or fallback, gpu, bucket)
 
-    def seed_config(self, spec: S, backend: str, gpu: Gpu) -> Config:
-        """The first config of a backend, in the order of its choices, that breaks no constraint.
+    def seed_config(self, spec: S, backend: str, gpu: Gpu, bucket: Bucket | None = None) -> Config:
+        """The first config of a backend, in the order of its choices, that breaks no constraint and reaches the bucket.
 
         Raises:
             NoConfig: there is none.
@@ -274,7 +297,7 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         reasons: set[str] = set()
         for values in itertools.product(*(parameter.choices for parameter in table)):
             config = Config.of(backend, **dict(zip((parameter.name for parameter in table), values, strict=True)))
-            broken = self.violations(spec, config, gpu)
+            broken = self.violations(spec, config, gpu, bucket)
             if not broken:
                 return config
             reasons.update(violation.reason for violation in broken)

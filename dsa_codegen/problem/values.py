@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,11 +106,39 @@ class Sizes(Value):
         """The ranges of the sizes that share a record with these."""
         return tuple((name, *_range(getattr(self, name), edges)) for name, edges in self.EDGES.items())
 
+    def point(self) -> Bucket:
+        """The ranges that hold these sizes and no others."""
+        return tuple((name, getattr(self, name), getattr(self, name) + 1) for name in self.EDGES)
+
 
 def _range(value: int, edges: tuple[int, ...]) -> tuple[int, int | None]:
     low = max((edge for edge in edges if edge <= value), default=0)
     high = min((edge for edge in edges if edge > value), default=None)
     return low, high
+
+
+def contains(outer: Bucket, inner: Bucket) -> bool:
+    """Whether all sizes of ``inner`` lie in ``outer``; a field that ``outer`` does not state may have any value."""
+    ranges = {name: (low, high) for name, low, high in inner}
+    return all(
+        name in ranges and low <= ranges[name][0] and (high is None or high >= (ranges[name][1] or math.inf))
+        for name, low, high in outer
+    )
+
+
+def holds(bucket: Bucket, sizes: Mapping[str, int]) -> bool:
+    """Whether these sizes lie in the bucket."""
+    return all(low <= sizes.get(name, -1) and (high is None or sizes[name] < high) for name, low, high in bucket)
+
+
+def octaves(bucket: Bucket) -> float:
+    """How wide a bucket is: the factors between its bounds, in octaves; sizes end at 2^31."""
+    return sum(math.log2((high or 1 << 31) / max(low, 1)) for _, low, high in bucket)
+
+
+def upper(bucket: Bucket, name: str) -> float:
+    """The largest size of a field that a bucket holds; infinite where it has no bound, or does not state the field."""
+    return next((high - 1 for field, _, high in bucket if field == name and high is not None), math.inf)
 
 
 def bucket_to_json(bucket: Bucket) -> dict[str, list[int | None]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..gpu import Gpu
 from ..problem.op import Op
-from ..problem.values import Scalar, Sizes, Spec, bucket_to_json
+from ..problem.values import Bucket, Scalar, Sizes, Spec, contains
 from .files import read_all
 from .lookup import search_path, unusable
 from .record import GpuKey, Record
@@ -45,15 +45,16 @@ class Difference:
 
 def differences(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, record: Record) -> list[Difference]:
     """Field by field, why a record does not serve a call; empty where it does."""
-    wanted = {**_board(GpuKey.of(gpu)), **_flat(spec.to_dict(), bucket_to_json(sizes.bucket()))}
-    there = {**_board(record.gpu), **_flat(op.completed(record.spec), bucket_to_json(record.bucket))}
+    bucket = sizes.bucket()
+    wanted = {**_board(GpuKey.of(gpu)), **_flat(spec.to_dict(), bucket)}
+    there = {**_board(record.gpu), **_flat(op.completed(record.spec), _stretched(record.bucket, bucket))}
     names = [*wanted, *(name for name in there if name not in wanted)]
     found = [
         Difference(name, str(wanted.get(name, "no such field")), str(there.get(name, "no such field")))
         for name in names
         if wanted.get(name) != there.get(name)
     ]
-    reason = None if found else unusable(op, spec, gpu, record)
+    reason = None if found else unusable(op, spec, gpu, record, bucket)
     return [Difference("config", "usable", reason)] if reason else found
 
 
@@ -61,10 +62,18 @@ def _board(gpu: GpuKey) -> dict[str, object]:
     return {"gpu": gpu.id, "arch": gpu.arch, "gpu.sms": gpu.sms, "gpu.smem": gpu.smem}
 
 
-def _flat(spec: Mapping[str, Scalar], bucket: Mapping[str, list[int | None]]) -> dict[str, object]:
+def _stretched(there: Bucket, wanted: Bucket) -> Bucket:
+    """A record's ranges, those that contain the wanted one taken for it: they are no reason to be passed over."""
+    own = {each[0]: each for each in there}
+    serves = {each[0] for each in wanted if contains((own.get(each[0], (each[0], 0, None)),), (each,))}
+    kept = [each for each in there if each[0] not in serves]
+    return (*(each for each in wanted if each[0] in serves), *kept)
+
+
+def _flat(spec: Mapping[str, Scalar], bucket: Bucket) -> dict[str, object]:
     return {
         **{f"spec.{name}": value for name, value in spec.items()},
-        **{f"bucket.{name}": bounds for name, bounds in bucket.items()},
+        **{f"bucket.{name}": [low, high] for name, low, high in bucket},
     }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import DsaError
 from ..gpu import GPUS, Gpu
 from ..ops import all_ops
 from ..problem.op import Op
+from ..problem.values import Sizes, holds
 from .files import read_all
 from .lookup import Found, lookup, search_path, unusable
 from .record import GpuKey, Record
@@ -45,14 +47,27 @@ def _part(op: Op, record: Record, folders: Mapping[str, Path]) -> tuple[str, str
         return UNUSABLE, f"no GPU of {record.gpu.arch} is known"
     try:
         spec, sizes = op.spec_type.from_dict(record.spec), op.sizes_type.from_dict(record.sizes)
-        reason = unusable(op, spec, gpu, record)
-        found = lookup(op, spec, sizes, gpu, folders)
+        reason = unusable(op, spec, gpu, record, sizes.bucket())
+        found = [lookup(op, spec, each, gpu, folders) for each in _calls(record, sizes)]
     except DsaError as error:
         return UNUSABLE, str(error)
     if reason:
         return UNUSABLE, reason
     # Of equal records in two folders one serves: files are parsed once, so that it is one object.
-    return (SERVES, "") if found.record is record else (SHADOWED, _by(found))
+    return (SERVES, "") if any(each.record is record for each in found) else (SHADOWED, _by(found[0]))
+
+
+def _calls(record: Record, sizes: Sizes) -> list[Sizes]:
+    """What a record may serve: the sizes that it was timed at, then some of every bucket in its own."""
+    ranges = [
+        [
+            (name, first)
+            for first in (0, *edges)
+            if holds(tuple(each for each in record.bucket if each[0] == name), {name: first})
+        ]
+        for name, edges in type(sizes).EDGES.items()
+    ]
+    return [sizes, *(replace(sizes, **dict(chosen)) for chosen in itertools.product(*ranges))]
 
 
 def _by(found: Found) -> str:

@@ -1,15 +1,16 @@
 """Lookup: which config serves a call, in one documented order.
 
-1. a measured record in ``DSA_TUNED_DIR``, 2. a measured record of the package's ``tuned/``, both for exactly this spec, bucket
-and GPU (its id, architecture, SMs and shared memory); 3. ("kin") the same of a spec that differs in minor fields only
-(``Op.minor``); 4. ("borrowed") a measured record of another GPU of the same architecture; 5. ("modelled") a record that ranked
-without a GPU; 6. the operation's default.
+1. a measured record in ``DSA_TUNED_DIR``, 2. a measured record of the package's ``tuned/``, both for exactly this spec and
+GPU (its id, architecture, SMs and shared memory) and for a bucket that contains the call's; 3. ("kin") the same of a spec that
+differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record of another GPU of the same architecture;
+5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
 
-A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, renders to
-another source than the one that was tuned, or needs a compiler that is not installed. Of several backends the fastest is
-taken, or the one that the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or
-depends on anything but its arguments, the files and the installed compilers: all ranks that read the same files choose the
-same config.
+A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, does not
+reach all sizes of the call's bucket, renders to another source than the one that was tuned, or needs a compiler that is not
+installed. Of several buckets the tightest is taken; a record that was timed inside the call's bucket counts as one for
+exactly it, however far its own reaches, since its time compares. Of several backends the fastest is taken, or the one that
+the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or depends on anything but its
+arguments, the files and the installed compilers: all ranks that read the same files choose the same config.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..gpu import Gpu
 from ..kernels import backends
 from ..kernels.render import render
 from ..problem.op import Config, Op
-from ..problem.values import Bucket, Sizes, Spec
+from ..problem.values import Bucket, Sizes, Spec, contains, holds, octaves
 from ..proof.timing import TIE
 from .files import path_of, read, read_all
 from .record import MEASURED, MODELLED, GpuKey, Record
@@ -65,8 +66,9 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
         NoConfig: not even a default fits this GPU.
     """
     notes: list[str] = []
-    for origin, record in _candidates(op, spec, sizes.bucket(), gpu, search_path() if folders is None else folders):
-        reason = unusable(op, spec, gpu, record)
+    bucket = sizes.bucket()
+    for origin, record in _candidates(op, spec, bucket, gpu, search_path() if folders is None else folders):
+        reason = unusable(op, spec, gpu, record, bucket)
         if reason:
             notes.append(f"{label(record)} passed over: {reason}")
             continue
@@ -79,13 +81,22 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
     return _default(op, spec, sizes, gpu, notes)
 
 
-def _ranked(op: Op, records: Sequence[Record]) -> list[Record]:
-    """Fastest first, those tied with it in the operation's order of backends."""
+def _ranked(op: Op, records: Iterable[Record], bucket: Bucket) -> list[Record]:
+    """Those of the tightest bucket first."""
+    groups: dict[float, list[Record]] = {}
+    for record in records:
+        exact = record.bucket == bucket or holds(bucket, record.sizes)
+        groups.setdefault(0.0 if exact else octaves(record.bucket), []).append(record)
+    return [record for width in sorted(groups) for record in _fastest_first(op, groups[width])]
+
+
+def _fastest_first(op: Op, records: Sequence[Record]) -> list[Record]:
+    """Fastest first, those tied with it in the operation's order of backends, the tighter bucket first."""
     tied = (1 + TIE) * min((r.time_us.median for r in records), default=0.0)
 
-    def rank(record: Record) -> tuple[float, int]:
-        known = record.backend in op.backends
-        return max(record.time_us.median, tied), op.backends.index(record.backend) if known else len(op.backends)
+    def rank(record: Record) -> tuple[float, int, float]:
+        place = op.backends.index(record.backend) if record.backend in op.backends else len(op.backends)
+        return max(record.time_us.median, tied), place, octaves(record.bucket)
 
     return sorted(records, key=rank)
 
@@ -94,10 +105,10 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
     wanted = spec.to_dict()
 
     def matching(records: Iterable[Record], evidence: str, kin: bool = False) -> list[Record]:
-        found = [r for r in records if r.evidence == evidence and r.bucket == bucket]
+        found = [r for r in records if r.evidence == evidence and contains(r.bucket, bucket)]
         stated = [(r, op.completed(r.spec)) for r in found]
         found = [r for r, there in stated if (op.kin(spec, there) if kin else there == wanted)]
-        return _ranked(op, found)
+        return _ranked(op, found, bucket)
 
     own = {origin: read(path_of(folder, gpu.id, op.name)) for origin, folder in folders.items()}
     key = GpuKey.of(gpu)  # a slice of a GPU, named as the whole, has other SMs: it borrows
@@ -110,7 +121,7 @@ def _candidates(op: Op, spec: Spec, bucket: Bucket, gpu: Gpu, folders: Mapping[s
             yield "kin", record
     for folder in folders.values():
         others = [r for r in read_all(folder, op.name) if r.gpu.arch == gpu.arch and r.gpu != key]
-        # The most similar GPU first; `sorted` keeps the fastest first among equals.
+        # The most similar GPU first; `sorted` keeps the order among equals.
         for record in sorted(matching(others, MEASURED), key=lambda r: (abs(r.gpu.sms - gpu.sms), r.gpu.id)):
             yield "borrowed", record
     for records in own.values():
@@ -140,7 +151,7 @@ def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Fo
             continue
         notes.append(f"the default needs {missing}; {backend} stands in")
         break
-    broken = op.violations(spec, config, gpu)
+    broken = op.violations(spec, config, gpu, sizes.bucket())
     if broken:
         raise NoConfig(op.name, gpu.name, [violation.reason for violation in broken])
     return Found(config, "default", notes=tuple(notes))
@@ -151,20 +162,20 @@ def stand_ins(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu) -> Iterator[Config]:
     able = [backend for backend in op.backends if not missing_tool(backend)]
     sizes = _stand_in(op, spec, sizes)
     for config in op.guesses(spec, sizes, gpu):
-        if config.backend in able and not op.violations(spec, config, gpu):
+        if config.backend in able and not op.violations(spec, config, gpu, sizes.bucket()):
             yield config
     for backend in able:
         with contextlib.suppress(NoConfig):
-            yield op.seed_config(spec, backend, gpu)
+            yield op.seed_config(spec, backend, gpu, sizes.bucket())
 
 
-def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record) -> str | None:
-    """Why a record whose spec matches cannot be used on this GPU today; None where it can."""
+def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record, bucket: Bucket) -> str | None:
+    """Why a record whose spec and bucket match cannot be used on this GPU today for a call's bucket; None where it can."""
     try:
         config, own = record.config_for(op), op.spec_type.from_dict(record.spec)
     except DsaError as error:
         return str(error)
-    broken = op.violations(spec, config, gpu)
+    broken = op.violations(spec, config, gpu, bucket)
     if broken:
         return "; ".join(violation.reason for violation in broken)
     if _source_sha(op, own, config, record.toolchain.get("triton", "")) != record.source_sha:

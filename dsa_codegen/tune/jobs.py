@@ -98,7 +98,7 @@ def _gate(problem: Problem, entrant: Entrant, variant: Variant) -> Accuracy:
     key = (problem.op.name, problem.spec, entrant.candidate.key)
     if key not in _gated:
         results = []
-        for case in (*problem.op.cases(problem.spec), *problem.op.long_cases(problem.spec)):
+        for case in problem.op.cases_for(problem.spec, entrant.config):
             results.append(verify(variant, case, DEVICE, repeats=2))
             if not results[-1].passed:
                 break

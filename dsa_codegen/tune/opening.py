@@ -111,7 +111,7 @@ class Opener:
             except NoConfig as error:
                 opened.note(str(error))
                 continue
-            yield problem, Space(op, problem.spec, backend, gpu), first
+            yield problem, Space(op, problem.spec, backend, gpu, problem.case.sizes.bucket()), first
 
     def _backends(self, problem: Problem, default: Config) -> list[str]:
         usual = problem.op.backends if self.measures else (default.backend,)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import NoConfig
 from ..gpu import Gpu
 from ..problem.op import Config
+from ..problem.values import contains
 from ..records.lookup import missing_tool
 from ..records.record import Record
 from .evaluate import Evaluator
@@ -66,7 +67,7 @@ def task_of(states: Sequence[Standing], gpu: Gpu) -> Task:
 def _shipped(problem: Problem, state: Standing) -> Candidate | str:
     if state.config is None:
         return state.reason
-    broken = problem.op.violations(problem.spec, state.config, problem.gpu)
+    broken = problem.op.violations(problem.spec, state.config, problem.gpu, problem.case.sizes.bucket())
     if broken:
         return "; ".join(violation.reason for violation in broken)
     return _candidate(problem, state.config)
@@ -134,8 +135,15 @@ class _Contest:
             return Fate(old, "dropped" if final else "left", said)
         if isinstance(shipped, Candidate) and winner.candidate.key == shipped.key:
             search = {**old.search, "refreshed": old.search.get("refreshed", 0) + 1}
-            return Fate(old, "refreshed", "", self._record(winner, search))
-        return Fate(old, "default", said or self._slower(shipped, winner), self._record(winner, {"final": 1, "refreshed": 1}))
+            return Fate(old, "refreshed", "", self._serving(old, self._record(winner, search)))
+        fresh = self._serving(old, self._record(winner, {"final": 1, "refreshed": 1}))
+        return Fate(old, "default", said or self._slower(shipped, winner), fresh)
+
+    def _serving(self, old: Record, fresh: Record) -> Record:
+        """The fresh record with the old one's bucket, where that holds more: other calls are served by it."""
+        problem = self._problem
+        reached = not list(problem.op.reach(problem.spec, fresh.config_for(problem.op), old.bucket))
+        return replace(fresh, bucket=old.bucket) if reached and contains(old.bucket, fresh.bucket) else fresh
 
     def addition(self) -> list[Fate]:
         """The default, where it is of a backend without a record and faster than all that have one."""

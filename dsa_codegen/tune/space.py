@@ -10,13 +10,13 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..gpu import Gpu
 from ..kernels.render import Rendered, render
-from ..problem.op import Config, Op, Parameter
-from ..problem.values import Scalar, Spec
+from ..problem.op import Config, Op, Parameter, Violation
+from ..problem.values import Bucket, Scalar, Spec
 
 ENUMERABLE = 50_000  # points whose constraints are checked in about a second
 
@@ -47,12 +47,13 @@ def _rendered(op: Op, spec: Spec, config: Config) -> Rendered:
 
 @dataclass(frozen=True)
 class Space:
-    """The configs of one backend's template for a spec on a GPU."""
+    """The configs of one backend's template for a spec on a GPU, and the sizes that they are to serve."""
 
     op: Op
     spec: Spec
     backend: str
     gpu: Gpu
+    bucket: Bucket | None = None
 
     @property
     def table(self) -> tuple[Parameter, ...]:
@@ -76,13 +77,23 @@ class Space:
         """The indices of a config's values."""
         return {p.name: p.choices.index(config[p.name]) for p in self.table}
 
+    def violations(self, config: Config) -> list[Violation]:
+        """The constraints that the config breaks, and by how much."""
+        return self.op.violations(self.spec, config, self.gpu, self.bucket)
+
     def fits(self, config: Config) -> bool:
         """Whether the config breaks no constraint."""
-        return not self.op.violations(self.spec, config, self.gpu)
+        return not self.violations(config)
 
     def feasible(self, limit: int = ENUMERABLE) -> list[Config] | None:
         """All configs that break no constraint, in the order of their choices; None where there are too many to ask."""
-        return None if self.size > limit else list(_feasible(self, self.table))
+        if self.size > limit:
+            return None
+        return [config for config in _feasible(replace(self, bucket=None), self.table) if self.reaches(config)]
+
+    def reaches(self, config: Config) -> bool:
+        """Whether the config serves all sizes of the bucket."""
+        return self.bucket is None or not list(self.op.reach(self.spec, config, self.bucket))
 
     def neighbours(self, config: Config) -> list[Config]:
         """The feasible configs one step away in one parameter."""

@@ -9,7 +9,7 @@ from ..gpu import Gpu
 from ..kernels.render import render, template_name, template_sha
 from ..ops import all_ops
 from ..problem.op import Case, Config, Op
-from ..problem.values import Spec
+from ..problem.values import Spec, contains
 from ..records.record import Record
 from .problem import Problem
 
@@ -58,7 +58,7 @@ def standing(record: Record) -> Standing:
     except DsaError as error:
         return Standing(record, str(error), call=call)
     template = template_sha(template_name(op, record.backend))
-    if sizes.bucket() != record.bucket:
+    if not contains(record.bucket, sizes.bucket()):
         return Standing(record, "its range of sizes is divided otherwise today", call=call, config=config)
     measured = render(op, spec, config, record.toolchain.get("triton", ""))  # the text for the Triton it was measured with
     if measured.sha != record.source_sha:

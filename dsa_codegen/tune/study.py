@@ -131,7 +131,7 @@ class Study:
                 return None
             trial = self._next_trial()
             config = self.space.suggest(trial)
-            violations = self.space.op.violations(self.space.spec, config, self.space.gpu)
+            violations = self.space.violations(config)
             if violations:
                 self._refuse(trial, violations)
                 continue

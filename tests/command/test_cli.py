@@ -131,12 +131,15 @@ def test_the_list_says_which_record_serves(tmp_path):
     for row in rows:
         calls.setdefault((row["op"], str(row["spec"]), row["bucket"]), []).append(row)
     for found in calls.values():
-        assert sum(row["status"] == "serves" for row in found) == 1
+        # Records of tighter buckets may serve all that a wide one holds.
+        assert sum(row["status"] == "serves" for row in found) <= 1
         assert all(row["why"].startswith("by ") for row in found if row["status"] == "shadowed")
     shutil.copytree(ROOT / "tuned" / "h100", tmp_path / "records" / "h100")
     again = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
     assert len(again) == 2 * len(rows)
-    assert sum(row["status"] == "serves" for row in again) == len(calls), "own records go before the shipped ones"
+    serving = sum(row["status"] == "serves" for row in rows)
+    assert {row["op"] for row in rows if row["status"] == "serves"} == set(ops.all_ops())
+    assert sum(row["status"] == "serves" for row in again) == serving, "own records go before the shipped ones"
     assert any("of DSA_TUNED_DIR" in row["why"] for row in again)
 
 

@@ -83,6 +83,7 @@ def test_explain_names_the_origin():
         (["verify", "--op", "softmax"], 2, "unknown operation"),
         (["verify", "--spec", "/nowhere.yaml"], 2, "spec file"),
         (["tune", "--budget", "soon"], 2, "10m"),
+        (["tune", "--op", "quantize", "--backend", "gluon"], 2, "triton"),
         (["explain", "--op", "indexer", "queries=many"], 2, "whole number"),
         (["explain", "--op", "indexer", "rows=1"], 2, "queries, context"),
         (["bench"], 3, "--gpu H100"),

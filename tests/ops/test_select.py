@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from dsa_codegen import ops
-from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.command import verification
+from dsa_codegen.errors import InputError, NoConfig, SpecError
+from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
+from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify
@@ -63,10 +66,11 @@ def test_tilelang_matches_the_reference(tilelang, order):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
-def test_default_compiles_for_hopper():
+@pytest.mark.parametrize(("rows", "columns", "backend"), [(4096, 131072, "tilelang"), (4096, 32768, "cuda")])
+def test_default_compiles_for_hopper(rows, columns, backend):
     spec = SelectSpec(2048)
-    config = OP.default_config(spec, SelectSizes(4096, 32768), H200)
-    assert config.backend == "tilelang"
+    config = OP.default_config(spec, SelectSizes(rows, columns), H200)
+    assert config.backend == backend
     assert_compiles(OP, spec, config)
 
 
@@ -79,8 +83,140 @@ def test_triton_compiles_for_hopper(config):
 @pytest.mark.parametrize("scores", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", OP.workloads(PLAIN), ids=lambda case: case.sizes.id)
 def test_defaults_break_no_constraint(topk, scores, case):
-    spec = SelectSpec(topk, scores=scores)
-    assert OP.violations(spec, OP.default_config(spec, case.sizes, H200), H200) == []
+    spec, bucket = SelectSpec(topk, scores=scores), case.sizes.bucket()
+    for backend in ("", "cuda"):
+        assert OP.violations(spec, OP.default_config(spec, case.sizes, H200, backend), H200, bucket) == []
+
+
+CUDA = Config.of("cuda", cluster=1, threads=512, items=16, blocks_per_sm=1, digit_bits=12, early=True, persistent=False)
+DECODE = SelectSpec(2048, starts=False, output="slots")
+# What serves; two blocks an SM with 32 scores a thread and the pages beside them spill, and are the fastest nevertheless.
+GEOMETRIES = [
+    (DECODE, SelectSizes(1, 8192), 0),
+    (DECODE, SelectSizes(64, 8192), 0),
+    (DECODE, SelectSizes(8, 65536), 0),
+    (DECODE, SelectSizes(1, 131072), 0),
+    (DECODE, SelectSizes(128, 32768), 48),
+    (SLOTS, SelectSizes(64, 65536), 32),
+    (SelectSpec(2048), SelectSizes(4096, 8192), 0),
+    (SelectSpec(4096, scores="bf16"), SelectSizes(4096, 32768), 8),
+    (replace(DECODE, page=1, keep_first=2), SelectSizes(8, 32768), 0),
+]
+
+
+@pytest.mark.parametrize(("spec", "sizes", "spills"), GEOMETRIES, ids=lambda value: getattr(value, "id", ""))
+def test_cuda_compiles_for_hopper(spec, sizes, spills):
+    """Also that the shared memory which the launch asks for is the size of what the text declares."""
+    config = OP.default_config(spec, sizes, H200, "cuda")
+    assert_compiles(OP, spec, config, spills=spills)
+
+
+@pytest.mark.parametrize("digit_bits", [11, 12])
+@pytest.mark.parametrize("cluster", [1, 2, 16])
+@pytest.mark.parametrize("spec", [SelectSpec(77, scores="bf16"), replace(DECODE, page=48)], ids=lambda spec: spec.output)
+def test_cuda_renders_for_all_options(spec, cluster, digit_bits):
+    config = CUDA.replace(cluster=cluster, digit_bits=digit_bits, early=False)
+    for each in (config, config.replace(early=True), config.replace(persistent=True)):
+        text = render(OP, spec, each).code
+        assert ("cluster_wait" in text) == (cluster > 1)
+        assert ("cp.async.bulk" in text) == each["persistent"]
+        assert ("page_table + " in text) == (spec.output == "slots")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"threads": 1024, "items": 64}, "scores of a block"),
+        ({"threads": 256, "cluster": 16}, "warps for the cluster's bins"),
+        ({"persistent": True, "early": False, "cluster": 2}, "blocks that stay for a row"),
+        ({"persistent": True}, "scores loaded before their window"),
+        ({"threads": 1024, "items": 8, "blocks_per_sm": 3}, "threads per SM"),
+        ({"items": 32, "blocks_per_sm": 3}, "registers"),
+        ({"threads": 1024, "items": 32, "persistent": True, "early": False, "blocks_per_sm": 2}, "smem per SM"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_cuda_constraints(changes, name):
+    assert not OP.violations(SelectSpec(2048), CUDA, H200)
+    assert name in {violation.name for violation in OP.violations(SelectSpec(2048), CUDA.replace(**changes), H200)}
+
+
+def test_cuda_is_for_hopper():
+    for name in ("a100", "b200"):
+        assert "capability" in {violation.name for violation in OP.violations(PLAIN, CUDA, resolve(name))}
+        assert OP.default_config(PLAIN, SelectSizes(1, 8192), resolve(name)).backend != "cuda"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "broken"),
+    [
+        (SelectSizes(1, 1), []),
+        (SelectSizes(256, 8192), []),
+        (SelectSizes(257, 8192), ["rows read whole"]),
+        (SelectSizes(1, 8193), ["columns"]),
+        (SelectSizes(1, 131073), ["columns"]),
+    ],
+    ids=lambda value: getattr(value, "id", ""),
+)
+def test_cuda_reaches_as_far_as_its_registers(sizes, broken):
+    found = OP.violations(PLAIN, CUDA, H200, sizes.bucket())
+    assert [violation.name for violation in found] == broken
+
+
+def test_rows_longer_than_any_cluster_holds_are_sampled():
+    for rows in (1, 8, 64, 4096):
+        assert OP.default_config(PLAIN, SelectSizes(rows, 131073), H200).backend == "tilelang"
+    with pytest.raises(NoConfig, match="columns: inf needed"):
+        OP.default_config(PLAIN, SelectSizes(1, 131073), H200, "cuda")
+
+
+def test_cases_are_cut_to_what_a_config_reaches():
+    spec = SelectSpec(2048)
+    longest = {case.sizes.columns for case in OP.cases_for(spec, CUDA)}
+    every = [*OP.cases(spec), *OP.long_cases(spec)]
+    assert max(longest) == 8192 < max(case.sizes.columns for case in every)
+    assert {case.distribution for case in OP.cases_for(spec, CUDA)} == {case.distribution for case in every}
+    assert OP.cases_for(spec, ROW) == every
+    wide = CUDA.replace(cluster=16, threads=1024, items=8)
+    assert max(case.sizes.columns for case in OP.cases_for(spec, wide)) == 131072  # a part for each of its blocks
+
+
+def launch(config, rows=6, columns=300, **changes):
+    """The one launch of a config."""
+    spec = replace(SLOTS, starts=True, **changes)
+    inputs = OP.inputs(spec, Case(SelectSizes(rows, columns), "ragged_normal"), Draw(0))
+    (launched,) = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
+    return inputs, launched
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "blocks"),
+    [({}, 6, 6), ({"cluster": 8}, 6, 48), ({"persistent": True, "early": False, "blocks_per_sm": 2}, 999, 264)],
+    ids=["row", "cluster", "persistent"],
+)
+def test_cuda_launches(changes, rows, blocks):
+    inputs, launched = launch(CUDA.replace(**changes), rows=rows)
+    assert launched.grid == (blocks, 1, 1)
+    table = inputs["page_table"]
+    assert launched.args[:3] == (inputs["scores"], 305, inputs["starts"])
+    assert launched.args[4:7] == (table, table.stride(0), rows // len(table))
+    assert launched.args[8:] == (300, rows)
+    without = launch(CUDA, output="tokens")[1].args
+    assert without[4:7] == (0, 0, 1)
+
+
+def test_a_forced_config_refuses_rows_that_it_cannot_hold():
+    with pytest.raises(InputError, match=r"^scores.*8193 columns.*at most 8192"):
+        launch(CUDA, rows=1, columns=8193)
+
+
+def test_verification_covers_blocks_and_clusters_under_every_option():
+    model = presets.preset("deepseek-v3.2")
+    found = [each for each in verification.subjects(model, H200, ["select"]) if each.config.backend == "cuda"]
+    for spec in {option for own in OP.specs(model) for option in OP.options(own)}:
+        clusters = {each.config["cluster"] > 1 for each in found if each.spec == spec}
+        assert clusters == {False, True}, spec
+    assert any(each.config["persistent"] for each in found)
 
 
 def select(scores, topk=64, **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 from test_records import CASE, CONFIG, SPEC, make
@@ -14,7 +15,8 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.problem import presets
-from dsa_codegen.problem.op import Case
+from dsa_codegen.problem.op import Case, exceeds
+from dsa_codegen.problem.values import upper
 from dsa_codegen.records import files as records
 from dsa_codegen.records import lookup as rooms
 from dsa_codegen.records.explain import Difference, distance, explain, nearest
@@ -117,6 +119,81 @@ def test_another_bucket_spec_or_architecture_is_a_miss(folders):
     assert found(folders, gpu=dataclasses.replace(H200, capability=100)).origin == "default"
 
 
+WIDE = (("queries", 1025, None), ("context", 0, None))
+ALL = (("queries", 0, None), ("context", 0, None))
+ELSEWHERE = {"queries": 4096, "context": 8192}
+
+
+def test_a_record_serves_every_bucket_that_its_own_contains(folders):
+    put(folders["tuned"], 2, bucket=WIDE)
+    assert found(folders).origin == found(folders, sizes=IndexerSizes(4096, 8192)).origin == "tuned"
+    assert found(folders, sizes=IndexerSizes(1024, 8192)).origin == "default"
+    ((_, differing),) = explain(OP, SPEC, IndexerSizes(1024, 8192), H200, folders)
+    assert differing == [Difference("bucket.queries", "[0, 1025]", "[1025, None]")]
+    assert explain(OP, SPEC, SIZES, H200, folders)[0][1] == []
+
+
+def test_a_part_of_the_bucket_is_not_enough(folders):
+    put(folders["tuned"], 2, bucket=(("queries", 1025, None), ("context", 16385, 65537)))
+    assert found(folders).origin == "default"
+
+
+def test_the_tightest_bucket_serves(folders):
+    put(folders["tuned"], 2, bucket=ALL, time_us=1.0, sizes=ELSEWHERE)
+    assert found(folders).config["num_stages"] == 2
+    put(folders["tuned"], 3, bucket=WIDE, time_us=2.0, sizes=ELSEWHERE)
+    assert found(folders).config["num_stages"] == 3
+    put(folders["tuned"], 4, time_us=3.0)
+    assert found(folders).config["num_stages"] == 4
+    assert found(folders, sizes=IndexerSizes(**ELSEWHERE)).config["num_stages"] == 2  # timed there, and faster than 3
+
+
+def test_times_compare_where_a_wider_record_was_timed_in_the_bucket(folders):
+    """Of two buckets the exact one, unless the other's record is known to be faster there."""
+    put(folders["tuned"], 4, time_us=3.0)
+    put(folders["tuned"], 2, bucket=ALL, time_us=2.0)
+    assert found(folders).config["num_stages"] == 2
+    put(folders["tuned"], 2, bucket=ALL, time_us=2.99)  # noise cannot tell them apart
+    assert found(folders).config["num_stages"] == 4
+
+
+def test_the_next_bucket_serves_where_a_record_cannot_be_used(folders):
+    put(folders["tuned"], 2, bucket=ALL, sizes=ELSEWHERE)
+    put(folders["tuned"], 4, source_sha="0" * 64)
+    result = found(folders)
+    assert result.config["num_stages"] == 2
+    assert "another source" in result.notes[0]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Configs with less than 4 stages reach contexts of 16384 tokens."""
+
+    def reach(self, spec, config, bucket):
+        return exceeds("context", upper(bucket, "context"), 16384 if config["num_stages"] < 4 else math.inf)
+
+    monkeypatch.setattr(type(OP), "reach", reach)
+
+
+def test_a_record_out_of_reach_is_passed_over(folders, short):
+    put(folders["tuned"], 2, bucket=WIDE)
+    assert found(folders, sizes=IndexerSizes(4096, 8192)).config["num_stages"] == 2
+    result = found(folders)
+    assert (result.origin, result.config["num_stages"]) == ("default", 4)
+    assert "context: inf needed, 16384 allowed" in result.notes[0]
+    (_, (difference,)) = explain(OP, SPEC, SIZES, H200, folders)[0]
+    assert difference.field == "config"
+
+
+def test_neither_a_default_nor_a_stand_in_is_out_of_reach(short):
+    """The guess has 3 stages."""
+    near = IndexerSizes(4096, 8192)
+    assert [OP.default_config(SPEC, sizes, H200)["num_stages"] for sizes in (SIZES, near)] == [4, 3]
+    assert {config["num_stages"] for config in rooms.stand_ins(OP, SPEC, SIZES, H200)} == {4}
+    assert OP.violations(SPEC, CONFIG, H200) == OP.violations(SPEC, CONFIG, H200, near.bucket()) == []
+    assert [each.name for each in OP.violations(SPEC, CONFIG, H200, SIZES.bucket())] == ["context"]
+
+
 def test_borrowed_only_where_nothing_is_violated(folders):
     PUT["borrowed"](folders)
     assert found(folders).notes == ("borrowed from h100: no record for h200",)
@@ -163,9 +240,9 @@ def test_a_record_is_compared_with_the_text_for_the_triton_it_was_measured_with(
     config = op.default_config(SPEC, SIZES, H200, "gluon")
     text = {"source_sha": render(op, SPEC, config, measured).sha, "toolchain": {"triton": measured}}
     record = dataclasses.replace(make(), backend="gluon", config=config.to_dict(), **text)
-    assert rooms.unusable(op, SPEC, H200, record) is None
+    assert rooms.unusable(op, SPEC, H200, record, SIZES.bucket()) is None
     record = dataclasses.replace(record, toolchain={"triton": other})
-    assert "another source" in rooms.unusable(op, SPEC, H200, record)
+    assert "another source" in rooms.unusable(op, SPEC, H200, record, SIZES.bucket())
 
 
 def test_another_toolchain_is_stale_but_used(folders):

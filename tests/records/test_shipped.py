@@ -46,7 +46,7 @@ def test_a_shipped_record_holds(record):
     assert record.policy is not None
     assert record.accuracy is not None
     assert record.time_us.n >= 3
-    assert not op.violations(spec, config, GPUS[record.gpu.id])
+    assert not op.violations(spec, config, GPUS[record.gpu.id], record.bucket)
     assert record.template == template_sha(template_name(op, record.backend)), "the template changed: tune again"
     measured = render(op, spec, config, record.toolchain.get("triton", ""))
     assert record.source_sha == measured.sha, "the source changed: tune again"

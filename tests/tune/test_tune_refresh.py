@@ -8,7 +8,7 @@ import pytest
 
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import render, template_name, template_sha
-from dsa_codegen.problem.op import Config
+from dsa_codegen.problem.op import Config, exceeds
 from dsa_codegen.proof.timing import COLD, Timing
 from dsa_codegen.records import files as records
 from dsa_codegen.records.lookup import lookup
@@ -101,6 +101,32 @@ def test_a_changed_template_is_measured_again(go, tmp_path):
     assert record.search == {"trials": 412, "seed": 7, "refreshed": 1}
     found = lookup(OP, SPEC, CASE.sizes, H200, {"tuned": tmp_path / "tuned"})
     assert (found.origin, found.stale) == ("tuned", False)
+
+
+WIDE = (("queries", 0, None), ("context", 0, None))
+
+
+def test_a_record_of_a_wider_bucket_holds_and_keeps_it(go, tmp_path):
+    """Buckets that got finer cost no record, nor any of what it serves."""
+    put(tmp_path, make(bucket=WIDE))
+    assert (go().holding, stored(tmp_path)[0].bucket) == (1, WIDE)
+    put(tmp_path, make(bucket=WIDE, **CHANGED))
+    assert fates(go()) == ["refreshed"]
+    (record,) = stored(tmp_path)
+    assert record.bucket == WIDE
+    assert record.time_us.median == near(GOOD)
+
+
+def test_what_does_not_reach_the_wider_bucket_gets_its_own(go, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(OP), "reach", lambda self, spec, config, bucket: exceeds("queries", -bucket[0][1], -1025))
+    put(tmp_path, make(bucket=WIDE, **CHANGED))
+    assert fates(go()) == ["refreshed"]
+    assert [record.bucket for record in stored(tmp_path)] == [CASE.sizes.bucket()]
+
+
+def test_a_bucket_that_is_only_a_part_of_todays_serves_nothing(go, tmp_path):
+    put(tmp_path, make(bucket=(("queries", 4096, None), ("context", 16385, None))))
+    assert "divided otherwise" in standing.standing(stored(tmp_path)[0]).reason
 
 
 def test_only_the_shipped_config_and_the_default_are_timed(go, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dsa_codegen.problem.op import Config
+from dataclasses import replace
+
+from dsa_codegen.problem.op import Config, exceeds
+from dsa_codegen.problem.values import upper
 
 from support import H200
 from toy import OP
@@ -37,6 +40,20 @@ def test_feasible_are_exactly_those_without_violations():
     assert len(set(feasible)) == len(feasible)
     assert all(not OP.violations(SPACE.spec, each, H200) for each in feasible)
     assert SPACE.feasible(limit=10) is None
+
+
+def test_what_does_not_reach_the_bucket_is_not_feasible(monkeypatch):
+    """Two buckets of one spec have spaces of their own, though they share what is feasible for any."""
+    reach = lambda self, spec, config, bucket: exceeds("context", upper(bucket, "context"), 4096 * config["num_stages"])  # noqa: E731
+    monkeypatch.setattr(type(OP), "reach", reach)
+    near, far = (replace(SPACE, bucket=(("queries", 0, None), ("context", 0, high))) for high in (16385, None))
+    assert {each["num_stages"] for each in near.feasible()} == {4, 5}
+    assert far.feasible() == []
+    assert not near.fits(config(num_stages=3)) and near.fits(config(num_stages=4))
+    (violation,) = near.violations(config(num_stages=3))
+    assert violation.excess == 16384 / 12288 - 1
+    assert {each["num_stages"] for each in near.neighbours(config(num_stages=4))} == {4, 5}
+    assert {each["num_stages"] for each in SPACE.feasible()} == {2, 3, 4, 5}
 
 
 def test_neighbours_differ_in_one_step_and_are_feasible():

@@ -1,16 +1,20 @@
-"""Kernels of the selection: a row's scores against a sampled threshold, by one block or by several (TileLang, Triton)."""
+"""Kernels of the selection: a row's scores against a sampled threshold, by one block or by several (TileLang, Triton).
+
+In CUDA C++ a row lies in the registers of a cluster of blocks (``cuda``), as long as it fits there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ...gpu import Gpu
-from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
-from ...problem.values import Scalar, next_power_of_two
+from ...problem.op import Case, Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Bucket, Scalar, next_power_of_two
+from . import cuda
 from .problem import (
     SCORES,
     SelectSizes,
@@ -23,9 +27,11 @@ POOL_HEAD = 32  # int32 words before a pool's keys
 class SelectKernels(Kernels[SelectSpec, SelectSizes]):
     """See the module's first lines."""
 
-    backends = ("tilelang", "triton")
+    backends = ("tilelang", "cuda", "triton")
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        if backend == "cuda":
+            return cuda.PARAMETERS
         shared = (
             Parameter(
                 "scheme", ("row", "split"), "one block per row, or several and a second kernel that joins what they kept"
@@ -52,6 +58,9 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         )
 
     def constraints(self, spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "cuda":
+            yield from cuda.constraints(spec, config, gpu)
+            return
         # The sample is wrong by some standard deviations: room for a quarter more than is wanted.
         yield from exceeds("capacity", spec.topk + max(spec.topk // 4, 64), config["capacity"])
         if (config["scheme"] == "row") != (config["splits"] == 1):
@@ -77,7 +86,21 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
         yield from exceeds("smem per SM", smem * blocks, gpu.smem_per_sm, " B")
 
+    def reach(self, spec: SelectSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
+        return cuda.reach(config, bucket) if config.backend == "cuda" else ()
+
+    def within_reach(self, spec: SelectSpec, config: Config, case: Case[SelectSizes]) -> Case[SelectSizes]:
+        return cuda.within_reach(config, case) if config.backend == "cuda" else case
+
     def guesses(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Iterable[Config]:
+        first, in_registers = cuda.is_first_choice(sizes), cuda.guess(sizes)
+        if in_registers and first:
+            yield in_registers
+        yield from self._sampled(spec, sizes, gpu)
+        if in_registers and not first:
+            yield in_registers
+
+    def _sampled(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Iterator[Config]:
         capacity = next(c for c in (256, 512, 1024, 2048, 4096, 8192) if c >= spec.topk * 3 // 2)
         threads = min(512 if capacity <= 4096 else 1024, capacity)
         config = Config.of(
@@ -112,7 +135,7 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         )
 
     def derived(self, spec: SelectSpec, config: Config) -> dict[str, Scalar]:
-        return _derived(spec, config)
+        return cuda.derived(spec, config) if config.backend == "cuda" else _derived(spec, config)
 
     def launches(self, spec: SelectSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         scores, chosen, table = inputs["scores"], outputs["chosen"], inputs["page_table"]
@@ -124,6 +147,8 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         if not limit:
             chosen.fill_(-1)
             return ()
+        if config.backend == "cuda":
+            return cuda.launches(spec, config, inputs, outputs, limit, gpu)
         starts = () if inputs["starts"] is None else (inputs["starts"],)
         window = (scores, *starts, inputs["ends"])
         tables = () if table is None else (table,)

@@ -7,6 +7,7 @@ both ends of the window may always be kept (attention sinks and a sliding window
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -61,7 +62,11 @@ class SelectSizes(Sizes):
 
     rows: int
     columns: int
-    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"rows": (17, 257), "columns": (16385, 65537)}
+    # What decides is how many rows share the GPU (1, 8, 16 and 64 of several blocks each) and what a cluster's registers hold.
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "rows": (2, 9, 17, 65, 257),
+        "columns": (8193, 16385, 32769, 65537, 131073),
+    }
 
 
 class SelectProblem(Problem[SelectSpec, SelectSizes]):
@@ -155,6 +160,11 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         extreme = Case(SelectSizes(8, 2 * topk + 77), "extreme_normal")
         return [*plain, *kinds, extreme, *(Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes)]
 
+    def long_cases(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
+        # Every block of a cluster has its part of such a row; equal scores, few different ones and NaN lie in many of them.
+        kinds = ("normal", "few", "ragged_equal", "ragged_special")
+        return [Case(SelectSizes(3, 131072), kind) for kind in kinds]
+
     def options(self, spec: SelectSpec) -> Sequence[SelectSpec]:
         return (
             spec,
@@ -164,9 +174,10 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
         # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
-        prefill, decode = ((4096, 32768), (4096, 8192), (4096, 131072)), ((64, 65536), (64, 8192), (1, 65536), (1, 8192))
-        longer = ((64, 131072), (64, 32768), (1, 131072), (1, 32768))
-        sizes = prefill if spec.output == "tokens" else decode + longer
+        prefill = ((4096, 131072), (4096, 32768), (4096, 8192))
+        decode = itertools.product((64, 1, 8, 16), (65536, 131072, 32768, 16384, 8192))
+        batched = ((128, 32768), (128, 16384), (128, 8192))
+        sizes = prefill if spec.output == "tokens" else (*decode, *batched)
         return [Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes]
 
 
