@@ -27,6 +27,7 @@ PLAIN = SelectSpec(64)
 SLOTS = SelectSpec(77, scores="bf16", starts=False, output="slots", page=48, keep_first=3, keep_recent=17)
 ROW = Config.of("triton", scheme="row", capacity=256, block_n=128, sample=256, num_warps=4, splits=1)
 SPLIT = ROW.replace(scheme="split", splits=4)
+CUDA = Config.of("cuda", cluster=1, threads=512, items=16, blocks_per_sm=1, digit_bits=12, early=True, persistent=False)
 
 
 @pytest.mark.parametrize("case", OP.cases(PLAIN), ids=lambda case: case.id)
@@ -66,6 +67,25 @@ def test_tilelang_matches_the_reference(tilelang, order):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+IN_A_BLOCK = [
+    (PLAIN, {"early": False}),
+    (SLOTS, {"early": True, "digit_bits": 11}),
+    (replace(PLAIN, output="slots", page=8, keep_first=5), {"early": False, "items": 64}),
+]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize(("spec", "changes"), IN_A_BLOCK, ids=["tokens", "slots", "halves"])
+def test_cuda_matches_the_reference(spec, changes, order, tmp_path):
+    """One block's kernel; a cluster's needs a GPU."""
+    config = CUDA.replace(**{"threads": 256, "items": 4, **changes})
+    variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
+    for case in OP.cases(spec):
+        accuracy = verify(variant, OP.within_reach(spec, config, case), "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
 @pytest.mark.parametrize(("rows", "columns", "backend"), [(4096, 131072, "tilelang"), (4096, 32768, "cuda")])
 def test_default_compiles_for_hopper(rows, columns, backend):
     spec = SelectSpec(2048)
@@ -88,7 +108,6 @@ def test_defaults_break_no_constraint(topk, scores, case):
         assert OP.violations(spec, OP.default_config(spec, case.sizes, H200, backend), H200, bucket) == []
 
 
-CUDA = Config.of("cuda", cluster=1, threads=512, items=16, blocks_per_sm=1, digit_bits=12, early=True, persistent=False)
 DECODE = SelectSpec(2048, starts=False, output="slots")
 # What serves; two blocks an SM with 32 scores a thread and the pages beside them spill, and are the fastest nevertheless.
 GEOMETRIES = [

@@ -1,6 +1,6 @@
 """Runs a TileLang kernel's generated CUDA on CPU tensors, so that its arithmetic is verified where there is no GPU.
 
-Only what plain SIMT kernels use is there (see emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an
+Kernels that were written in CUDA C++ too, as long as a block works alone. Only what plain SIMT kernels use is there (see emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an
 unreadable page, so that an access beyond its end ends the process.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from dsa_codegen.kernels.backends import Launchable
 from dsa_codegen.kernels.backends.base import import_module
 from dsa_codegen.kernels.build import Built
+from dsa_codegen.kernels.render import Rendered
 
 AVAILABLE = shutil.which("g++") is not None and platform.machine() == "x86_64"
 ORDERS = ("ascending", "descending", "shuffled")
@@ -81,6 +82,43 @@ class _Emulated:
         stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory:
+            guarded.copy_back()
+
+
+_PRAGMA_OR_INCLUDE = re.compile(r"^#(?:pragma|include).*$", re.MULTILINE)
+_ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);\n", re.DOTALL)
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(THREADS, \w+\)\s*(\w+)\(([^)]*)\)')
+
+
+def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Launchable]:
+    """The kernel of a module in CUDA C++, its inline assembly left out: what it waits for has happened in an emulated block."""
+    source = folder / f"{rendered.module_name}.py"
+    source.write_text(rendered.text)
+    module = import_module(source)
+    return {name: _EmulatedCuda(folder, module.SOURCE, facts, ORDERS.index(order)) for name, facts in module.KERNELS.items()}
+
+
+class _EmulatedCuda:
+    def __init__(self, folder: Path, text: str, facts: dict[str, Any], order: int) -> None:
+        assert facts["cluster"] == 1
+        self._threads, self._order = facts["threads"], order
+        text = _ASSEMBLY.sub(";\n", _PRAGMA_OR_INCLUDE.sub("", text))
+        match = _SIGNATURE.search(text)
+        assert match is not None
+        name, declared = match.groups()
+        kinds = [" ".join(part.split()).rpartition(" ")[0] for part in declared.split(",")]
+        text = text.replace("extern __shared__ __align__(16) char raw[];", "char *raw = (char *)emulator::shared;")
+        arguments = ", ".join(f"({kind})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
+        launcher = _LAUNCHER.format(name=name, arguments=arguments)
+        self._library = ctypes.CDLL(str(_compile(folder, f'#include "emulator_cuda.h"\n{text}\n{launcher}')))
+
+    def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
+        values = (memory[i].address if i in memory else int(arg) for i, arg in enumerate(args))
+        arguments = (ctypes.c_longlong * len(args))(*values)
+        stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
+        assert not stuck, "threads wait at a barrier that others never reach"
+        for guarded in memory.values():
             guarded.copy_back()
 
 

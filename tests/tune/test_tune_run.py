@@ -272,7 +272,7 @@ def test_where_one_study_is_in_use_none_is_forgotten(go, tmp_path):
         ({"budget": Budget(-1.0, 8)}, "budget"),
         ({"budget": Budget(float("nan"), 8)}, "budget"),
         ({"budget": Budget(1.0, 0)}, "trials"),
-        ({"backends": ("cuda",)}, "unknown backend"),
+        ({"backends": ("cutlass",)}, "unknown backend"),
         ({"state": Path("/dev/null/.tune")}, "state: got /dev/null/.tune; expected a folder that can be written"),
     ],
     ids=lambda value: str(value)[:24] if isinstance(value, dict) else "",

@@ -1,0 +1,45 @@
+// What a kernel in CUDA C++ of one block needs beside emulator.h; its inline assembly is left out (see emulator.py).
+#pragma once
+#include "emulator.h"
+
+#define __device__
+#define __forceinline__ inline
+typedef bfloat16_t __nv_bfloat16;
+struct uint2 {
+  uint x, y;
+};
+struct int4 {
+  int x, y, z, w;
+};
+static uint4 make_uint4(uint x, uint y, uint z, uint w) { return uint4{x, y, z, w}; }
+template <class To, class From> static To bits_as(From value) {
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+// Of what a GPU has added up: its NaN has all bits set but the sign, whatever NaN went in.
+static uint __float_as_uint(float value) { return value != value ? 0x7FFFFFFFu : bits_as<uint>(value); }
+static float __uint_as_float(uint value) { return bits_as<float>(value); }
+static size_t __cvta_generic_to_shared(const void *address) { return (size_t)address; }
+template <class T> static T __ldcs(const T *address) { return *address; }
+static uint atomicAdd(uint *address, uint value) {
+  uint before = *address;
+  *address += value;
+  return before;
+}
+static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
+static int __ffs(uint value) { return __builtin_ffs((int)value); }
+static void __syncwarp() { emulator::collective(0); }
+static uint __ballot_sync(uint, bool value) {
+  unsigned long long *values = emulator::collective(value);
+  uint found = 0;
+  for (int lane = 0; lane < emulator::lanes; lane++) found |= (uint)values[lane] << lane;
+  return found;
+}
+static uint __reduce_add_sync(uint, uint value) {
+  unsigned long long *values = emulator::collective(value);
+  uint sum = 0;
+  for (int lane = 0; lane < emulator::lanes; lane++) sum += (uint)values[lane];
+  return sum;
+}
+static uint __shfl_up_sync(uint mask, uint value, int distance) { return (uint)__shfl_up_sync(mask, (int)value, distance, 32); }
