@@ -86,6 +86,20 @@ def test_cuda_matches_the_reference(spec, changes, order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_a_block_that_stays_matches_the_reference(order, tmp_path):
+    """For rows that are not aligned, which it loads itself; what the copy engine brings needs a GPU."""
+    config = CUDA.replace(threads=256, items=4, early=False, persistent=True)
+    kernels = emulator.cuda_kernels(render(OP, PLAIN, config), tmp_path, order)
+    variant = Variant(OP, PLAIN, config, replace(H200, sms=1), kernels)
+    cases = [case for case in OP.cases(PLAIN) if case.distribution.startswith("ragged")]
+    assert all((case.sizes.columns + 5) % 4 and case.sizes.rows > 2 for case in cases)
+    for case in cases:
+        accuracy = verify(variant, case, "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
 @pytest.mark.parametrize(("rows", "columns", "backend"), [(4096, 131072, "tilelang"), (4096, 32768, "cuda")])
 def test_default_compiles_for_hopper(rows, columns, backend):
     spec = SelectSpec(2048)

@@ -1,7 +1,8 @@
 """Runs a TileLang kernel's generated CUDA on CPU tensors, so that its arithmetic is verified where there is no GPU.
 
-Kernels that were written in CUDA C++ too, as long as a block works alone. Only what plain SIMT kernels use is there (see emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an
-unreadable page, so that an access beyond its end ends the process.
+Kernels that were written in CUDA C++ too, as long as a block works alone. Only what plain SIMT kernels use is there (see
+emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an unreadable page, so that an access beyond
+its end ends the process.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class _EmulatedCuda:
         text = text.replace("extern __shared__ __align__(16) char raw[];", "char *raw = (char *)emulator::shared;")
         arguments = ", ".join(f"({kind})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
         launcher = _LAUNCHER.format(name=name, arguments=arguments)
+        launcher = launcher.replace("emulator::kernel = call;", "emulator::kernel = call; gridDim = {width, height, 1};")
         self._library = ctypes.CDLL(str(_compile(folder, f'#include "emulator_cuda.h"\n{text}\n{launcher}')))
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@
 #define __device__
 #define __forceinline__ inline
 typedef bfloat16_t __nv_bfloat16;
+static emulator::Coordinates gridDim;
 struct uint2 {
   uint x, y;
 };
