@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dsa_codegen import ops, paths
@@ -21,7 +23,9 @@ def name(record) -> str:
     return f"{record.gpu.id}-{record.op}-{record.backend}-{'-'.join(map(str, record.spec.values()))}-{low}"
 
 
-UNMEASURED = {"h100": set(), "h200": {"attention_paged", "indexer_paged", "select"}}  # changed since measured there: borrowed
+UNMEASURED = {"h100": set(), "h200": set(ops.all_ops()) - {"gather_paged"}}  # changed since measured there: borrowed
+SERVES = {"select": "tilelang", "attention": "cuda", "quantize": "triton", "quantize_paged": "triton"}
+"""The backend that wins an operation's first workload on an H100; Gluon elsewhere."""
 
 
 @pytest.mark.parametrize("gpu", UNMEASURED)
@@ -35,8 +39,9 @@ def test_what_is_not_measured_on_a_gpu_is_borrowed_from_the_other(name):
     op = ops.get(name)
     spec = op.specs(presets.preset("deepseek-v3.2"))[0]
     found = lookup.lookup(op, spec, op.workloads(spec)[0].sizes, GPUS["h200"])
-    backend = {"select": "tilelang"}.get(name, "gluon")
-    assert (found.origin, found.config.backend, found.record.gpu.id) == ("borrowed", backend, "h100")
+    assert (found.origin, found.config.backend) == ("borrowed", SERVES.get(name, "gluon"))
+    assert found.record is not None
+    assert found.record.gpu.id == "h100"
 
 
 @pytest.mark.parametrize("record", SHIPPED, ids=name)
@@ -53,10 +58,8 @@ def test_a_shipped_record_holds(record):
 
 
 @pytest.mark.parametrize("record", SHIPPED, ids=name)
-def test_a_shipped_record_is_no_slower_than_the_default(record):
-    fastest = min(
-        r.time_us.median
-        for r in SHIPPED
-        if (r.gpu, r.op, r.spec, r.bucket) == (record.gpu, record.op, record.spec, record.bucket)
-    )
-    assert record.default_time_us is None or fastest <= record.default_time_us * 1.02
+def test_what_serves_is_no_slower_than_the_default(record):
+    """The fastest record of a problem, against the default that was timed beside it: minutes later a card has other clocks."""
+    same = [r for r in SHIPPED if dataclasses.replace(r, backend=record.backend).key == record.key]
+    fastest = min(same, key=lambda r: r.time_us.median)
+    assert fastest.default_time_us is None or fastest.time_us.median <= fastest.default_time_us * 1.02
