@@ -16,7 +16,7 @@ _OF_EXTRA = re.compile(r"""^(.*?)\s*;.*extra\s*==\s*['"]([\w-]+)['"]""")
 def command() -> str:
     """``dsa``, ``python -m dsa_codegen`` or, from a checkout, ``python cli.py``: as it was called, or else as it can be."""
     called = Path(sys.argv[0]).name if sys.argv else ""
-    if called == "__main__.py":
+    if called == "__main__.py" and Path(sys.argv[0]).parent.name == __package__:
         return "python -m dsa_codegen"
     if called in ("dsa", "cli.py"):
         return "dsa" if called == "dsa" else "python cli.py"

@@ -45,6 +45,10 @@ def decode_shapes(model: Model, batch: int, next_n: int, context: int, weights: 
 BY_SEQUENCE = ("q", "index_q", "index_weights", "lengths", "page_table")
 
 
+NAMES = {"quantize": ("_quantize_q", "_quantize_k"), "quantize_paged": ("_store_k", "_store_kv")}
+"""What the public functions call an operator that serves several of them."""
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A GPU that is not there, which the public functions call with tensors that are only shapes."""
@@ -61,7 +65,8 @@ def fake(monkeypatch):
         return call
 
     for op in ops.all_ops().values():
-        monkeypatch.setattr(functions, f"_{op.function}", function(op))
+        for name in NAMES.get(op.function, (f"_{op.function}",)):
+            monkeypatch.setattr(functions, name, function(op))
     dispatch.reset()
     yield FakeGpu(monkeypatch)
     dispatch.reset()
