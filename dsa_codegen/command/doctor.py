@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import gpu, paths
+from .. import gpu, ops, paths
 from ..errors import DsaError, ToolMissing
 from ..invocation import install
 from ..kernels import backends
+from ..kernels.backends import nvcc
 from ..kernels.backends.base import C_COMPILER
 from ..records import files
+from ..records.lookup import missing_tool, toolchain_difference
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ def diagnose() -> Iterator[Finding]:
     yield from _gpus()
     for name in backends.NAMES:
         yield _backend(name)
+    yield from _nvcc_for_driver()
     yield _c_compiler()
     yield _package("optuna", "tuning", install("tune"))
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
@@ -78,6 +83,32 @@ def _shipped_records() -> Iterator[Finding]:
     folder = paths.shipped_records()
     yield Finding("shipped records", str(folder), folder.is_dir(), "reinstall the package")
     yield from _files("shipped records", folder)
+    yield from _compilers_of_records(folder)
+
+
+def _compilers_of_records(folder: Path) -> Iterator[Finding]:
+    """What the compilers here mean for the records: of another version they are used all the same, and called stale."""
+    found = [record for name in ops.all_ops() for record in files.read_all(folder, name)]
+    able = [record for record in found if record.backend in backends.NAMES and not missing_tool(record.backend)]
+    stale = Counter(toolchain_difference(record) for record in able)
+    for difference, count in stale.items():
+        state = f"{count} of {len(found)} were tuned with {difference}: used, and marked stale"
+        yield Finding(
+            "records' compilers", state if difference else f"{count} of {len(found)} were tuned with those here", True
+        )
+
+
+def _nvcc_for_driver() -> Iterator[Finding]:
+    """Code of a newer CUDA than the driver's may not load: compared where both are here."""
+    asked = getattr(torch._C, "_cuda_getDriverVersion", None)  # a torch for CPUs alone has no such function
+    driver = asked() if asked is not None and torch.cuda.is_available() else 0
+    with contextlib.suppress(ToolMissing):
+        compiler = nvcc.version(nvcc.find())
+        fits = not driver or int(compiler.partition(".")[0]) <= driver // 1000
+        if driver:
+            here = f"nvcc {compiler}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
+            remedy = "update the driver, or put an nvcc of the driver's CUDA on the PATH or in CUDA_HOME (extra tilelang-cu12)"
+            yield Finding("nvcc for the driver", here, fits, remedy)
 
 
 def _own_records() -> Iterator[Finding]:

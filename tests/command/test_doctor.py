@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from dsa_codegen import paths
+from dsa_codegen import ops, paths
 from dsa_codegen.command import doctor
 from dsa_codegen.errors import SpecError, ToolBroken, ToolMissing
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import backends
 from dsa_codegen.kernels.backends import base
-from dsa_codegen.records import lookup
+from dsa_codegen.records import files, lookup
 
 from support import H200
 
@@ -101,7 +101,7 @@ def test_another_backend_stands_in(fresh, monkeypatch, tmp_path):
     from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
 
     monkeypatch.setattr(backends.importlib, "import_module", raising_for(".tilelang", OSError("libz3.so"), backends.importlib))
-    found = lookup.lookup(OP, SelectSpec(64), SelectSizes(4, 300), H200, {"tuned": tmp_path})
+    found = lookup.lookup(OP, SelectSpec(64), SelectSizes(4096, 1 << 20), H200, {"tuned": tmp_path})
     assert (found.config.backend, found.origin) == ("triton", "default")
     assert "libz3.so" in found.notes[0]
 
@@ -231,3 +231,20 @@ def test_a_gpu_of_the_environment_that_nobody_knows(no_gpu, monkeypatch):
     monkeypatch.setenv("DSA_GPU", "h1000x")
     found = amiss()["DSA_GPU"]
     assert "h1000x" in found.state and "unset DSA_GPU" in found.remedy
+
+
+@pytest.mark.parametrize(("driver", "ok"), [(13000, True), (12080, False)])
+def test_an_nvcc_that_is_newer_than_the_driver_is_named(monkeypatch, driver, ok):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(doctor.nvcc, "version", lambda compiler: "13.0")
+    (found,) = doctor._nvcc_for_driver()
+    assert (found.ok, f"CUDA {driver // 1000}." in found.state) == (ok, True)
+
+
+def test_what_the_compilers_here_mean_for_the_records_is_said():
+    told = [each.state for each in doctor.diagnose() if each.what == "records' compilers"]
+    counts = [int(state.partition(" of ")[0]) for state in told]
+    known = [record for name in ops.all_ops() for record in files.read_all(paths.shipped_records(), name)]
+    assert sum(counts) == sum(not lookup.missing_tool(record.backend) for record in known)
+    assert all("stale" in state or "those here" in state for state in told)

@@ -56,8 +56,9 @@ def test_it_resolves_on_the_public_index(tmp_path, command, torch):
     assert re.search(rf"^triton=={re.escape(TRITON[torch])}\.", done.stdout, re.MULTILINE)
 
 
-def test_older_drivers_have_an_extra(tmp_path):
-    (tmp_path / "none.txt").write_text("")
-    done = resolved(("tune", "tilelang-cu12"), tmp_path / "none.txt", "3.12")
+def test_older_drivers_have_an_extra_without_a_compiler_of_cuda_13(tmp_path):
+    (tmp_path / "torch.txt").write_text("torch==2.13.0\n")
+    done = resolved(("tilelang-cu12",), tmp_path / "torch.txt")
     assert done.returncode == 0, done.stderr
-    assert "nvidia-cuda-nvcc-cu12==12." in done.stdout
+    assert "tilelang==" in done.stdout
+    assert "nvidia-cuda-nvcc" not in done.stdout
