@@ -34,7 +34,7 @@ from .bench import comparison, installed, printing, results
 from .bench.campaign import Campaign
 from .command import doctor as diagnosis
 from .command import generate as generation
-from .command import ours, show, verification
+from .command import ours, show, verification, waiting
 from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
 from .invocation import command
 from .kernels import backends
@@ -142,7 +142,7 @@ def verify(
     with err.status(f"compiling {len(subjects)} sources for {target.name}"):
         verification.build_ahead(subjects, target)
     with Worker(environment) as worker:
-        batches = show.progress(err, "verify", subjects, lambda subject: list(check(subject, target, worker)))
+        batches = waiting.progress(err, "verify", subjects, lambda subject: list(check(subject, target, worker)))
         verdicts = [verdict for batch in batches for verdict in batch]
     _print(as_json, show.verdicts(verdicts), [show.verdict_row(verdict) for verdict in verdicts])
     raise typer.Exit(0 if all(verdict.passed for verdict in verdicts) else 1)
@@ -189,7 +189,7 @@ def tune(
     target = target if here is None or offline else here  # with the limits that the device has
     usual = run.OFFLINE if offline else run.ON_GPU
     limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
-    report = show.tuning(
+    report = waiting.tuning(
         err,
         lambda notify: run.tune(
             needs.specs(_model(preset, spec), op or (), target),
@@ -227,7 +227,7 @@ def _refresh(folder: Path, wish: Any, budget_s: float | None, as_json: bool) -> 
     from .tune import refresh as refreshing
 
     here = gpus.detect()
-    report = show.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
+    report = waiting.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
     _print(as_json, show.refreshed(report), [show.fate_row(fate) for fate in report.fates])
     raise typer.Exit(130 if report.interrupted else 0 if report.complete else 4)
 
@@ -306,7 +306,7 @@ def _check(request: benchmark.Request, campaign: Campaign, as_json: bool) -> NoR
 def _bench_ours(preset: str, spec: Path | None, op: list[str] | None, policy: Policy, target: gpus.Gpu, as_json: bool) -> None:
     model = _model(preset, spec)
     cases = ours.plan(model, target, op or ())
-    timed = show.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
+    timed = waiting.progress(err, "bench", cases, lambda need: ours.time_case(need.op, need.spec, need.case, target, policy))
     _print(as_json, show.bench(timed, target, policy), [show.bench_row(row) for row in timed])
 
 

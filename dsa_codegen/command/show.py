@@ -1,16 +1,15 @@
-"""How the command line shows things: one progress bar while it works, one table at the end, plain rows for JSON."""
+"""How the command line shows what came of it: one table at the end, plain rows for JSON."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,50 +30,11 @@ from .verification import Verdict
 if TYPE_CHECKING:
     from ..tune.plan import Missing
     from ..tune.problem import Problem
-    from ..tune.progress import Notify
-    from ..tune.progress import Progress as TuneProgress
     from ..tune.refresh import Refreshed
     from ..tune.renewal import Fate
     from ..tune.run import Report
 
-T = TypeVar("T")
-R = TypeVar("R")
 Printer = Callable[[Console], None]
-
-
-def progress(console: Console, title: str, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """Work on the items one after another under a bar that says how long the rest will take."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        return [work(item) for item in bar.track(items, description=title)]
-
-
-def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
-    """Run a tuning under a bar: share of the work, time left, outcomes so far, the last study to improve."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[eta]}"),
-        TextColumn("[dim]{task.fields[counts]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tune", total=1.0, eta="", counts="")
-
-        def notify(state: TuneProgress) -> None:
-            eta = "" if state.eta_s is None else f"{state.eta_s / 60:.0f} min left"
-            counts = " · ".join(f"{number} {kind.value}" for kind, number in state.counts.items() if number)
-            bar.update(task, description=f"tune: {state.phase}", completed=state.fraction, eta=eta, counts=counts)
-
-        return run(notify)
-
-
-def refreshing(console: Console, run: Callable[[Callable[[int, int], None]], Refreshed]) -> Refreshed:
-    """Run a refresh under a bar of the problems that are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("refresh", total=None)
-        return run(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Printer:

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from test_records import make
 
-from dsa_codegen.command import show
+from dsa_codegen.command import show, waiting
 from dsa_codegen.records import files
 from dsa_codegen.records.record import MODELLED
 from dsa_codegen.tune.plan import Report
@@ -35,3 +35,14 @@ def test_a_choice_that_is_kept_is_written(tmp_path):
     shown = printed(Report((modelled,), (path,), (), (), False, 1.0))
     assert "not kept" not in shown
     assert f"wrote {path}" in shown.replace("\n", "")
+
+
+def test_where_no_terminal_shows_a_bar_lines_say_that_it_goes_on():
+    text = io.StringIO()
+    log = waiting.logger(Console(file=text), every_s=1000.0)
+    log("at once")
+    log("too soon")
+    assert text.getvalue() == "at once\n"
+    log = waiting.logger(Console(file=(shown := io.StringIO()), force_terminal=True))
+    log("a bar is there")
+    assert not shown.getvalue()
