@@ -6,8 +6,8 @@ differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record o
 5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
 
 A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, does not
-reach all sizes of the call's bucket, renders to another source than the one that was tuned, or needs a compiler that is not
-installed. Of several buckets the tightest is taken; a record that was timed inside the call's bucket counts as one for
+reach all sizes of the call's bucket, renders to another source than the one that was tuned, needs a compiler that is not
+installed, or was slower than another backend's default beside it. Of several buckets the tightest is taken; a record that was timed inside the call's bucket counts as one for
 exactly it, however far its own reaches, since its time compares. Of several backends the fastest is taken, or the one that
 the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or depends on anything but its
 arguments, the files and the installed compilers: all ranks that read the same files choose the same config.
@@ -68,7 +68,7 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
     notes: list[str] = []
     bucket = sizes.bucket()
     for origin, record in _candidates(op, spec, bucket, gpu, search_path() if folders is None else folders):
-        reason = unusable(op, spec, gpu, record, bucket)
+        reason = unusable(op, spec, gpu, record, bucket) or _beaten(op, spec, sizes, gpu, record)
         if reason:
             notes.append(f"{label(record)} passed over: {reason}")
             continue
@@ -181,6 +181,24 @@ def unusable(op: Op, spec: Spec, gpu: Gpu, record: Record, bucket: Bucket) -> st
     if _source_sha(op, own, config, record.toolchain.get("triton", "")) != record.source_sha:
         return "the template renders to another source now; tune again"
     return missing_tool(record.backend)
+
+
+def _beaten(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, record: Record) -> str | None:
+    """Why the default serves rather than a record that was slower than the default timed beside it.
+
+    So it is where one backend's records are gone and another's, which never served, are left. Where the default's compiler is
+    missing such a record is the best there is.
+    """
+    beside = record.default_time_us
+    if record.evidence != MEASURED or beside is None or record.time_us.median <= (1 + TIE) * beside:
+        return None
+    try:
+        default = op.default_config(spec, _stand_in(op, spec, sizes), gpu)
+    except NoConfig:
+        return None
+    if default.backend == record.backend or missing_tool(default.backend):
+        return None
+    return f"slower than the default that was timed beside it ({record.time_us.median:.4g} and {beside:.4g} µs)"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -343,3 +343,16 @@ def test_a_record_is_replaced_though_its_spec_lacks_a_new_field(folders):
     records.merge(folders["tuned"], [dataclasses.replace(make(), spec=lacking)])
     (record,) = records.read_all(folders["tuned"], OP.name)
     assert record.spec == lacking
+
+
+def test_what_was_slower_than_another_backends_default_does_not_serve(folders, monkeypatch):
+    """Of two backends the faster one's records may be gone: the slower one's never served, and must not now."""
+    monkeypatch.setattr(type(OP), "backends", ("triton", "tilelang"))
+    monkeypatch.setattr(rooms, "unusable", lambda *of: None)
+    monkeypatch.setattr(rooms, "toolchain_difference", lambda record: "")
+    put(folders["tuned"], 2, time_us=4000.0, default_time_us=2000.0, backend="tilelang")
+    result = found(folders)
+    assert (result.origin, result.config.backend) == ("default", "triton")
+    assert "slower than the default" in result.notes[0]
+    monkeypatch.setattr(rooms, "missing_tool", lambda backend: "no compiler" if backend == "triton" else None)
+    assert found(folders).config.backend == "tilelang"
