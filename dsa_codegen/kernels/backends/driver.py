@@ -58,9 +58,7 @@ def library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(_LIBRARY)
     except OSError as error:
-        raise ToolMissing(
-            _LIBRARY, "NVIDIA's driver brings it; without a GPU kernels are compiled only, never loaded"
-        ) from error
+        raise ToolMissing(_LIBRARY, _REMEDY) from error
 
 
 def _check(code: int, what: str) -> None:
