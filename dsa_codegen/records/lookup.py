@@ -5,12 +5,13 @@ GPU (its id, architecture, SMs and shared memory) and for a bucket that contains
 differs in minor fields only (``Op.minor``); 4. ("borrowed") a measured record of another GPU of the same architecture;
 5. ("modelled") a record that ranked without a GPU; 6. the operation's default.
 
-A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, does not
-reach all sizes of the call's bucket, renders to another source than the one that was tuned, needs a compiler that is not
-installed, or was slower than another backend's default beside it. Of several buckets the tightest is taken; a record that was timed inside the call's bucket counts as one for
-exactly it, however far its own reaches, since its time compares. Of several backends the fastest is taken, or the one that
-the operation prefers where noise cannot tell them apart. Nothing here touches a GPU, compiles, or depends on anything but its
-arguments, the files and the installed compilers: all ranks that read the same files choose the same config.
+A record is passed over, with a note, when its config is no longer one, breaks a constraint of this spec and GPU, does not reach
+all sizes of the call's bucket, renders to another source than the one that was tuned, needs a compiler that is not installed,
+or was slower than another backend's default beside it. Of several buckets the tightest is taken; a record that was timed inside
+the call's bucket counts as one for exactly it, however far its own reaches, since its time compares. Of several backends the
+fastest is taken, or the one that the operation prefers where noise cannot tell them apart. Nothing here touches a GPU,
+compiles, or depends on anything but its arguments, the files and the installed compilers: all ranks that read the same files
+choose the same config.
 """
 
 from __future__ import annotations
