@@ -34,7 +34,7 @@ from .bench import comparison, installed, printing, results
 from .bench.campaign import Campaign
 from .command import doctor as diagnosis
 from .command import generate as generation
-from .command import ours, show, verification, waiting
+from .command import ours, prebuild, show, verification, waiting
 from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
 from .invocation import command
 from .kernels import backends
@@ -117,6 +117,25 @@ def generate(
     """Write the rendered kernels of a model to a folder, as Python modules to read, step through or ship."""
     written = generation.generate(_model(preset, spec), _gpu(gpu), out_dir, op or (), backend)
     _print(as_json, show.generated(written), [show.generated_row(each) for each in written])
+
+
+@app.command()
+def build(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the kernels go.", parser=_place, metavar="FOLDER")] = Path(
+        "builds"
+    ),
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    op: OpNames = None,
+    gpu: GpuName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compile ahead all that serving a model can call, into a folder for DSA_BUILDS; the GPU need not be here."""
+    target = _gpu(gpu)
+    wanted = prebuild.calls(_model(preset, spec), target, op or ())
+    with err.status(f"compiling the kernels of {len(wanted)} calls for {target.name}"):
+        done = prebuild.prebuild(wanted, target, out_dir)
+    _print(as_json, show.prebuilt(done, out_dir), [show.prebuilt_row(each) for each in done])
 
 
 @app.command()

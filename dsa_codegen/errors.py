@@ -92,6 +92,14 @@ class RecordError(DsaError, ValueError):
     """A record in tuned/ cannot be read; it counts as a miss and is never overwritten."""
 
 
+class PrebuiltError(DsaError, RuntimeError):
+    """A folder of kernels built ahead cannot serve here: other sources, another architecture, a part that is missing."""
+
+    def __init__(self, folder: object, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"kernels built ahead in {folder}: {reason}; {remedy}, or unset DSA_BUILDS.")
+
+
 class NoConfig(DsaError, RuntimeError):
     """No configuration of any backend fits the spec on this GPU."""
 

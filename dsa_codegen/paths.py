@@ -32,6 +32,17 @@ def user_records() -> Path | None:
     return Path(folder) if folder else None
 
 
+def sources() -> dict[str, Path]:
+    """The folders, by name, whose files decide what is built and how it is launched."""
+    return {"templates": templates(), **{wing: _PACKAGE / wing for wing in ("kernels", "ops", "problem")}}
+
+
+def prebuilt() -> Path | None:
+    """The folder of kernels built ahead that ``DSA_BUILDS`` names; None when unset."""
+    folder = os.environ.get("DSA_BUILDS")
+    return Path(folder) if folder else None
+
+
 def cache() -> Path:
     """The build cache: ``DSA_CACHE_DIR``, by default ``dsa_codegen`` in the user's cache folder."""
     folder = os.environ.get("DSA_CACHE_DIR")

@@ -29,6 +29,7 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSA_CACHE_DIR", str(folder))
         patch.delenv("DSA_TUNED_DIR", raising=False)
+        patch.delenv("DSA_BUILDS", raising=False)
         yield folder
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from .. import gpu, ops, paths
-from ..errors import DsaError, ToolMissing
+from ..errors import DsaError, PrebuiltError, ToolMissing
 from ..invocation import install
 from ..kernels import backends
 from ..kernels.backends import nvcc
 from ..kernels.backends.base import C_COMPILER
 from ..records import files
 from ..records.lookup import missing_tool, toolchain_difference
+from ..runtime import prebuilt
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def diagnose() -> Iterator[Finding]:
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
     yield from _shipped_records()
     yield from _own_records()
+    yield _prebuilt()
     yield _cache()
 
 
@@ -132,6 +134,25 @@ def _files(what: str, folder: Path) -> Iterator[Finding]:
     for path in sorted(folder.glob("*/*.json")):
         for complaint in files.complaints(path):
             yield Finding(what, complaint, False, f"restore or move away {path}, or tune into another --folder")
+
+
+def _prebuilt() -> Finding:
+    what, folder = "kernels built ahead", paths.prebuilt()
+    if folder is None:
+        return Finding(what, "DSA_BUILDS is not set", True)
+    try:
+        builds = prebuilt.opened(folder)
+        here = gpu.detect()
+        if here is not None:
+            builds.check(here)
+    except PrebuiltError as error:
+        return Finding(what, f"{folder}: {error.reason}", False, f"{error.remedy}, or unset DSA_BUILDS")
+    except DsaError:  # of DSA_GPU, which has a finding of its own
+        pass
+    needed = [f"{name} {version}" for name, version in builds.loaded_by.items() if name != "machine"]
+    needed += ["a C compiler where Triton's launchers are not cached"] if "triton" in builds.loaded_by else []
+    state = f"{len(builds.entries)} calls for {builds.gpu.id} ({builds.gpu.arch}) in {folder}"
+    return Finding(what, f"{state}; loading takes {', '.join(needed) or 'the driver alone'}", True)
 
 
 def _cache() -> Finding:

@@ -25,6 +25,7 @@ from ..records.record import MEASURED, Record
 from .doctor import Finding
 from .generate import Generated
 from .ours import Row
+from .prebuild import Prebuilt
 from .verification import Verdict
 
 if TYPE_CHECKING:
@@ -107,6 +108,31 @@ def generated_row(each: Generated) -> dict[str, Any]:
     """One written file for JSON."""
     spec, config = each.need.spec.to_dict(), each.config.to_dict()
     return {"file": str(each.path), "op": each.need.op.name, "spec": spec, "backend": each.config.backend, "config": config}
+
+
+def prebuilt(done: Sequence[Prebuilt], folder: Path) -> Printer:
+    """For each operation how many builds lie in the folder, for how many calls, and where their configs come from."""
+    groups: dict[tuple[str, str, str], list[Prebuilt]] = {}
+    for each in done:
+        groups.setdefault((each.op.name, each.config.backend, each.origin), []).append(each)
+    rows = [(*key, str(len(group)), str(len({each.built.folder for each in group}))) for key, group in groups.items()]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    head = f"{folder} serves {len(done)} calls ({size / 1e6:.1f} MB): DSA_BUILDS={folder.absolute()}"
+    columns = ("op", "backend", "config from", "# calls", "# builds")
+    return together(table("built ahead", columns, rows), lines(head))
+
+
+def prebuilt_row(each: Prebuilt) -> dict[str, Any]:
+    """One call that the folder serves, for JSON."""
+    return {
+        "op": each.op.name,
+        "spec": each.spec.to_dict(),
+        "sizes": describe(each.sizes.bucket()),
+        "backend": each.config.backend,
+        "config": each.config.to_dict(),
+        "origin": each.origin,
+        "build": each.built.folder.name,
+    }
 
 
 def verdicts(found: Sequence[Verdict]) -> Printer:

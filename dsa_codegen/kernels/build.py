@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import paths
 from ..errors import BuildError, DsaError, InputError
@@ -64,14 +65,23 @@ def folder_of(rendered: Rendered, gpu: Gpu) -> Path:
 def find(rendered: Rendered, gpu: Gpu) -> Built | None:
     """The entry, where it is there and whole."""
     folder = folder_of(rendered, gpu)
+    report = whole(folder)
     try:
-        report = json.loads((folder / "build.json").read_text())
-        resources = {name: backends.Resources(**values) for name, values in report["resources"].items()}
-        whole = code_of((folder / f"{rendered.module_name}.py").read_text()) == rendered.code
-        whole = whole and all(_digest(folder / name) == digest for name, digest in report["files"].items())
+        resources = {name: backends.Resources(**values) for name, values in (report or {})["resources"].items()}
+        same = code_of((folder / f"{rendered.module_name}.py").read_text()) == rendered.code
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Built(rendered, gpu, folder, resources) if whole else None
+    return Built(rendered, gpu, folder, resources) if same else None
+
+
+def whole(folder: Path) -> Mapping[str, Any] | None:
+    """What an entry's ``build.json`` says, where every file that it names is there as it was written; else None."""
+    try:
+        report: Mapping[str, Any] = json.loads((folder / "build.json").read_text())
+        same = all(_digest(folder / name) == digest for name, digest in report["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return report if same else None
 
 
 def build(rendered: Rendered, gpu: Gpu) -> Built:

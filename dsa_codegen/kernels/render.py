@@ -7,8 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import jinja2
+from typing import Any
 
 from .. import paths
 from ..problem.op import Config, Op
@@ -52,7 +51,12 @@ class Rendered:
     @property
     def module_name(self) -> str:
         """A valid, unique module name: ``dsa_indexer_triton_0123456789ab``."""
-        return f"dsa_{self.op}_{self.backend}_{self.sha[:12]}"
+        return module_name(self.op, self.backend, self.sha)
+
+
+def module_name(op: str, backend: str, sha: str) -> str:
+    """Of the module with this code."""
+    return f"dsa_{op}_{backend}_{sha[:12]}"
 
 
 def code_of(text: str) -> str:
@@ -66,7 +70,9 @@ def template_name(op: Op, backend: str) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> Any:
+    import jinja2  # not at the top: what was built ahead is served without it
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(paths.templates()),
         undefined=jinja2.StrictUndefined,

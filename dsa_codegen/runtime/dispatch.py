@@ -1,4 +1,7 @@
-"""Dispatch: (op, spec, sizes, GPU) -> a loaded variant. Looks up, builds once, counts; never tunes, never synchronises."""
+"""Dispatch: (op, spec, sizes, GPU) -> a loaded variant. Looks up, builds once, counts; never tunes, never synchronises.
+
+What a folder of kernels built ahead holds (``prebuilt``) comes before all records; then nothing is looked up or built.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from ..problem.exact import exactly
 from ..problem.op import Config, Inputs, Op, Outputs
 from ..problem.values import Bucket, Sizes, Spec, describe
 from ..records.lookup import Found, lookup, stand_ins
-from . import guards, plans
+from . import guards, plans, prebuilt
 from .tally import Tally
 
 
@@ -57,6 +60,7 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
         InputError: an argument is wrong; nothing was launched.
         SpecError: a size or option is one that no kernel serves; nothing was launched.
         CaptureError: the variant is not built yet and a CUDA graph is being captured.
+        PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
     """
     args = tuple(args)
     apart = plans.taken_apart(op.name, args)
@@ -143,7 +147,8 @@ def stats() -> dict[str, int]:
 
 
 def reset() -> None:
-    """Forget loaded variants and counts: records written since are seen by the next call."""
+    """Forget loaded variants and counts: records and folders of builds written since are seen by the next call."""
+    prebuilt.opened.cache_clear()
     with _lock:
         _variants.clear()
         _plans.clear()
@@ -171,9 +176,20 @@ def override(op: Op, config: Config) -> Iterator[None]:
 
 
 def chosen(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Found:
-    """Which config the dispatcher uses for these sizes on this GPU, and why; builds nothing."""
+    """Which config the dispatcher uses for these sizes on this GPU, and why; builds nothing.
+
+    Raises:
+        PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
+    """
     forced = _overrides.get(op.name)
-    return Found(forced, "override") if forced else lookup(op, spec, sizes, gpu)
+    if forced:
+        return Found(forced, "override")
+    entry = prebuilt.find(op, spec, sizes.bucket(), gpu)
+    return Found(entry.config, "prebuilt") if entry else lookup(op, spec, sizes, gpu)
+
+
+def _prebuilt(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> prebuilt.Entry | None:
+    return None if op.name in _overrides else prebuilt.find(op, spec, sizes.bucket(), gpu)
 
 
 def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = None) -> int:
@@ -192,6 +208,7 @@ def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = Non
         NoGpu: there is no CUDA device.
         CaptureError: a CUDA graph is being captured.
         BuildError: a kernel does not compile.
+        PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
     """
     gpu = gpus.detect()
     if gpu is None:
@@ -202,7 +219,8 @@ def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = Non
         key = (op.name, spec, sizes.bucket(), device)
         if key not in _variants:
             missing[key] = (op, spec, sizes)
-    build_all((render(op, spec, chosen(op, spec, sizes, gpu).config) for op, spec, sizes in missing.values()), gpu, processes)
+    to_build = [(op, spec, sizes) for op, spec, sizes in missing.values() if _prebuilt(op, spec, sizes, gpu) is None]
+    build_all((render(op, spec, chosen(op, spec, sizes, gpu).config) for op, spec, sizes in to_build), gpu, processes)
     complaints: list[str] = []
     for key, (op, spec, sizes) in missing.items():
         _load(op, spec, sizes, key, complaints)
@@ -233,7 +251,11 @@ def _load(op: Op, spec: Spec, sizes: Sizes, key: Key, complaints: list[str]) -> 
         found = chosen(op, spec, sizes, gpu)
         _count(op, found.origin)
         complaints += _complaints(op, sizes, gpu, found)
-        variant = _built(op, spec, sizes, gpu, found.config, key[-1], complaints)
+        entry = _prebuilt(op, spec, sizes, gpu)
+        if entry is None:
+            variant = _built(op, spec, sizes, gpu, found.config, key[-1], complaints)
+        else:
+            variant = Variant(op, spec, found.config, gpu, _kernels_ahead(entry, gpu, key[-1]))
         variant.rehearse(f"cuda:{key[-1]}")
         _variants[key] = variant
         return variant
@@ -265,6 +287,13 @@ def _kernels_of(op: Op, spec: Spec, gpu: gpus.Gpu, config: Config, device: int) 
         if find(rendered, gpu) is None:  # `warmup` has built what it was asked for
             _count(op, "built during a call")
         _kernels[source] = build(rendered, gpu).load()
+    return _kernels[source]
+
+
+def _kernels_ahead(entry: prebuilt.Entry, gpu: gpus.Gpu, device: int) -> Mapping[str, Launchable]:
+    source = entry.source_sha, device
+    if source not in _kernels:
+        _kernels[source] = entry.load(gpu)
     return _kernels[source]
 
 

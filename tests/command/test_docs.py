@@ -92,6 +92,8 @@ def test_explain_names_the_origin():
         (["generate", "--op", "quantize", "--backend", "gluon"], 2, "no configuration of quantize (gluon)"),
         (["generate", "--out", "/dev/null/kernels"], 2, "name another place"),
         (["generate", "--out", ""], 2, "nothing is named"),
+        (["build", "--out", "/dev/null/kernels"], 2, "/dev/null is not a folder"),
+        (["build", "--gpu", "a100", "--op", "indexer"], 2, "sm_89"),
         (["tune", "--folder", ""], 2, "nothing is named"),
         (["tune", "--folder", "/dev/null/tuned"], 2, "/dev/null is not a folder"),
         (["tune", "--seed", "99999999999999999"], 2, "--seed"),

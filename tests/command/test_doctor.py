@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import backends
 from dsa_codegen.kernels.backends import base
 from dsa_codegen.records import files, lookup
+from dsa_codegen.records.record import GpuKey
+from dsa_codegen.runtime import prebuilt
 
 from support import H200
 
@@ -172,7 +176,7 @@ def test_every_device_is_named(monkeypatch):
 def no_gpu(monkeypatch):
     """Nothing visible, whatever this machine has; no variable is set."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("DSA_TUNED_DIR", "DSA_CACHE_DIR", "DSA_GPU"):
+    for name in ("DSA_TUNED_DIR", "DSA_BUILDS", "DSA_CACHE_DIR", "DSA_GPU"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -201,6 +205,39 @@ def test_own_records_that_are_a_file(no_gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("DSA_TUNED_DIR", str(tmp_path / "file"))
     found = amiss()["own records"]
     assert "is not a folder" in found.state and "name a folder" in found.remedy
+
+
+@pytest.fixture
+def builds(no_gpu, monkeypatch, tmp_path):
+    """DSA_BUILDS names a folder for the H100 whose kernels Triton and TileLang load; no call is in it."""
+    index = {
+        "schema": prebuilt.SCHEMA,
+        "gpu": dataclasses.asdict(GpuKey.of(resolve("H100"))),
+        "sources": prebuilt.sources_sha(),
+        "loaded_by": prebuilt.loaders(["gluon", "tilelang"]),
+        "entries": [],
+    }
+    (tmp_path / prebuilt.INDEX).write_text(json.dumps(index))
+    monkeypatch.setenv("DSA_BUILDS", str(tmp_path))
+    prebuilt.opened.cache_clear()
+    yield tmp_path
+    prebuilt.opened.cache_clear()
+
+
+def test_kernels_built_ahead_say_what_loading_takes(builds):
+    assert not amiss()
+    state = finding("kernels built ahead").state
+    assert "0 calls for h100 (sm_90a)" in state
+    assert "tilelang 0" in state and "a C compiler where Triton" in state
+
+
+def test_kernels_built_ahead_that_do_not_fit(builds, monkeypatch):
+    monkeypatch.setattr(doctor.gpu, "detect", lambda device=None: resolve("L40S"))
+    found = amiss()["kernels built ahead"]
+    assert "here is l40s (sm_89)" in found.state and "build --gpu l40s" in found.remedy and "unset DSA_BUILDS" in found.remedy
+    (builds / prebuilt.INDEX).write_text("{")
+    prebuilt.opened.cache_clear()
+    assert "no index of builds" in amiss()["kernels built ahead"].state
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'], ids=["cut off", "a list", "another schema"])
