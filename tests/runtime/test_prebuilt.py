@@ -175,13 +175,16 @@ def test_a_folder_that_is_not_there_is_an_error(folder, monkeypatch):
         dispatch.chosen(*HELD, H100)
 
 
-@pytest.mark.parametrize("spoil", ["code", "binary", "gone"])
+@pytest.mark.parametrize("spoil", ["code", "binary", "gone", "index"])
 def test_an_entry_that_was_changed_is_not_loaded(folder, loads, monkeypatch, spoil):
     FakeGpu(monkeypatch, {0: H100})
     (entry,) = (path for path in folder.iterdir() if path.is_dir())
     spoiled = next(entry.glob("*.py" if spoil == "code" else "*.cubin"))
     if spoil == "gone":
         spoiled.unlink()
+    elif spoil == "index":
+        (stated,) = json.loads((folder / prebuilt.INDEX).read_text())["entries"]
+        edit(folder, entries=[{**stated, "source_sha": "0" * 64}])
     else:
         spoiled.write_bytes(spoiled.read_bytes() + b"\n")
     with pytest.raises(PrebuiltError, match=f"{entry.name} is not as it was built; copy the folder again"):
