@@ -7,6 +7,7 @@ The operations are functions (``indexer_logits``, ``select``, ``sparse_attention
 """
 
 from . import ops
+from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
     gather_index_k,
@@ -36,6 +37,8 @@ __all__ = [
     "chosen",
     "gather_index_k",
     "gather_kv",
+    "index_select",
+    "index_select_paged",
     "indexer_logits",
     "indexer_logits_chunks",
     "indexer_logits_paged",

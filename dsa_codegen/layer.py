@@ -8,17 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import functions
+from . import choice, functions
 from .errors import InputError
-from .ops.logits import chunk_rows
 from .problem import checks
 from .problem.caches import kv_layout
 from .problem.paged import check_cache
 from .problem.presets import NO_CACHE, Model
 from .runtime import dispatch
 from .runtime.serving import Limits, calls
-
-LOGITS_BYTES = 1 << 30
 
 
 class Attended(NamedTuple):
@@ -35,11 +32,11 @@ class Layer:
 
     Args:
         model: a ``Model``: ``preset("glm-5")``, ``load("my-model.yaml")``.
-        logits_bytes: prefill holds at most so many bytes of logits at once, or those of 4 queries where these take more;
-            longer contexts are done in chunks of queries.
+        logits_bytes: a step holds at most so many bytes of logits at once, or those of 4 queries (of 4 sequences in decode)
+            where these take more; longer contexts are done in chunks.
     """
 
-    def __init__(self, model: Model, logits_bytes: int = LOGITS_BYTES) -> None:
+    def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
         checks.check_kind("logits_bytes", logits_bytes, "int")
@@ -81,17 +78,11 @@ class Layer:
         for name, value in (("starts", starts), ("ends", ends)):
             checks.tensor(name, value, (len(q),), torch.int32, like=q, inner_contiguous=True)
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
-        parts = []
-        step = max(4, chunk_rows(self._logits_bytes, len(q), len(index_k), "fp32"))
-        for first in range(0, max(len(q), 1), step):
-            rows = slice(first, first + step)
-            windows = starts[rows].contiguous(), ends[rows].contiguous()
-            logits = functions.indexer_logits(
-                index_q[rows], index_k, index_k_scale, index_weights[rows], *windows, score=self.model.score
-            )
-            parts.append(functions.select(logits, windows[1], self.model.topk, starts=windows[0]))
-            del logits  # before the next chunk's are allocated
-        chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
+        windows = starts.contiguous(), ends.contiguous()
+        keys, topk = (index_k, index_k_scale), self.model.topk
+        chosen = choice.index_select(
+            index_q, *keys, index_weights, *windows, topk, score=self.model.score, max_bytes=self._logits_bytes
+        )
         out, lse = functions.sparse_attention(q, kv, chosen[:, None], self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)
 
@@ -129,14 +120,11 @@ class Layer:
         self._check_page("index_cache", index_cache, self.model.index_head_dim + 4)
         if len(kv_cache) != len(index_cache):
             raise InputError("kv_cache", f"{len(kv_cache)} blocks", f"{len(index_cache)}, as index_cache has")
-        batch, next_n = checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q).shape
+        checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q)
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
-        logits = functions.indexer_logits_paged(
-            flat_q.view(index_q.shape), index_cache, flat_weights, lengths, page_table, max_context, score=self.model.score
-        )
-        chosen = functions.select(logits, lengths.flatten(), self.model.topk, page_table=page_table, page=self.model.page).view(
-            batch, next_n, self.model.topk
-        )
+        paged = index_cache, flat_weights, lengths, page_table, max_context
+        flat_q, topk = flat_q.view(index_q.shape), self.model.topk
+        chosen = choice.index_select_paged(flat_q, *paged, topk, score=self.model.score, max_bytes=self._logits_bytes)
         out, lse = functions.sparse_attention_paged(q, kv_cache, chosen, self.sm_scale, sink=sink)
         return Attended(out, lse, chosen)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import functions, ops
-from ..layer import LOGITS_BYTES, Layer
+from ..choice import LOGITS_BYTES
+from ..layer import Layer
 from ..problem import compare, presets
 from ..problem.caches import IndexKLayout, KvV32Layout
 from ..problem.draw import Draw

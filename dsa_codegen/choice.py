@@ -1,0 +1,231 @@
+"""The tokens that each query chooses: indexer and selection in one call, in memory that does not grow with the context.
+
+This is the unfused pair. Logits of a chunk of rows are written within a budget of bytes, read by ``select`` and forgotten
+before the next chunk's are allocated; what stays are rows · topk integers. On the CPU the references take several times the
+budget.
+A chunk is a call of its own, as in ``indexer_logits_chunks``: where other rows make another kernel serve, the fp32 sums are
+rounded in another order, and a choice among scores that differ by no more than that may differ.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import functions
+from .ops.indexer import OP as INDEXER
+from .ops.indexer_paged import OP as INDEXER_PAGED
+from .ops.logits import LOGITS, chunk_rows
+from .ops.select import OP as SELECT
+from .ops.select import SelectSpec
+from .problem import checks
+from .problem.paged import check_cache
+
+LOGITS_BYTES = 1 << 30
+_ALIGNED_ROWS = 4  # kernels read windows of 4 bytes that lie on 16-byte addresses
+
+
+def index_select(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    topk: int,
+    *,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    page_table: Tensor | None = None,
+    page: int = 64,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    max_bytes: int = LOGITS_BYTES,
+    out: Tensor | None = None,
+    chosen_scores: Tensor | None = None,
+) -> Tensor:
+    """``select`` of ``indexer_logits``: the topk tokens of each query's window that its indexer scores highest.
+
+    Args:
+        q, k, k_scale, weights, starts, ends, score, logits: as in ``indexer_logits``.
+        topk, page_table, page, keep_first, keep_recent: as in ``select``.
+        max_bytes: logits in memory at once, or those of 4 rows where these take more.
+        out: int32 [queries, topk], contiguous, where to write the result; a new tensor where absent.
+        chosen_scores: fp32 [queries, topk], where to write the score of each chosen token, -inf where there is none.
+
+    Returns:
+        int32 [queries, topk] as ``select`` returns it: tokens in ascending order, or slots.
+
+    Raises:
+        InputError, SpecError: before anything is launched.
+    """
+    rule = _rule(topk, page, keep_first, keep_recent)
+    checks.check_kind("max_bytes", max_bytes, "int")
+    _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None)
+    queries = sizes.queries
+    _check_buffers(q, (queries, rule.topk), out, chosen_scores)
+    # Rows of no columns: every other argument of the selection is checked by it.
+    nothing = q.new_empty(queries, 0, dtype=LOGITS[logits])
+    SELECT.bind(nothing, ends, topk, starts, page_table, page, keep_first, keep_recent)
+
+    def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
+        parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
+        scores = None if chosen_scores is None else chosen_scores[rows]
+        made = functions.indexer_logits(*parts, score=score, logits=logits)
+        return _choose(made, ends[rows], starts[rows], table, rule, out, scores)
+
+    step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
+    if step >= queries:
+        return choose(slice(None), page_table, out)
+    out = q.new_empty(queries, rule.topk, dtype=torch.int32) if out is None else out
+    for first in range(0, queries, step):
+        rows = slice(first, min(first + step, queries))
+        choose(rows, _table_of(page_table, queries, rows), out[rows])
+    return out
+
+
+def index_select_paged(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    max_context: int,
+    topk: int,
+    *,
+    starts: Tensor | None = None,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    slots: bool = True,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    max_bytes: int = LOGITS_BYTES,
+    out: Tensor | None = None,
+    chosen_scores: Tensor | None = None,
+) -> Tensor:
+    """``select`` of ``indexer_logits_paged``: the same over paged caches. May be captured in a CUDA graph.
+
+    Args:
+        q, cache, weights, lengths, page_table, max_context, score, logits: as in ``indexer_logits_paged``.
+        topk, keep_first, keep_recent: as in ``select``.
+        starts: int32 [batch, next_n], where each query's window begins; token 0 where absent.
+        slots: physical slots of the cache's pages; False gives token numbers.
+        max_bytes: logits in memory at once, or those of 4 sequences where these take more.
+        out: int32 [batch, next_n, topk], contiguous, where to write the result; a new tensor where absent.
+        chosen_scores: fp32 [batch, next_n, topk], where to write the score of each chosen token, -inf where there is none.
+
+    Returns:
+        int32 [batch, next_n, topk]. Slots of pages that the table states as absent are -1, tokens of them have the score -inf.
+
+    Raises:
+        InputError, SpecError: before anything is launched.
+    """
+    batch, next_n, _, head_dim = checks.tensor("q", q, (None, None, None, None), checks.FP8).shape
+    rule = _rule(topk, check_cache("cache", cache, head_dim + 4, like=q), keep_first, keep_recent)
+    for name, value, kind in (("max_bytes", max_bytes, "int"), ("slots", slots, "bool"), ("max_context", max_context, "int")):
+        checks.check_kind(name, value, kind)
+    checks.one_of("logits", logits, tuple(LOGITS))
+    if starts is not None:
+        checks.tensor("starts", starts, (batch, next_n), torch.int32, like=q)
+    _check_buffers(q, (batch, next_n, rule.topk), out, chosen_scores)
+
+    def choose(rows: slice, out: Tensor | None) -> Tensor:
+        own = slice(None if rows.start is None else rows.start * next_n, None if rows.stop is None else rows.stop * next_n)
+        pages, ends = page_table[rows], lengths[rows].flatten()
+        made = functions.indexer_logits_paged(
+            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits
+        )
+        begins = None if starts is None else starts[rows].flatten()
+        if not slots:  # as slots do, tokens end where the table does
+            ends = ends.clamp(max=pages.shape[1] * rule.page)
+        scores = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
+        flat = None if out is None else out.flatten(0, 1)
+        return _choose(made, ends, begins, pages if slots else None, rule, flat, scores)
+
+    fitting = chunk_rows(max_bytes, batch * next_n, max_context, logits) // max(next_n, 1)
+    step = batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
+    if step >= batch:
+        return choose(slice(None), out).view(batch, next_n, rule.topk)
+    INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False)
+    out = q.new_empty(batch, next_n, rule.topk, dtype=torch.int32) if out is None else out
+    for first in range(0, batch, step):
+        rows = slice(first, min(first + step, batch))
+        choose(rows, out[rows])
+    return out
+
+
+def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
+    """The slots that hold tokens of paged caches: block · page + offset, as ``select`` gives them.
+
+    Args:
+        tokens: int32 [rows, n], token numbers below max_pages · page; -1 is no token.
+        page_table: int32 [requests, max_pages]; rows / requests consecutive rows share a request.
+        page: tokens per page.
+
+    Returns:
+        int32 [rows, n], -1 for no token and where the table's page is negative.
+    """
+    if not tokens.numel() or not page_table.shape[1]:
+        return torch.full_like(tokens, -1)
+    token = tokens.view(len(page_table), -1)
+    block = page_table.gather(1, token.clamp(min=0).long() // page)
+    return torch.where((token < 0) | (block < 0), -1, block * page + token % page).view(tokens.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:
+    return SelectSpec(topk, page=page, keep_first=keep_first, keep_recent=keep_recent)
+
+
+def _rule(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:
+    """What is chosen and how it is written, checked before a kernel runs."""
+    numbers = {"topk": topk, "page": page, "keep_first": keep_first, "keep_recent": keep_recent}
+    for name, value in numbers.items():
+        checks.check_kind(name, value, "int")
+    return _spec(**numbers)
+
+
+def _check_buffers(q: Tensor, shape: tuple[int, ...], out: Tensor | None, chosen_scores: Tensor | None) -> None:
+    for name, value, dtype in (("out", out, torch.int32), ("chosen_scores", chosen_scores, torch.float32)):
+        if value is not None:
+            checks.tensor(name, value, shape, dtype, like=q)
+
+
+def _table_of(page_table: Tensor | None, queries: int, rows: slice) -> Tensor | None:
+    """The page table of a chunk, one row of it for each query: a chunk may end inside a request."""
+    if page_table is None:
+        return None
+    request = torch.arange(rows.start, rows.stop, device=page_table.device) // (queries // len(page_table))
+    return page_table[request]
+
+
+def _choose(
+    logits: Tensor,
+    ends: Tensor,
+    starts: Tensor | None,
+    table: Tensor | None,
+    rule: SelectSpec,
+    out: Tensor | None,
+    scores: Tensor | None,
+) -> Tensor:
+    """Select from one chunk's logits; where scores are wanted they are read at the tokens, which then become slots."""
+    select = functools.partial(
+        functions.select, logits, topk=rule.topk, starts=starts, keep_first=rule.keep_first, keep_recent=rule.keep_recent
+    )
+    if scores is None:
+        return select(ends=ends, page_table=table, page=rule.page, out=out)
+    if table is not None:
+        ends = ends.clamp(max=table.shape[1] * rule.page)
+    tokens = select(ends=ends)
+    scores.copy_(_scores_at(logits, tokens))
+    chosen = tokens if table is None else slots_of(tokens, table, rule.page)
+    return chosen if out is None else out.copy_(chosen)
+
+
+def _scores_at(logits: Tensor, tokens: Tensor) -> Tensor:
+    """fp32 [rows, topk]: the logits at the tokens, -inf where there is none."""
+    if not logits.shape[1]:
+        return torch.full_like(tokens, -torch.inf, dtype=torch.float32)
+    return logits.gather(1, tokens.clamp(min=0).long()).float().masked_fill(tokens < 0, -torch.inf)

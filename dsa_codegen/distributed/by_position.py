@@ -1,0 +1,94 @@
+"""Decode context parallelism: caches sharded by position, each rank scores, selects and attends to what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import choice, functions
+from ..problem import checks
+from .candidates import merge_choices
+from .gather import gathered, place
+from .outputs import merge_attention
+from .shard import Shard, localise
+
+
+def index_select_by_position(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    max_context: int,
+    topk: int,
+    shard: Shard,
+    *,
+    group: Any = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    score: str = "weighted_relu",
+    logits: str = "fp32",
+    max_bytes: int = choice.LOGITS_BYTES,
+) -> Tensor:
+    """``index_select_paged`` over a cache of which every rank of a group holds a part: one all-gather of candidates.
+
+    Args:
+        q, weights, lengths: as in ``index_select_paged``, the same on every rank; lengths count the sequence's tokens.
+        cache, page_table: the rank's own part; page_table names the pages of the rank's tokens.
+        max_context: at least the longest length, of the sequence.
+        shard: which tokens the rank holds; those of all ranks make up the sequence.
+        group: a process group; torch's default group where absent.
+        topk, keep_first, keep_recent, score, logits, max_bytes: as in ``index_select_paged``.
+
+    Returns:
+        int32 [batch, next_n, topk]: tokens of the sequence, ascending, -1 behind the last; the same on every rank.
+    """
+    place(group)
+    batch, next_n = checks.tensor("lengths", lengths, (None, None), torch.int32).shape
+    longest = int(shard.count(torch.tensor(max_context)))
+    scores = torch.empty(batch, next_n, topk, dtype=torch.float32, device=lengths.device)
+    mine = cache, weights, shard.count(lengths), page_table, longest
+    local = choice.index_select_paged(
+        q, *mine, topk, score=score, logits=logits, slots=False, max_bytes=max_bytes, chosen_scores=scores
+    )
+    # Tokens and the bits of their scores in one collective.
+    sent = torch.stack([shard.to_global(local), scores.view(torch.int32)]).flatten(1, 2)
+    tokens, bits = gathered(sent, group).permute(1, 2, 0, 3).flatten(2)
+    ends = lengths.flatten().clamp(max=max_context)
+    everyone = bits.contiguous().view(torch.float32), tokens.contiguous()
+    merged = merge_choices(*everyone, topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
+    return merged.view(batch, next_n, topk)
+
+
+def sparse_attention_by_position(
+    q: Tensor,
+    cache: Tensor,
+    chosen: Tensor,
+    page_table: Tensor,
+    sm_scale: float,
+    shard: Shard,
+    *,
+    page: int = 64,
+    group: Any = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention_paged`` over such a cache: each rank attends to its own of the chosen, outputs are merged by lse.
+
+    Args:
+        q, sm_scale, sink: as in ``sparse_attention_paged``, the same on every rank.
+        cache, page_table: the rank's own part, with its pages of ``page`` tokens.
+        chosen: int32 [batch, next_n, topk], tokens of the sequence, from ``index_select_by_position``.
+        shard, group: as there.
+
+    Returns:
+        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads], the same on every rank.
+    """
+    place(group)
+    batch, next_n, topk = checks.tensor("chosen", chosen, (None, None, None), torch.int32).shape
+    checks.tensor("page_table", page_table, (batch, None), torch.int32, like=chosen, inner_contiguous=True)
+    local, counts = localise(chosen, shard)
+    slots = choice.slots_of(local.flatten(0, 1), page_table, page).view(batch, next_n, topk)
+    out, lse = functions.sparse_attention_paged(q, cache, slots, sm_scale, lengths=counts)
+    return merge_attention(gathered(out, group), gathered(lse, group), sink)

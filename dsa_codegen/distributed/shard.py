@@ -1,0 +1,75 @@
+"""Which tokens of a sequence a rank's cache holds: from its own token numbers to the sequence's, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SpecError
+
+_MOST = 2**31 - 1  # token numbers are int32
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rank's token ``t`` is the sequence's ``offset + (t // block) · stride + t % block``."""
+
+    offset: int
+    stride: int = 1
+    block: int = 1
+    tokens: int = _MOST
+    """The most that the rank holds; the next rank's begin behind them where sequences are cut into stretches."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("offset", 0), ("block", 1), ("stride", self.block), ("tokens", 0)):
+            if not lowest <= getattr(self, name) <= _MOST:
+                raise SpecError(f"Shard.{name}", getattr(self, name), f"{lowest} to {_MOST}")
+
+    @classmethod
+    def interleaved(cls, rank: int, world: int, block: int = 1) -> Shard:
+        """Blocks of consecutive tokens are dealt out to the ranks in turn."""
+        if not 0 <= rank < world:
+            raise SpecError("rank", rank, f"0 to {world - 1}, as world = {world}")
+        return cls(rank * block, world * block, block)
+
+    @classmethod
+    def stretch(cls, first: int, tokens: int) -> Shard:
+        """``tokens`` consecutive ones, beginning with the sequence's token ``first``."""
+        return cls(first, tokens=tokens)
+
+    def to_global(self, tokens: Tensor) -> Tensor:
+        """Token numbers of the sequence, int32 of the same shape; -1 stays."""
+        local = tokens.long()
+        place = self.offset + local // self.block * self.stride + local % self.block
+        return torch.where(tokens < 0, -1, place).int()
+
+    def to_local(self, tokens: Tensor) -> Tensor:
+        """The rank's token numbers, int32 of the same shape; -1 for tokens of other ranks, and for none."""
+        place = tokens.long() - self.offset
+        local = place // self.stride * self.block + place % self.stride
+        absent = (tokens < 0) | (place < 0) | (place % self.stride >= self.block) | (local >= self.tokens)
+        return local.masked_fill(absent, -1).int()
+
+    def count(self, lengths: Tensor) -> Tensor:
+        """How many of the first ``lengths`` tokens the rank holds, int32: a window [start, end) is there [count, count)."""
+        place = (lengths.long() - self.offset).clamp(min=0)
+        local = place // self.stride * self.block + (place % self.stride).clamp(max=self.block)
+        return local.clamp(max=self.tokens).int()
+
+
+def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """What a rank has of a choice: its own tokens in front, in the order of the choice, and how many they are.
+
+    Args:
+        chosen: int32 [..., n], tokens of the sequence, -1 anywhere for none.
+        shard: the rank's.
+
+    Returns:
+        int32 [..., n], the rank's token numbers, -1 behind them; int32 [...], the counts.
+    """
+    local = shard.to_local(chosen)
+    absent = local < 0
+    order = absent.int().argsort(dim=-1, stable=True)
+    return local.gather(-1, order), (~absent).sum(-1, dtype=torch.int32)

@@ -1,0 +1,93 @@
+"""Two and four processes over gloo choose what one does, bit for bit, and attend to it within the limits of attention."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen import distributed
+from dsa_codegen.errors import InputError
+from dsa_codegen.problem.compare import ATTENTION, LSE, close
+
+import exact_inputs
+import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    """World -> the results of each rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    support = ROOT / "tests" / "support"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(support)]), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(support / "ranks.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    return {world: [found[rank][world] for rank in range(world)] for world in ranks.WORLDS}
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+@pytest.mark.parametrize("number", range(len(ranks.KEEP)))
+@pytest.mark.parametrize(("queries", "tokens"), ranks.ROWS)
+def test_rows_dealt_out_are_chosen_alike(results, world, queries, tokens, number):
+    expected = dsa.index_select(**exact_inputs.prefill(queries, tokens), topk=ranks.TOPK, **ranks.KEEP[number])
+    for rank in results[world]:
+        assert torch.equal(rank["rows"][queries, number], expected)
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_bounds_of_the_caller_leave_ranks_without_rows(results, world):
+    expected = dsa.index_select(**exact_inputs.prefill(26, 300), topk=ranks.TOPK)
+    for rank in results[world]:
+        assert torch.equal(rank["rows"]["bounds"], expected)
+
+
+@functools.cache
+def by_one_rank(batch: int, next_n: int, number: int, with_sink: bool) -> tuple[torch.Tensor, ...]:
+    """(tokens, out, lse) of the whole caches."""
+    inputs, kv_cache, q, sink = ranks.attended(batch, next_n)
+    choose = functools.partial(dsa.index_select_paged, **inputs, topk=ranks.TOPK, **ranks.KEEP[number])
+    attended = dsa.sparse_attention_paged(q, kv_cache, choose(), 576**-0.5, sink=sink if with_sink else None)
+    return choose(slots=False), *attended
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+@pytest.mark.parametrize("name", ["tokens", "pages", "stretches"])
+@pytest.mark.parametrize("number", range(len(ranks.KEEP)))
+@pytest.mark.parametrize(("batch", "next_n"), ranks.STEPS)
+def test_a_cache_sharded_by_position_serves_alike(results, world, name, batch, next_n, number):
+    for with_sink in (False, True):
+        tokens, out, lse = by_one_rank(batch, next_n, number, with_sink)
+        first = results[world][0]["position"][name, batch, number, with_sink]
+        for rank in results[world]:
+            merged = rank["position"][name, batch, number, with_sink]
+            assert torch.equal(merged[0], tokens)
+            assert all(torch.equal(a, b) for a, b in zip(merged, first, strict=True))
+            for what, value, one, limit in (("out", merged[1], out, ATTENTION), ("lse", merged[2], lse, LSE)):
+                result = close(what, value, one, limit)
+                assert result.passed, result.detail
+
+
+def test_the_cases_have_ties_at_the_threshold_and_short_rows():
+    """What makes the comparisons above hard is there."""
+    inputs = exact_inputs.paged(5, 2, ranks.CONTEXT, ranks.PAGE)
+    logits = dsa.indexer_logits_paged(**inputs, clean=True)
+    threshold = logits.sort(dim=1, descending=True).values[:, ranks.TOPK - 1]
+    long = inputs["lengths"].flatten() > ranks.TOPK
+    assert ((logits == threshold[:, None]).sum(1)[long] > 1).any()
+    windows = exact_inputs.prefill(26, 300)
+    assert ((windows["ends"] - windows["starts"]) < ranks.TOPK).any()
+
+
+def test_without_a_group_it_is_said():
+    with pytest.raises(InputError, match=r"^group:.*init_process_group"):
+        distributed.index_select_by_rows(**exact_inputs.prefill(3, 40), topk=ranks.TOPK)
