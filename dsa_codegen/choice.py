@@ -62,7 +62,7 @@ def index_select(
         InputError, SpecError: before anything is launched.
     """
     rule = _rule(topk, page, keep_first, keep_recent)
-    checks.check_kind("max_bytes", max_bytes, "int")
+    _check_kinds(max_bytes=(max_bytes, "int"))
     _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None)
     queries = sizes.queries
     _check_buffers(q, (queries, rule.topk), out, chosen_scores)
@@ -124,8 +124,7 @@ def index_select_paged(
     """
     batch, next_n, _, head_dim = checks.tensor("q", q, (None, None, None, None), checks.FP8).shape
     rule = _rule(topk, check_cache("cache", cache, head_dim + 4, like=q), keep_first, keep_recent)
-    for name, value, kind in (("max_bytes", max_bytes, "int"), ("slots", slots, "bool"), ("max_context", max_context, "int")):
-        checks.check_kind(name, value, kind)
+    _check_kinds(max_bytes=(max_bytes, "int"), slots=(slots, "bool"), max_context=(max_context, "int"))
     checks.one_of("logits", logits, tuple(LOGITS))
     if starts is not None:
         checks.tensor("starts", starts, (batch, next_n), torch.int32, like=q)
@@ -174,17 +173,27 @@ def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
     return torch.where((token < 0) | (block < 0), -1, block * page + token % page).view(tokens.shape)
 
 
-@functools.lru_cache(maxsize=256)
-def _spec(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:
+def _new_spec(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:
     return SelectSpec(topk, page=page, keep_first=keep_first, keep_recent=keep_recent)
+
+
+_spec = functools.lru_cache(maxsize=256)(_new_spec)
 
 
 def _rule(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:
     """What is chosen and how it is written, checked before a kernel runs."""
-    numbers = {"topk": topk, "page": page, "keep_first": keep_first, "keep_recent": keep_recent}
-    for name, value in numbers.items():
-        checks.check_kind(name, value, "int")
-    return _spec(**numbers)
+    whole = {"topk": topk, "page": page, "keep_first": keep_first, "keep_recent": keep_recent}
+    _check_kinds(**{name: (value, "int") for name, value in whole.items()})
+    # At once where the same was asked before; a trace does not see through the cache, and need not.
+    make = _new_spec if torch.compiler.is_compiling() else _spec
+    return make(topk, page, keep_first, keep_recent)
+
+
+def _check_kinds(**arguments: tuple[object, str]) -> None:
+    """Name what is of no sensible type; a trace has symbols for numbers, which no check can look into."""
+    if not torch.compiler.is_compiling():
+        for name, (value, kind) in arguments.items():
+            checks.check_kind(name, value, kind)
 
 
 def _check_buffers(q: Tensor, shape: tuple[int, ...], out: Tensor | None, chosen_scores: Tensor | None) -> None:

@@ -162,6 +162,17 @@ def test_paged_mistakes_are_named_before_a_launch(change, named, monkeypatch):
         dsa.index_select_paged(**{**exact_inputs.paged(10, 1, 290), "topk": TOPK, **change})
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 8 * ROW])
+def test_traces_whole(budget):
+    """``torch.compile`` finds one graph, in one chunk and in several."""
+    inputs = {**exact_inputs.prefill(18, 300), "topk": TOPK, "max_bytes": budget}
+    traced = torch.compile(dsa.index_select, fullgraph=True, backend="eager")
+    assert torch.equal(traced(**inputs), dsa.index_select(**inputs))
+    steps = {**exact_inputs.paged(6, 2, 290), "topk": TOPK, "max_bytes": budget}
+    traced = torch.compile(dsa.index_select_paged, fullgraph=True, backend="eager")
+    assert torch.equal(traced(**steps), dsa.index_select_paged(**steps))
+
+
 def test_slots_of_is_what_select_writes():
     tokens = torch.tensor([[0, 17, -1], [40, 3, 16]], dtype=torch.int32)
     table = torch.tensor([[4, 1, -1]], dtype=torch.int32)
