@@ -1,0 +1,225 @@
+"""Run every operation and backend of a small model under compute-sanitizer, in pieces that finish, several at once.
+
+    python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--jobs 12] [--seconds 120]
+
+Everything is built first, without the tool. A piece is a few rendered sources of one operation and backend in a process of its
+own, whose cases are verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
+looked at, torch's are not. What the small model has no use for (attention in CUDA C++ takes 128 heads) is checked on the same
+model with 128 heads. synccheck and racecheck look at barriers and shared memory, memcheck at every address, every tensor in an
+allocation of its own.
+
+Exit status: 0 where all pieces are clean, 1 where one is not or did not finish within its seconds. Reports: ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dsa_codegen import ops  # noqa: E402
+from dsa_codegen.command import verification  # noqa: E402
+from dsa_codegen.gpu import Gpu, resolve  # noqa: E402
+from dsa_codegen.kernels.build import build  # noqa: E402
+from dsa_codegen.kernels.render import render  # noqa: E402
+from dsa_codegen.kernels.variant import Variant  # noqa: E402
+from dsa_codegen.problem.op import Case  # noqa: E402
+from dsa_codegen.problem.presets import Model, preset  # noqa: E402
+from dsa_codegen.proof.verify import verify  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TOGETHER = 8  # sources of a piece: the start of a process takes about as long as checking them
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one process checks with one tool: a share of the sources of an operation and backend."""
+
+    tool: str
+    op: str
+    backend: str
+    share: int
+    shares: int
+
+    @property
+    def name(self) -> str:
+        """As reports are called."""
+        return f"{self.tool}-{self.op}-{self.backend}-{self.share + 1}of{self.shares}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a piece ended."""
+
+    piece: Piece
+    verdict: str
+    """"clean", "N errors", "timeout" or "failed"."""
+    cases: int
+    seconds: float
+
+
+def sources(name: str, gpu: Gpu) -> list[verification.Subject]:
+    """The model's rendered sources, and those of backends that only 128 heads have."""
+    model: Model = preset(name)
+    own = verification.subjects(model, gpu)
+    known = {(subject.op.name, subject.config.backend) for subject in own}
+    wide = verification.subjects(replace(model, heads=128), gpu)
+    return [*own, *(subject for subject in wide if (subject.op.name, subject.config.backend) not in known)]
+
+
+def of(subjects: Iterable[verification.Subject], op: str, backend: str) -> list[verification.Subject]:
+    """Those of one operation and backend."""
+    return [subject for subject in subjects if (subject.op.name, subject.config.backend) == (op, backend)]
+
+
+def pieces(
+    subjects: Sequence[verification.Subject], tools: Sequence[str], names: Sequence[str], backends: Sequence[str]
+) -> list[Piece]:
+    """All pieces of the named tools, operations and backends; the slowest kind first."""
+    found = []
+    for tool in sorted(tools, key=("racecheck", "memcheck", "synccheck").index):
+        for op, backend in sorted({(subject.op.name, subject.config.backend) for subject in subjects}):
+            if (names and op not in names) or (backends and backend not in backends):
+                continue
+            shares = -(-len(of(subjects, op, backend)) // TOGETHER)
+            found += [Piece(tool, op, backend, share, shares) for share in range(shares)]
+    return found
+
+
+def cases_of(subject: verification.Subject, tool: str) -> Sequence[Case]:
+    """All cases of a source, or the short ones where every access of a block is compared with all others."""
+    op, spec, config = subject.op, subject.spec, subject.config
+    if tool == "memcheck":
+        return op.cases_for(spec, config)
+    return list(dict.fromkeys(op.within_reach(spec, config, case) for case in op.cases(spec)))
+
+
+def run_piece(piece: Piece, preset_name: str, gpu: Gpu) -> None:
+    """The child's work: verify the cases of its share."""
+    cases = 0
+    for subject in of(sources(preset_name, gpu), piece.op, piece.backend)[piece.share :: piece.shares]:
+        op, spec, config = subject.op, subject.spec, subject.config
+        variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
+        for case in cases_of(subject, piece.tool):
+            accuracy = verify(variant, case, "cuda")
+            if not accuracy.passed:
+                raise SystemExit(f"{op.name} {spec.id} {config} {case.id}: {accuracy.detail}")
+            cases += 1
+    print(f"verified {cases} cases")
+
+
+def kernels_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> set[str]:
+    """The names, or parts of them, of the kernels that a piece launches."""
+    mine = of(subjects, piece.op, piece.backend)
+    return {name for subject in mine for name in build(render(subject.op, subject.spec, subject.config), gpu).resources}
+
+
+def command_of(piece: Piece, kernels: Iterable[str], preset_name: str, option: str) -> list[str]:
+    """The child under the tool."""
+    chosen = [word for kernel in sorted(kernels) for word in (option, f"kns={kernel}")]
+    child = [sys.executable, __file__, "--preset", preset_name, "--piece", *map(str, vars(piece).values())]
+    return ["compute-sanitizer", "--tool", piece.tool, "--error-exitcode", "9", "--print-limit", "20", *chosen, *child]
+
+
+def filter_option() -> str:
+    """How this compute-sanitizer calls the choice of kernels by name."""
+    known = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
+    return "--kernel-name" if "--kernel-name " in known else "--kernel-regex"
+
+
+def check(piece: Piece, command: Sequence[str], seconds: float, out: Path) -> Outcome:
+    """Run a piece; its report lies in ``out``."""
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    start, report = time.monotonic(), out / f"{piece.name}.txt"
+    with report.open("w") as written:
+        try:
+            status = subprocess.run(command, stdout=written, stderr=written, env=environment, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    text = report.read_text(errors="replace")
+    done = re.search(r"verified (\d+) cases", text)
+    return Outcome(piece, _verdict(status, text), int(done[1]) if done else 0, time.monotonic() - start)
+
+
+def _verdict(status: int | None, text: str) -> str:
+    if status is None:
+        return "timeout"
+    errors = sum(map(int, _SUMMARY.findall(text)))
+    if errors:
+        return f"{errors} errors"
+    return "failed" if status or "verified" not in text else "clean"
+
+
+def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
+    """Build everything, then check the pieces, several at once."""
+    subjects = sources(arguments.preset, gpu)
+    chosen = pieces(subjects, arguments.tool or TOOLS, arguments.op, arguments.backend)
+    kinds = {(piece.op, piece.backend) for piece in chosen}
+    verification.build_ahead([subject for kind in kinds for subject in of(subjects, *kind)], gpu)
+    option = filter_option()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def one(piece: Piece) -> Outcome:
+        command = command_of(piece, kernels_of(piece, subjects, gpu), arguments.preset, option)
+        outcome = check(piece, command, arguments.seconds, arguments.out)
+        print(f"{piece.name}: {outcome.verdict}, {outcome.cases} cases, {outcome.seconds:.0f} s", flush=True)
+        return outcome
+
+    with ThreadPoolExecutor(arguments.jobs) as threads:
+        return list(threads.map(one, chosen))
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """One line per operation and backend."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for outcome in outcomes:
+        cell = f"{outcome.piece.tool[:4]} {outcome.verdict} ({outcome.cases})"
+        groups.setdefault((outcome.piece.op, outcome.piece.backend), []).append(cell)
+    for (op, backend), cells in sorted(groups.items()):
+        print(f"{op} {backend}: {', '.join(cells)}")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="by default all three; each may be repeated")
+    parser.add_argument("--op", action="append", default=[], choices=list(ops.all_ops()), help="by default all")
+    parser.add_argument("--backend", action="append", default=[], help="by default all")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--jobs", type=int, default=8, help="pieces at once, on one GPU")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a piece, at most")
+    parser.add_argument("--out", type=Path, default=Path("sanitized"), help="folder of the reports")
+    parser.add_argument("--list", action="store_true", help="only print the pieces")
+    parser.add_argument("--piece", nargs=5, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parsed()
+    gpu = resolve("auto" if not arguments.list else "H100")
+    if arguments.piece:
+        tool, op, backend, share, shares = arguments.piece
+        run_piece(Piece(tool, op, backend, int(share), int(shares)), arguments.preset, gpu)
+        return 0
+    if arguments.list:
+        found = pieces(sources(arguments.preset, gpu), arguments.tool or TOOLS, arguments.op, arguments.backend)
+        print("\n".join(piece.name for piece in found))
+        return 0
+    outcomes = check_all(arguments, gpu)
+    show(outcomes)
+    return 0 if all(outcome.verdict == "clean" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""The script that runs compute-sanitizer: its pieces cover what was asked for, and its verdicts are the tool's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/sanitize.py"
+KINDS = [("select", "cuda")] * 20 + [("select", "triton")] * 3 + [("indexer", "gluon")]
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("sanitize", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sanitize"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["sanitize"]
+
+
+SUBJECTS = [SimpleNamespace(op=SimpleNamespace(name=op), config=SimpleNamespace(backend=backend)) for op, backend in KINDS]
+
+
+def test_every_source_lies_in_one_piece_of_every_tool(sanitize):
+    for tool in sanitize.TOOLS:
+        found = [piece for piece in sanitize.pieces(SUBJECTS, sanitize.TOOLS, (), ()) if piece.tool == tool]
+        shares = [sanitize.of(SUBJECTS, piece.op, piece.backend)[piece.share :: piece.shares] for piece in found]
+        assert sorted(id(subject) for share in shares for subject in share) == sorted(map(id, SUBJECTS))
+
+
+def test_pieces_may_be_chosen(sanitize):
+    found = sanitize.pieces(SUBJECTS, ["racecheck"], ["select"], ["triton"])
+    assert [piece.name for piece in found] == ["racecheck-select-triton-1of1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "cases"),
+    [
+        ("echo verified 7 cases; echo ========= ERROR SUMMARY: 0 errors", "clean", 7),
+        ("echo verified 7 cases; echo ========= ERROR SUMMARY: 3 errors; exit 9", "3 errors", 7),
+        ("echo '========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 9", "2 errors", 0),
+        ("echo no device; exit 1", "failed", 0),
+        ("echo ========= ERROR SUMMARY: 0 errors", "failed", 0),
+        ("sleep 5", "timeout", 0),
+    ],
+)
+def test_a_verdict_is_the_tools(sanitize, tmp_path, script, verdict, cases):
+    outcome = sanitize.check(sanitize.Piece("memcheck", "select", "cuda", 0, 1), ["sh", "-c", script], 0.5, tmp_path)
+    assert (outcome.verdict, outcome.cases) == (verdict, cases)
+    assert (tmp_path / "memcheck-select-cuda-1of1.txt").exists()
+
+
+def test_only_our_kernels_are_looked_at(sanitize):
+    piece = sanitize.Piece("synccheck", "select", "cuda", 0, 2)
+    command = sanitize.command_of(piece, {"select_row"}, "tiny", "--kernel-name")
+    assert command[command.index("--kernel-name") :][:2] == ["--kernel-name", "kns=select_row"]
+    assert command[command.index("--piece") :] == ["--piece", "synccheck", "select", "cuda", "0", "2"]
