@@ -45,6 +45,7 @@ def index_select(
     max_bytes: int = LOGITS_BYTES,
     out: Tensor | None = None,
     chosen_scores: Tensor | None = None,
+    sms: int | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits``: the topk tokens of each query's window that its indexer scores highest.
 
@@ -54,6 +55,7 @@ def index_select(
         max_bytes: logits in memory at once, or those of 4 rows where these take more.
         out: int32 [queries, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [queries, topk], where to write the score of each chosen token, -inf where there is none.
+        sms: as in ``indexer_logits``.
 
     Returns:
         int32 [queries, topk] as ``select`` returns it: tokens in ascending order, or slots.
@@ -73,8 +75,8 @@ def index_select(
     def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
         scores = None if chosen_scores is None else chosen_scores[rows]
-        made = functions.indexer_logits(*parts, score=score, logits=logits)
-        return _choose(made, ends[rows], starts[rows], table, rule, out, scores)
+        made = functions.indexer_logits(*parts, score=score, logits=logits, sms=sms)
+        return _choose(made, ends[rows], starts[rows], table, rule, out, scores, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
     if step >= queries:
@@ -104,6 +106,7 @@ def index_select_paged(
     max_bytes: int = LOGITS_BYTES,
     out: Tensor | None = None,
     chosen_scores: Tensor | None = None,
+    sms: int | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits_paged``: the same over paged caches. May be captured in a CUDA graph.
 
@@ -115,6 +118,7 @@ def index_select_paged(
         max_bytes: logits in memory at once, or those of 4 sequences where these take more.
         out: int32 [batch, next_n, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [batch, next_n, topk], where to write the score of each chosen token, -inf where there is none.
+        sms: as in ``indexer_logits``.
 
     Returns:
         int32 [batch, next_n, topk]. Slots of pages that the table states as absent are -1, tokens of them have the score -inf.
@@ -134,14 +138,14 @@ def index_select_paged(
         own = slice(None if rows.start is None else rows.start * next_n, None if rows.stop is None else rows.stop * next_n)
         pages, ends = page_table[rows], lengths[rows].flatten()
         made = functions.indexer_logits_paged(
-            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits
+            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits, sms=sms
         )
         begins = None if starts is None else starts[rows].flatten()
         if not slots:  # as slots do, tokens end where the table does
             ends = ends.clamp(max=pages.shape[1] * rule.page)
         scores = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
         flat = None if out is None else out.flatten(0, 1)
-        return _choose(made, ends, begins, pages if slots else None, rule, flat, scores)
+        return _choose(made, ends, begins, pages if slots else None, rule, flat, scores, sms)
 
     fitting = chunk_rows(max_bytes, batch * next_n, max_context, logits) // max(next_n, 1)
     step = batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
@@ -218,11 +222,11 @@ def _choose(
     rule: SelectSpec,
     out: Tensor | None,
     scores: Tensor | None,
+    sms: int | None,
 ) -> Tensor:
     """Select from one chunk's logits; where scores are wanted they are read at the tokens, which then become slots."""
-    select = functools.partial(
-        functions.select, logits, topk=rule.topk, starts=starts, keep_first=rule.keep_first, keep_recent=rule.keep_recent
-    )
+    rows = functools.partial(functions.select, logits, topk=rule.topk, starts=starts, sms=sms)
+    select = functools.partial(rows, keep_first=rule.keep_first, keep_recent=rule.keep_recent)
     if scores is None:
         return select(ends=ends, page_table=table, page=rule.page, out=out)
     if table is not None:

@@ -9,6 +9,11 @@ autocast. There is no backward: an input that requires a gradient, where gradien
 NaN stays where it is: a NaN key or scale gives NaN scores of its token, which ``select`` takes only where nothing else is left;
 a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a
 token gives 0 and -inf, whatever it holds.
+
+Five functions take ``sms``: the SMs that the call's grid is made for, all of the GPU's where it is None. Kernels whose blocks
+stay until all is done then leave the other SMs to whatever runs beside them (a collective on another stream); kernels with a
+block for each piece of work only share it out for so many. It changes no result but the rounding of sums that are split
+otherwise.
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ def indexer_logits(
     logits: str = "fp32",
     clean: bool = False,
     max_window: int | None = None,
+    sms: int | None = None,
 ) -> Tensor:
     """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
 
@@ -67,13 +73,14 @@ def indexer_logits(
         clean: write -inf outside the windows; otherwise those columns keep whatever was in memory.
         max_window: compressed rows of so many columns: column j of a row is token ``start + j`` of its window. Tokens of a
             window beyond them are not scored; columns beyond a window count as outside of it.
+        sms: as many SMs as the call's grid is made for; all where absent.
 
     Windows are clamped to the tokens first: a start below 0 is 0.
 
     Returns:
         [queries, tokens], or [queries, max_window]; rows are padded to 128 elements.
     """
-    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window)
+    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, sms=sms)
 
 
 def indexer_logits_chunks(
@@ -89,6 +96,7 @@ def indexer_logits_chunks(
     logits: str = "fp32",
     clean: bool = False,
     max_window: int | None = None,
+    sms: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """``indexer_logits`` in chunks of rows, in order, so that any context can be scored in bounded memory.
 
@@ -124,7 +132,7 @@ def indexer_logits_chunks(
 
     def chunk(rows: slice) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
-        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window)
+        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window, sms=sms)
 
     return ((first, chunk(slice(first, first + step))) for first in range(0, queries, max(step, 1)))
 
@@ -140,6 +148,7 @@ def indexer_logits_paged(
     score: str = "weighted_relu",
     logits: str = "fp32",
     clean: bool = False,
+    sms: int | None = None,
 ) -> Tensor:
     """Lightning indexer, decode: the newest queries of every sequence against its paged key cache.
 
@@ -150,12 +159,12 @@ def indexer_logits_paged(
         lengths: int32 [batch, next_n], tokens that each query sees.
         page_table: int32 [batch, max_pages], the block of each page.
         max_context: columns of the result; at least the longest length.
-        score, logits, clean: as in ``indexer_logits``.
+        score, logits, clean, sms: as in ``indexer_logits``.
 
     Returns:
         [batch · next_n, max_context].
     """
-    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean)
+    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean, sms=sms)
 
 
 def select(
@@ -169,6 +178,7 @@ def select(
     keep_first: int = 0,
     keep_recent: int = 0,
     out: Tensor | None = None,
+    sms: int | None = None,
 ) -> Tensor:
     """The k highest scores of each row's window [start, end), in ascending order of tokens; ties go to the lowest token.
 
@@ -181,14 +191,15 @@ def select(
             rows / requests consecutive rows share a request.
         keep_first, keep_recent: so many tokens at the window's start and end are always chosen; they count among the k.
         out: int32 [rows, topk], contiguous, where to write the result; a new tensor where absent.
+        sms: as in ``indexer_logits``.
 
     Returns:
         int32 [rows, topk], -1 behind the last chosen token of a short window. The same input gives the same bits, always.
     """
     arguments = (scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
     if out is None:
-        return _select(*arguments)
-    _select_into(*arguments, out)
+        return _select(*arguments, sms=sms)
+    _select_into(*arguments, out, sms=sms)
     return out
 
 
@@ -203,6 +214,7 @@ def sparse_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     max_logits: Tensor | None = None,
+    sms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
@@ -217,15 +229,16 @@ def sparse_attention(
         out, lse: where to write the results, shaped like them and contiguous; new tensors where absent.
         max_logits: fp32 [queries, heads], where to write each head's highest score (-inf where there is none); a kernel of
             its own, so that nobody else pays for it.
+        sms: as in ``indexer_logits``.
 
     Returns:
         out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
     arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink)
     if out is None and lse is None and max_logits is None:
-        return _sparse_attention(*arguments)
+        return _sparse_attention(*arguments, sms=sms)
     out, lse = _results(q, out, lse)
-    _sparse_attention_into(*arguments, out, lse, max_logits)
+    _sparse_attention_into(*arguments, out, lse, max_logits, sms=sms)
     return out, lse
 
 
@@ -242,6 +255,7 @@ def sparse_attention_paged(
     extra_lengths: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    sms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache, or over two of them at once.
 
@@ -255,6 +269,7 @@ def sparse_attention_paged(
             (DeepSeek-V4: a window of recent tokens beside the chosen ones): a cache of the same layout with its own page,
             lists of its own length, and lengths of its own where there are any.
         out, lse: as in ``sparse_attention``.
+        sms: as in ``indexer_logits``.
 
     Returns:
         out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads].
@@ -262,9 +277,9 @@ def sparse_attention_paged(
     listed = None if extra_indices is None else _as_int32(extra_indices)
     arguments = (q, cache, _as_int32(indices), sm_scale, lengths, sink, extra_cache, listed, extra_lengths)
     if out is None and lse is None:
-        return _sparse_attention_paged(*arguments)
+        return _sparse_attention_paged(*arguments, sms=sms)
     out, lse = _results(q, out, lse)
-    _sparse_attention_paged_into(*arguments, out, lse)
+    _sparse_attention_paged_into(*arguments, out, lse, sms=sms)
     return out, lse
 
 

@@ -87,8 +87,8 @@ def flash_mla_sparse_fwd(
     checks.one_of("d_v", d_v, (_D_V,))
     wanted = return_log2_lse is not False
     max_logits = q.new_empty(q.shape[:2], dtype=torch.float32) if wanted else None
-    options = {"lengths": topk_length, "sink": attn_sink, "max_logits": max_logits}
-    result, lse = sparse_attention(q, kv, indices, sm_scale, out=_contiguous(out), **options)
+    given, into = (q, kv, indices, sm_scale), _contiguous(out)
+    result, lse = sparse_attention(*given, lengths=topk_length, sink=attn_sink, out=into, max_logits=max_logits)
     if max_logits is None:
         return _delivered(result, out), None, None
     if return_log2_lse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..gpu import Gpu
 from ..problem.draw import Draw
@@ -33,6 +33,10 @@ class Variant:
         for launch in launches:
             self.kernels[launch.kernel](launch.grid, launch.args)
         return launches
+
+    def within(self, sms: int) -> Variant:
+        """The same kernels, with grids as for a GPU of at most so many SMs."""
+        return replace(self, gpu=replace(self.gpu, sms=min(sms, self.gpu.sms)))
 
     def rehearse(self, device: str) -> None:
         """Launch every kernel once, on small problems, so that no code is left to be loaded by a first launch.

@@ -201,6 +201,8 @@ class Kernels(ABC, Generic[S, Z]):
     """The backends that have a template, the preferred one first."""
     min_capability: ClassVar[int] = 80
     """The oldest GPU generation the templates compile for (FP8 arithmetic needs 89)."""
+    budgeted: ClassVar[bool] = False
+    """Whether grids are made for the GPU's SMs, so that a call may be given fewer (``sms``); ``launches`` then sees those."""
 
     @abstractmethod
     def parameters(self, backend: str) -> tuple[Parameter, ...]:

@@ -51,10 +51,13 @@ _guarded: dict[plans.Key, tuple[tuple[guards.Guard, plans.Plan], ...]] = {}
 _MOST_GUARDS = 8
 
 
-def call(op: Op, args: Iterable[Any]) -> Outputs:
+def call(op: Op, args: Iterable[Any], sms: int | None = None) -> Outputs:
     """Check the arguments, find the variant for their spec and sizes, and launch it on the current stream.
 
     Tensors that are not on a CUDA device go to the operation's reference, so that a model runs anywhere.
+
+    Args:
+        sms: the grid is made as for a GPU of so many SMs, so that others keep theirs; all of them where absent.
 
     Raises:
         InputError: an argument is wrong; nothing was launched.
@@ -63,7 +66,7 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
         PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
     """
     args = tuple(args)
-    apart = plans.taken_apart(op.name, args)
+    apart = plans.taken_apart(op.name, args if sms is None else (*args, sms))
     plan = None if apart is None else _plans.get(apart[0])
     if apart is not None and plan is not None:
         return _launched(plan, *apart[1:])
@@ -73,16 +76,16 @@ def call(op: Op, args: Iterable[Any]) -> Outputs:
         return _reference(op, spec, inputs)
     if device.index != torch.cuda.current_device():  # kernels are loaded and launched on the current device
         with torch.cuda.device(device):
-            return _run(op, spec, sizes, inputs, device, apart)
-    return _run(op, spec, sizes, inputs, device, apart)
+            return _run(op, spec, sizes, inputs, device, apart, sms)
+    return _run(op, spec, sizes, inputs, device, apart, sms)
 
 
-def call_again(op: Op, args: Sequence[Any]) -> Outputs | None:
+def call_again(op: Op, args: Sequence[Any], sms: int | None = None) -> Outputs | None:
     """What ``call`` does, where it was called before with arguments that look the same; None, and nothing done, elsewhere.
 
     So it is where gradients are wanted: it is for torch's operator to say that there are none.
     """
-    sketch = guards.sketched(op.name, args)
+    sketch = guards.sketched(op.name, args if sms is None else (*args, sms))
     if sketch is None:
         return None
     key, tensors, addresses = sketch
@@ -114,9 +117,12 @@ def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[i
         return plan.run(tensors, addresses)
 
 
-def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device, apart: plans.Call | None) -> Outputs:
+def _run(
+    op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device, apart: plans.Call | None, sms: int | None
+) -> Outputs:
     key = (op.name, spec, sizes.bucket(), device.index)
-    variant = _variants.get(key) or _first_call(op, spec, sizes, key)
+    loaded = _variants.get(key) or _first_call(op, spec, sizes, key)
+    variant = loaded if sms is None else loaded.within(sms)
     _count(op, "calls")
     outputs = op.allocate(spec, inputs)
     if apart is None:
@@ -124,7 +130,7 @@ def _run(op: Op, spec: Spec, sizes: Sizes, inputs: Inputs, device: torch.device,
     launches = variant.launch(inputs, outputs)
     plan = plans.record(device.index, _tally(op, "calls").add, variant.kernels, apart[1], outputs, launches)
     if plan is not None:
-        _keep(apart[0], plan, key, variant)
+        _keep(apart[0], plan, key, loaded)
     return outputs
 
 

@@ -31,11 +31,17 @@ _profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def _forms(op: Op) -> dict[str, str]:
-    """The schemas of an operation's operators by name: one that returns its results, and one that writes them to buffers."""
-    if not op.buffers:
-        return {op.function: op.schema}
-    written = "".join(f", Tensor({letter}!)? {name}=None" for letter, name in zip("abcdef", op.buffers, strict=False))
-    return {op.function: op.schema, f"{op.function}_into": f"{op.schema[: op.schema.rindex(') ->')]}{written}) -> ()"}
+    """The schemas of an operation's operators by name: one that returns its results, and one that writes them to buffers.
+
+    Where grids are made for a number of SMs, both take it behind all else.
+    """
+    head, results = op.schema.rsplit(") ->", 1)
+    last = ", int? sms=None" if op.budgeted else ""
+    forms = {op.function: f"{head}{last}) ->{results}"}
+    if op.buffers:
+        written = "".join(f", Tensor({letter}!)? {name}=None" for letter, name in zip("abcdef", op.buffers, strict=False))
+        forms[f"{op.function}_into"] = f"{head}{written}{last}) -> ()"
+    return forms
 
 
 def _register(op: Op, function: str, form: str) -> None:
@@ -45,14 +51,16 @@ def _register(op: Op, function: str, form: str) -> None:
     defaults = [argument.default_value if argument.has_default_value() else None for argument in arguments]
     written, listed = _results(schema)
 
-    def complete(args: Sequence[Any]) -> list[Any]:
-        return [*args, *defaults[len(args) :]]  # torch leaves out trailing arguments that have their default value
+    def complete(args: Sequence[Any]) -> tuple[list[Any], int | None]:
+        """(what the operation binds, the SMs); torch leaves out trailing arguments that have their default value."""
+        full = [*args, *defaults[len(args) :]]
+        return full, _checked_sms(full.pop()) if op.budgeted else None
 
     def run(*args: Any) -> Any:
-        return _returned(dispatch.call(op, complete(args)), written, listed)
+        return _returned(dispatch.call(op, *complete(args)), written, listed)
 
     def fake(*args: Any) -> Any:
-        spec, _, inputs = op.bind(*complete(args))
+        spec, _, inputs = op.bind(*complete(args)[0])
         return _returned(op.allocate(spec, inputs), written, listed)
 
     def refuse_gradients(*args: Any) -> Any:
@@ -67,6 +75,12 @@ def _register(op: Op, function: str, form: str) -> None:
         _LIBRARY.impl(function, run, device)
     _LIBRARY.impl(function, refuse_gradients, "Autograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+
+
+def _checked_sms(sms: int | None) -> int | None:
+    if sms is not None and sms < 1:
+        raise InputError("sms", sms, "a whole number of SMs, at least 1, or None for all")
+    return sms
 
 
 def _wants_gradient(value: object) -> bool:
@@ -88,6 +102,8 @@ def function(name: str) -> Callable[..., Any]:
 def direct(name: str, **public: str) -> Callable[..., Any]:
     """The registered operator, or the way around it for a call like an earlier one; takes every argument of the schema.
 
+    The last one, ``sms``, has a default, and is no argument to ``Op.bind``.
+
     Nobody can tell the two apart: the first call of its kind went through the operator, which found its arguments good, and
     whatever wants to see operators (a trace, a mode, a transform, a profiler, gradients) still sees this one.
 
@@ -107,11 +123,13 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
         except InputError as error:
             raise error.renamed(public) from None
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, sms: int | None = None) -> Any:
         if torch.compiler.is_compiling():
-            return operator(*args)
-        outputs = None if _watched() else dispatch.call_again(op, args)
-        return first(args) if outputs is None else _returned(outputs, written, listed)
+            return operator(*args) if sms is None else operator(*args, sms)
+        outputs = None if _watched() else dispatch.call_again(op, args, sms)
+        if outputs is None:
+            return first(args if sms is None else (*args, sms))
+        return _returned(outputs, written, listed)
 
     return call
 

@@ -321,7 +321,7 @@ def operators(monkeypatch):
     """Which operators of this package torch ran."""
     called: list[str] = []
     call = dispatch.call
-    monkeypatch.setattr(dispatch, "call", lambda op, args: (called.append(op.function), call(op, args))[1])
+    monkeypatch.setattr(dispatch, "call", lambda op, *args: (called.append(op.function), call(op, *args))[1])
     return called
 
 

@@ -58,7 +58,7 @@ def fake(monkeypatch):
         defaults = [argument.default_value for argument in schema.arguments]
         single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
 
-        def call(*args):
+        def call(*args, sms=None):
             outputs = tuple(dispatch.call(op, [*args, *defaults[len(args) :]]).values())
             return outputs[0] if single else outputs
 

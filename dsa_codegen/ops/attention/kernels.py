@@ -34,6 +34,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     """See the module's first lines."""
 
     backends = ("cuda", "tilelang", "triton")
+    budgeted = True
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         if backend == "cuda":
@@ -99,7 +100,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
         tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
         if config.backend == "cuda":
-            clusters = min(len(q), gpu.sms // 2)  # each takes one query after another
+            clusters = min(len(q), max(gpu.sms // 2, 1))  # each takes one query after another
             return (Launch("attention", (2 * clusters, 1, 1), (*tensors, len(q), len(kv), inputs["sm_scale"])),)
         scalars = (len(kv), inputs["sm_scale"]) if config.backend == "triton" else (inputs["sm_scale"],)
         return (Launch("attention", (len(q) * _head_blocks(spec, config), 1, 1), (*tensors, *scalars)),)

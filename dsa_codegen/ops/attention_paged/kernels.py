@@ -30,6 +30,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     """See the module's first lines."""
 
     backends = ("gluon", "triton")
+    budgeted = True
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         meaning = "blocks that share a row's entries"

@@ -23,6 +23,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
     """See the module's first lines."""
 
     backends = ("gluon", "triton", "tilelang")
+    budgeted = True
     min_capability = 89
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:

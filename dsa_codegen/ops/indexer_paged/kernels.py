@@ -24,6 +24,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
     """See the module's first lines."""
 
     backends = ("gluon", "triton")
+    budgeted = True
     min_capability = 89
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:

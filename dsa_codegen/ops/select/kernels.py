@@ -28,6 +28,7 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
     """See the module's first lines."""
 
     backends = ("tilelang", "cuda", "triton")
+    budgeted = True
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         if backend == "cuda":
