@@ -21,7 +21,8 @@ from .ops.logits import LOGITS, chunk_rows
 from .ops.select import OP as SELECT
 from .ops.select import SelectSpec
 from .problem import checks
-from .problem.paged import check_cache
+from .problem.paged import check_cache, check_plain_cache
+from .problem.presets import PRECISIONS
 
 LOGITS_BYTES = 1 << 30
 _ALIGNED_ROWS = 4  # kernels read windows of 4 bytes that lie on 16-byte addresses
@@ -30,7 +31,7 @@ _ALIGNED_ROWS = 4  # kernels read windows of 4 bytes that lie on 16-byte address
 def index_select(
     q: Tensor,
     k: Tensor,
-    k_scale: Tensor,
+    k_scale: Tensor | None,
     weights: Tensor,
     starts: Tensor,
     ends: Tensor,
@@ -45,12 +46,13 @@ def index_select(
     max_bytes: int = LOGITS_BYTES,
     out: Tensor | None = None,
     chosen_scores: Tensor | None = None,
+    scores: str = "fp8",
     sms: int | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits``: the topk tokens of each query's window that its indexer scores highest.
 
     Args:
-        q, k, k_scale, weights, starts, ends, score, logits: as in ``indexer_logits``.
+        q, k, k_scale, weights, starts, ends, score, logits, scores: as in ``indexer_logits``.
         topk, page_table, page, keep_first, keep_recent: as in ``select``.
         max_bytes: logits in memory at once, or those of 4 rows where these take more.
         out: int32 [queries, topk], contiguous, where to write the result; a new tensor where absent.
@@ -65,7 +67,7 @@ def index_select(
     """
     rule = _rule(topk, page, keep_first, keep_recent)
     _check_kinds(max_bytes=(max_bytes, "int"))
-    _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None)
+    _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None, scores)
     queries = sizes.queries
     _check_buffers(q, (queries, rule.topk), out, chosen_scores)
     # Rows of no columns: every other argument of the selection is checked by it.
@@ -74,9 +76,9 @@ def index_select(
 
     def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
-        scores = None if chosen_scores is None else chosen_scores[rows]
-        made = functions.indexer_logits(*parts, score=score, logits=logits, sms=sms)
-        return _choose(made, ends[rows], starts[rows], table, rule, out, scores, sms)
+        written = None if chosen_scores is None else chosen_scores[rows]
+        made = functions.indexer_logits(*parts, score=score, logits=logits, scores=scores, sms=sms)
+        return _choose(made, ends[rows], starts[rows], table, rule, out, written, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
     if step >= queries:
@@ -106,12 +108,13 @@ def index_select_paged(
     max_bytes: int = LOGITS_BYTES,
     out: Tensor | None = None,
     chosen_scores: Tensor | None = None,
+    scores: str = "fp8",
     sms: int | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits_paged``: the same over paged caches. May be captured in a CUDA graph.
 
     Args:
-        q, cache, weights, lengths, page_table, max_context, score, logits: as in ``indexer_logits_paged``.
+        q, cache, weights, lengths, page_table, max_context, score, logits, scores: as in ``indexer_logits_paged``.
         topk, keep_first, keep_recent: as in ``select``.
         starts: int32 [batch, next_n], where each query's window begins; token 0 where absent.
         slots: physical slots of the cache's pages; False gives token numbers.
@@ -126,8 +129,12 @@ def index_select_paged(
     Raises:
         InputError, SpecError: before anything is launched.
     """
-    batch, next_n, _, head_dim = checks.tensor("q", q, (None, None, None, None), checks.FP8).shape
-    rule = _rule(topk, check_cache("cache", cache, head_dim + 4, like=q), keep_first, keep_recent)
+    checks.one_of("scores", scores, PRECISIONS)
+    quantised = scores == "fp8"
+    allowed = checks.FP8 if quantised else checks.floating(q)
+    batch, next_n, _, head_dim = checks.tensor("q", q, (None, None, None, None), allowed).shape
+    page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
+    rule = _rule(topk, page, keep_first, keep_recent)
     _check_kinds(max_bytes=(max_bytes, "int"), slots=(slots, "bool"), max_context=(max_context, "int"))
     checks.one_of("logits", logits, tuple(LOGITS))
     if starts is not None:
@@ -138,20 +145,20 @@ def index_select_paged(
         own = slice(None if rows.start is None else rows.start * next_n, None if rows.stop is None else rows.stop * next_n)
         pages, ends = page_table[rows], lengths[rows].flatten()
         made = functions.indexer_logits_paged(
-            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits, sms=sms
+            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits, scores=scores, sms=sms
         )
         begins = None if starts is None else starts[rows].flatten()
         if not slots:  # as slots do, tokens end where the table does
             ends = ends.clamp(max=pages.shape[1] * rule.page)
-        scores = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
+        written = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
         flat = None if out is None else out.flatten(0, 1)
-        return _choose(made, ends, begins, pages if slots else None, rule, flat, scores, sms)
+        return _choose(made, ends, begins, pages if slots else None, rule, flat, written, sms)
 
     fitting = chunk_rows(max_bytes, batch * next_n, max_context, logits) // max(next_n, 1)
     step = batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
     if step >= batch:
         return choose(slice(None), out).view(batch, next_n, rule.topk)
-    INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False)
+    INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False, scores)
     out = q.new_empty(batch, next_n, rule.topk, dtype=torch.int32) if out is None else out
     for first in range(0, batch, step):
         rows = slice(first, min(first + step, batch))

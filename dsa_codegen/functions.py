@@ -49,7 +49,7 @@ _gather_paged = direct("gather_paged")
 def indexer_logits(
     q: Tensor,
     k: Tensor,
-    k_scale: Tensor,
+    k_scale: Tensor | None,
     weights: Tensor,
     starts: Tensor,
     ends: Tensor,
@@ -58,6 +58,7 @@ def indexer_logits(
     logits: str = "fp32",
     clean: bool = False,
     max_window: int | None = None,
+    scores: str = "fp8",
     sms: int | None = None,
 ) -> Tensor:
     """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
@@ -65,7 +66,7 @@ def indexer_logits(
     Args:
         q: e4m3 [queries, heads, head_dim]; heads 8, 16, 32 or 64, head_dim 32, 64 or 128.
         k: e4m3 [tokens, head_dim].
-        k_scale: fp32 [tokens].
+        k_scale: fp32 [tokens]; None where nothing is quantised.
         weights: fp32 [queries, heads], with the scale of q, head_dim^-0.5 and heads^-0.5 folded in (``quantize_index_q``).
         starts, ends: int32 [queries], the window [start, end) of each query: causal, ragged batches, context parallelism.
         score: "weighted_relu", or "relu_bias" for ``Σ_j ReLU(q[t,j] · k[s] + w[t,j])``.
@@ -73,6 +74,8 @@ def indexer_logits(
         clean: write -inf outside the windows; otherwise those columns keep whatever was in memory.
         max_window: compressed rows of so many columns: column j of a row is token ``start + j`` of its window. Tokens of a
             window beyond them are not scored; columns beyond a window count as outside of it.
+        scores: "fp8" as above, or "bf16" for queries and keys that nobody quantised: q and k bf16 (on the CPU also fp32, and
+            fp64 computed in fp64), no ``k_scale``.
         sms: as many SMs as the call's grid is made for; all where absent.
 
     Windows are clamped to the tokens first: a start below 0 is 0.
@@ -80,13 +83,13 @@ def indexer_logits(
     Returns:
         [queries, tokens], or [queries, max_window]; rows are padded to 128 elements.
     """
-    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, sms=sms)
+    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, sms=sms)
 
 
 def indexer_logits_chunks(
     q: Tensor,
     k: Tensor,
-    k_scale: Tensor,
+    k_scale: Tensor | None,
     weights: Tensor,
     starts: Tensor,
     ends: Tensor,
@@ -96,6 +99,7 @@ def indexer_logits_chunks(
     logits: str = "fp32",
     clean: bool = False,
     max_window: int | None = None,
+    scores: str = "fp8",
     sms: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """``indexer_logits`` in chunks of rows, in order, so that any context can be scored in bounded memory.
@@ -121,7 +125,7 @@ def indexer_logits_chunks(
         raise InputError("max_bytes", repr(max_bytes), "a whole number")
     checks.check_kind("clean", clean, "bool")
     checks.check_kind("max_window", max_window, "Optional[int]")
-    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window)
+    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores)
     queries, columns = len(q), len(k) if max_window is None else max_window
     step = chunk_rows(max_bytes, queries, columns, logits)
     if step < queries:
@@ -132,7 +136,7 @@ def indexer_logits_chunks(
 
     def chunk(rows: slice) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
-        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window, sms=sms)
+        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window, scores=scores, sms=sms)
 
     return ((first, chunk(slice(first, first + step))) for first in range(0, queries, max(step, 1)))
 
@@ -148,6 +152,7 @@ def indexer_logits_paged(
     score: str = "weighted_relu",
     logits: str = "fp32",
     clean: bool = False,
+    scores: str = "fp8",
     sms: int | None = None,
 ) -> Tensor:
     """Lightning indexer, decode: the newest queries of every sequence against its paged key cache.
@@ -160,11 +165,13 @@ def indexer_logits_paged(
         page_table: int32 [batch, max_pages], the block of each page.
         max_context: columns of the result; at least the longest length.
         score, logits, clean, sms: as in ``indexer_logits``.
+        scores: "fp8" as above, or "bf16": q and cache unquantised, the cache [blocks, page, 1, head_dim] of q's dtype, bf16
+            (on the CPU also fp32 and fp64).
 
     Returns:
         [batch · next_n, max_context].
     """
-    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean, sms=sms)
+    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, sms=sms)
 
 
 def select(
@@ -219,7 +226,8 @@ def sparse_attention(
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
     Args:
-        q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512.
+        q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512. On the CPU also fp32, and fp64 computed
+            in fp64: kv has the dtype of q then, and so has out.
         kv: bf16 [tokens, 1, d]; the first 512 channels are the value.
         indices: int32 or int64 [queries, 1, topk], invalid ones anywhere. Kernels read int32: int64 is narrowed first, which
             reads and writes them once more (4096 × 2048 of them are 100 MB).

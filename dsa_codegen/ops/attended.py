@@ -22,21 +22,22 @@ def check_scale(sm_scale: float) -> None:
 def check_buffers(
     names: Sequence[str], brought: Sequence[object], rows: Sequence[int], d_v: int, q: Tensor
 ) -> dict[str, Tensor]:
-    """Check the buffers of ``names`` that a caller brought for results: out bf16 [*rows, d_v], the others fp32 rows."""
+    """Check the buffers of ``names`` that a caller brought: out [*rows, d_v] of the dtype of q, the others fp32 rows."""
     buffers = {}
     for name, value in zip(names, brought, strict=False):
         if value is not None:
-            shape, dtype = ((*rows, d_v), torch.bfloat16) if name == "out" else (rows, torch.float32)
+            shape, dtype = ((*rows, d_v), q.dtype) if name == "out" else (rows, torch.float32)
             buffers[name] = checks.tensor(name, value, shape, dtype, like=q)
     return buffers
 
 
 def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = False) -> Outputs:
     """The buffers that came with the inputs; where there is none, uninitialised memory."""
-    device = inputs["q"].device
+    q = inputs["q"]
+    device = q.device
     out, lse, highest = (inputs.get(name) for name in ("out", "lse", "max_logits"))
     results = {
-        "out": torch.empty(*rows, d_v, dtype=torch.bfloat16, device=device) if out is None else out,
+        "out": torch.empty(*rows, d_v, dtype=q.dtype, device=device) if out is None else out,
         "lse": torch.empty(*rows, dtype=torch.float32, device=device) if lse is None else lse,
     }
     if max_logits:

@@ -1,4 +1,4 @@
-"""Logits of the indexers: their dtypes, rows padded to cache lines, and how many rows a budget of bytes holds."""
+"""Logits of the indexers: dtypes, what references compute in, rows padded to cache lines, how many rows a budget holds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _ROW_ALIGNMENT = 128  # elements of a row of logits
 def empty_logits(rows: int, columns: int, dtype: str, device: torch.device) -> Tensor:
     """Uninitialised logits [rows, columns] whose rows start on cache lines, so that neighbouring tiles never share one."""
     return torch.empty(rows, _stride(columns), dtype=LOGITS[dtype], device=device)[:, :columns]
+
+
+def exact(value: Tensor) -> Tensor:
+    """The operand as the references multiply it: fp32, and fp64 where it came so."""
+    return value if value.dtype is torch.float64 else value.float()
 
 
 def row_bytes(columns: int, dtype: str) -> int:

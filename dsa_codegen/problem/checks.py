@@ -53,6 +53,12 @@ def tensor(
     return value if inner_contiguous else settled(value)
 
 
+def floating(value: object) -> tuple[torch.dtype, ...]:
+    """The dtypes of unquantised arguments: what the kernels multiply, and where none runs what the reference computes in."""
+    on_gpu = isinstance(value, Tensor) and value.device.type == "cuda"
+    return (torch.bfloat16,) if on_gpu else (torch.bfloat16, torch.float32, torch.float64)
+
+
 def settled(value: Tensor) -> Tensor:
     """The tensor, or a view of it in which dimensions of size 1 have the strides that packed ones would have.
 

@@ -89,6 +89,25 @@ def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | N
     return page
 
 
+def check_plain_cache(name: str, value: object, q: Tensor) -> int:
+    """Check a cache of unquantised keys [blocks, page, 1, head_dim] of the dtype of ``q``, and return its page size.
+
+    Blocks may lie further apart than they are long, by a multiple of 16 elements.
+
+    Raises:
+        InputError: names the argument, what came and what is allowed.
+    """
+    head_dim = q.shape[-1]
+    cache = checks.tensor(name, value, (None, None, 1, head_dim), q.dtype, like=q, inner_contiguous=True)
+    page = cache.shape[1]
+    if page > 1 and cache.stride(1) != head_dim:
+        raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {head_dim} between tokens)")
+    if cache.shape[0] > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * head_dim):
+        allowed = f"a multiple of {_ALIGNMENT} of at least {page * head_dim}"
+        raise InputError(name, f"{cache.stride(0)} elements between blocks", allowed)
+    return page
+
+
 def _flat_page(name: str, cache: Tensor, bytes_per_token: int) -> int:
     """The page size of a cache [blocks, bytes of a page]."""
     page = _page_by_bytes(bytes_per_token).get(int(cache.shape[1]))

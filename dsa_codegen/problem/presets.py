@@ -19,6 +19,8 @@ KV_LAYOUTS = ("v32", "v4")
 NO_CACHE = "none"
 """The layout of a model that has no paged KV cache: it prefills, and does not decode."""
 SCORES = ("weighted_relu", "relu_bias")
+PRECISIONS = ("fp8", "bf16")
+"""What an indexer scores: e4m3 with scales, or its queries and keys as they are."""
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("q", torch.zeros(3, 4, 576)),
+        ("q", torch.zeros(3, 4, 576, dtype=torch.float16)),
         ("kv", torch.zeros(20, 1, 512, dtype=torch.bfloat16)),
         ("indices", torch.zeros(3, 1, 8, dtype=torch.int64)),
         ("indices", torch.zeros(2, 1, 8, dtype=torch.int32)),

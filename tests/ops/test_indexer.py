@@ -189,7 +189,7 @@ def test_spec_refuses(field, value):
 def arguments(**changes):
     """A valid call's arguments in order, with some of them changed."""
     inputs = OP.inputs(SPECS[0], Case(IndexerSizes(3, 20), "ragged"), Draw(0))
-    options = {"score": "weighted_relu", "logits": "fp32", "clean": False, "max_window": None}
+    options = {"score": "weighted_relu", "logits": "fp32", "clean": False, "max_window": None, "scores": "fp8"}
     return list({**inputs, **options, **changes}.values())
 
 

@@ -128,7 +128,7 @@ def test_spec_refuses(field, value):
 def arguments(**changes):
     """A valid call's arguments in order, with some of them changed."""
     inputs = OP.inputs(IndexerPagedSpec(8, 64, next_n=2), Case(IndexerPagedSizes(3, 200), "ragged"), Draw(0))
-    options = {"score": "weighted_relu", "logits": "fp32", "clean": False}
+    options = {"score": "weighted_relu", "logits": "fp32", "clean": False, "scores": "fp8"}
     return list({**inputs, **options, **changes}.values())
 
 
@@ -165,7 +165,7 @@ def test_padded_blocks_are_served():
     inputs = dict(OP.inputs(spec, Case(IndexerPagedSizes(2, 130), "full"), Draw(1)))
     inputs["cache"] = torch.cat([inputs["cache"], inputs["cache"] ^ 3], dim=1)[:, :64]
     assert not inputs["cache"].is_contiguous()
-    bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False)
+    bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False, "fp8")
     assert bound_spec == spec
     assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[11] == 2 * 64 * 68
 

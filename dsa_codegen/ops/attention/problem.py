@@ -21,6 +21,7 @@ from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import Model
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
+from ..logits import exact
 
 D_V = 512
 """Channels of a token that are also its value: 512 + 64 (V3.2), 512 + 0, and all of 448 + 64 (V4)."""
@@ -78,9 +79,9 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
         q, kv, indices, sm_scale, lengths, sink, *brought = args
-        q = checks.tensor("q", q, (None, None, None), torch.bfloat16)
+        q = checks.tensor("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
-        kv = checks.tensor("kv", kv, (None, 1, d_qk), torch.bfloat16, like=q)
+        kv = checks.tensor("kv", kv, (None, 1, d_qk), q.dtype, like=q)
         indices = checks.tensor("indices", indices, (queries, 1, None), torch.int32, like=q)
         tokens, topk = kv.shape[0], indices.shape[2]
         if lengths is not None:
@@ -179,13 +180,13 @@ def _make_steep(draw: Draw, kv: Tensor) -> None:
 
 
 def _attend(inputs: Inputs, rows: slice) -> Outputs:
-    """What some queries get, in fp32."""
-    q, kv, chosen = inputs["q"][rows].float(), inputs["kv"][:, 0], inputs["indices"][rows, 0].long()
+    """What some queries get, in fp32, or in fp64 where they came so."""
+    q, kv, chosen = exact(inputs["q"][rows]), inputs["kv"][:, 0], inputs["indices"][rows, 0].long()
     valid = (chosen >= 0) & (chosen < len(kv))
     if inputs["lengths"] is not None:
         valid &= torch.arange(chosen.shape[1], device=q.device) < inputs["lengths"][rows, None]
-    latent = torch.zeros(*chosen.shape, q.shape[2], dtype=torch.float32, device=q.device)
-    latent[valid] = kv[chosen[valid]].float()
+    latent = torch.zeros(*chosen.shape, q.shape[2], dtype=q.dtype, device=q.device)
+    latent[valid] = exact(kv[chosen[valid]])
     scores = torch.einsum("qhd,qkd->qhk", q, latent) * inputs["sm_scale"]
     scores = scores.masked_fill(~valid[:, None], -math.inf)
     lse = scores.logsumexp(-1)

@@ -52,11 +52,14 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         )
 
     def constraints(self, spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if spec.scores != "fp8" and config.backend != "triton":
+            yield Violation("scores", 1.0, f"scores: {spec.scores} is served by the Triton template alone")
+            return
         if config.backend == "gluon":
             yield from _gluon_constraints(spec, config, gpu)
             return
         columns = config["block_q"] * spec.heads
-        smem = (columns + config["num_stages"] * config["block_n"]) * spec.head_dim
+        smem = (columns + config["num_stages"] * config["block_n"]) * spec.head_dim * _operand_bytes(spec)
         yield from exceeds("smem", smem + 2048, gpu.smem_per_block, " B")  # barriers and what is reserved
         yield from exceeds("columns", 16, columns)
         if config.backend == "tilelang":
@@ -64,8 +67,10 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             return
         yield from exceeds("columns", columns, 256)
         yield from exceeds("warpgroup rows", config["num_warps"] * 16, config["block_n"])
-        # The accumulator lies in registers; beyond 192 of 255 the epilogue spills.
-        yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), 192)
+        # The accumulator lies in registers; beyond 192 of 255 the epilogue spills. That of bf16 products, two of which are in
+        # flight, spills 416 bytes and more beyond 64 (Triton 3.6 and 3.7, sm_90a).
+        most = 192 if spec.scores == "fp8" else 64
+        yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), most)
 
     def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
         # One accumulator and three blocks per SM, where that spills nothing.
@@ -75,7 +80,8 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         elif spec.heads == 16 and spec.clean and not spec.compressed:
             hopper = hopper.replace(block_n=64, num_stages=4)
         yield hopper
-        columns = 256 if gpu.capability == 90 else 128  # where the operands lie in registers too, 256 spill 250 to 380 bytes
+        # Where the operands lie in registers too, 256 spill 250 to 380 bytes.
+        columns = 256 if gpu.capability == 90 and spec.scores == "fp8" else 128
         block_q = min(16, columns // spec.heads)
         blocks = -(-sizes.queries // block_q)
         splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
@@ -113,11 +119,16 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             rest = (inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
             scalars = (queries, tokens, logits.stride(0), whole, splits, *width)
             return (Launch("indexer", (whole + (blocks - whole) * splits, 1, 1), (pairs, Tiled(k), *rest, *scalars)),)
-        tensors = (q, k, inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
+        scales = () if inputs["k_scale"] is None else (inputs["k_scale"],)
+        tensors = (q, k, *scales, inputs["weights"], inputs["starts"], inputs["ends"], logits)
         grid = (-(-queries // config["block_q"]), config["splits"], 1)
         if config.backend == "tilelang":
             return (Launch("indexer", grid, (*tensors, config["splits"])),)
         return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0), *width)),)
+
+
+def _operand_bytes(spec: IndexerSpec) -> int:
+    return 1 if spec.scores == "fp8" else 2
 
 
 def _gluon_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

@@ -1,4 +1,4 @@
-"""Lightning indexer, prefill: FP8 logits of every query against the tokens of its window.
+"""Lightning indexer, prefill: logits of every query against the tokens of its window, in FP8 or of unquantised operands.
 
 ``weighted_relu``: ``I[t,s] = Σ_j w[t,j] · ReLU(q[t,j] · k[s])``; ``relu_bias``: ``I[t,s] = Σ_j ReLU(q[t,j] · k[s] + w[t,j])``
 with ``k[s]`` dequantised by its token's scale (DeepSeek-V3.2-Exp report, equation 1). ReLU keeps NaN: a broken key, scale or
@@ -19,9 +19,9 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import SCORES, Model
+from ...problem.presets import PRECISIONS, SCORES, Model
 from ...problem.values import Sizes, Spec
-from ..logits import LOGITS, empty_logits
+from ..logits import LOGITS, empty_logits, exact
 
 _MOST_TOKENS = 1 << 30  # also what a selection takes; a tile behind the last token stays below 2^31
 _EDGES = (-(1 << 31), -1, 0, 5, 77, 128, (1 << 31) - 1)  # of windows that a caller may pass, sensible or not
@@ -39,6 +39,8 @@ class IndexerSpec(Spec):
     """Whether columns outside a query's window are written as -inf (otherwise they are left as they are)."""
     compressed: bool = False
     """Whether column 0 of a row is the first token of its query's window (otherwise it is token 0)."""
+    scores: str = "fp8"
+    """Whether queries and keys are e4m3, the keys with scales, or bf16 without any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +48,7 @@ class IndexerSpec(Spec):
         self.require_in("head_dim", (32, 64, 128))
         self.require_in("score", SCORES)
         self.require_in("logits", LOGITS)
+        self.require_in("scores", PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     """See the module's first lines."""
 
     name = "indexer"
-    summary = "FP8 lightning indexer: logits of every query against the tokens of its window [start, end)."
+    summary = "Lightning indexer: logits of every query against the tokens of its window [start, end)."
     function = "indexer_logits"
     schema = (
-        "(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, "
-        "str score='weighted_relu', str logits='fp32', bool clean=False, SymInt? max_window=None) -> Tensor"
+        "(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor starts, Tensor ends, "
+        "str score='weighted_relu', str logits='fp32', bool clean=False, SymInt? max_window=None, str scores='fp8') -> Tensor"
     )
     spec_type = IndexerSpec
     sizes_type = IndexerSizes
@@ -75,14 +78,15 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         return (IndexerSpec(model.index_heads, model.index_head_dim, model.score),)
 
     def bind(self, *args: Any) -> tuple[IndexerSpec, IndexerSizes, Inputs]:
-        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window = args
+        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
-        q = checks.tensor("q", q, (None, None, None), checks.FP8)
+        checks.one_of("scores", scores, PRECISIONS)
+        q = checks.tensor("q", q, (None, None, None), checks.FP8 if scores == "fp8" else checks.floating(q))
         queries, heads, head_dim = q.shape
-        k = checks.tensor("k", k, (None, head_dim), checks.FP8, like=q)
+        k = checks.tensor("k", k, (None, head_dim), q.dtype, like=q)
         tokens = k.shape[0]
-        k_scale = checks.tensor("k_scale", k_scale, (tokens,), torch.float32, like=q)
+        k_scale = _scales(k_scale, scores, tokens, q)
         weights = checks.tensor("weights", weights, (queries, heads), torch.float32, like=q)
         starts = checks.tensor("starts", starts, (queries,), torch.int32, like=q)
         ends = checks.tensor("ends", ends, (queries,), torch.int32, like=q)
@@ -94,18 +98,20 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
             if not 0 <= max_window <= _MOST_TOKENS:
                 raise InputError("max_window", max_window, f"None, or 0 to {_MOST_TOKENS}")
             inputs["max_window"] = max_window
-        return IndexerSpec(heads, head_dim, score, logits, clean, compressed), IndexerSizes(queries, tokens), inputs
+        spec = IndexerSpec(heads, head_dim, score, logits, clean, compressed, scores)
+        return spec, IndexerSizes(queries, tokens), inputs
 
     def inputs(self, spec: IndexerSpec, case: Case[IndexerSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.context
         key = draw.normal(tokens, spec.head_dim)
-        k_scale = key.abs().amax(-1).clamp(min=1e-4) / 448
+        quantised = spec.scores == "fp8"
+        k_scale = key.abs().amax(-1).clamp(min=1e-4) / 448 if quantised else None
         starts, ends = _windows(case, draw)
         # Some windows of the cases that are not causal are longer.
         longest = {"max_window": tokens if case.distribution == "causal" else tokens * 2 // 3} if spec.compressed else {}
         return {
-            "q": draw.normal(queries, spec.heads, spec.head_dim, dtype=checks.FP8),
-            "k": (key / k_scale[:, None]).to(checks.FP8),
+            "q": draw.normal(queries, spec.heads, spec.head_dim, dtype=checks.FP8 if quantised else torch.bfloat16),
+            "k": key.bfloat16() if k_scale is None else (key / k_scale[:, None]).to(checks.FP8),
             "k_scale": k_scale,
             "weights": draw.normal(queries, spec.heads, scale=(spec.heads * spec.head_dim) ** -0.5),
             "starts": starts,
@@ -114,9 +120,10 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         }
 
     def reference(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
-        q, weights = inputs["q"].float(), inputs["weights"]
-        key = inputs["k"].float() * inputs["k_scale"][:, None]
-        logits = torch.zeros(len(q), len(key), dtype=torch.float32, device=q.device)
+        q, key, weights = exact(inputs["q"]), exact(inputs["k"]), inputs["weights"]
+        if spec.scores == "fp8":
+            key = key * inputs["k_scale"][:, None]
+        logits = torch.zeros(len(q), len(key), dtype=q.dtype, device=q.device)
         for head in range(spec.heads):  # head by head: all at once would take heads × queries × tokens floats
             dots = q[:, head] @ key.T
             if spec.score == "weighted_relu":
@@ -141,8 +148,11 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     def cost(self, spec: IndexerSpec, case: Case[IndexerSizes]) -> Cost:
         queries, context = case.sizes.queries, case.sizes.context
         pairs = queries * context - queries * (queries - 1) // 2
-        operands = (queries * spec.heads + context) * spec.head_dim + 4 * queries * spec.heads + 4 * context
-        return Cost(2 * pairs * spec.heads * spec.head_dim, operands + LOGITS[spec.logits].itemsize * pairs, "fp8")
+        width = 1 if spec.scores == "fp8" else 2
+        operands = (queries * spec.heads + context) * spec.head_dim * width + 4 * queries * spec.heads
+        operands += 4 * context if spec.scores == "fp8" else 0
+        moved = operands + LOGITS[spec.logits].itemsize * pairs
+        return Cost(2 * pairs * spec.heads * spec.head_dim, moved, spec.scores)
 
     def cases(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
         sizes = ((1, 1), (5, 77), (13, 300), (3, 0), (0, 40))
@@ -155,6 +165,7 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     def options(self, spec: IndexerSpec) -> Sequence[IndexerSpec]:
         changes: tuple[dict[str, Any], ...] = ({}, {"clean": True}, {"logits": "bf16"}, {"score": "relu_bias", "clean": True})
         changes += ({"compressed": True}, {"compressed": True, "clean": True, "logits": "bf16"})
+        changes += ({"scores": "bf16"}, {"scores": "bf16", "score": "relu_bias", "compressed": True})
         return tuple(replace(spec, **change) for change in changes)
 
     def workloads(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
@@ -180,6 +191,15 @@ def inside(inputs: Inputs) -> Tensor:
 def columns_of(inputs: Inputs) -> int:
     """Columns of the logits: the tokens, or as many as the caller has for the longest window."""
     return inputs.get("max_window", inputs["k"].shape[0])
+
+
+def _scales(k_scale: object, scores: str, tokens: int, q: Tensor) -> Tensor | None:
+    """The keys' scales, fp32 [tokens]; none where the keys are not quantised."""
+    if scores == "fp8":
+        return checks.tensor("k_scale", k_scale, (tokens,), torch.float32, like=q)
+    if k_scale is not None:
+        raise InputError("k_scale", type(k_scale).__name__, f"None with scores={scores!r}: nothing is quantised")
+    return None
 
 
 def _windows(case: Case[IndexerSizes], draw: Draw) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,8 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
 
     def constraints(self, spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         if config.backend == "gluon":
+            if spec.scores != "fp8":
+                yield Violation("scores", 1.0, f"scores: {spec.scores} is served by the Triton template alone")
             yield from _gluon_constraints(spec, config, gpu)
             return
         group_heads = config["block_q"] * spec.heads
@@ -59,7 +61,8 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         # Accumulator, and the weights of all groups: a thread holds those of a quarter of a group's columns.
         registers = config["block_n"] * group_heads / threads + groups * group_heads / 4
         yield from exceeds("registers", registers, 160)
-        smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * config["block_n"]
+        width = 1 if spec.scores == "fp8" else 2
+        smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim * width + 8 * config["block_n"]
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:

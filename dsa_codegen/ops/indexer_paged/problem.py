@@ -1,4 +1,4 @@
-"""Lightning indexer, decode: FP8 logits of each sequence's newest queries against its paged key cache.
+"""Lightning indexer, decode: logits of each sequence's newest queries against its paged key cache, FP8 or unquantised.
 
 The scores are those of the prefill indexer (``weighted_relu``, ``relu_bias``); query ``i`` of sequence ``b`` sees the tokens
 ``0 … lengths[b, i] - 1``, which lie in the cache blocks that row ``b`` of the page table names.
@@ -19,11 +19,11 @@ from ...problem import checks, compare
 from ...problem.caches import IndexKLayout, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.paged import check_cache
-from ...problem.presets import SCORES, Model
+from ...problem.paged import check_cache, check_plain_cache
+from ...problem.presets import PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
-from ..logits import LOGITS, empty_logits
+from ..logits import LOGITS, empty_logits, exact
 
 _LONGEST = 1 << 30  # tokens of a context: kernels look some stages ahead in 32 bits
 
@@ -41,6 +41,8 @@ class IndexerPagedSpec(Spec):
     logits: str = "fp32"
     clean: bool = False
     """Whether columns at or beyond a query's length are written as -inf (otherwise they are left as they are)."""
+    scores: str = "fp8"
+    """Whether queries and keys are e4m3, the keys with scales, or bf16 without any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +52,7 @@ class IndexerPagedSpec(Spec):
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
         self.require_in("logits", LOGITS)
+        self.require_in("scores", PRECISIONS)
 
     @property
     def layout(self) -> IndexKLayout:
@@ -71,11 +74,11 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     """See the module's first lines."""
 
     name = "indexer_paged"
-    summary = "FP8 lightning indexer over a paged key cache: logits of the newest queries of each sequence."
+    summary = "Lightning indexer over a paged key cache: logits of the newest queries of each sequence."
     function = "indexer_logits_paged"
     schema = (
         "(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor page_table, SymInt max_context, "
-        "str score='weighted_relu', str logits='fp32', bool clean=False) -> Tensor"
+        "str score='weighted_relu', str logits='fp32', bool clean=False, str scores='fp8') -> Tensor"
     )
     spec_type = IndexerPagedSpec
     sizes_type = IndexerPagedSizes
@@ -86,19 +89,21 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         return (plain, replace(plain, next_n=2))
 
     def bind(self, *args: Any) -> tuple[IndexerPagedSpec, IndexerPagedSizes, Inputs]:
-        q, cache, weights, lengths, page_table, max_context, score, logits, clean = args
+        q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
-        q = checks.tensor("q", q, (None, None, None, None), checks.FP8)
+        checks.one_of("scores", scores, PRECISIONS)
+        quantised = scores == "fp8"
+        q = checks.tensor("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
         batch, next_n, heads, head_dim = q.shape
-        page = check_cache("cache", cache, head_dim + 4, like=q)
+        page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
         weights = checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
         lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         page_table = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
         if not 0 <= max_context <= _LONGEST:
             raise InputError("max_context", max_context, f"0 to {_LONGEST}")
         inputs = {"q": q, "cache": cache, "weights": weights, "lengths": lengths, "page_table": page_table}
-        spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean)
+        spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean, scores)
         return spec, IndexerPagedSizes(batch, max_context), {**inputs, "max_context": max_context}
 
     def inputs(self, spec: IndexerPagedSpec, case: Case[IndexerPagedSizes], draw: Draw) -> Inputs:
@@ -112,8 +117,9 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
             lengths = lengths.clamp(min=0).int()
             absent = draw.uniform(batch, max_pages) < 0.1
             page_table = page_table.masked_fill(absent, -1).masked_fill(draw.uniform(batch, max_pages) < 0.05, blocks)
+        dtype = checks.FP8 if spec.scores == "fp8" else torch.bfloat16
         return {
-            "q": draw.normal(batch, spec.next_n, spec.heads, spec.head_dim, dtype=checks.FP8),
+            "q": draw.normal(batch, spec.next_n, spec.heads, spec.head_dim, dtype=dtype),
             "cache": _cache(spec, blocks, draw),
             "weights": draw.normal(batch * spec.next_n, spec.heads, scale=(spec.heads * spec.head_dim) ** -0.5),
             "lengths": lengths,
@@ -128,7 +134,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         for row in range(len(q)):
             key, present = _keys(spec, inputs["cache"], page_table[row], context)
             for query in range(spec.next_n):
-                dots = q[row, query].float() @ key.T
+                dots = exact(q[row, query]) @ key.T
                 weight = weights[row, query, :, None]
                 score = (dots.relu() * weight if spec.score == "weighted_relu" else (dots + weight).relu()).sum(0)
                 logits[row, query, : len(key)] = score.masked_fill(~present, -math.inf)
@@ -148,8 +154,9 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         batch, tokens = case.sizes.batch, case.sizes.batch * case.sizes.context
         pairs = tokens * spec.next_n
         queries = batch * spec.next_n * spec.heads * (spec.head_dim + 4)
-        moved = tokens * (spec.head_dim + 4) + queries + LOGITS[spec.logits].itemsize * pairs
-        return Cost(2 * pairs * spec.heads * spec.head_dim, moved, "fp8")
+        stored = spec.head_dim + 4 if spec.scores == "fp8" else 2 * spec.head_dim
+        moved = tokens * stored + queries + LOGITS[spec.logits].itemsize * pairs
+        return Cost(2 * pairs * spec.heads * spec.head_dim, moved, spec.scores)
 
     def cases(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
         sizes = ((5, 300), (1, 129), (7, 5), (3, 0), (0, 40))
@@ -168,6 +175,8 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
             {"next_n": 6, "score": "relu_bias", "clean": True},
             {"next_n": 4, "page": 32},
             {"page": 128, "clean": True},
+            {"scores": "bf16", "next_n": 2},
+            {"scores": "bf16", "score": "relu_bias", "page": 128, "clean": True},
         )
         return tuple(replace(spec, **change) for change in changes)
 
@@ -183,7 +192,9 @@ def inside(inputs: Inputs) -> Tensor:
 
 
 def _cache(spec: IndexerPagedSpec, blocks: int, draw: Draw) -> Tensor:
-    """Quantised normal keys, a part of the blocks at a time: all in fp32 would take four times the cache."""
+    """Normal keys; quantised ones a part of the blocks at a time: all in fp32 would take four times the cache."""
+    if spec.scores != "fp8":
+        return draw.normal(blocks, spec.page, 1, spec.head_dim, dtype=torch.bfloat16)
     cache = spec.layout.empty(blocks, draw.device)
     if draw.device == "meta":
         return cache
@@ -196,10 +207,13 @@ def _cache(spec: IndexerPagedSpec, blocks: int, draw: Draw) -> Tensor:
 
 
 def _keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """fp32 keys [n, head_dim] of one row's pages, and whether each lies in the cache [n]."""
+    """fp32 (fp64 where they came so) keys [n, head_dim] of one row's pages, and whether each lies in the cache [n]."""
     place = torch.arange(spec.page, device=pages.device)
     present = valid_slots(pages, len(cache)).repeat_interleave(spec.page)[:context]
     slots = (pages.long()[:, None] * spec.page + place).flatten()[:context]
     if not len(cache):
         return torch.zeros(len(slots), spec.head_dim, dtype=torch.float32, device=pages.device), present
+    if spec.scores != "fp8":
+        blocks = cache[torch.where(valid_slots(pages, len(cache)), pages, 0).long(), :, 0]
+        return exact(blocks).flatten(0, 1)[:context], present
     return spec.layout.dequantize(cache, slots.masked_fill(~present, 0)), present
