@@ -23,13 +23,13 @@ class Need:
 
 
 def specs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> list[tuple[Op, Spec]]:
-    """The operations of a model that ``gpu`` can run (or the named ones) with each of their specs.
+    """The operations that serve a model on ``gpu`` (or the named ones, of training too) with each of their specs.
 
     Raises:
         UnknownName: a name is no operation.
         NoConfig: ``gpu`` is too old for an operation that was named.
     """
-    chosen = [ops.get(name) for name in names] or list(ops.all_ops().values())
+    chosen = [ops.get(name) for name in names] or [op for op in ops.all_ops().values() if not op.training]
     able = [op for op in chosen if gpu is None or gpu.capability >= op.min_capability]
     for op in chosen if names else ():
         if op not in able:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class Limit:
 LOGITS = Limit(similarity=5e-6)  # in fp32 and bf16: rounding to bf16 costs 1.4e-6 of it
 ATTENTION = Limit(similarity=5e-6, absolute=1e-3, relative=2 / 128)
 # Near 0, lse is the difference of a peak and a logarithm: each is rounded to 1e-6 where it lies between 8 and 16.
+# Rounded to bf16 on their way are the probabilities, the scores' gradients and the sums: 1.4e-6 of similarity each. A single
+# element may be off by a share of the whole, as it is the sum of shares that may cancel.
+GRADIENT = Limit(similarity=1e-5, relative=2 / 128)
+GRADIENT_SHARE = 0.05  # of the root mean square of its tensor
 LSE = Limit(similarity=5e-6, absolute=4e-6, relative=8 / 65536)
 
 
@@ -50,6 +54,13 @@ def close(name: str, output: Tensor, reference: Tensor, limit: Limit) -> Accurac
     passed = gap < limit.similarity and outside == 0
     detail = "" if passed else f"{name}: similarity {gap:.2e} (< {limit.similarity:.0e}), {outside} values outside tolerance"
     return Accuracy(passed, worst, gap, detail)
+
+
+def gradient(name: str, output: Tensor, reference: Tensor) -> Accuracy:
+    """Compare gradients: as a whole, and each element within a share of the root mean square of all."""
+    finite = reference[reference.isfinite()].double()
+    size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
+    return close(name, output, reference, replace(GRADIENT, absolute=GRADIENT_SHARE * size))
 
 
 def equal(name: str, output: Tensor, reference: Tensor) -> Accuracy:

@@ -142,6 +142,8 @@ class Problem(ABC, Generic[S, Z]):
     """Outputs that a caller may bring: the operator ``<function>_into`` takes them behind the others, and returns nothing."""
     spec_type: ClassVar[type[Spec]]
     sizes_type: ClassVar[type[Sizes]]
+    training: ClassVar[bool] = False
+    """Whether only training calls it: then it is no part of what serving a model needs, and is run where it is named."""
     minor: ClassVar[frozenset[str]] = frozenset()
     """Fields of the spec that leave the best config nearly as it is: where no record has their values, another's serves."""
 
@@ -188,6 +190,10 @@ class Problem(ABC, Generic[S, Z]):
     @abstractmethod
     def workloads(self, spec: S) -> Sequence[Case[Z]]:
         """The cases that are tuned and timed, at least one per bucket that people serve."""
+
+    def repeatable(self, spec: S) -> bool:
+        """Whether the same inputs give the same bits in every run, which verification then holds it to."""
+        return True
 
     def options(self, spec: S) -> Sequence[S]:
         """The spec and its neighbours in the options a caller may set; verification covers them all."""

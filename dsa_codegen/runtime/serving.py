@@ -57,7 +57,7 @@ class Limits:
 def calls(model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
     """One call for each variant: every operation, spec and bucket of sizes that the limits allow."""
     highest = limits.highest()
-    for op in ops.all_ops().values():
+    for op in (op for op in ops.all_ops().values() if not op.training):
         for spec in dict.fromkeys(each for plain in op.specs(model) for each in _alternatives(plain, limits)):
             largest = highest[_stage(op, spec)]
             if 0 not in largest.values():

@@ -1,0 +1,161 @@
+"""Kernels of the backward of sparse MLA (Triton): scores, the queries' gradient, the tokens' gradient, one after the other.
+
+One kernel for all five products would hold heads x channels of dq and tokens x channels of dkv at once, 147 KB each of a block's
+256 KB of registers. Instead the probabilities and the scores' gradients of a chunk of queries go through memory, in BF16 as the
+products read them: 8 GB of 4096 queries, 128 heads and k 2048, beside 19 GB that are added to the tokens. What that buys: all heads
+of a query share one gather and one sum per token, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...gpu import Gpu
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Scalar, next_power_of_two
+from ..attention.problem import D_V
+from .lists import chunk_queries
+from .problem import AttentionBackwardSizes, AttentionBackwardSpec
+
+_WEIGHT_BYTES = 1 << 29
+"""Of probabilities and gradients of scores that are in memory at a time: 512 queries of 128 heads and 2048 tokens."""
+_FLAT = 2048
+_ROWS = 8
+_FEW_HEADS = 32  # so few are the columns of a product, whose rows are channels; tensor cores of Hopper want 64 rows
+_STEPS = ("score", "dq", "dkv")
+
+_MANY = Config.of(
+    "triton",
+    **{"score_n": 128, "score_d": 64, "score_stages": 4, "score_warps": 8},
+    **{"dq_n": 64, "dq_d": 256, "dq_stages": 3, "dq_warps": 8},
+    **{"dkv_n": 64, "dkv_d": 128, "dkv_stages": 3, "dkv_warps": 8},
+)
+_SMALL = Config.of(
+    "triton",
+    **{"score_n": 64, "score_d": 64, "score_stages": 2, "score_warps": 4},
+    **{"dq_n": 32, "dq_d": 128, "dq_stages": 2, "dq_warps": 8},
+    **{"dkv_n": 64, "dkv_d": 64, "dkv_stages": 2, "dkv_warps": 4},
+)
+
+
+class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardSizes]):
+    """See the module's first lines."""
+
+    backends = ("triton",)
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        of = {"score": "of the scores", "dq": "of the queries' gradient", "dkv": "of the tokens' gradient"}
+        found = []
+        for step in _STEPS:
+            channels = (32, 64, 128) if step == "score" else (64, 128, 256)
+            found += [
+                Parameter(f"{step}_n", (32, 64, 128), f"tokens per step {of[step]}"),
+                Parameter(f"{step}_d", channels, f"channels per {'step' if step == 'score' else 'program'} {of[step]}"),
+                Parameter(f"{step}_stages", (2, 3, 4), f"stages of the loop {of[step]}"),
+                Parameter(f"{step}_warps", (4, 8), f"warps per program {of[step]}"),
+            ]
+        return tuple(found)
+
+    def constraints(self, spec: AttentionBackwardSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        padded = _padded(spec)
+        sums = {"score": 2 * config["score_n"] * padded, "dq": config["dq_d"] * padded}
+        sums["dkv"] = config["dkv_n"] * config["dkv_d"]
+        for step in _STEPS:
+            yield from exceeds(f"{step} accumulator registers", sums[step] / (32 * config[f"{step}_warps"]), 128)
+        for step, need in _smem(spec, config).items():
+            yield from exceeds(f"{step} smem", need, gpu.smem_per_block, " B")
+
+    def guesses(self, spec: AttentionBackwardSpec, sizes: AttentionBackwardSizes, gpu: Gpu) -> Iterable[Config]:
+        few = _MANY.replace(score_warps=4, dq_warps=4, dkv_warps=4)
+        first = (few, few.replace(score_stages=2, dq_d=128)) if spec.heads <= _FEW_HEADS else (_MANY,)
+        return (*first, _MANY.replace(score_stages=3, dq_stages=2, dkv_stages=2), _SMALL, _SMALL.replace(score_d=32, dq_d=64))
+
+    def derived(self, spec: AttentionBackwardSpec, config: Config) -> dict[str, Scalar]:
+        return {
+            "d_v": D_V,
+            "d_tail": spec.d_qk - D_V,
+            "padded": _padded(spec),
+            "few_heads": _padded(spec) <= _FEW_HEADS,
+            "score_tiles": -(-spec.topk // int(config["score_n"])),
+            "dq_blocks": _blocks(spec, config["dq_d"]),
+            "dq_masked": spec.d_qk % int(config["dq_d"]) != 0,
+            "dkv_blocks": _blocks(spec, config["dkv_d"]),
+            "dkv_masked": spec.d_qk % int(config["dkv_d"]) != 0,
+            "flat": _FLAT,
+            "rows": _ROWS,
+        }
+
+    def launches(
+        self, spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
+    ) -> Sequence[Launch]:
+        if not inputs["q"].numel() or not inputs["kv"].numel():
+            for output in outputs.values():
+                output.zero_()
+            return ()
+        return tuple(_launches(spec, config, inputs, outputs))
+
+
+def _launches(spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Iterator[Launch]:
+    q, kv, do, lse = (inputs[name] for name in ("q", "kv", "do", "lse"))
+    queries, tokens = len(q), len(kv)
+    total, delta, sums = torch.empty_like(lse), torch.empty_like(lse), _empty(kv, torch.float32, *kv.shape)
+    extra = [inputs["dlse"]] if spec.lse_gradient else []
+    extra += [inputs["sink"], torch.empty_like(lse)] if spec.sink else []
+    yield Launch("prepare", (queries, 1, 1), (inputs["out"], do, lse, *extra, total, delta))
+    if spec.sink:
+        yield Launch("sink_gradient", (-(-spec.heads // 16), 1, 1), (extra[-1], outputs["dsink"], queries))
+    flat = (-(-sums.numel() // _FLAT), 1, 1)
+    yield Launch("clear", flat, (sums, sums.numel()))
+
+    chunk, padded = _chunk(spec, queries), _padded(spec)
+    weight, slope = (_empty(q, torch.bfloat16, chunk, spec.topk, padded) for _ in range(2))
+    rows = _empty(q, torch.float32, chunk, spec.topk, spec.d_qk) if spec.deterministic else sums
+    lists = [inputs["indices"], *([inputs["lengths"]] if spec.lengths else [])]
+    for first in range(0, queries, chunk):
+        n = min(chunk, queries - first)
+        of_scores = (q, kv, *lists, do, total, delta, weight, slope, first, tokens, inputs["sm_scale"])
+        yield Launch("scores", (n * -(-spec.topk // int(config["score_n"])), 1, 1), of_scores)
+        of_queries = (kv, *lists, slope, outputs["dq"], first, tokens)
+        yield Launch("query_gradient", (n * _blocks(spec, config["dq_d"]), 1, 1), of_queries)
+        grid = (n * _blocks(spec, config["dkv_d"]), 1, 1)
+        if spec.deterministic:
+            yield Launch("token_gradient", grid, (q, do, *lists[1:], weight, slope, rows, first))
+            number = first // chunk
+            places = (number * chunk * spec.topk, number * (tokens + 1))
+            yield Launch("gather", (tokens, 1, 1), (rows, inputs["order"], inputs["offsets"], sums, *places))
+        else:
+            yield Launch("token_gradient", grid, (q, do, *lists, weight, slope, sums, first, tokens))
+    yield Launch("settle", flat, (sums, outputs["dkv"], sums.numel()))
+
+
+def _empty(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=like.device)
+
+
+def _chunk(spec: AttentionBackwardSpec, queries: int) -> int:
+    """Queries whose probabilities are in memory at a time."""
+    if spec.deterministic:
+        return chunk_queries(queries, spec.topk, spec.d_qk)
+    return max(1, min(queries, _WEIGHT_BYTES // (4 * spec.topk * _padded(spec))))
+
+
+def _padded(spec: AttentionBackwardSpec) -> int:
+    """Heads, padded to what a matrix product takes."""
+    return max(16, next_power_of_two(spec.heads))
+
+
+def _blocks(spec: AttentionBackwardSpec, channels: int) -> int:
+    return -(-spec.d_qk // int(channels))
+
+
+def _smem(spec: AttentionBackwardSpec, config: Config) -> dict[str, int]:
+    """Bytes of shared memory of each step: the tiles of its loop in flight, and what it rounds or adds through."""
+    padded = _padded(spec)
+    score = 2 * config["score_d"] * (config["score_n"] + 2 * padded) * config["score_stages"]
+    dq = 2 * config["dq_n"] * (config["dq_d"] + padded) * config["dq_stages"]
+    own = 4 * padded * config["dkv_d"]  # of q and do
+    dkv = own + 4 * config["dkv_n"] * padded * config["dkv_stages"] + 4 * config["dkv_n"] * config["dkv_d"]
+    return {"score": int(score), "dq": int(dq), "dkv": int(dkv) + 1024}
