@@ -6,7 +6,7 @@
 The operations are functions (``indexer_logits``, ``select``, ``sparse_attention``, …); ``Layer`` chains them.
 """
 
-from . import ops
+from . import ops, train
 from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
@@ -55,6 +55,7 @@ __all__ = [
     "stats",
     "store_index_k",
     "store_kv",
+    "train",
     "warmup",
 ]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/usage.md", "docs/engines.md"]
+PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md"]
 COMMAND_PAGES = [*PAGES, "docs/benchmark.md", "docs/performance.md"]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -142,7 +143,7 @@ def test_inverse_lists_hold_every_entry_once_in_order(monkeypatch):
     indices = torch.tensor([[[3, 1, -1, 1]], [[7, 0, 3, 1]], [[2, 2, 9, 0]]], dtype=torch.int32)
     order, offsets = lists.inverse_lists(indices, 4, 576, torch.tensor([4, 3, 4], dtype=torch.int32))
     found = [
-        [part[begin:end].tolist() for begin, end in zip(edges, edges[1:], strict=False)]
+        [part[begin:end].tolist() for begin, end in itertools.pairwise(edges)]
         for part, edges in zip(order, offsets.tolist(), strict=True)
     ]
     assert found == [[[5], [1, 3], [], [0, 6]], [[3], [], [0, 1], []]]

@@ -1,9 +1,9 @@
 """Kernels of the backward of sparse MLA (Triton): scores, the queries' gradient, the tokens' gradient, one after the other.
 
-One kernel for all five products would hold heads x channels of dq and tokens x channels of dkv at once, 147 KB each of a block's
-256 KB of registers. Instead the probabilities and the scores' gradients of a chunk of queries go through memory, in BF16 as the
-products read them: 8 GB of 4096 queries, 128 heads and k 2048, beside 19 GB that are added to the tokens. What that buys: all heads
-of a query share one gather and one sum per token, whatever their number.
+One kernel for all five products would hold heads x channels of dq and tokens x channels of dkv at once, 147 KB each of a
+block's 256 KB of registers. Instead the probabilities and the scores' gradients of a chunk of queries go through memory, in
+BF16 as the products read them: 8 GB of 4096 queries, 128 heads and k 2048, beside 19 GB that are added to the tokens. What
+that buys: all heads of a query share one gather and one sum per token, whatever their number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
 from ..attention.problem import D_V
-from .lists import chunk_queries
 from .problem import AttentionBackwardSizes, AttentionBackwardSpec
 
 _WEIGHT_BYTES = 1 << 29
@@ -101,16 +100,16 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
 def _launches(spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Iterator[Launch]:
     q, kv, do, lse = (inputs[name] for name in ("q", "kv", "do", "lse"))
     queries, tokens = len(q), len(kv)
-    total, delta, sums = torch.empty_like(lse), torch.empty_like(lse), _empty(kv, torch.float32, *kv.shape)
+    total, delta, sums = (_empty(kv, torch.float32, *shape) for shape in (lse.shape, lse.shape, kv.shape))
     extra = [inputs["dlse"]] if spec.lse_gradient else []
-    extra += [inputs["sink"], torch.empty_like(lse)] if spec.sink else []
+    extra += [inputs["sink"], _empty(kv, torch.float32, *lse.shape)] if spec.sink else []
     yield Launch("prepare", (queries, 1, 1), (inputs["out"], do, lse, *extra, total, delta))
     if spec.sink:
         yield Launch("sink_gradient", (-(-spec.heads // 16), 1, 1), (extra[-1], outputs["dsink"], queries))
     flat = (-(-sums.numel() // _FLAT), 1, 1)
     yield Launch("clear", flat, (sums, sums.numel()))
 
-    chunk, padded = _chunk(spec, queries), _padded(spec)
+    chunk, padded = _chunk(spec, inputs), _padded(spec)
     weight, slope = (_empty(q, torch.bfloat16, chunk, spec.topk, padded) for _ in range(2))
     rows = _empty(q, torch.float32, chunk, spec.topk, spec.d_qk) if spec.deterministic else sums
     lists = [inputs["indices"], *([inputs["lengths"]] if spec.lengths else [])]
@@ -135,11 +134,11 @@ def _empty(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=like.device)
 
 
-def _chunk(spec: AttentionBackwardSpec, queries: int) -> int:
-    """Queries whose probabilities are in memory at a time."""
+def _chunk(spec: AttentionBackwardSpec, inputs: Inputs) -> int:
+    """Queries whose probabilities are in memory at a time: with lists, as many as these are made for."""
     if spec.deterministic:
-        return chunk_queries(queries, spec.topk, spec.d_qk)
-    return max(1, min(queries, _WEIGHT_BYTES // (4 * spec.topk * _padded(spec))))
+        return int(inputs["order"].shape[1]) // spec.topk
+    return max(1, min(len(inputs["q"]), _WEIGHT_BYTES // (4 * spec.topk * _padded(spec))))
 
 
 def _padded(spec: AttentionBackwardSpec) -> int:

@@ -1,7 +1,7 @@
 """Inverse lists: for each token the entries of the queries' lists that name it, so that their order can be fixed.
 
-Atomics add the queries' shares of a token's gradient in whatever order they arrive. The deterministic backward writes the shares
-of a chunk of queries down, and adds them up token by token in the order of these lists.
+Atomics add the queries' shares of a token's gradient in whatever order they arrive. The deterministic backward writes the
+shares of a chunk of queries down, and adds them up token by token in the order of these lists.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ...problem.values import Spec
 from ..attention import OP as FORWARD
 from ..attention.problem import D_V, AttentionSizes, AttentionSpec
 from . import formulas
-from .lists import chunk_queries, inverse_lists
+from .lists import inverse_lists
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
         if (order is None) != (offsets is None):
             raise InputError("offsets", "one of order and offsets alone", "both, from inverse_lists, or none")
         if order is not None:
-            _check_lists(order, offsets, q, topk, len(kv))
+            _check_lists(order, offsets, q, topk, kv.shape[0])
         spec = AttentionBackwardSpec(
             heads, d_qk, topk, lengths is not None, sink is not None, dlse is not None, order is not None
         )
@@ -111,9 +111,9 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
 
     def reference(self, spec: AttentionBackwardSpec, inputs: Inputs) -> Outputs:
         names = ("q", "kv", "out", "lse", "do", "dlse", "sink")
-        wide = {name: None if inputs[name] is None else inputs[name].float() for name in names}
-        rest = {name: inputs[name] for name in ("indices", "sm_scale", "lengths")}
-        found = formulas.gradients(**wide, **rest)._asdict()
+        given: dict[str, Any] = {name: inputs[name] for name in ("indices", "sm_scale", "lengths")}
+        given |= {name: None if inputs[name] is None else inputs[name].float() for name in names}
+        found = formulas.gradients(**given)._asdict()
         return {name: value for name, value in found.items() if value is not None}
 
     def allocate(self, spec: AttentionBackwardSpec, inputs: Inputs) -> Outputs:
@@ -151,10 +151,11 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
 
 
 def _check_lists(order: Tensor, offsets: Tensor, q: Tensor, topk: int, tokens: int) -> None:
-    """Raise InputError unless they have the shapes that ``inverse_lists`` makes for these queries."""
-    rows = chunk_queries(q.shape[0], topk, q.shape[2])
-    chunks = -(-q.shape[0] // rows)
-    checks.tensor("order", order, (chunks, rows * topk), torch.int32, like=q)
+    """Raise InputError unless they can be ``inverse_lists`` of these queries, some of them in each chunk."""
+    checks.tensor("order", order, (None, None), torch.int32, like=q)
+    chunks, entries = order.shape
+    if entries % topk or chunks * entries < q.shape[0] * topk:
+        raise InputError("order", f"shape {list(order.shape)}", f"chunks of whole lists of {topk}, {q.shape[0]} lists in all")
     checks.tensor("offsets", offsets, (chunks, tokens + 1), torch.int32, like=q)
 
 
