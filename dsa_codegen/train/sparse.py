@@ -30,8 +30,8 @@ def sparse_attention(
     runs again, with the same bits.
 
     Args:
-        q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512.
-        kv: bf16 [tokens, 1, d]; the first 512 channels are the value.
+        q: bf16 [queries, heads, d] (fp32 and fp64 on the CPU too); heads 1 to 128, d 576 (512 + 64 rotary) or 512.
+        kv: [tokens, 1, d] of the same dtype; the first 512 channels are the value.
         indices: int32 or int64 [queries, 1, topk], invalid ones (-1, or >= tokens) anywhere; no token twice in a list.
         sm_scale: factor of the scores.
         lengths: int32 [queries]; only so many entries of a row count.
@@ -40,7 +40,7 @@ def sparse_attention(
             atomics. None follows ``torch.use_deterministic_algorithms``. What it costs stands in docs/training.md.
 
     Returns:
-        out bf16 [queries, heads, 512] and lse fp32 [queries, heads], as in the forward.
+        out [queries, heads, 512] and lse fp32 [queries, heads], as in the forward.
 
     Raises:
         InputError: names the argument, what came and what is allowed.

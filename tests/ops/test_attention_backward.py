@@ -173,7 +173,7 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("q", torch.zeros(3, 5, 576)),
+        ("q", torch.zeros(3, 5, 576, dtype=torch.float16)),
         ("kv", torch.zeros(60, 1, 512, dtype=torch.bfloat16)),
         ("out", torch.zeros(3, 5, 512)),
         ("do", torch.zeros(3, 5, 576, dtype=torch.bfloat16)),

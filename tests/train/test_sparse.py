@@ -122,6 +122,15 @@ def test_a_wrong_argument_is_named():
         dsa.train.sparse_attention(q, kv.float(), indices, SCALE, sink=sink)
 
 
+def test_fp32_on_a_cpu_has_fp32_gradients():
+    q, kv, indices, _ = leaves(sink=False)
+    wide = q.detach().float().requires_grad_(), kv.detach().float().requires_grad_()
+    ours = gradients_of(*wide, indices, None, dsa.train.sparse_attention)
+    theirs = gradients_of(*wide, indices, None, autograd_in_fp32)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [8, 64, 128])

@@ -21,6 +21,7 @@ from ...problem.presets import Model
 from ...problem.values import Spec
 from ..attention import OP as FORWARD
 from ..attention.problem import D_V, AttentionSizes, AttentionSpec
+from ..logits import exact
 from . import formulas
 from .lists import inverse_lists
 
@@ -79,7 +80,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
         q, kv, indices = inputs["q"], inputs["kv"], inputs["indices"]
         (queries, heads, d_qk), topk = q.shape, indices.shape[2]
         for name, value in (("out", out), ("do", do)):
-            checks.tensor(name, value, (queries, heads, D_V), torch.bfloat16, like=q)
+            checks.tensor(name, value, (queries, heads, D_V), q.dtype, like=q)
         checks.tensor("lse", lse, (queries, heads), torch.float32, like=q)
         if dlse is not None:
             checks.tensor("dlse", dlse, (queries, heads), torch.float32, like=q)
@@ -112,7 +113,8 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
     def reference(self, spec: AttentionBackwardSpec, inputs: Inputs) -> Outputs:
         names = ("q", "kv", "out", "lse", "do", "dlse", "sink")
         given: dict[str, Any] = {name: inputs[name] for name in ("indices", "sm_scale", "lengths")}
-        given |= {name: None if inputs[name] is None else inputs[name].float() for name in names}
+        dtype = exact(inputs["q"]).dtype
+        given |= {name: None if inputs[name] is None else inputs[name].to(dtype) for name in names}
         found = formulas.gradients(**given)._asdict()
         return {name: value for name, value in found.items() if value is not None}
 
