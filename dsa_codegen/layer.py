@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import choice, functions
+from .distributed.modes import Alone, DecodeStep, PrefillStep
 from .errors import InputError
 from .problem import checks
 from .problem.caches import kv_layout
@@ -34,15 +35,20 @@ class Layer:
         model: a ``Model``: ``preset("glm-5")``, ``load("my-model.yaml")``.
         logits_bytes: a step holds at most so many bytes of logits at once, or those of 4 queries (of 4 sequences in decode)
             where these take more; longer contexts are done in chunks.
+        parallel: how the ranks of a process group share the work: ``distributed.TensorParallel``, ``ContextParallel`` or
+            ``DataParallel``, which say whose rows the arguments and results then are. One rank does everything where absent.
     """
 
-    def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES) -> None:
+    def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES, *, parallel: Alone | None = None) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
         checks.check_kind("logits_bytes", logits_bytes, "int")
+        if parallel is not None and not isinstance(parallel, Alone):
+            raise InputError("parallel", repr(parallel), "a TensorParallel, ContextParallel or DataParallel, or None")
+        self.parallel = Alone() if parallel is None else parallel
         self.model = model
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
-        self._logits_bytes = logits_bytes
+        self._options: dict[str, Any] = {"score": model.score, "max_bytes": logits_bytes}
         self._kv_bytes = 0 if model.kv_layout == NO_CACHE else kv_layout(model.kv_layout, model.page).bytes_per_token
 
     def prefill(
@@ -78,13 +84,9 @@ class Layer:
         for name, value in (("starts", starts), ("ends", ends)):
             checks.tensor(name, value, (len(q),), torch.int32, like=q, inner_contiguous=True)
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
-        windows = starts.contiguous(), ends.contiguous()
-        keys, topk = (index_k, index_k_scale), self.model.topk
-        chosen = choice.index_select(
-            index_q, *keys, index_weights, *windows, topk, score=self.model.score, max_bytes=self._logits_bytes
-        )
-        out, lse = functions.sparse_attention(q, kv, chosen[:, None], self.sm_scale, sink=sink)
-        return Attended(out, lse, chosen)
+        scored = index_q, index_weights, index_k, index_k_scale, starts.contiguous(), ends.contiguous()
+        step = PrefillStep(q, kv, *scored, self.model.topk, self.sm_scale, sink, self._options)
+        return Attended(*self.parallel.prefill(step))
 
     def decode(
         self,
@@ -122,11 +124,9 @@ class Layer:
             raise InputError("kv_cache", f"{len(kv_cache)} blocks", f"{len(index_cache)}, as index_cache has")
         checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q)
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
-        paged = index_cache, flat_weights, lengths, page_table, max_context
-        flat_q, topk = flat_q.view(index_q.shape), self.model.topk
-        chosen = choice.index_select_paged(flat_q, *paged, topk, score=self.model.score, max_bytes=self._logits_bytes)
-        out, lse = functions.sparse_attention_paged(q, kv_cache, chosen, self.sm_scale, sink=sink)
-        return Attended(out, lse, chosen)
+        scored = flat_q.view(index_q.shape), flat_weights, index_cache, lengths, page_table, max_context
+        step = DecodeStep(q, kv_cache, *scored, self.model.topk, self.sm_scale, self.model.page, sink, self._options)
+        return Attended(*self.parallel.decode(step))
 
     def warmup(
         self,

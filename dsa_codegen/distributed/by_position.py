@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import choice, functions
 from ..problem import checks
-from .candidates import merge_choices
-from .gather import gathered, place
+from .candidates import merge_ascending, merge_choices
+from .gather import gathered_together, place
 from .outputs import merge_attention
 from .shard import Shard, localise
 
@@ -31,6 +31,7 @@ def index_select_by_position(
     score: str = "weighted_relu",
     logits: str = "fp32",
     max_bytes: int = choice.LOGITS_BYTES,
+    sms: int | None = None,
 ) -> Tensor:
     """``index_select_paged`` over a cache of which every rank of a group holds a part: one all-gather of candidates.
 
@@ -40,7 +41,7 @@ def index_select_by_position(
         max_context: at least the longest length, of the sequence.
         shard: which tokens the rank holds; those of all ranks make up the sequence.
         group: a process group; torch's default group where absent.
-        topk, keep_first, keep_recent, score, logits, max_bytes: as in ``index_select_paged``.
+        topk, keep_first, keep_recent, score, logits, max_bytes, sms: as in ``index_select_paged``.
 
     Returns:
         int32 [batch, next_n, topk]: tokens of the sequence, ascending, -1 behind the last; the same on every rank.
@@ -51,14 +52,15 @@ def index_select_by_position(
     scores = torch.empty(batch, next_n, topk, dtype=torch.float32, device=lengths.device)
     mine = cache, weights, shard.count(lengths), page_table, longest
     local = choice.index_select_paged(
-        q, *mine, topk, score=score, logits=logits, slots=False, max_bytes=max_bytes, chosen_scores=scores
+        q, *mine, topk, score=score, logits=logits, slots=False, max_bytes=max_bytes, chosen_scores=scores, sms=sms
     )
-    # Tokens and the bits of their scores in one collective.
-    sent = torch.stack([shard.to_global(local), scores.view(torch.int32)]).flatten(1, 2)
-    tokens, bits = gathered(sent, group).permute(1, 2, 0, 3).flatten(2)
+    sent = [scores.flatten(0, 1), shard.to_global(local).flatten(0, 1)]
+    ranked, tokens = (each.transpose(0, 1) for each in gathered_together(sent, group))  # [rows, world, topk]
+    if not (keep_first or keep_recent):
+        return merge_ascending(ranked, tokens, topk).view(batch, next_n, topk)
+    flat = ranked.flatten(1).contiguous(), tokens.flatten(1).contiguous()
     ends = lengths.flatten().clamp(max=max_context)
-    everyone = bits.contiguous().view(torch.float32), tokens.contiguous()
-    merged = merge_choices(*everyone, topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
+    merged = merge_choices(*flat, topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
     return merged.view(batch, next_n, topk)
 
 
@@ -73,11 +75,12 @@ def sparse_attention_by_position(
     page: int = 64,
     group: Any = None,
     sink: Tensor | None = None,
+    sms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_paged`` over such a cache: each rank attends to its own of the chosen, outputs are merged by lse.
 
     Args:
-        q, sm_scale, sink: as in ``sparse_attention_paged``, the same on every rank.
+        q, sm_scale, sink, sms: as in ``sparse_attention_paged``, the same on every rank.
         cache, page_table: the rank's own part, with its pages of ``page`` tokens.
         chosen: int32 [batch, next_n, topk], tokens of the sequence, from ``index_select_by_position``.
         shard, group: as there.
@@ -90,5 +93,6 @@ def sparse_attention_by_position(
     checks.tensor("page_table", page_table, (batch, None), torch.int32, like=chosen, inner_contiguous=True)
     local, counts = localise(chosen, shard)
     slots = choice.slots_of(local.flatten(0, 1), page_table, page).view(batch, next_n, topk)
-    out, lse = functions.sparse_attention_paged(q, cache, slots, sm_scale, lengths=counts)
-    return merge_attention(gathered(out, group), gathered(lse, group), sink)
+    out, lse = functions.sparse_attention_paged(q, cache, slots, sm_scale, lengths=counts, sms=sms)
+    outs, lses = gathered_together([out, lse], group)
+    return merge_attention(outs, lses, sink)

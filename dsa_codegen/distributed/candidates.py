@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import functions
 from ..errors import InputError
 from ..ops.select import SelectSpec
 from ..problem import checks
@@ -48,6 +49,30 @@ def merge_choices(
     chosen = token.gather(1, place)[:, :topk].sort(dim=1).values
     chosen = torch.nn.functional.pad(chosen, (0, topk - chosen.shape[1]), value=_NO_TOKEN)
     return chosen.masked_fill(chosen == _NO_TOKEN, -1)
+
+
+def merge_ascending(scores: Tensor, tokens: Tensor, topk: int) -> Tensor:
+    """``merge_choices`` of lists that ascend, as ``select`` gives them, where no tokens are kept.
+
+    Lists are merged by the order of tokens, so that ``select`` itself chooses among the candidates. No list is sorted: each
+    candidate's place is counted in the others by bisection.
+
+    Args:
+        scores: fp32 [rows, parts, n].
+        tokens: int32 [rows, parts, n], ascending over n, -1 behind the last; no token is in two parts.
+
+    Returns:
+        int32 [rows, topk], ascending, -1 behind the last.
+    """
+    parts = tokens.shape[1]
+    listed = tokens.masked_fill(tokens < 0, _NO_TOKEN)
+    flat = listed.flatten(1).contiguous()
+    # Of those that are no token all come to one place behind the others, with one value.
+    place = torch.stack([torch.searchsorted(listed[:, part].contiguous(), flat) for part in range(parts)]).sum(0)
+    ordered = torch.full_like(flat, -1).scatter_(1, place, tokens.flatten(1))
+    ranked = torch.full_like(flat, -torch.inf, dtype=torch.float32).scatter_(1, place, scores.flatten(1))
+    column = functions.select(ranked, (flat != _NO_TOKEN).sum(1, dtype=torch.int32), topk)
+    return ordered.gather(1, column.clamp(min=0).long()).masked_fill(column < 0, -1)
 
 
 def _rank(scores: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
+from .deal import Deal
+
+_ALIGNMENT = 16  # bytes; kernels want the parts of a packed message on such addresses
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def place(group: Any) -> tuple[int, int]:
@@ -28,19 +33,110 @@ def place(group: Any) -> tuple[int, int]:
 
 def gathered(local: Tensor, group: Any) -> Tensor:
     """[world, *local.shape]: every rank's tensor, which have one shape, in the order of ranks."""
-    world = place(group)[1]
-    everyone = local.new_empty(world, *local.shape)
-    if local.numel():
-        # As bytes: not every transport knows every dtype.
-        sent = local.contiguous().view(-1).view(torch.uint8)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch warns of the older name
-        gather(everyone.view(-1).view(torch.uint8), sent, group=group)
-    return everyone
+    return gathered_together([local], group)[0]
 
 
-def gathered_rows(local: Tensor, bounds: list[int], group: Any) -> Tensor:
-    """[rows, n]: every rank's rows one behind the other, where rank r has those from bounds[r] to bounds[r + 1]."""
-    counts = [end - start for start, end in itertools.pairwise(bounds)]
-    padded = local.new_full((max(counts), local.shape[1]), -1)  # collectives want one shape
-    padded[: len(local)] = local
-    return torch.cat([part[:count] for part, count in zip(gathered(padded, group), counts, strict=True)])
+def gathered_together(local: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """``gathered`` of several tensors in one collective; more than one are packed, and are strided over ranks."""
+    everyone, _ = _start(_packed(local), group, wait=True)
+    return _unpacked(everyone, local)
+
+
+def gathered_rows(local: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+    """[sum of counts, ...]: every rank's rows one behind the other, where rank r has counts[r] of them."""
+    parts = gathered(_padded(local, max(counts)), group)  # collectives want one shape
+    if min(counts) == max(counts):
+        return parts.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def counts_of(bounds: Sequence[int]) -> list[int]:
+    """How many rows each rank has whose rows are consecutive."""
+    return [end - start for start, end in itertools.pairwise(bounds)]
+
+
+class Gathering:
+    """Rows of several tensors on their way to every rank, while the current stream computes something else."""
+
+    def __init__(self, local: Sequence[Tensor], deal: Deal, group: Any) -> None:
+        self._deal = deal
+        self._padded = [_padded(each, deal.most) for each in local]
+        self._sent = _packed(self._padded)  # kept until they have arrived
+        self._everyone, self._work = _start(self._sent, group, wait=False)
+
+    def wait(self) -> list[Tensor]:
+        """Each tensor of all rows, in the sequence's order; what the current stream does next waits for them."""
+        if self._work is not None:
+            self._work.wait()
+        return [self._in_order(part) for part in _unpacked(self._everyone, self._padded)]
+
+    def _in_order(self, part: Tensor) -> Tensor:
+        shape, places = part.shape[2:], self._deal.places(part.device)
+        if part.shape[0] == 1:
+            return part[0].contiguous()
+        width = part[0, 0].numel() * part.element_size() if part.numel() else 0
+        if not width:
+            return part.new_empty(self._deal.tokens, *shape)
+        # In the widest words that a row is whole of, as torch copies them one by one.
+        rows = part.reshape(*part.shape[:2], -1).view(_WORDS[_word(width)])
+        taken = rows[places // self._deal.most, places % self._deal.most]
+        return taken.view(part.dtype).view(self._deal.tokens, *shape)
+
+
+def gather_rows(local: Sequence[Tensor], deal: Deal, group: Any = None) -> Gathering:
+    """Start to gather rows that are dealt out; ``.wait()`` gives them whole. Gatherings arrive in the order of their start.
+
+    Args:
+        local: the rank's rows of each tensor, [deal.counts[rank], ...] in the deal's order; one collective for all of them.
+        deal: the same on every rank.
+        group: a process group; torch's default group where absent.
+
+    Raises:
+        InputError: other rows than the rank has by the deal, or a group of another size.
+    """
+    rank, world = place(group)
+    if world != deal.world:
+        raise InputError("deal", f"one for {deal.world} ranks", f"one for {world}, as the group has")
+    for each in local:
+        if len(each) != deal.counts[rank]:
+            raise InputError("local", f"{len(each)} rows", f"{deal.counts[rank]}, which rank {rank} has by the deal")
+    return Gathering(local, deal, group)
+
+
+def _start(sent: Tensor, group: Any, wait: bool) -> tuple[Tensor, Any]:
+    """(bytes [world, n] of every rank, what to wait for)."""
+    everyone = sent.new_empty(place(group)[1], len(sent))
+    if not len(sent):
+        return everyone, None
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch warns of the older name
+    return everyone, gather(everyone.view(-1), sent, group=group, async_op=not wait)
+
+
+def _padded(local: Tensor, rows: int) -> Tensor:
+    """The rows, and more of them up to the number that every rank sends."""
+    if len(local) == rows:
+        return local
+    return torch.cat([local, local.new_empty(rows - len(local), *local.shape[1:])])
+
+
+def _packed(local: Sequence[Tensor]) -> Tensor:
+    """As bytes, one behind the other: not every transport knows every dtype."""
+    parts = [each.contiguous().view(-1).view(torch.uint8) for each in local]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % _ALIGNMENT)) for part in parts])
+
+
+def _unpacked(everyone: Tensor, local: Sequence[Tensor]) -> list[Tensor]:
+    """[world, *shape] of each tensor; views."""
+    found, first = [], 0
+    for each in local:
+        size = each.numel() * each.element_size()
+        part = everyone[:, first : first + size].view(each.dtype) if size else each.new_empty(len(everyone), 0)
+        found.append(part.view(len(everyone), *each.shape))
+        first += size + -size % _ALIGNMENT
+    return found
+
+
+def _word(width: int) -> int:
+    return next(word for word in _WORDS if width % word == 0)

@@ -23,15 +23,15 @@ def merge_attention(out: Tensor, lse: Tensor, sink: Tensor | None = None) -> tup
     """
     checks.check_kind("out", out, "Tensor")
     checks.tensor("out", out, (None,) * out.dim(), (torch.bfloat16, torch.float32), inner_contiguous=True)
-    lse = checks.tensor("lse", lse, tuple(out.shape[:-1]), torch.float32, like=out)
+    lse = checks.tensor("lse", lse, tuple(out.shape[:-1]), torch.float32, like=out, inner_contiguous=True)
     if sink is not None:
         sink = checks.tensor("sink", sink, (out.shape[-2],), torch.float32, like=out)
     total = lse.logsumexp(0)
     empty = total.isneginf()
     share = (lse - total.masked_fill(empty, 0)).exp()
     if sink is not None:
-        share = share * (total - sink).sigmoid()
+        share = (share * (total - sink).sigmoid()).masked_fill(empty, 0)
     merged = torch.zeros(out.shape[1:], dtype=torch.float32, device=out.device)
     for part, own, weight in zip(out, lse, share, strict=True):  # one at a time: in fp32 all of them take twice the memory
-        merged += part.float().masked_fill(own.isneginf()[..., None], 0) * weight[..., None]
-    return merged.masked_fill(empty[..., None], 0).to(out.dtype), total
+        merged += part.masked_fill(own.isneginf()[..., None], 0) * weight[..., None]
+    return merged.to(out.dtype), total

@@ -70,6 +70,9 @@ def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         int32 [..., n], the rank's token numbers, -1 behind them; int32 [...], the counts.
     """
     local = shard.to_local(chosen)
-    absent = local < 0
-    order = absent.int().argsort(dim=-1, stable=True)
-    return local.gather(-1, order), (~absent).sum(-1, dtype=torch.int32)
+    own = local >= 0
+    count = own.cumsum(-1)
+    # The others go to a column that is cut off; nothing is sorted.
+    place = torch.where(own, count - 1, local.shape[-1])
+    front = local.new_full((*local.shape[:-1], local.shape[-1] + 1), -1).scatter_(-1, place, local)
+    return front[..., :-1].contiguous(), own.sum(-1, dtype=torch.int32)

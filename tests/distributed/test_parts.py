@@ -80,6 +80,19 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHARDS)
+def test_lists_that_ascend_are_merged_alike(name, kind):
+    for seed in range(3):
+        draw = Draw(seed)
+        scores = KINDS[kind](draw.normal(12, 300), draw)
+        starts = draw.integers(-3, 200, 12)
+        ends = (starts + draw.integers(-5, 300, 12)).clamp(max=300).int()
+        parts = [each.unflatten(1, (-1, TOPK)) for each in candidates(scores, ends, starts, SHARDS[name])]
+        merged = candidates_module.merge_ascending(*parts, TOPK)
+        assert torch.equal(merged, dsa.select(scores, ends, TOPK, starts=starts))
+
+
 @pytest.mark.parametrize("keep", [{}, {"keep_first": 5, "keep_recent": 20}, {"keep_recent": 64}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHARDS)

@@ -1,12 +1,8 @@
-"""Two and four processes over gloo choose what one does, bit for bit, and attend to it within the limits of attention."""
+"""Two to four processes over gloo choose what one does, bit for bit, and attend to it within the limits of attention."""
 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,23 +15,10 @@ from dsa_codegen.problem.compare import ATTENTION, LSE, close
 import exact_inputs
 import ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+WORLDS = pytest.mark.parametrize("world", ranks.worlds(4))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    """World -> the results of each rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    support = ROOT / "tests" / "support"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(support)]), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(support / "ranks.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
-    return {world: [found[rank][world] for rank in range(world)] for world in ranks.WORLDS}
-
-
-@pytest.mark.parametrize("world", ranks.WORLDS)
+@WORLDS
 @pytest.mark.parametrize("number", range(len(ranks.KEEP)))
 @pytest.mark.parametrize(("queries", "tokens"), ranks.ROWS)
 def test_rows_dealt_out_are_chosen_alike(results, world, queries, tokens, number):
@@ -44,11 +27,21 @@ def test_rows_dealt_out_are_chosen_alike(results, world, queries, tokens, number
         assert torch.equal(rank["rows"][queries, number], expected)
 
 
-@pytest.mark.parametrize("world", ranks.WORLDS)
+@WORLDS
 def test_bounds_of_the_caller_leave_ranks_without_rows(results, world):
     expected = dsa.index_select(**exact_inputs.prefill(26, 300), topk=ranks.TOPK)
     for rank in results[world]:
         assert torch.equal(rank["rows"]["bounds"], expected)
+
+
+@WORLDS
+@pytest.mark.parametrize("slots", [True, False])
+@pytest.mark.parametrize(("batch", "next_n"), ranks.STEPS)
+def test_sequences_dealt_out_are_chosen_alike(results, world, batch, next_n, slots):
+    inputs = exact_inputs.paged(batch, next_n, ranks.CONTEXT, ranks.PAGE)
+    expected = dsa.index_select_paged(**inputs, topk=ranks.TOPK, slots=slots, **ranks.KEEP[1])
+    for rank in results[world]:
+        assert torch.equal(rank["rows"]["paged", batch, slots], expected)
 
 
 @functools.cache
@@ -60,7 +53,7 @@ def by_one_rank(batch: int, next_n: int, number: int, with_sink: bool) -> tuple[
     return choose(slots=False), *attended
 
 
-@pytest.mark.parametrize("world", ranks.WORLDS)
+@WORLDS
 @pytest.mark.parametrize("name", ["tokens", "pages", "stretches"])
 @pytest.mark.parametrize("number", range(len(ranks.KEEP)))
 @pytest.mark.parametrize(("batch", "next_n"), ranks.STEPS)

@@ -32,6 +32,20 @@ def prefill(queries: int, tokens: int, seed: int = 3) -> dict:
     }
 
 
+def windows(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starts and ends of as many rows: two causal sequences, one behind the other."""
+    row = torch.arange(tokens, dtype=torch.int32)
+    return torch.where(row < tokens // 3, 0, tokens // 3).int(), row + 1
+
+
+def unquantised(queries: int, seed: int = 5) -> dict:
+    """Queries in bf16 and weights that ``quantize_index_q`` gives as whole eighths: scales are 1, the folded factor is 1/16."""
+    draw = Draw(seed)
+    q = draw.integers(-2, 3, queries, HEADS, HEAD_DIM).bfloat16()
+    q[..., 0] = 448
+    return {"index_q": q, "index_weights": draw.integers(-4, 8, queries, HEADS) * 4.0}
+
+
 def pages_of(tokens: int, page: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // page)

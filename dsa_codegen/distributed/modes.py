@@ -1,0 +1,205 @@
+"""How the ranks of a group share a layer's work, what ``Layer(model, parallel=…)`` takes; modes call the wing's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import choice, functions
+from ..errors import InputError
+from .by_context import prefill_by_context
+from .by_position import index_select_by_position, sparse_attention_by_position
+from .by_rows import index_select_by_rows, index_select_paged_by_rows
+from .deal import Deal
+from .gather import gathered_rows, place
+from .shard import Shard
+
+
+class PrefillStep(NamedTuple):
+    """A layer's checked arguments, with quantised queries of the indexer; names as in ``Layer.prefill``."""
+
+    q: Tensor
+    kv: Tensor
+    index_q: Tensor
+    index_weights: Tensor
+    index_k: Tensor
+    index_k_scale: Tensor
+    starts: Tensor
+    ends: Tensor
+    topk: int
+    sm_scale: float
+    sink: Tensor | None
+    options: dict[str, Any]
+    """Of ``index_select``."""
+
+    @property
+    def scored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """What ``index_select`` takes."""
+        return (self.index_q, self.index_k, self.index_k_scale, self.index_weights, self.starts, self.ends, self.topk)
+
+
+class DecodeStep(NamedTuple):
+    """The same of ``Layer.decode``."""
+
+    q: Tensor
+    kv_cache: Tensor
+    index_q: Tensor
+    index_weights: Tensor
+    index_cache: Tensor
+    lengths: Tensor
+    page_table: Tensor
+    max_context: int
+    topk: int
+    sm_scale: float
+    page: int
+    sink: Tensor | None
+    options: dict[str, Any]
+    """Of ``index_select_paged``."""
+
+    @property
+    def scored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+        """What ``index_select_paged`` takes."""
+        rows = self.index_q, self.index_cache, self.index_weights, self.lengths, self.page_table
+        return (*rows, self.max_context, self.topk)
+
+
+Results = tuple[Tensor, Tensor, Tensor]
+"""out, lse, chosen."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One rank does everything."""
+
+    def prefill(self, step: PrefillStep) -> Results:
+        """The stages one after another."""
+        return self._attend(step, choice.index_select(*step.scored, **step.options))
+
+    def decode(self, step: DecodeStep) -> Results:
+        """The stages one after another."""
+        return self._attend_paged(step, choice.index_select_paged(*step.scored, **step.options))
+
+    def _attend(self, step: PrefillStep, chosen: Tensor) -> Results:
+        return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, sink=step.sink), chosen)
+
+    def _attend_paged(self, step: DecodeStep, chosen: Tensor) -> Results:
+        return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, sink=step.sink), chosen)
+
+
+@dataclass(frozen=True)
+class TensorParallel(Alone):
+    """Heads of attention are split, caches are on every rank; the indexer's rows (decode: sequences) are dealt out.
+
+    The layer's model is the rank's, with its heads; ``q`` and ``sink`` are the rank's, all else is the same on every rank.
+
+    Args:
+        group: a process group; torch's default group where absent.
+        bounds: as in ``index_select_by_rows`` (prefill) and ``index_select_paged_by_rows`` (decode), for steps of one size.
+    """
+
+    group: Any = None
+    bounds: Sequence[int] | None = None
+
+    def prefill(self, step: PrefillStep) -> Results:
+        """Choices of all rows, attention of the rank's heads."""
+        return self._attend(step, index_select_by_rows(*step.scored, group=self.group, bounds=self.bounds, **step.options))
+
+    def decode(self, step: DecodeStep) -> Results:
+        """Choices of all sequences, attention of the rank's heads."""
+        chosen = index_select_paged_by_rows(*step.scored, group=self.group, bounds=self.bounds, **step.options)
+        return self._attend_paged(step, chosen)
+
+
+@dataclass(frozen=True)
+class ContextParallel(Alone):
+    """Prefill: rows of the step are dealt out, every argument but ``sink`` is of the rank's rows. Decode: caches are sharded.
+
+    In decode ``chosen`` are tokens of the sequence, the same on every rank, as are out and lse; caches and page table are the
+    rank's, all else is the same on every rank.
+
+    Args:
+        deal: which rows a rank has: a ``Deal``, or "zigzag" or "interleaved" where all ranks have equally many.
+        shard: which tokens the rank's caches hold; dealt out page by page where absent.
+        group: a process group; torch's default group where absent.
+        sms: of scoring, while latents travel.
+    """
+
+    deal: Deal | str = "zigzag"
+    shard: Shard | None = None
+    group: Any = None
+    sms: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.deal, Deal) and self.deal not in ("zigzag", "interleaved"):
+            raise InputError("deal", repr(self.deal), 'a Deal, "zigzag" or "interleaved"')
+
+    def prefill(self, step: PrefillStep) -> Results:
+        """The rank's rows; windows count in tokens of the whole step."""
+        arguments: dict[str, Any] = {"group": self.group, "sink": step.sink, "sms": self.sms, **step.options}
+        first = step.q, step.kv, step.index_q, step.index_weights, step.index_k, step.index_k_scale
+        return prefill_by_context(
+            *first, step.starts, step.ends, step.topk, step.sm_scale, self._deal(len(step.q)), **arguments
+        )
+
+    def decode(self, step: DecodeStep) -> Results:
+        """All sequences, over the rank's part of each."""
+        rank, world = place(self.group)
+        shard = self.shard or Shard.interleaved(rank, world, step.page)
+        chosen = index_select_by_position(*step.scored, shard, group=self.group, **step.options)
+        more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink}
+        parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
+        return (*sparse_attention_by_position(*parts, **more), chosen)
+
+    def _deal(self, rows: int) -> Deal:
+        if isinstance(self.deal, Deal):
+            return self.deal
+        world = place(self.group)[1]
+        return _equal(self.deal, rows * world, world)
+
+
+_EQUAL: dict[tuple[str, int, int], Deal] = {}
+_MOST_DEALS = 64
+
+
+def _equal(kind: str, tokens: int, world: int) -> Deal:
+    """A deal that earlier steps of this size made: its index tensors are on the GPU."""
+    key = kind, tokens, world
+    if key not in _EQUAL:
+        if len(_EQUAL) >= _MOST_DEALS:
+            _EQUAL.clear()
+        _EQUAL[key] = Deal.zigzag(tokens, world) if kind == "zigzag" else Deal.interleaved(tokens, world)
+    return _EQUAL[key]
+
+
+@dataclass(frozen=True)
+class DataParallel(Alone):
+    """Every rank has sequences of its own, none perhaps, and all heads: no rank needs another's to attend.
+
+    Args:
+        counts: rows (prefill) or sequences (decode) of each rank, where every rank wants the results of all, one rank's behind
+            the other's; no collective is called where absent. The layer's call then returns all ranks' rows.
+        group: a process group; torch's default group where absent.
+    """
+
+    counts: Sequence[int] | None = None
+    group: Any = None
+
+    def prefill(self, step: PrefillStep) -> Results:
+        """The rank's own rows, or those of all ranks."""
+        return self._everyones(super().prefill(step))
+
+    def decode(self, step: DecodeStep) -> Results:
+        """The rank's own sequences, or those of all ranks."""
+        return self._everyones(super().decode(step))
+
+    def _everyones(self, own: Results) -> Results:
+        if self.counts is None:
+            return own
+        rank, world = place(self.group)
+        if len(self.counts) != world or self.counts[rank] != len(own[0]):
+            raise InputError("counts", list(self.counts), f"{world} numbers, {len(own[0])} for rank {rank}")
+        out, lse, chosen = (gathered_rows(each, self.counts, self.group) for each in own)
+        return out, lse, chosen

@@ -1,0 +1,139 @@
+"""A layer whose work ranks share gives what one rank gives: choices bit for bit, outputs within the limits of attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen import distributed
+from dsa_codegen.distributed import ContextParallel, DataParallel, Deal, TensorParallel
+from dsa_codegen.errors import InputError
+from dsa_codegen.problem.compare import ATTENTION, LSE, close
+
+import exact_inputs
+import ranks
+
+WORLDS = pytest.mark.parametrize("world", ranks.worlds(4))
+
+
+def assert_equal(found, expected, tokens=None):
+    """(out, lse, chosen) against those of one rank."""
+    out, lse, chosen = found
+    assert torch.equal(chosen, expected[2] if tokens is None else tokens)
+    for what, value, one, limit in (("out", out, expected[0], ATTENTION), ("lse", lse, expected[1], LSE)):
+        result = close(what, value, one, limit)
+        assert result.passed, result.detail
+
+
+@WORLDS
+@pytest.mark.parametrize("tokens", ranks.TOKENS)
+def test_prefill_of_dealt_rows(results, world, tokens):
+    whole = results[1][0]["modes"]["prefill", tokens]
+    for name, deal in ranks.deals(tokens, world).items():
+        for rank in range(world):
+            found = results[world][rank]["modes"]["context", tokens, name]
+            assert_equal(found, [each[deal.rows(rank)] for each in whole])
+
+
+@WORLDS
+def test_deals_by_name_are_of_equal_parts(results, world):
+    whole = results[1][0]["modes"]["prefill", 0]
+    assert_equal(results[world][0]["modes"]["context", 0, "by name"], whole)
+
+
+@WORLDS
+@pytest.mark.parametrize("tokens", ranks.TOKENS)
+def test_heads_that_are_split(results, world, tokens):
+    out, lse, chosen = results[1][0]["modes"]["prefill", tokens]
+    for rank in range(world):
+        heads = ranks.heads_of(rank, world)
+        assert_equal(results[world][rank]["modes"]["tensor", tokens], (out[:, heads], lse[:, heads], chosen))
+    for batch, _ in ranks.STEPS:
+        out, lse, chosen = results[1][0]["modes"]["paged", batch]
+        for rank in range(world):
+            heads = ranks.heads_of(rank, world)
+            found = results[world][rank]["modes"]["tensor paged", batch]
+            assert_equal(found, (out[..., heads, :], lse[..., heads], chosen))
+
+
+@WORLDS
+@pytest.mark.parametrize(("batch", "next_n"), ranks.STEPS)
+def test_decode_over_caches_that_are_sharded(results, world, batch, next_n):
+    """Choices are tokens there, slots where one rank has all pages."""
+    step = ranks.decode_step(batch, next_n)
+    expected = results[1][0]["modes"]["paged", batch]
+    for rank in results[world]:
+        out, lse, tokens = rank["modes"]["context paged", batch]
+        slots = dsa.choice.slots_of(tokens.flatten(0, 1), step["page_table"], ranks.PAGE).view(tokens.shape)
+        assert_equal((out, lse, slots), expected)
+
+
+@WORLDS
+def test_ranks_with_other_sequences_and_with_none(results, world):
+    for tokens in ranks.TOKENS:
+        for rank in results[world]:
+            assert_equal(rank["modes"]["data", tokens], results[1][0]["modes"]["prefill", tokens])
+    for batch, _ in ranks.STEPS:
+        expected = results[1][0]["modes"]["paged", batch]
+        for rank in results[world]:
+            assert_equal(rank["modes"]["data paged", batch], expected)
+            own, first = rank["modes"]["data alone", batch]
+            assert_equal(own, [each[first : first + len(own[0])] for each in expected])
+    assert 0 in {len(rank["modes"]["data alone", 1][0][0]) for rank in results[world]}
+
+
+def test_the_scores_are_exact_and_windows_are_short_and_long():
+    step = ranks.prefill_step(131)
+    q8, folded = dsa.quantize_index_q(step["index_q"], step["index_weights"])
+    assert torch.equal(q8.float(), step["index_q"].float()) and torch.equal(folded, step["index_weights"] / 16)
+    seen = step["ends"] - step["starts"]
+    assert seen.min() < ranks.TOPK < seen.max()
+
+
+def test_arguments_that_do_not_fit_are_named():
+    for parallel, named in [("zigzag", "parallel"), (TensorParallel, "parallel")]:
+        with pytest.raises(InputError, match=f"^{named}:"):
+            dsa.Layer(ranks.MODEL, parallel=parallel)
+    with pytest.raises(InputError, match=r"^deal:.*zigzag"):
+        ContextParallel("ring")
+    step = ranks.prefill_step(5)
+    for parallel in (ContextParallel(), TensorParallel(), DataParallel([5])):
+        with pytest.raises(InputError, match=r"^group:.*init_process_group"):
+            dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**step)
+
+
+@pytest.fixture
+def alone():
+    """A group of one, in this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_group_of_one():
+    whole = dsa.Layer(ranks.MODEL).prefill(**ranks.prefill_step(70))
+    for parallel in (ContextParallel(), ContextParallel("interleaved"), TensorParallel(), DataParallel([70]), DataParallel()):
+        assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**ranks.prefill_step(70)), whole)
+    whole = dsa.Layer(ranks.MODEL).decode(**ranks.decode_step(2, 1))
+    for parallel in (TensorParallel(), DataParallel([2]), DataParallel()):
+        assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).decode(**ranks.decode_step(2, 1)), whole)
+
+
+@pytest.mark.usefixtures("alone")
+def test_rows_that_do_not_fit_are_named_before_anything_is_sent():
+    step = ranks.prefill_step(6)
+    with pytest.raises(InputError, match=r"^local: got 6 rows"):
+        dsa.Layer(ranks.MODEL, parallel=ContextParallel(Deal.zigzag(7, 1))).prefill(**step)
+    with pytest.raises(InputError, match=r"^deal: got one for 2 ranks"):
+        dsa.Layer(ranks.MODEL, parallel=ContextParallel(Deal.zigzag(6, 2))).prefill(**step)
+    with pytest.raises(InputError, match=r"^counts:"):
+        dsa.Layer(ranks.MODEL, parallel=DataParallel([5])).prefill(**step)
+    inputs = exact_inputs.paged(3, 1, 100)
+    with pytest.raises(InputError, match=r"^bounds:"):
+        distributed.index_select_paged_by_rows(**inputs, topk=64, bounds=[0, 4])
+    with pytest.raises(InputError, match=r"^page_table: got 2 rows"):
+        distributed.index_select_paged_by_rows(**{**inputs, "page_table": inputs["page_table"][:2]}, topk=64)
+    with pytest.raises(InputError, match=r"^out:"):
+        distributed.index_select_paged_by_rows(**inputs, topk=64, out=torch.empty(1))
