@@ -28,6 +28,8 @@ ATTENTION = Limit(similarity=5e-6, absolute=1e-3, relative=2 / 128)
 # element may be off by a share of the whole, as it is the sum of shares that may cancel.
 GRADIENT = Limit(similarity=1e-5, relative=2 / 128)
 GRADIENT_SHARE = 0.05  # of the root mean square of its tensor
+# A divergence is a difference of entropies, which are of the size of the logarithm of a row's length.
+LOSS = Limit(similarity=5e-6, absolute=1e-4, relative=1e-3)
 LSE = Limit(similarity=5e-6, absolute=4e-6, relative=8 / 65536)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import functions
 from ..ops.attention.problem import D_V
-from ..ops.attention_backward.lists import inverse_lists
+from ..ops.inverse_lists import inverse_lists
 from ..runtime import torch_ops
 
 

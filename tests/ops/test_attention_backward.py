@@ -10,8 +10,9 @@ import torch
 
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
+from dsa_codegen.ops import inverse_lists as lists
 from dsa_codegen.ops import needs
-from dsa_codegen.ops.attention_backward import OP, AttentionBackwardSizes, AttentionBackwardSpec, formulas, lists
+from dsa_codegen.ops.attention_backward import OP, AttentionBackwardSizes, AttentionBackwardSpec, formulas
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..attention.problem import D_V
+from ..inverse_lists import listed
 
 _CHUNK = 64  # queries at a time: their tokens are gathered
 
@@ -31,15 +32,6 @@ class Gradients(NamedTuple):
     dq: Tensor
     dkv: Tensor
     dsink: Tensor | None
-
-
-def listed(indices: Tensor, tokens: int, lengths: Tensor | None) -> Tensor:
-    """bool [queries, topk]: which entries of the lists name a token."""
-    chosen = indices[:, 0]
-    valid = (chosen >= 0) & (chosen < tokens)
-    if lengths is None:
-        return valid
-    return valid & (torch.arange(chosen.shape[1], device=chosen.device) < lengths[:, None])
 
 
 def attend(

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
@@ -21,9 +19,9 @@ from ...problem.presets import Model
 from ...problem.values import Spec
 from ..attention import OP as FORWARD
 from ..attention.problem import D_V, AttentionSizes, AttentionSpec
+from ..inverse_lists import check_lists, inverse_lists
 from ..logits import exact
 from . import formulas
-from .lists import inverse_lists
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
         checks.tensor("lse", lse, (queries, heads), torch.float32, like=q)
         if dlse is not None:
             checks.tensor("dlse", dlse, (queries, heads), torch.float32, like=q)
-        if (order is None) != (offsets is None):
-            raise InputError("offsets", "one of order and offsets alone", "both, from inverse_lists, or none")
-        if order is not None:
-            _check_lists(order, offsets, q, topk, kv.shape[0])
+        check_lists(order, offsets, q, topk, kv.shape[0])
         spec = AttentionBackwardSpec(
             heads, d_qk, topk, lengths is not None, sink is not None, dlse is not None, order is not None
         )
@@ -150,15 +145,6 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
 
     def workloads(self, spec: AttentionBackwardSpec) -> Sequence[Case[AttentionBackwardSizes]]:
         return [Case(AttentionBackwardSizes(4096, tokens), "random") for tokens in (8192, 131072)]
-
-
-def _check_lists(order: Tensor, offsets: Tensor, q: Tensor, topk: int, tokens: int) -> None:
-    """Raise InputError unless they can be ``inverse_lists`` of these queries, some of them in each chunk."""
-    checks.tensor("order", order, (None, None), torch.int32, like=q)
-    chunks, entries = order.shape
-    if entries % topk or chunks * entries < q.shape[0] * topk:
-        raise InputError("order", f"shape {list(order.shape)}", f"chunks of whole lists of {topk}, {q.shape[0]} lists in all")
-    checks.tensor("offsets", offsets, (chunks, tokens + 1), torch.int32, like=q)
 
 
 def _drawn_lists(spec: AttentionBackwardSpec, case: Case[Any], given: Inputs, draw: Draw) -> Inputs:

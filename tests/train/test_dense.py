@@ -1,0 +1,67 @@
+"""Dense attention with gradients: the same as sparse attention over lists of every token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen.errors import InputError
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.train import dense
+
+SCALE = 0.05
+
+
+def leaves(dtype=torch.float32, device="cpu", queries=6, heads=3, tokens=9):
+    draw = Draw(3, device)
+    q = draw.normal(queries, heads, 576, dtype=dtype).requires_grad_()
+    kv = draw.normal(tokens, 1, 576, dtype=dtype).requires_grad_()
+    starts = torch.tensor([0, 0, 0, -2, 3, 5], dtype=torch.int32, device=device)
+    ends = torch.tensor([1, 2, 9, 4, 7, 5], dtype=torch.int32, device=device)
+    return q, kv, starts, ends, draw.normal(heads).requires_grad_()
+
+
+def as_lists(starts, ends, tokens):
+    token = torch.arange(tokens, dtype=torch.int32, device=ends.device).expand(len(ends), -1)
+    return torch.where((token >= starts[:, None]) & (token < ends[:, None]), token, -1)[:, None].contiguous()
+
+
+def gradients_of(out, lse, leaves):
+    seen = torch.where(lse.isfinite(), lse, 0.0)
+    return torch.autograd.grad((out.float() ** 2).sum() + seen.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("step", [1, 100], ids=["query by query", "at once"])
+@pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sink"])
+def test_is_sparse_attention_over_lists_of_every_token(monkeypatch, step, with_sink):
+    monkeypatch.setattr(dense, "_BYTES", step * 4 * 3 * 9)
+    q, kv, starts, ends, sink = leaves()
+    sink = sink if with_sink else None
+    wanted = [q, kv, *([sink] if with_sink else [])]
+    ours = dsa.train.dense_attention(q, kv, SCALE, starts, ends, sink=sink)
+    theirs = dsa.train.sparse_attention(q, kv, as_lists(starts, ends, 9), SCALE, sink=sink)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    for mine, other in zip(gradients_of(*ours, wanted), gradients_of(*theirs, wanted), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_keeps_its_promises_to_torch():
+    q, kv, starts, ends, sink = leaves()
+    torch.library.opcheck(torch.ops.dsa_codegen.dense_attention_train.default, (q, kv, SCALE, starts, ends, sink))
+
+
+def test_a_wrong_argument_is_named():
+    q, kv, starts, ends, _ = leaves()
+    with pytest.raises(InputError, match=r"^starts"):
+        dsa.train.dense_attention(q, kv, SCALE, starts.long(), ends)
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_is_the_sparse_kernel():
+    q, kv, starts, ends, sink = leaves(torch.bfloat16, "cuda", heads=16)
+    ours = dsa.train.dense_attention(q, kv, SCALE, starts, ends, sink=sink)
+    theirs = dsa.train.sparse_attention(q, kv, as_lists(starts, ends, 9), SCALE, sink=sink)
+    for mine, other in zip(gradients_of(*ours, [q, kv, sink]), gradients_of(*theirs, [q, kv, sink]), strict=True):
+        assert (mine.float() - other.float()).norm() < 1e-2 * other.float().norm()
