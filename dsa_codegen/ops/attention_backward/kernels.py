@@ -72,13 +72,8 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
         few = _MANY.replace(score_stages=3, score_warps=4, dq_warps=4)
         some = _MANY.replace(score_d=32, dq_warps=4)
         first = few if spec.heads <= _FEW_HEADS else some if spec.heads <= 64 else _MANY
-        return (
-            first,
-            few if first is few else _MANY,
-            _MANY.replace(score_stages=3, dq_stages=2, dkv_stages=2),
-            _SMALL,
-            _SMALL.replace(score_d=32, dq_d=64),
-        )
+        less = _MANY.replace(score_stages=3, dq_stages=2, dkv_stages=2)
+        return (first, less, _SMALL, _SMALL.replace(score_d=32, dq_d=64))
 
     def derived(self, spec: AttentionBackwardSpec, config: Config) -> dict[str, Scalar]:
         return {
