@@ -150,7 +150,6 @@ def _prebuilt() -> Finding:
     except DsaError:  # of DSA_GPU, which has a finding of its own
         pass
     needed = [f"{name} {version}" for name, version in builds.loaded_by.items() if name != "machine"]
-    needed += ["a C compiler where Triton's launchers are not cached"] if "triton" in builds.loaded_by else []
     state = f"{len(builds.entries)} calls for {builds.gpu.id} ({builds.gpu.arch}) in {folder}"
     return Finding(what, f"{state}; loading takes {', '.join(needed) or 'the driver alone'}", True)
 

@@ -30,6 +30,8 @@ from .render import Rendered, code_of
 _QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 """A compiler's process needs no GPU, and one core."""
 _BY_NVCC = ("cuda", "tilelang")
+_FORMAT = "2"
+"""Of an entry: what is written beside the machine code."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _toolchain(backend: str) -> str:
 
 def folder_of(rendered: Rendered, gpu: Gpu) -> Path:
     """Where the entry of this source for this GPU lies, built or not."""
-    key = hashlib.sha256("\n".join((rendered.code, _toolchain(rendered.backend), gpu.arch)).encode()).hexdigest()
+    key = hashlib.sha256("\n".join((rendered.code, _toolchain(rendered.backend), gpu.arch, _FORMAT)).encode()).hexdigest()
     return paths.cache() / key[:32]
 
 

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..gpu import Gpu
 from ..invocation import command
 from ..kernels import backends
 from ..kernels.build import whole
-from ..kernels.render import code_of, installed_triton, module_name
+from ..kernels.render import code_of, module_name
 from ..ops import all_ops
 from ..problem.op import Config, Op
 from ..problem.values import Bucket, Spec, bucket_to_json
@@ -52,12 +52,12 @@ class Entry:
 
         Raises:
             PrebuiltError: files of the entry are missing, or not as they were built.
-            ToolMissing: Triton's launcher has no C compiler.
+            ToolMissing: there is no driver.
         """
         source = self.folder / f"{module_name(self.op, self.config.backend, self.source_sha)}.py"
         if whole(self.folder) is None or _code_sha(source) != self.source_sha:
             raise PrebuiltError(self.folder.parent, f"{self.folder.name} is not as it was built", "copy the folder again")
-        return backends.get(self.config.backend).load(source, gpu, self.folder)
+        return backends.get(self.config.backend).load_ahead(source, gpu, self.folder)
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,12 @@ def sources_sha() -> str:
     return digest.hexdigest()[:16]
 
 
-def loaders(names: Iterable[str]) -> dict[str, str]:
+def loaders(names: Container[str]) -> dict[str, str]:
     """What kernels of these backends are loaded by, each with its version here: it must be the one that they were built with.
 
-    Triton reads what its own compiler wrote of a kernel, TileLang finds kernels by its version; TileLang's launcher is machine
-    code of the host. CUDA C++ is loaded by the driver alone.
+    TileLang finds kernels by its version, and its launcher is machine code of the host. All others are loaded by the driver.
     """
-    found: dict[str, str] = {}
-    for name in names:
-        if name in ("triton", "gluon"):
-            found["triton"] = installed_triton()
-        elif name == "tilelang":
-            found |= {"tilelang": _version("tilelang"), "machine": platform.machine()}
-    return found
+    return {"tilelang": _version("tilelang"), "machine": platform.machine()} if "tilelang" in names else {}
 
 
 def _check_loaders(folder: Path, stated: Mapping[str, str], again: str) -> None:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,12 @@ class Written:
     def launch(self) -> tuple[tuple[int, ...], bytes]:
         """(grid, threads, smem, attributes, stream, function), and the arguments' bytes."""
         row = (ctypes.c_ulonglong * 80).in_dll(self._library, "written")
-        return tuple(row[:8]), bytes(row)[72 : 72 + row[8]]
+        return tuple(row[:8]), bytes(row)[64 : 64 + 8 * len(ARGS)]
+
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Bytes of each parameter, as the driver knows them of a kernel."""
+        ctypes.c_int.in_dll(self._library, "parameters").value = len(sizes)
+        (ctypes.c_int * 64).in_dll(self._library, "sizes")[: len(sizes)] = sizes
 
 
 @pytest.fixture
@@ -159,6 +165,7 @@ OUT = torch.tensor([7])  # one integer, which would pass for a number
 
 def kernel_of(written, **facts) -> driver.CudaKernel:
     given = {"args": ARGS, "threads": 128, "smem": 512, **facts}
+    written.expect([8, 4, 8, 4, 8])
     return driver.CudaKernel(driver.load_module(b"\5"), "sums", **given)
 
 
@@ -169,7 +176,6 @@ def test_arguments_reach_the_driver_as_a_kernel_reads_them(written, by_address):
     kernel((5, 6, 7), (tensors[0], -2, 1 << 40, 0.5, tensors[1]))
     head, arguments = written.launch()
     assert head == (5, 6, 7, 128, 512, 0, 73, 5 + ord("s"))
-    # By hand: each at a multiple of its own size.
     expected = struct.pack("<Qi4xqf4xQ", VALUES.data_ptr(), -2, 1 << 40, 0.5, OUT.data_ptr())
     assert arguments == expected
 

@@ -15,6 +15,7 @@ import pytest
 from dsa_codegen.command import prebuild
 from dsa_codegen.errors import PrebuiltError
 from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.backends import cubin
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
@@ -52,7 +53,7 @@ def loads(monkeypatch):
     found = []
 
     class Backend:
-        def load(self, source, gpu, out):
+        def load_ahead(self, source, gpu, out):
             found.append((source.name, gpu.id, out.name))
             return {}
 
@@ -140,12 +141,15 @@ def test_a_sibling_is_served_unless_it_breaks_a_limit(folder, monkeypatch):
     [
         ({"schema": 99}, "schema 99, this version reads 1"),
         ({"sources": "0123"}, "built from other sources"),
-        ({"loaded_by": {"triton": "2.0.0"}}, "loaded by triton 2.0.0, here is .*; install triton 2.0.0, or build it again"),
+        (
+            {"loaded_by": {"tilelang": "0.0.1"}},
+            "loaded by tilelang 0.0.1, here is .*; install tilelang 0.0.1, or build it again",
+        ),
         ({"loaded_by": {"machine": "pdp11", "tilelang": prebuilt.loaders(["tilelang"])["tilelang"]}}, "machine pdp11"),
         ({"gpu": {"id": "h100"}}, "no index of builds"),
         ({"entries": [{"op": "quantize"}]}, "an entry of index.json is not one"),
     ],
-    ids=["schema", "sources", "triton", "machine", "gpu", "entries"],
+    ids=["schema", "sources", "tilelang", "machine", "gpu", "entries"],
 )
 def test_a_folder_that_does_not_fit_is_refused(folder, monkeypatch, changes, words):
     FakeGpu(monkeypatch, {0: H100})
@@ -230,6 +234,18 @@ def fail(*args, **options):
 subprocess.Popen = fail  # a compiler is a process
 print(sorted(entry.load(gpu.resolve("H100"))))
 """
+
+
+def test_what_triton_compiled_is_loaded_by_the_driver_alone(written, monkeypatch):
+    """Whatever Triton is here: its own loader is not asked, unless the kernel wants what only that one gives."""
+    (entry,) = prebuilt.opened(written).entries.values()
+    assert entry.config.backend == "triton", "name another operation above"
+    backend = prebuilt.backends.get("triton")
+    monkeypatch.setattr(type(backend), "load", lambda self, source, gpu, out: {"by": "Triton"})
+    monkeypatch.setattr(cubin, "TritonCubin", lambda code, types, facts: (len(code) > 0, types[0][0], facts["num_warps"] > 0))
+    assert set(entry.load(H100).values()) == {(True, "*", True)}
+    monkeypatch.setattr(cubin, "_KNOWN", ((1, 0), (1, 1)))
+    assert entry.load(H100) == {"by": "Triton"}
 
 
 def test_tilelang_loads_without_a_compiler(build_cache, tmp_path):

@@ -7,7 +7,7 @@ int parameters = 0, sizes[64];  /* of the kernel that is launched next: how many
 unsigned long long written[80];
 unsigned cluster, overlaps, allowed[16];  /* of the last launch; what functions were allowed, by attribute */
 int answers[8];  /* what the next launches answer, the last one first */
-int waiting = 0, entered = 0;
+int waiting = 0, entered = 0, cached = 0;
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
   unsigned long long head[] = {config->gridDimX,       config->gridDimY, config->gridDimZ, config->blockDimX,
@@ -22,10 +22,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
       overlaps = attribute->value.programmaticStreamSerializationAllowed;
   }
   for (int i = 0; arguments && i < parameters; i++) memcpy(written + 8 + i, arguments[i], sizes[i]);
-  if (extra && extra[0] == CU_LAUNCH_PARAM_BUFFER_POINTER && extra[2] == CU_LAUNCH_PARAM_BUFFER_SIZE && extra[4] == CU_LAUNCH_PARAM_END) {
-    written[8] = *(size_t *)extra[3];
-    memcpy(written + 9, extra[1], written[8]);
-  }
   return waiting ? answers[--waiting] : CUDA_SUCCESS;
 }
 
@@ -41,6 +37,11 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   allowed[attribute] = value;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
+  cached = config;
   return CUDA_SUCCESS;
 }
 
@@ -98,5 +99,5 @@ CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 /* Asked for by name only, never called. */
 #define ABSENT(name) __asm__(".globl " #name "\n" #name ": ud2");
 ABSENT(cuCtxGetLimit) ABSENT(cuCtxSetLimit) ABSENT(cuDeviceGetAttribute) ABSENT(cuFuncGetAttribute)
-ABSENT(cuFuncSetCacheConfig) ABSENT(cuOccupancyMaxActiveClusters) ABSENT(cuCtxGetDevice) ABSENT(cuStreamIsCapturing)
+ABSENT(cuOccupancyMaxActiveClusters) ABSENT(cuCtxGetDevice) ABSENT(cuStreamIsCapturing)
 ABSENT(cuTensorMapEncodeIm2col)

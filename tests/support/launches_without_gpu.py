@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from triton.runtime.driver import driver as triton_driver
 from dsa_codegen import ops
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import backends
-from dsa_codegen.kernels.backends import launcher
+from dsa_codegen.kernels.backends import cubin, launcher
 from dsa_codegen.kernels.backends.base import import_module
+from dsa_codegen.kernels.backends.cubin import TritonCubin
 from dsa_codegen.kernels.backends.launcher import TritonKernel
-from dsa_codegen.kernels.build import build
+from dsa_codegen.kernels.build import Built, build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
@@ -36,6 +38,11 @@ def parameters(signature: dict[Any, str]) -> list[int]:
         view = re.match(r"tensordesc<[^[]*\[([^]]*)\]", kind)
         rank = 1 + view[1].count(",") if view else 0
         found += [8, *[4] * rank, *[8] * rank] if view else [BYTES.get(kind, 8)]
+    return found
+
+
+def facts(built: Built, kernel: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(built.folder) / f"{kernel}.json").read_text())
     return found
 
 
@@ -74,7 +81,9 @@ def main(libcuda: str, name: str, backend: str) -> None:
         launcher._KNOWN = True
         assert unknown._launch is kernel.run
         addresses = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in launch.args)
-        for way in (ours, unknown):
+        ahead = TritonCubin(b"\0", cubin.types_of(built.folder)[launch.kernel], facts(built, launch.kernel))
+        ahead._function.value = FUNCTION
+        for way in (ours, unknown, ahead):
             for args in (launch.args, launch.args, addresses):
                 assert written(way, launch.grid, args) == wanted, launch.kernel
 

@@ -63,6 +63,10 @@ class Backend(ABC):
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         """Make the kernels compiled into ``out`` launchable on the current CUDA device."""
 
+    def load_ahead(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
+        """As ``load``, where no compiler is, neither the backend's nor C's."""
+        return self.load(source, gpu, out)
+
 
 def import_module(source: Path) -> ModuleType:
     """Import a rendered module by its path; once per process and path, as the compilers re-read the file."""

@@ -1,7 +1,7 @@
 """CUDA's driver, as far as loading and launching a kernel takes: ctypes on libcuda, no compiler and no headers.
 
-Arguments travel as one buffer, packed by ``struct``'s native alignment, which is that of a kernel's parameters: a launch costs
-a few microseconds of Python. It is an ordinary launch on torch's current stream, so CUDA graphs capture it.
+Arguments lie in one buffer that ``struct`` packs, and the driver is told where each of them lies: a launch costs a few
+microseconds of Python. It is an ordinary launch on torch's current stream, so CUDA graphs capture it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import struct
 import threading
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import c_char_p, c_int, c_uint, c_void_p
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from ...errors import ToolMissing
 
 _LIBRARY = "libcuda.so.1"
 _REMEDY = "NVIDIA's driver brings it; where there is no GPU, kernels are compiled but never loaded"
-_KINDS = {"ptr": "P", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "f32": "f", "f64": "d"}
+_KINDS = {"ptr": "P", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "f32": "f", "f64": "d", "map": "128s"}
 _SMEM_WITHOUT_ASKING = 48 * 1024
 _PORTABLE_CLUSTER = 8
 # Names of cuda.h.
 _INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_SIZE, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14  # CU_FUNC_ATTRIBUTE_
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_
-_PARAM_END, _PARAM_BUFFER, _PARAM_BUFFER_SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_
+_PREFER_SHARED = 1  # CU_FUNC_CACHE_
 
 
 class _Attribute(ctypes.Structure):
@@ -61,7 +61,8 @@ def library() -> ctypes.CDLL:
         raise ToolMissing(_LIBRARY, _REMEDY) from error
 
 
-def _check(code: int, what: str) -> None:
+def check(code: int, what: str) -> None:
+    """Raise what the driver says of a failure."""
     if code:
         text = c_char_p()
         library().cuGetErrorString(c_int(code), ctypes.byref(text))
@@ -76,16 +77,16 @@ def load_module(cubin: bytes) -> c_void_p:
     if code == _INVALID_CONTEXT:
         _enter_context(torch.cuda.current_device())
         code = library().cuModuleLoadData(ctypes.byref(loaded), cubin)
-    _check(code, "to load the machine code")
+    check(code, "to load the machine code")
     return loaded
 
 
 def _enter_context(device: int) -> None:
     """Make the device's context this thread's; torch does so only once a thread needs it."""
     handle, context = c_int(), c_void_p()
-    _check(library().cuDeviceGet(ctypes.byref(handle), c_int(device)), "the device")
-    _check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "the device's context")
-    _check(library().cuCtxSetCurrent(context), "the device's context")
+    check(library().cuDeviceGet(ctypes.byref(handle), c_int(device)), "the device")
+    check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "the device's context")
+    check(library().cuCtxSetCurrent(context), "the device's context")
 
 
 class CudaKernel:
@@ -108,21 +109,24 @@ class CudaKernel:
         self, module: c_void_p, name: str, args: Sequence[str], threads: int, smem: int, cluster: int = 1, pdl: bool = False
     ) -> None:
         self._name, self._threads, self._smem, self._cluster, self._pdl = name, threads, smem, cluster, pdl
-        self._pack = struct.Struct("@" + "".join(_KINDS[kind] for kind in args))
+        kinds = [_KINDS[kind] for kind in args]
+        self._pack = struct.Struct("@" + "".join(kinds))
+        self._offsets = [struct.calcsize("@" + "".join(kinds[: i + 1])) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
         self._pointers = tuple(place for place, kind in enumerate(args) if kind == "ptr")
         self._device = torch.cuda.current_device()
         self._stream = torch._C._cuda_getCurrentRawStream  # ~0.1 us
         self._launch = library().cuLaunchKernelEx
         self._frames = threading.local()
         self._function = c_void_p()
-        _check(library().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"the kernel {name}")
+        check(library().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"the kernel {name}")
         if smem > _SMEM_WITHOUT_ASKING:
             self._allow(_MAX_DYNAMIC_SHARED_SIZE, smem)
+            check(library().cuFuncSetCacheConfig(self._function, c_int(_PREFER_SHARED)), f"shared memory for {name}")
         if cluster > _PORTABLE_CLUSTER:
             self._allow(_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
 
     def _allow(self, attribute: int, value: int) -> None:
-        _check(library().cuFuncSetAttribute(self._function, c_int(attribute), c_int(value)), f"{value} for {self._name}")
+        check(library().cuFuncSetAttribute(self._function, c_int(attribute), c_int(value)), f"{value} for {self._name}")
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         values = list(args)
@@ -133,17 +137,17 @@ class CudaKernel:
         try:
             frame = self._frames.frame
         except AttributeError:
-            frame = self._frames.frame = _Frame(self._pack.size, self._threads, self._smem, self._attributes())
+            frame = self._frames.frame = _Frame(self._pack.size, self._offsets, self._threads, self._smem, self._attributes())
         self._pack.pack_into(frame.buffer, 0, *values)
         config = frame.config
         config.grid_x, config.grid_y, config.grid_z = grid
         config.stream = self._stream(self._device)
-        code = self._launch(frame.reference, self._function, None, frame.extra)
+        code = self._launch(frame.reference, self._function, frame.parameters, None)
         if code == _INVALID_CONTEXT:
             _enter_context(self._device)
-            code = self._launch(frame.reference, self._function, None, frame.extra)
+            code = self._launch(frame.reference, self._function, frame.parameters, None)
         if code:
-            _check(code, f"to launch {self._name} with a grid of {grid}")
+            check(code, f"to launch {self._name} with a grid of {grid}")
 
     def _attributes(self) -> Sequence[_Attribute]:
         found = []
@@ -157,12 +161,10 @@ class CudaKernel:
 class _Frame:
     """What a launch hands to the driver. Every thread has its own; the driver has read it when it returns."""
 
-    def __init__(self, size: int, threads: int, smem: int, attributes: Sequence[_Attribute]) -> None:
+    def __init__(self, size: int, offsets: Sequence[int], threads: int, smem: int, attributes: Sequence[_Attribute]) -> None:
         self.buffer = ctypes.create_string_buffer(max(size, 1))
-        self._size = c_size_t(size)
+        start = ctypes.addressof(self.buffer)
+        self.parameters = (c_void_p * len(offsets))(*(start + offset for offset in offsets))
         self._attributes = (_Attribute * len(attributes))(*attributes)
-        self.extra = (c_void_p * 5)(
-            _PARAM_BUFFER, ctypes.addressof(self.buffer), _PARAM_BUFFER_SIZE, ctypes.addressof(self._size), _PARAM_END
-        )
         self.config = _Config(1, 1, 1, threads, 1, 1, smem, None, self._attributes, len(attributes))
         self.reference = ctypes.byref(self.config)

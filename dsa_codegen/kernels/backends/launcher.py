@@ -8,7 +8,6 @@ signature. Of a version that is not known here, the launcher is Triton's own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +18,11 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
 from ..render import release
+from .descriptors import Views, rank_of
 
 _RELEASE = release(triton.__version__)
 _ONE_FOR_ALL = (3, 7) <= _RELEASE <= (3, 9)
 _KNOWN = (3, 6) <= _RELEASE <= (3, 9)
-_VIEW = re.compile(r"tensordesc<[^[>]*\[([^]]*)\]")
 
 
 class TritonKernel:
@@ -37,7 +36,7 @@ class TritonKernel:
         self._kernel = kernel  # from 3.8 on its end takes the code off the GPU
         self._device = torch.cuda.current_device()
         self._stream = torch._C._cuda_getCurrentRawStream  # what Triton's own launcher reads; ~0.1 us
-        self._views: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+        self._views: Views | None = None
         self._launch: Callable[..., None] = run
         self._fixed: tuple[Any, ...] = (kernel.function, kernel.packed_metadata, None, None, None)
         self._together = False
@@ -50,34 +49,19 @@ class TritonKernel:
             self._fixed = (*head, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
         else:
             self._fixed = (*head, *scratch, *hooks)
-        places = [place for place, kind in enumerate(kernel.src.signature.values()) if _VIEW.match(kind)]
-        described = getattr(kernel.metadata, "tensordesc_meta", None) or []
-        if places and len(described) == len(places) and all(described):
-            self._views = tuple(zip(places, described, strict=True))
+        views = Views(tuple(kernel.src.signature.values()), getattr(kernel.metadata, "tensordesc_meta", None) or (), _encode)
+        if views:
+            self._views = views
             self._launch = _launcher_of_descriptors(kernel)
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         x, y, z = grid
         if self._views:
-            args = self._with_descriptors(args)
+            args = self._views(args)
         if self._together:
             self._launch(x, y, z, self._stream(self._device), *self._fixed, args)
         else:
             self._launch(x, y, z, self._stream(self._device), *self._fixed, *args)
-
-    def _with_descriptors(self, args: Sequence[Any]) -> list[Any]:
-        row: list[Any] = []
-        last = 0
-        for place, described in self._views:
-            view = args[place]
-            encoded = view.encoded
-            if encoded is None or encoded[0] is not described:  # as another kernel's tiles want it
-                encoded = view.encoded = described, _encode(view, described)
-            row += args[last:place]
-            row += encoded[1]
-            last = place + 1
-        row += args[last:]
-        return row
 
 
 def _encode(view: Any, described: Mapping[str, Any]) -> list[Any]:
@@ -94,9 +78,8 @@ def _launcher_of_descriptors(kernel: CompiledKernel) -> Callable[..., None]:
         return code
     kinds: list[str] = []
     for kind in kernel.src.signature.values():
-        view = _VIEW.match(kind)
-        rank = 1 + view[1].count(",") if view else 0
-        kinds += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if view else [kind]
+        rank = rank_of(kind)
+        kinds += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if rank else [kind]
     source = SimpleNamespace(signature=dict(enumerate(kinds)))
     launch: Callable[..., None] = type(kernel.run)(source, kernel.metadata._replace(tensordesc_meta=None)).launch
     return launch

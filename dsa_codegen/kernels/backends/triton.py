@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ...errors import BuildError, ToolBroken, ToolMissing
 from ...gpu import Gpu
+from . import cubin
 from .base import C_COMPILER, Backend, Launchable, Resources, cubin_usage, import_module
 from .launcher import TritonKernel
 
@@ -42,6 +43,7 @@ class TritonBackend(Backend):
         module = import_module(source)
         with _LOCK, tempfile.TemporaryDirectory(prefix="dsa-triton-") as scratch, triton.knobs.cache.scope():
             triton.knobs.cache.dir = scratch
+            cubin.write_types(module.SIGNATURES, out)
             return {kernel: self._compile_into(module, kernel, gpu, out) for kernel in module.SIGNATURES}
 
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
@@ -54,6 +56,9 @@ class TritonBackend(Backend):
             if "C compiler" not in str(error):
                 raise
             raise ToolMissing("a C compiler", C_COMPILER) from error
+
+    def load_ahead(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
+        return cubin.load(out) if cubin.serves(out) else self.load(source, gpu, out)
 
     def _source(self, module: Any, kernel: str) -> ASTSource:
         types = module.SIGNATURES[kernel]
