@@ -278,6 +278,9 @@ def bench(
     limit: Annotated[int, typer.Option(help="So many cases of each stage; 0 for all.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="The first case of each stage.")] = False,
     host: Annotated[bool, typer.Option("--host", help="Also what a call costs the host.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Only a layer whose work 1, 2, 4, … of all visible GPUs share.")
+    ] = False,
     sweep: Annotated[str, typer.Option(help="context: also time and memory from 4K to 1M tokens.")] = "",
     budget: Annotated[str, typer.Option(help="Wall time after which nothing new begins: 240s, 10m.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what has been measured at this commit.")] = False,
@@ -293,6 +296,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
+    if distributed:
+        return _bench_ranks(folder, commit, gpu, as_json)
     listed = bool(
         check or against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep))
     )
@@ -314,6 +319,15 @@ def bench(
     parts += [printing.sweep(sweep_rows)] if sweep_rows else []
     parts += [printing.unreached(campaign.unreached, until)] if campaign.unreached else []
     _print(as_json, show.together(*parts), [*rows, *host_rows, *sweep_rows])
+
+
+def _bench_ranks(folder: Path, commit: str, gpu: str, as_json: bool) -> None:
+    """Seconds of building and minutes of timing, on every GPU that is here."""
+    from .bench.ranks import command as on_ranks
+
+    facts = {"date": results.now(), "commit": commit or results.commit(), "toolchain": benchmark.versions()}
+    rows = on_ranks.run(_visible(gpu), facts, folder)
+    _print(as_json, printing.ranks(rows), rows)
 
 
 def _check(request: benchmark.Request, campaign: Campaign, as_json: bool) -> NoReturn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,7 @@ class Campaign:
 
     def facts(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         """When, of which commit and with which versions something was measured."""
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return {"date": now, "commit": self.commit, "toolchain": {**self.toolchain, **(versions or {})}}
+        return {"date": results.now(), "commit": self.commit, "toolchain": {**self.toolchain, **(versions or {})}}
 
     def hold(self, worker: Worker, case: BenchCase, limits: Roofs) -> Row | None:
         """One case; peers that take the process with them are left out of a second try. None: the deadline came first."""

@@ -200,7 +200,7 @@ def _swept(campaign: Campaign) -> list[dict[str, Any]]:
 def merge(source: Path, folder: Path) -> list[Row]:
     """Take over the results that another machine has written below ``source``."""
     fresh = []
-    for gpu_id in results.gpus_in(source):
+    for gpu_id in (*results.gpus_in(source), *results.groups_in(source)):
         rows = results.read_rows(results.rows_path(source, gpu_id))
         results.merge_rows(results.rows_path(folder, gpu_id), rows)
         fresh += rows

@@ -125,5 +125,24 @@ def sweep(found: Sequence[Mapping[str, Any]]) -> Printer:
     return table("the last 1024 queries of a context", ("context", "method", "# ms", "# peak GB", "note"), body)
 
 
+def ranks(found: Sequence[Mapping[str, Any]]) -> Printer:
+    """A layer on several GPUs beside one, and beside the plain way of sharing it."""
+    body = [
+        (
+            row["stage"],
+            labels.shape(row),
+            str(row["shape"]["ranks"]),
+            labels.microseconds(row["ours_us"]),
+            *(labels.microseconds(row["peers"].get(name)) for name in ("one GPU", "plain")),
+            labels.ratio(row["speedup"]),
+            labels.microseconds(row["exchange_us"]),
+            labels.microseconds(row["exposed_us"]),
+        )
+        for row in found
+    ]
+    columns = ("stage", "case", "# GPUs", "# µs", "# one GPU µs", "# plain µs", "# speed-up", "# exchange µs", "# it adds µs")
+    return table("a layer on several GPUs", columns, body)
+
+
 def _over(value: float | None, unit: float) -> str:
     return "–" if value is None else f"{value / unit:.3g}"

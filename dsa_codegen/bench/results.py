@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ REQUIRED = (
     "toolchain",
 )
 _LOCK_TIMEOUT_S = 60
+_GROUP = re.compile(r"[a-z0-9]x\d+$")
 
 
 def rows_path(folder: Path, gpu_id: str) -> Path:
@@ -52,7 +55,18 @@ def machine_path(folder: Path, gpu_id: str) -> Path:
 
 def gpus_in(folder: Path) -> list[str]:
     """The GPUs that have rows."""
-    return sorted(path.stem for path in (folder / "results").glob("*.json"))
+    return sorted(path.stem for path in (folder / "results").glob("*.json") if not _GROUP.search(path.stem))
+
+
+def groups_in(folder: Path, gpu_id: str = "*") -> list[str]:
+    """The groups of several GPUs, of one kind or of any, that have rows of their own: ``h100x2`` are two H100s."""
+    names = {path.stem for path in (folder / "results").glob(f"{gpu_id}x*.json") if _GROUP.search(path.stem)}
+    return sorted(names, key=lambda name: (name.rpartition("x")[0], int(name.rpartition("x")[2])))
+
+
+def now() -> str:
+    """The date and time, as rows state it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def latest_gpu(folder: Path) -> str:

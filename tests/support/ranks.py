@@ -204,6 +204,41 @@ def by_mode(group: Any, rank: int, world: int, device: str) -> dict:
     return found
 
 
+def captured(group: Any, rank: int, world: int, device: str) -> dict:
+    """Decode steps in CUDA graphs, collectives and all: what a replay gives on other inputs, and what a call gives.
+
+    Under data parallelism the last rank has no sequence: it replays the graph of as many, of length 0.
+    """
+    found: dict = {}
+    batch, next_n = STEPS[0]
+    step = decode_step(batch, next_n)
+    moved = on(device, step)
+    shard = Shard.interleaved(rank, world, PAGE)
+    whole = {"cache": step["index_cache"], "page_table": step["page_table"], "max_context": CONTEXT}
+    part = exact_inputs.part_of(whole, step["kv_cache"], shard, PAGE)
+    part = on(device, {"index_cache": part["cache"], "kv_cache": part["kv_cache"], "page_table": part["page_table"]})
+    ways = {
+        "tensor": (tensor_parallel(group, rank, world), of_heads(moved, rank, world)),
+        "context": (dsa.Layer(MODEL, parallel=ContextParallel(group=group)), {**moved, **part}),
+        "data": (dsa.Layer(MODEL, parallel=DataParallel([batch] * world, group)), dict(moved)),
+    }
+    for name, (layer, inputs) in ways.items():
+        inputs["lengths"] = inputs["lengths"].clone()
+        layer.decode(**inputs)  # loads the kernels, and makes NCCL ready
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            replayed = layer.decode(**inputs)
+        for number in range(2):
+            lengths = Draw(20 + number).integers(0, CONTEXT + 1, batch, next_n)
+            inputs["lengths"].copy_(lengths * 0 if name == "data" and rank == world - 1 else lengths)
+            graph.replay()
+            torch.cuda.synchronize()
+            again = [each.clone() for each in replayed]
+            found[name, number] = again, list(layer.decode(**inputs))
+    return found
+
+
 OF_ROWS = ("q", "index_q", "index_weights", "starts", "ends")
 OF_SEQUENCES = ("q", "index_q", "index_weights", "lengths", "page_table")
 
@@ -266,6 +301,7 @@ def run(rank: int, folder: Path, processes: int, transport: str) -> None:
                 "rows": by_rows(group, world, device),
                 "position": by_position(group, rank, world, device),
                 "modes": by_mode(group, rank, world, device),
+                "captured": captured(group, rank, world, device) if transport == "nccl" else {},
             }
     torch.save(on("cpu", found), folder / f"{rank}.pt")
     dist.barrier()

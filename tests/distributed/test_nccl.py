@@ -1,0 +1,66 @@
+"""Two GPUs over NCCL give what one of them gives alone, in calls and in CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ranks
+from test_modes import assert_equal
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"),
+]
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory) -> dict[int, list[dict]]:
+    return ranks.launch(tmp_path_factory.mktemp("nccl"), WORLD, "nccl")
+
+
+def test_rows_dealt_out_are_chosen_alike(on_gpus):
+    expected = on_gpus[1][0]["rows"]
+    for rank in on_gpus[WORLD]:
+        assert rank["rows"].keys() == expected.keys()
+        for name, chosen in rank["rows"].items():
+            assert torch.equal(chosen, expected[name]), name
+
+
+def test_caches_that_are_sharded_serve_alike(on_gpus):
+    expected = on_gpus[1][0]["position"]
+    for rank in on_gpus[WORLD]:
+        for (_, *which), (tokens, out, lse) in rank["position"].items():
+            wanted = expected[tuple(which)]
+            assert_equal((out, lse, tokens), (*wanted[1:], wanted[0]))
+
+
+def test_layers_whose_work_is_shared(on_gpus):
+    whole = on_gpus[1][0]["modes"]
+    for number, rank in enumerate(on_gpus[WORLD]):
+        heads, found = ranks.heads_of(number, WORLD), rank["modes"]
+        for tokens in ranks.TOKENS:
+            out, lse, chosen = whole["prefill", tokens]
+            for name, deal in ranks.deals(tokens, WORLD).items():
+                rows = deal.rows(number)
+                assert_equal(found["context", tokens, name], (out[rows], lse[rows], chosen[rows]))
+            assert_equal(found["tensor", tokens], (out[:, heads], lse[:, heads], chosen))
+            assert_equal(found["data", tokens], (out, lse, chosen))
+        for batch, _ in ranks.STEPS:
+            out, lse, chosen = whole["paged", batch]
+            assert_equal(found["tensor paged", batch], (out[..., heads, :], lse[..., heads], chosen))
+            assert_equal(found["data paged", batch], (out, lse, chosen))
+            assert_equal(found["context paged", batch], (out, lse), found["context paged", batch][2])
+
+
+def test_graphs_replay_what_calls_give(on_gpus):
+    for rank in on_gpus[WORLD]:
+        for (name, number), (replayed, called) in rank["captured"].items():
+            for a, b in zip(replayed, called, strict=True):
+                assert torch.equal(a, b), (name, number)
+    out, lse, chosen = on_gpus[WORLD][0]["captured"]["data", 0][0]
+    last = slice(len(out) // 2, None)  # of a rank with sequences of length 0
+    assert not out[last].any() and lse[last].isneginf().all() and (chosen[last] == -1).all()
+    assert out[: len(out) // 2].any()
