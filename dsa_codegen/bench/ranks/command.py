@@ -86,22 +86,22 @@ def kernels(cases: Iterable[Case], sizes: Iterable[int], gpu: Gpu) -> list[Rende
 
 
 def _processes(devices: int, arguments: tuple[Any, ...]) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=process.main, args=(rank, *arguments)) for rank in range(devices)]
+    # CUDA does not survive a fork; without it a fork saves importing torch once more.
+    context: Any = multiprocessing.get_context("spawn" if "cuda" in arguments else "fork")
+    ranks = [context.Process(target=process.main, args=(rank, *arguments), daemon=True) for rank in range(devices)]
     for each in ranks:
         each.start()
     until = time.monotonic() + _LONGEST_SECONDS
-    while any(each.is_alive() for each in ranks) and time.monotonic() < until:
+    try:
+        while any(each.is_alive() for each in ranks) and time.monotonic() < until:
+            time.sleep(0.05)
+            failed = [(rank, each.exitcode) for rank, each in enumerate(ranks) if each.exitcode]
+            if failed:  # the others would wait for it
+                raise RunFailed(*failed[0])
+    finally:
         for each in ranks:
-            each.join(0.1)
-        if any(each.exitcode for each in ranks):  # the others would wait for it
-            break
-    for each in ranks:
-        each.kill()
-        each.join()
-    for rank, each in enumerate(ranks):
-        if each.exitcode:
-            raise RunFailed(rank, each.exitcode)
+            each.kill()
+            each.join()
 
 
 def _timed(store: Path) -> list[tuple[Case, int, Timed]]:

@@ -142,6 +142,8 @@ def main(rank: int, processes: int, cases: Sequence[Case], sizes: Sequence[int],
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
+    else:
+        torch.set_num_threads(1)
     transported = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(transported, store=dist.FileStore(str(store / "ranks"), processes), rank=rank, world_size=processes)
     groups = {world: dist.new_group(list(range(world))) for world in sizes}
