@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dsa_codegen.bench import results
-from dsa_codegen.bench.ranks import command
+from dsa_codegen.bench.ranks import command, model
 from dsa_codegen.bench.ranks.cases import CASES, SMALL
 from dsa_codegen.bench.ranks.process import Timed
 from dsa_codegen.errors import NoGpu
@@ -54,3 +56,23 @@ def test_kernels_of_every_rank_are_known_beforehand():
 def test_one_gpu_is_not_several(tmp_path):
     with pytest.raises(NoGpu, match="two GPUs"):
         command.run(H200, FACTS, tmp_path, devices=1)
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+
+
+def test_the_page_holds_what_the_model_says():
+    shown = PAGE.read_text().partition("<!-- model -->\n")[2].partition("\n<!-- /model -->")[0]
+    assert shown == model.table()
+
+
+@pytest.mark.parametrize("stage", model.WAYS)
+def test_the_model_is_sane(stage):
+    """One rank gains nothing, none gain more than there are, and ours is ahead of the plain way."""
+    for way in model.WAYS[stage]:
+        for context in (32768, 131072):
+            assert model.speedup(stage, way, context, 1) == 1
+            assert all(0 < model.speedup(stage, way, context, world) <= world for world in model.WORLDS)
+    for way in model.WAYS[stage]:
+        if f"{way}, plain" in model.WAYS[stage]:
+            assert model.speedup(stage, way, 131072, 8) > model.speedup(stage, f"{way}, plain", 131072, 8)
