@@ -34,8 +34,11 @@ def seed_of(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def interpret(op_name: str, spec: Spec, config: Config, case: Case, gpu: Gpu) -> Accuracy:
-    """Verify a Triton config of one case on the CPU; a job for a ``Worker`` with ``TRITON_INTERPRET=1``."""
+def interpret(op_name: str, spec: Spec, config: Config, case: Case, gpu: Gpu, repeats: int = 1) -> Accuracy:
+    """Verify a Triton config of one case on the CPU; a job for a ``Worker`` with ``TRITON_INTERPRET=1``.
+
+    There blocks run one after another: a repeat can only show what was read before it was written.
+    """
     from ..kernels.backends import triton
 
     op = ops.get(op_name)
@@ -43,7 +46,7 @@ def interpret(op_name: str, spec: Spec, config: Config, case: Case, gpu: Gpu) ->
     with tempfile.TemporaryDirectory(prefix="dsa-interpret-") as folder:
         source = Path(folder) / f"{rendered.module_name}.py"
         source.write_text(rendered.text)
-        return verify(Variant(op, spec, config, gpu, triton.interpreted(source)), case, "cpu", repeats=2)
+        return verify(Variant(op, spec, config, gpu, triton.interpreted(source)), case, "cpu", repeats=repeats)
 
 
 def verify(variant: Variant, case: Case, device: str, *, seed: int | None = None, repeats: int = 1) -> Accuracy:

@@ -4,7 +4,8 @@ It keeps bf16 as 16-bit patterns: ``tl.dot`` multiplies those integers, and fp32
 nearest even (truncated probabilities alone put attention at a similarity of 1.2e-5). fp32 -> e4m3 rounds, but loses the carry
 into the exponent: 127 becomes 64; e4m3's NaN is read as 480. A constant of the module that meets a tensor makes a constant that
 holds a tensor: from 3.7 on, most functions refuse it. What a scalar comparison gives becomes int32 where it is broadcast: 3.9
-refuses it as a mask. 3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on.
+refuses it as a mask. 3.6 makes an index of an array with one entry, which numpy refuses from 2.4 on. A reduction by a function
+of the module's own goes through the tile element by element: 10 of the 11 s of quantising 130 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
 _OPERATORS = [
@@ -56,12 +57,30 @@ def repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = lend_methods
+    ReduceOps.generic_reduce = _reduced_by_halves
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_splat = create_splat
     for name in _OPERATORS:
         setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))
+
+
+def _reduced_by_halves(self: Any, given: Any) -> list[Any]:
+    """``tl.reduce`` by any associative function: neighbours along the axis are combined, all at once, until one is left."""
+    values, axis = self.unravel(given, self.axis)
+    kinds = [value.dtype for value in values]
+    parts = [np.moveaxis(value.handle.data, axis, 0) for value in values]
+    while len(parts[0]) > 1:
+        sides = [self.to_tensor(part[side::2], kind) for side in (0, 1) for part, kind in zip(parts, kinds, strict=True)]
+        combined = self.combine_fn.fn(*sides)
+        parts = [part.handle.data for part in (combined if isinstance(combined, tuple) else (combined,))]
+    shape = values[0].handle.data.shape
+    kept = tuple(1 if place == axis else size for place, size in enumerate(shape))
+    if self.axis is None:
+        kept = (1,) * len(given[0].handle.data.shape)
+    shape = kept if self.keep_dims else shape[:axis] + shape[axis + 1 :]
+    return [self.to_tensor(part.reshape(shape), kind) for part, kind in zip(parts, kinds, strict=True)]
 
 
 def _unwrapping(operator: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
