@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from dsa_codegen import cli, ops
+from dsa_codegen import cli as app
 from dsa_codegen import gpu as gpus
+from dsa_codegen import ops
 from dsa_codegen.errors import NoGpu, SpecError
+
+from command_line import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {name for name, op in ops.all_ops().items() if not op.training}  # operations that have records
@@ -32,13 +35,13 @@ def shown() -> list[str]:
 
 def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run an example as it is shown, in ``folder``, where its files and records go."""
-    words = [word if word != "cli.py" else str(ROOT / "cli.py") for word in shlex.split(command)[1:]]
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DSA_TUNED_DIR": str(folder / "records"), **environment}
-    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=variables)
+    return cli(*shlex.split(command)[2:], cwd=folder, **{"DSA_TUNED_DIR": str(folder / "records"), **environment})
 
 
 def test_every_command_is_shown():
-    listed = run("python cli.py --help", ROOT, COLUMNS="200").stdout
+    """Also that a process of its own starts, which the other tests save."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    listed = subprocess.run([sys.executable, ROOT / "cli.py", "--help"], capture_output=True, text=True, env=environment).stdout
     commands = set(re.findall(r"^\W+([a-z]+) {2,}[A-Z]", listed, re.MULTILINE))
     assert {"generate", "verify", "tune", "bench", "list", "explain", "doctor"} <= commands
     assert {command.split()[2] for command in shown()} == commands
@@ -56,7 +59,6 @@ def test_examples_run(command, tmp_path):
     assert done.stdout.strip()
 
 
-@pytest.mark.slow
 def test_from_verify_to_explain(tmp_path):
     """A new user's way: verify, build ahead, tune for a GPU that is not here, see the record, and that it serves calls."""
     examples = [command for command in shown() if "--preset tiny --op quantize" in command]
@@ -98,20 +100,20 @@ def test_sizes_that_are_no_numbers(sizes, tmp_path):
 def test_bench_refuses_another_gpu_than_the_one_that_is_meant(monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h100"))
     with pytest.raises(SpecError, match="h100, which is here"):
-        cli._visible("H200")
+        app._visible("H200")
 
 
 @pytest.mark.parametrize("named", ["auto", "h200"])
 def test_bench_needs_a_gpu(named, monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: None)
     with pytest.raises(NoGpu):
-        cli._visible(named)
+        app._visible(named)
 
 
 @pytest.mark.parametrize("named", ["auto", "h200", "H200"])
 def test_bench_measures_on_the_gpu_that_is_meant(named, monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h200"))
-    assert cli._visible(named).id == "h200"
+    assert app._visible(named).id == "h200"
 
 
 def test_the_list_fits_a_narrow_terminal(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from command_line import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md"]
@@ -26,12 +27,6 @@ def test_python_examples_run(page, capsys):
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), namespace)
-
-
-def cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command line as a user would, without a GPU."""
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **environment}
-    return subprocess.run([sys.executable, ROOT / "cli.py", *arguments], capture_output=True, text=True, env=variables, cwd=cwd)
 
 
 @functools.cache

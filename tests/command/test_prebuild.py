@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +15,8 @@ from dsa_codegen.problem import presets
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.runtime import prebuilt
 
-ROOT = Path(__file__).resolve().parents[2]
+from command_line import cli
+
 H100 = resolve("H100")
 CALLS = prebuild.calls(presets.preset("tiny"), H100, ["quantize"])
 FIRST, OTHER = CALLS[0], next(call for call in CALLS if call[1] != CALLS[0][1])
@@ -27,13 +24,7 @@ FIRST, OTHER = CALLS[0], next(call for call in CALLS if call[1] != CALLS[0][1])
 
 def test_the_command_writes_a_folder_that_opens(tmp_path):
     command = ["build", "--preset", "tiny", "--op", "quantize", "--gpu", "H100", "--out", "builds", "--json"]
-    shown = subprocess.run(
-        [sys.executable, ROOT / "cli.py", *command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=tmp_path,
-    )
+    shown = cli(*command, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     rows = json.loads(shown.stdout)
     builds = prebuilt.opened(tmp_path / "builds")

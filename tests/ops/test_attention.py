@@ -19,7 +19,7 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.records import lookup
 
-from support import H200, assert_compiles, assert_matches_reference
+from support import FURTHER, H200, assert_compiles, assert_matches_reference
 
 SPECS = [
     AttentionSpec(5, 576, topk=70),
@@ -46,16 +46,16 @@ def test_matches_the_reference(interpreter, spec, case):
     ("spec", "config"),
     [
         (AttentionSpec(128, 576, 2048), SPECIALISED),
-        (AttentionSpec(64, 512, 512, sink=True), SPECIALISED),
-        (AttentionSpec(20, 576, 130, lengths=True, sink=True), SPECIALISED),
+        pytest.param(AttentionSpec(64, 512, 512, sink=True), SPECIALISED, marks=FURTHER),
+        pytest.param(AttentionSpec(20, 576, 130, lengths=True, sink=True), SPECIALISED, marks=FURTHER),
         (AttentionSpec(5, 576, 37, lengths=True, sink=True), MULTISTAGE),
-        (AttentionSpec(32, 512, 512), MULTISTAGE.replace(block_h=32, block_n=64, threads=256)),
-        (AttentionSpec(128, 576, 2048), MULTISTAGE.replace(block_h=64, num_stages=3, threads=256)),
+        pytest.param(AttentionSpec(32, 512, 512), MULTISTAGE.replace(block_h=32, block_n=64, threads=256), marks=FURTHER),
+        pytest.param(AttentionSpec(128, 576, 2048), MULTISTAGE.replace(block_h=64, num_stages=3, threads=256), marks=FURTHER),
         (AttentionSpec(16, 576, 2048, lengths=True), TRITON),
         (AttentionSpec(16, 576, 2048, max_logits=True), TRITON),
-        (AttentionSpec(128, 576, 2048, max_logits=True), SPECIALISED),
+        pytest.param(AttentionSpec(128, 576, 2048, max_logits=True), SPECIALISED, marks=FURTHER),
         (AttentionSpec(64, 512, 512, lengths=True, sink=True, max_logits=True), SPECIALISED),
-        (AttentionSpec(5, 576, 37, max_logits=True), MULTISTAGE),
+        pytest.param(AttentionSpec(5, 576, 37, max_logits=True), MULTISTAGE, marks=FURTHER),
         (AttentionSpec(128, 576, 2048, sink=True), TRITON.replace(block_h=64, num_stages=5, num_warps=8)),
     ],
     ids=lambda value: value.id if isinstance(value, AttentionSpec) else value.to_dict().get("pipeline", value.backend),
@@ -68,9 +68,9 @@ def test_compiles_for_hopper(spec, config):
     ("spec", "config"),
     [
         (AttentionSpec(128, 576, 2048), CLUSTER),
-        (AttentionSpec(128, 576, 130, lengths=True, sink=True), CLUSTER),
+        pytest.param(AttentionSpec(128, 576, 130, lengths=True, sink=True), CLUSTER, marks=FURTHER),
         (AttentionSpec(128, 512, 1024, sink=True), CLUSTER.replace(num_stages=4)),
-        (AttentionSpec(128, 576, 2048, lengths=True), CLUSTER.replace(turns=False)),
+        pytest.param(AttentionSpec(128, 576, 2048, lengths=True), CLUSTER.replace(turns=False), marks=FURTHER),
     ],
     ids=["plain", "lengths, sink", "without a tail", "without turns"],
 )

@@ -51,7 +51,8 @@ def test_two_pools_match_the_reference(interpreter, spec, case):
 
 @pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 24}, {"block_n": 32}], ids=str)
 def test_two_pools_match_the_reference_in_every_form(interpreter, changes):
-    assert_matches_reference(interpreter, OP, TWO_POOLS[0], SMALL.replace(**changes), OP.cases(TWO_POOLS[0])[1])
+    case = OP.cases(TWO_POOLS[0])[1]
+    assert_matches_reference(interpreter, OP, TWO_POOLS[0], SMALL.replace(**changes), case, repeats=2)
 
 
 @pytest.mark.parametrize("changes", [{"splits": 1}, {"splits": 24}, {"dequantize": "cast"}, {"block_n": 32}], ids=str)
@@ -60,6 +61,7 @@ def test_every_form_matches_the_reference(interpreter, spec, changes):
     assert_matches_reference(interpreter, OP, spec, SMALL.replace(**changes), OP.cases(spec)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets.names())
 def test_default_config_compiles_for_hopper(name):
     spec = OP.specs(presets.preset(name))[0]

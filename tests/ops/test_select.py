@@ -21,7 +21,7 @@ from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify
 
 import emulator
-from support import H200, assert_compiles, assert_matches_reference
+from support import FURTHER, H200, assert_compiles, assert_matches_reference
 
 PLAIN = SelectSpec(64)
 SLOTS = SelectSpec(77, scores="bf16", starts=False, output="slots", page=48, keep_first=3, keep_recent=17)
@@ -43,7 +43,7 @@ def test_split_matches_the_reference(interpreter, case):
 @pytest.mark.parametrize("config", [ROW, SPLIT], ids=["row", "split"])
 def test_windows_at_the_ends_of_int32(interpreter, config):
     (case,) = (case for case in OP.cases(SLOTS) if case.distribution == "extreme_normal")
-    assert_matches_reference(interpreter, OP, replace(SLOTS, starts=True), config, case)
+    assert_matches_reference(interpreter, OP, replace(SLOTS, starts=True), config, case, repeats=2)
 
 
 @pytest.fixture(scope="module", params=["row", "split"])
@@ -100,7 +100,9 @@ def test_a_block_that_stays_matches_the_reference(order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
-@pytest.mark.parametrize(("rows", "columns", "backend"), [(4096, 131072, "tilelang"), (4096, 32768, "cuda")])
+@pytest.mark.parametrize(
+    ("rows", "columns", "backend"), [pytest.param(4096, 131072, "tilelang", marks=FURTHER), (4096, 32768, "cuda")]
+)
 def test_default_compiles_for_hopper(rows, columns, backend):
     spec = SelectSpec(2048)
     config = OP.default_config(spec, SelectSizes(rows, columns), H200)
@@ -126,14 +128,14 @@ DECODE = SelectSpec(2048, starts=False, output="slots")
 # What serves; two blocks an SM with 32 scores a thread and the pages beside them spill, and are the fastest nevertheless.
 GEOMETRIES = [
     (DECODE, SelectSizes(1, 8192), 0),
-    (DECODE, SelectSizes(64, 8192), 0),
-    (DECODE, SelectSizes(8, 65536), 0),
-    (DECODE, SelectSizes(1, 131072), 0),
-    (DECODE, SelectSizes(128, 32768), 48),
+    pytest.param(DECODE, SelectSizes(64, 8192), 0, marks=FURTHER),
+    pytest.param(DECODE, SelectSizes(8, 65536), 0, marks=FURTHER),
+    pytest.param(DECODE, SelectSizes(1, 131072), 0, marks=FURTHER),
+    pytest.param(DECODE, SelectSizes(128, 32768), 48, marks=FURTHER),
     (SLOTS, SelectSizes(64, 65536), 32),
     (SelectSpec(2048), SelectSizes(4096, 8192), 0),
-    (SelectSpec(4096, scores="bf16"), SelectSizes(4096, 32768), 8),
-    (replace(DECODE, page=1, keep_first=2), SelectSizes(8, 32768), 0),
+    pytest.param(SelectSpec(4096, scores="bf16"), SelectSizes(4096, 32768), 8, marks=FURTHER),
+    pytest.param(replace(DECODE, page=1, keep_first=2), SelectSizes(8, 32768), 0, marks=FURTHER),
 ]
 
 

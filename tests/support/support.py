@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dsa_codegen import ops
@@ -21,6 +22,8 @@ from dsa_codegen.proof.verify import interpret, poison
 from dsa_codegen.worker import Worker
 
 H200 = resolve("H200")
+FURTHER = pytest.mark.slow
+"""Of compilations that take nvcc 6 to 20 s each: one of each kind runs everywhere, the further ones with ``-m slow``."""
 SPILLS_OF = (3, 6)  # the Triton that the templates were tuned with; each compiler allocates registers in its own way
 
 
@@ -38,10 +41,10 @@ def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
     return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 
-def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case) -> None:
+def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case, repeats: int = 1) -> None:
     """The rendered Triton kernels, interpreted on the CPU, agree with the reference within the op's limits."""
     assert not op.violations(spec, config, H200)
-    accuracy = interpreter.call(interpret, op.name, spec, config, case, H200)
+    accuracy = interpreter.call(interpret, op.name, spec, config, case, H200, repeats)
     assert accuracy.passed, accuracy.detail
 
 

@@ -1,0 +1,57 @@
+"""The command line without a process for every call: each would import torch and TileLang anew, 3 seconds of CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dsa_codegen.runtime import dispatch
+from dsa_codegen.worker import Worker
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+_worker = Worker(WITHOUT_GPU)
+
+
+def cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """``python cli.py ARGUMENTS`` as a user would run it in ``cwd``, without a GPU, where everything is imported already."""
+    variables = {**os.environ, **WITHOUT_GPU, "COLUMNS": "200", **environment}
+    code, out, err = _worker.call(_run, arguments, str(cwd), variables)
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> tuple[int, str, str]:
+    """The job: ``cli.py`` from its first line, as in a new process but for what modules below it keep."""
+    sys.modules.pop("dsa_codegen.cli", None)  # its consoles measure the terminal when they are made
+    dispatch.reset()
+    out, err, before = io.StringIO(), io.StringIO(), (os.getcwd(), dict(os.environ), sys.argv)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        try:
+            os.chdir(folder)
+            _set(variables)
+            sys.argv = ["cli.py", *arguments]
+            runpy.run_path(str(ROOT / "cli.py"), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            os.chdir(before[0])
+            _set(before[1])
+            sys.argv = before[2]
+    return code, out.getvalue(), err.getvalue()
+
+
+def _set(variables: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
