@@ -12,7 +12,9 @@ import mmap
 import platform
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,11 @@ class _Emulated:
 
 _PRAGMA_OR_INCLUDE = re.compile(r"^#(?:pragma|include).*$", re.MULTILINE)
 _ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);\n", re.DOTALL)
-_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(THREADS, \w+\)\s*(\w+)\(([^)]*)\)')
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+\)\s*(\w+)\(([^)]*)\)')
+_SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) (?:unsigned )?char (\w+)\[\];")
+_FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
+_OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
+_PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d), (\d);", re.DOTALL)
 
 
 def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Launchable]:
@@ -103,25 +109,51 @@ class _EmulatedCuda:
     def __init__(self, folder: Path, text: str, facts: dict[str, Any], order: int) -> None:
         assert facts["cluster"] == 1
         self._threads, self._order = facts["threads"], order
+        header = "emulator_cuda.h"
+        if "wgmma" in text:
+            header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
         text = _ASSEMBLY.sub(";\n", _PRAGMA_OR_INCLUDE.sub("", text))
         match = _SIGNATURE.search(text)
         assert match is not None
         name, declared = match.groups()
         kinds = [" ".join(part.split()).rpartition(" ")[0] for part in declared.split(",")]
-        text = text.replace("extern __shared__ __align__(16) char raw[];", "char *raw = (char *)emulator::shared;")
-        arguments = ", ".join(f"({kind})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
+        text = _SHARED_OF_CUDA.sub(r"char *\1 = (char *)emulator::shared;", text)
+        arguments = ", ".join(
+            f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
+            for i, kind in enumerate(kinds)
+        )
         launcher = _LAUNCHER.format(name=name, arguments=arguments)
         launcher = launcher.replace("emulator::kernel = call;", "emulator::kernel = call; gridDim = {width, height, 1};")
-        self._library = ctypes.CDLL(str(_compile(folder, f'#include "emulator_cuda.h"\n{text}\n{launcher}')))
+        self._library = ctypes.CDLL(str(_compile(folder, f'#include "{header}"\n{text}\n{launcher}')))
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
-        values = (memory[i].address if i in memory else int(arg) for i, arg in enumerate(args))
+        values = (memory[i].address if i in memory else _as_integer(arg) for i, arg in enumerate(args))
         arguments = (ctypes.c_longlong * len(args))(*values)
         stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory.values():
             guarded.copy_back()
+
+
+def _as_integer(arg: int | float) -> int:
+    return struct.unpack("I", struct.pack("f", arg))[0] if isinstance(arg, float) else int(arg)
+
+
+def _without_instructions(text: str) -> Iterator[str]:
+    """The lines of a text without the functions around Hopper's instructions, products in their emulated form."""
+    lines = iter(text.split("\n"))
+    for line in lines:
+        function = [line]
+        while _FUNCTION.match(line) and "}" not in function[0] and function[-1] != "}":
+            function.append(next(lines))
+        whole = "\n".join(function)
+        if not _FUNCTION.match(line) or not _OF_HOPPER.search(whole):
+            yield whole
+        elif product := _PRODUCT.search(whole):
+            name, parameters, n, *transposed = product.groups()
+            add = "add" if parameters.endswith("int add") else "0"
+            yield f"DEVICE void {name}({parameters}) {{ emulator::product<{n}, {', '.join(transposed)}>(d, a, b, {add}); }}"
 
 
 def _compile(folder: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA prefill: clusters that split the channels (CUDA C++), warp groups with roles, and plain tiles."""
+"""Kernels of sparse MLA prefill: clusters that split the channels and tokens as rows (CUDA C++), warp groups with roles, plain tiles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ _CLUSTER = Config.of("cuda", num_stages=4, turns=True, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
-_CLUSTER_THREADS = 384  # two groups of 128 consume, one gathers
+_CUDA_THREADS = 384  # two groups of 128 consume, one gathers
+_REGISTERS = 168  # per thread of such a block
+_FEW_HEADS = 32  # tokens as rows, heads as columns; all 64 would not fit the registers of a group
+_FEW_COLUMNS = Config.of("cuda", num_stages=8, turns=False, consumer_registers=168)
+_FEWER_HEADS = tuple(_FEW_COLUMNS.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6))
+_MASKS = 8  # of tiles in the ring
 _DEFAULTS = (
     _SPECIALISED,
     _WIDE,
@@ -39,9 +44,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         if backend == "cuda":
             return (
-                Parameter("num_stages", (3, 4), "tiles of 64 tokens in flight"),
+                Parameter("num_stages", (3, 4, 5, 6, 7, 8, 9, 11, 13), "tiles of 64 tokens in flight; with few heads, parts of them"),
                 Parameter("turns", (True, False), "whether the two groups that multiply take turns"),
-                Parameter("consumer_registers", (216, 224, 232), "per thread that multiplies; one that gathers has the rest"),
+                Parameter("consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"),
             )
         tile = (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
@@ -99,6 +104,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return ()
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
         tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
+        if config.backend == "cuda" and spec.heads <= _FEW_HEADS:  # each block takes two queries after another
+            return (Launch("attention", (min(len(q), gpu.sms), 1, 1), (*tensors, len(q), len(kv), inputs["sm_scale"])),)
         if config.backend == "cuda":
             clusters = min(len(q), max(gpu.sms // 2, 1))  # each takes one query after another
             return (Launch("attention", (2 * clusters, 1, 1), (*tensors, len(q), len(kv), inputs["sm_scale"])),)
@@ -117,30 +124,63 @@ def _specialised(config: Config) -> bool:
 def _cuda_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
+    if spec.heads <= _FEW_HEADS:
+        yield from _few_constraints(spec, config)
+    else:
+        yield from _cluster_constraints(spec, config)
+    yield from exceeds("smem", _cuda_smem(spec, config), gpu.smem_per_block, " B")
+
+
+def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    if config["turns"]:
+        yield Violation("turns", 1.0, "turns: groups of few heads take none")
+    yield from exceeds("stages of a tile", _chunks(spec), config["num_stages"])
+    yield from exceeds("accumulator registers", _columns(spec) * D_V / 128 + 88, config["consumer_registers"])
+
+
+def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     if spec.heads != _CLUSTER_HEADS:
         excess = _CLUSTER_HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_CLUSTER_HEADS} of one query, not {spec.heads}")
     if spec.max_logits:
         yield Violation("max_logits", 1.0, "max_logits: a cluster keeps powers of two that may lag behind the maxima")
-    yield from exceeds("smem", _cuda_smem(spec, config), gpu.smem_per_block, " B")
+    yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
 def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
-    """Bytes of shared memory per block of a cluster: half of the channels of tiles and of q, mail, masks, barriers."""
-    tile, mailbox, barrier = 64 * spec.d_qk, 2048 + 1024 + 128, 8
-    tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
-    return tiles + 2 * tile + 2 * barrier + 8 * (mailbox + 2 * barrier)
+    """Bytes of shared memory per block, as the templates lay it out."""
+    barrier = 8
+    if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
+        tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
+        tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
+        return tiles + 2 * tile + 2 * barrier + 8 * (mailbox + 2 * barrier)
+    columns, chunk = _columns(spec), 128 * spec.d_qk // _chunks(spec)
+    q, weights, facts = columns * spec.d_qk * 2, columns * 128, columns * 16
+    return config["num_stages"] * (chunk + 2 * barrier) + 2 * (q + weights + facts + 2 * barrier) + 8 * _MASKS
+
+
+def _columns(spec: AttentionSpec) -> int:
+    """Heads and padding: what the products of few heads have."""
+    return next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
+
+
+def _chunks(spec: AttentionSpec) -> int:
+    """Parts of a tile of few heads: 3 of 192 channels, or 4 of 128."""
+    return 3 if spec.d_qk > D_V else 4
 
 
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
-    return {
+    values: dict[str, Scalar] = {
         "d_v": D_V,
-        "half": D_V // 2,
-        "half_tail": (spec.d_qk - D_V) // 2,
-        "threads": _CLUSTER_THREADS,
-        "producer_registers": 3 * 168 - 2 * config["consumer_registers"],  # 3 x 168 are what a block has
+        "threads": _CUDA_THREADS,
+        "producer_registers": 3 * _REGISTERS - 2 * config["consumer_registers"],
         "smem": _cuda_smem(spec, config),
     }
+    if spec.heads > _FEW_HEADS:
+        return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
+    chunks = _chunks(spec)
+    few = {"columns": _columns(spec), "chunks": chunks, "chunk_pieces": spec.d_qk // 64 // chunks, "registers": _REGISTERS}
+    return {**values, "design": "few", **few}
 
 
 def _triton_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:

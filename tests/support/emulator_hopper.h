@@ -1,0 +1,135 @@
+// The parts of templates/cuda (barriers, copies, products of a group of warps) for the CPU: what the inline assembly of a kernel of
+// one block does on a Hopper GPU. A copy lands when its thread signals it, so that whoever does not wait finds the poison.
+#pragma once
+#include "emulator_cuda.h"
+
+#define DEVICE static inline
+#define __cvta_generic_to_shared(address) 0
+using u32 = uint32_t;
+using u64 = uint64_t;
+using bf16 = unsigned short;
+
+namespace emulator {
+
+constexpr int named_barriers = 16;
+constexpr long most_idle_turns = 20000000;
+
+struct Barrier {  // in shared memory, 8 bytes as on the GPU
+  short count, pending;
+  int phase;
+};
+struct Meeting {
+  int waiting, generation;
+  bool any, result;
+};
+struct Copy {
+  u32 to;
+  const bf16 *from;
+  bool valid;
+};
+static Meeting meetings[named_barriers];
+static std::vector<Copy> copies[max_threads];
+static long idle_turns;
+
+static Barrier &barrier_at(u32 address) { return *(Barrier *)(shared + address); }
+static void arrive(Barrier &barrier) {
+  if (--barrier.pending == 0) barrier.pending = barrier.count, barrier.phase ^= 1;
+}
+template <class Condition> static void wait_until(Condition condition) {
+  while (!condition()) leave(++idle_turns > most_idle_turns ? State::at_collective : State::runnable);  // there: for ever
+  idle_turns = 0;
+}
+static bool meet(int number, int threads, bool value) {
+  Meeting &at = meetings[number];
+  const int generation = at.generation;
+  at.any |= value;
+  if (++at.waiting == threads) {
+    at.result = at.any, at.any = false, at.waiting = 0, at.generation++;
+  } else {
+    wait_until([&] { return at.generation != generation; });
+  }
+  return at.result;
+}
+static float widened(u32 address) { return bits_as<float>((u32) * (bf16 *)(shared + address) << 16); }
+static u32 narrowed(float value) {
+  const u32 bits = bits_as<u32>(value);
+  return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+// An element of an operand in shared memory whose atoms of 8 rows of 128 bytes are swizzled; rows are k's where transposed.
+static float element(u64 descriptor, bool transposed, int row, int k) {
+  const u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const u32 inside = transposed ? k / 8 * stride + k % 8 * 128 + row / 64 * leading + row % 64 * 2 : row / 8 * stride + row % 8 * 128 + k * 2;
+  const u32 address = start + inside;
+  return widened(address ^ (address >> 7 & 7) << 4);
+}
+template <int n, int a_transposed, int b_transposed> static void product(float *d, u64 a, u64 b, bool add) {
+  const int lane = current % lanes;
+  for (int i = 0; i < n / 2; i++) {
+    const int row = current / lanes % 4 * 16 + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 16; k++) sum += element(a, a_transposed, row, k) * element(b, b_transposed, column, k);
+    d[i] = sum;
+  }
+}
+static void store_transposed(u32 address, const u32 *pairs, int count) {
+  u32 to[lanes];
+  unsigned long long *addresses = collective(address);
+  for (int i = 0; i < lanes; i++) to[i] = addresses[i];
+  const int lane = current % lanes;
+  for (int m = 0; m < count; m++)
+    for (int i = 0; i < 2; i++)
+      *(bf16 *)(shared + to[8 * m + lane % 4 * 2 + i] + lane / 4 * 2) = pairs[m] >> (16 * i);
+}
+
+}  // namespace emulator
+
+DEVICE void barrier_init(u32 bar, u32 count) { emulator::barrier_at(bar) = {(short)count, (short)count, 0}; }
+DEVICE void barriers_are_made() {}
+DEVICE void barrier_arrive(u32 bar) { emulator::arrive(emulator::barrier_at(bar)); }
+DEVICE void barrier_wait(u32 bar, u32 parity) {
+  emulator::wait_until([&] { return emulator::barrier_at(bar).phase != (int)parity; });
+}
+DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }
+DEVICE void copies_arrive(u32 bar) {
+  for (auto &copy : emulator::copies[emulator::current])
+    if (copy.valid)
+      memcpy(emulator::shared + copy.to, copy.from, 16);
+    else
+      memset(emulator::shared + copy.to, 0, 16);
+  emulator::copies[emulator::current].clear();
+  barrier_arrive(bar);
+}
+DEVICE u64 keep_in_l2() { return 0; }
+DEVICE u64 pass_through_l2() { return 0; }
+DEVICE void store4(u32 address, u32 value) { *(u32 *)(emulator::shared + address) = value; }
+DEVICE u32 load4(u32 address) { return *(u32 *)(emulator::shared + address); }
+DEVICE uint4 load16(u32 address) { return *(uint4 *)(emulator::shared + address); }
+DEVICE void store16(bf16 *to, uint4 value, u64) { memcpy(to, &value, 16); }
+DEVICE float load_float(u32 address) { return *(float *)(emulator::shared + address); }
+DEVICE void store_float(u32 address, float value) { *(float *)(emulator::shared + address) = value; }
+DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+DEVICE u32 pack(float low, float high) { return emulator::narrowed(low) | emulator::narrowed(high) << 16; }
+DEVICE void store_transposed(u32 address, u32 a, u32 b) {
+  const u32 pairs[] = {a, b};
+  emulator::store_transposed(address, pairs, 2);
+}
+DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  const u32 pairs[] = {a, b, c, d};
+  emulator::store_transposed(address, pairs, 4);
+}
+DEVICE void stores_before_products() {}
+DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }
+DEVICE bool group_any(u32 group, bool condition) { return emulator::meet(1 + group, 128, condition); }
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit() {}
+template <int left> DEVICE void wgmma_wait() { emulator::collective(0); }  // for all lanes of a warp at once
+template <int n> DEVICE void settle(float (&)[n]) {}
+
+template <class T> static T __ldg(const T *address) { return *address; }
+static int __shfl_sync(uint mask, int value, int lane) { return __shfl_sync(mask, value, lane, 32); }
+static float __shfl_xor_sync(uint, float value, int apart) {
+  unsigned long long *values = emulator::collective(bits_as<uint>(value));
+  return bits_as<float>((uint)values[emulator::current % emulator::lanes ^ apart]);
+}
+static float __frcp_rn(float value) { return 1 / value; }
