@@ -89,7 +89,7 @@ class _Emulated:
 
 
 _PRAGMA_OR_INCLUDE = re.compile(r"^#(?:pragma|include).*$", re.MULTILINE)
-_ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);\n", re.DOTALL)
+_ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);(?: *//[^\n]*)?\n", re.DOTALL)
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+\)\s*(\w+)\(([^)]*)\)')
 _SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) (?:unsigned )?char (\w+)\[\];")
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
