@@ -90,6 +90,7 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
   emulator::wait_until([&] { return emulator::barrier_at(bar).phase != (int)parity; });
 }
 DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }
+DEVICE void copy16_of_line(u32 to, const bf16 *from, bool valid, u64 policy) { copy16(to, from, valid, policy); }
 DEVICE void copies_arrive(u32 bar) {
   for (auto &copy : emulator::copies[emulator::current])
     if (copy.valid)

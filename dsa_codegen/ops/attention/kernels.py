@@ -179,7 +179,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     chunks = _chunks(spec)
-    few = {"columns": _columns(spec), "chunks": chunks, "chunk_pieces": spec.d_qk // 64 // chunks, "registers": _REGISTERS}
+    few = {"share": 1, "ragged": spec.lengths, "columns": _columns(spec), "chunks": chunks, "chunk_pieces": spec.d_qk // 64 // chunks, "registers": _REGISTERS}
     return {**values, "design": "few", **few}
 
 
