@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import build, render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
 from dsa_codegen.ops.attention.problem import D_V
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import verify
 from dsa_codegen.records import lookup
 
+import emulator
 from support import FURTHER, H200, assert_compiles, assert_matches_reference
 
 SPECS = [
@@ -32,6 +36,7 @@ TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
 SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
 CLUSTER = Config.of("cuda", num_stages=3, turns=True, consumer_registers=224)
+RING = Config.of("cuda", num_stages=7, turns=False, consumer_registers=168)  # of up to 16 heads
 SPILLS_BETWEEN_QUERIES = 56  # bytes; none is touched in the loop over tiles
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
@@ -80,6 +85,43 @@ def test_clusters_compile_for_hopper(spec, config):
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
 
+IN_A_BLOCK = [
+    (AttentionSpec(20, 512, topk=33, lengths=True), RING.replace(num_stages=9, consumer_registers=216), "descending"),
+    (AttentionSpec(16, 576, topk=96, sink=True), RING, "shuffled"),
+    (AttentionSpec(3, 512, topk=150, lengths=True, sink=True, max_logits=True), RING.replace(num_stages=5), "shuffled"),
+]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "config", "order"),
+    IN_A_BLOCK,
+    ids=lambda value: str(value) if isinstance(value, str) else value.id if isinstance(value, AttentionSpec) else "",
+)
+def test_few_heads_match_the_reference(spec, config, order, tmp_path):
+    """On one SM: its two groups take several queries, and the ring goes round."""
+    kernels = emulator.cuda_kernels(render.render(OP, spec, config), tmp_path, order)
+    variant = Variant(OP, spec, config, replace(H200, sms=1), kernels)
+    for case in OP.cases(spec):
+        accuracy = verify(variant, case, "cpu")
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (AttentionSpec(16, 576, 2048, lengths=True, sink=True, max_logits=True), RING),
+        (AttentionSpec(32, 576, 2048), RING.replace(num_stages=6, consumer_registers=216)),
+        (AttentionSpec(32, 512, 512, sink=True), RING.replace(num_stages=9, consumer_registers=216)),
+    ],
+    ids=lambda value: value.id if isinstance(value, AttentionSpec) else "",
+)
+def test_few_heads_compile_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+    built = build.find(render.render(OP, spec, config), H200)
+    assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
 @pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("queries", "blocks"), [(1, 2), (65, 130), (66, 132), (500, 132)])
 def test_a_persistent_grid_of_clusters_gets_its_arguments(queries, blocks, lengths, sink):
@@ -121,11 +163,15 @@ def test_clusters_leave_calls_without_tokens_to_torch():
         (128, 512, 1024, "h200", CLUSTER.replace(num_stages=4)),
         (128, 576, 512, "h200", SPECIALISED),
         (64, 576, 2048, "h200", SPECIALISED),
-        (16, 576, 2048, "h200", SPECIALISED),
+        (16, 576, 2048, "h200", RING),
+        (8, 576, 2048, "h100", RING.replace(num_stages=8)),
+        (32, 576, 2048, "h200", RING.replace(num_stages=6, consumer_registers=216)),
+        (16, 512, 512, "h100", RING.replace(num_stages=11)),
+        (33, 576, 2048, "h200", SPECIALISED),
         (128, 576, 2048, "b200", None),
     ],
 )
-def test_default_is_the_cluster_where_it_wins(heads, d_qk, topk, gpu, expected):
+def test_default_is_in_cuda_where_it_wins(heads, d_qk, topk, gpu, expected):
     found = OP.default_config(AttentionSpec(heads, d_qk, topk), AttentionSizes(4096, 32768), resolve(gpu))
     assert found == expected or (expected is None and found.backend == "triton")
 
@@ -175,6 +221,7 @@ def test_tilelangs_default_of_many_heads_is_specialised_on_hopper():
         (CLUSTER, "h200", "heads"),
         (CLUSTER, "a100", "capability"),
         (CLUSTER.replace(num_stages=4), "h200", "smem"),
+        (CLUSTER.replace(consumer_registers=168), "h200", "accumulator registers"),
         (TRITON.replace(block_h=64), "h200", "accumulator registers"),
         (TRITON.replace(block_h=64, num_warps=8, num_stages=7), "l40s", "smem"),
     ],
@@ -184,6 +231,20 @@ def test_constraints_name_what_does_not_fit(config, gpu, name):
     found = OP.violations(AttentionSpec(64, 576, 2048), config, resolve(gpu))
     assert name in [violation.name for violation in found]
     assert all(violation.excess > 0 for violation in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "heads", "name"),
+    [
+        (RING.replace(turns=True), 16, "turns"),
+        (RING.replace(num_stages=13), 16, "smem"),
+        (RING, 17, "accumulator registers"),
+        (Config.of("cuda", num_stages=3, turns=False, consumer_registers=168), 8, "stages of a tile"),
+    ],
+    ids=lambda value: "" if isinstance(value, Config) else str(value).replace(" ", "_"),
+)
+def test_constraints_of_few_heads(config, heads, name):
+    assert [violation.name for violation in OP.violations(AttentionSpec(heads, 512, 512), config, H200)] == [name]
 
 
 def test_padding_to_more_than_twice_the_heads_is_refused():

@@ -11,6 +11,7 @@ import torch
 import dsa_codegen as dsa
 from dsa_codegen import ops
 from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import AttentionSpec
 from dsa_codegen.ops.attention_paged import AttentionPagedSpec
 from dsa_codegen.ops.indexer import IndexerSpec
@@ -21,7 +22,8 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch
 
-from support import run_interpreted
+import emulator
+from support import H200, run_interpreted
 
 FP8 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -41,6 +43,7 @@ PREFILL = {
     "tilelang": Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384),
     "multistage": Config.of("tilelang", pipeline="multistage", block_h=64, block_n=64, num_stages=2, threads=256),
     "triton": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
+    "cuda": Config.of("cuda", num_stages=7, turns=False, consumer_registers=168),
 }
 DECODE = {
     "gluon": Config.of("gluon", splits=1),
@@ -226,6 +229,18 @@ def test_a_row_without_a_token_is_zero_interpreted(interpreter):
     inputs = prefill_inputs("cpu", True, True)
     spec = AttentionSpec(16, 576, 64, lengths=True, sink=True)
     outputs = run_interpreted(interpreter, "attention", spec, PREFILL["triton"], inputs)
+    assert_padding(outputs["out"], outputs["lse"], True)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_a_row_without_a_token_is_zero_emulated(tmp_path):
+    op, inputs, spec = (
+        ops.get("attention"),
+        prefill_inputs("cpu", True, True),
+        AttentionSpec(16, 576, 64, lengths=True, sink=True),
+    )
+    kernels = emulator.cuda_kernels(render(op, spec, PREFILL["cuda"]), tmp_path, "shuffled")
+    outputs = Variant(op, spec, PREFILL["cuda"], H200, kernels).run(inputs, op.allocate(spec, inputs))
     assert_padding(outputs["out"], outputs["lse"], True)
 
 

@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA prefill: clusters that split the channels and tokens as rows (CUDA C++), warp groups with roles, plain tiles."""
+"""Kernels of sparse MLA prefill: clusters that split channels, rings for few heads (CUDA C++), groups with roles, tiles."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLan
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 _CUDA_THREADS = 384  # two groups of 128 consume, one gathers
 _REGISTERS = 168  # per thread of such a block
-_FEW_HEADS = 32  # tokens as rows, heads as columns; all 64 would not fit the registers of a group
-_FEW_COLUMNS = Config.of("cuda", num_stages=8, turns=False, consumer_registers=168)
-_FEWER_HEADS = tuple(_FEW_COLUMNS.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6))
+# Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
+# As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
+_FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
+_RINGS = tuple(Config.of("cuda", num_stages=stages, turns=False, consumer_registers=168) for stages in (13, 11, 9, 8, 7, 6))
 _MASKS = 8  # of tiles in the ring
 _DEFAULTS = (
     _SPECIALISED,
@@ -44,9 +45,13 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         if backend == "cuda":
             return (
-                Parameter("num_stages", (3, 4, 5, 6, 7, 8, 9, 11, 13), "tiles of 64 tokens in flight; with few heads, parts of them"),
+                Parameter(
+                    "num_stages", (3, 4, 5, 6, 7, 8, 9, 11, 13), "tiles of 64 tokens in flight; with few heads, parts of them"
+                ),
                 Parameter("turns", (True, False), "whether the two groups that multiply take turns"),
-                Parameter("consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"),
+                Parameter(
+                    "consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"
+                ),
             )
         tile = (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
@@ -76,9 +81,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
-        if spec.heads > 16:
-            return (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
-        return (_SPECIALISED, _FEW, _FEW.replace(block_n=32), *_DEFAULTS)
+        if spec.heads <= _FEW_HEADS:
+            registers = 216 if _columns(spec) > 16 else _REGISTERS
+            rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
+            return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
+        return (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "cuda":
@@ -179,7 +186,14 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     chunks = _chunks(spec)
-    few = {"share": 1, "ragged": spec.lengths, "columns": _columns(spec), "chunks": chunks, "chunk_pieces": spec.d_qk // 64 // chunks, "registers": _REGISTERS}
+    few = {
+        "share": 1,
+        "ragged": spec.lengths,
+        "columns": _columns(spec),
+        "chunks": chunks,
+        "chunk_pieces": spec.d_qk // 64 // chunks,
+        "registers": _REGISTERS,
+    }
     return {**values, "design": "few", **few}
 
 
