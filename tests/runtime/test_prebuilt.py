@@ -250,7 +250,7 @@ def test_what_triton_compiled_is_loaded_by_the_driver_alone(written, monkeypatch
 
 def test_tilelang_loads_without_a_compiler(build_cache, tmp_path):
     """Really, in a process with neither Jinja nor nvcc: TileLang is the backend that loads where there is no GPU."""
-    model = replace(presets.preset("tiny"), heads=64)  # the default of fewer is in CUDA C++
+    model = dataclasses.replace(presets.preset("tiny"), heads=64)  # the default of fewer is in CUDA C++
     op, spec, sizes = prebuild.calls(model, H100, ["attention"])[0]
     (done,) = prebuild.prebuild([(op, spec, sizes)], H100, tmp_path)
     assert done.config.backend == "tilelang", "name another operation here"
