@@ -32,6 +32,7 @@ from . import ops, paths
 from .bench import command as benchmark
 from .bench import comparison, installed, printing, results
 from .bench.campaign import Campaign
+from .bench.peers.libraries import PEER_FOLDER
 from .command import doctor as diagnosis
 from .command import generate as generation
 from .command import ours, prebuild, show, verification, waiting
@@ -288,6 +289,10 @@ def bench(
         bool,
         typer.Option("--check", help="Hold a short run again; exit code 1 where a ratio of --out's fell by more than 5 %."),
     ] = False,
+    peer_folder: Annotated[
+        str,
+        typer.Option(help="Files of peers that are no packages: sparse_mla_bwd.py of TileLang.", metavar="FOLDER"),
+    ] = "",
     folder: Annotated[
         Path, typer.Option("--out", help="Results are merged into files below this folder.", parser=_place, metavar="FOLDER")
     ] = results.FOLDER,
@@ -296,6 +301,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time kernels on the GPU: this package's against the roofline, or with --against side by side with what people run."""
+    if peer_folder:
+        os.environ[PEER_FOLDER] = str(Path(peer_folder).resolve())
     if distributed:
         return _bench_ranks(folder, commit, gpu, as_json)
     listed = bool(

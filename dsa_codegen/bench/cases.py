@@ -19,6 +19,8 @@ STAGES = (
     "attention_decode",
     "layer_prefill",
     "layer_decode",
+    "attention_backward",
+    "indexer_backward",
 )
 KEYS = ("rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k", "page")
 """The keys of a shape, in the order in which they are shown."""
@@ -31,6 +33,8 @@ LOCAL = "local"
 """Lists of which neighbouring queries share 80 %."""
 FP8_PRODUCTS = "fp8"
 """Random lists, and products in FP8 are allowed: those who make them take part in such rows only."""
+IN_ORDER = "in order"
+"""Causal lists, and the tokens' gradient is added up in a fixed order: the same bits in every run."""
 V4_K = 128 + 512
 """A window and a selection, as DeepSeek-V4 attends to both at once."""
 
@@ -194,10 +198,22 @@ def _layer() -> Iterator[BenchCase]:
             yield case("layer_decode", "real", shape)
 
 
+def _training() -> Iterator[BenchCase]:
+    shape = {"head_dim": 576, "k": 2048}
+    for heads in (128, 64, 16):
+        for queries in (4096, 8192):
+            yield case("attention_backward", "causal", {**shape, "queries": queries, "context": 8192, "heads": heads})
+        yield case("attention_backward", IN_ORDER, {**shape, "queries": 4096, "context": 8192, "heads": heads})
+    for heads in (128, 16):
+        of = {"queries": 4096, "context": 8192, "heads": heads, "head_dim": 576}
+        yield case("indexer_backward", "causal", {**of, "k": 2048})
+        yield case("indexer_backward", "whole windows", of)
+
+
 def all_cases() -> list[BenchCase]:
     """Every case, stage by stage, the headline of a stage first."""
     attention = (_attention_prefill, _attention_prefill_paged, _attention_decode)
-    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer)
+    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))
 

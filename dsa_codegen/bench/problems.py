@@ -11,8 +11,9 @@ from ..problem.op import Cost
 from .chains import CHAINED
 from .stage import Stage
 from .stages import SINGLE
+from .training import TRAINING
 
-_STAGES: dict[str, Stage] = {stage.name: stage for stage in (*SINGLE, *CHAINED)}
+_STAGES: dict[str, Stage] = {stage.name: stage for stage in (*SINGLE, *CHAINED, *TRAINING)}
 
 
 def stage_of(name: str) -> Stage:

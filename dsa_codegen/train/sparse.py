@@ -76,13 +76,38 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # where lse is not used, its gradient is None, not a tensor of zeros
 
 
+def gradients(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+    deterministic: bool = False,
+) -> list[Tensor]:
+    """[dq, dkv] or [dq, dkv, dsink]: what autograd gets, for whoever calls forward and backward himself.
+
+    Args:
+        out, lse: the forward's results. do, dlse: their gradients, [queries, heads, 512] and fp32 [queries, heads].
+        The others are as in ``sparse_attention``, indices int32.
+    """
+    lists = inverse_lists(indices, kv.shape[0], kv.shape[-1], lengths) if deterministic else (None, None)
+    operator = torch_ops.function("sparse_attention_backward")
+    found: list[Tensor] = operator(q, kv, indices, sm_scale, out, lse, do, dlse, lengths, sink, *lists)
+    return found
+
+
 def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, kv, indices, out, lse, lengths, sink = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do.to(out.dtype).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    lists = inverse_lists(indices, kv.shape[0], kv.shape[-1], lengths) if ctx.deterministic else (None, None)
-    operator = torch_ops.function("sparse_attention_backward")
-    dq, dkv, *rest = operator(q, kv, indices, ctx.sm_scale, out, lse, do, dlse, lengths, sink, *lists)
+    options = {"dlse": dlse, "lengths": lengths, "sink": sink, "deterministic": ctx.deterministic}
+    dq, dkv, *rest = gradients(q, kv, indices, ctx.sm_scale, out, lse, do, **options)
     return dq, dkv, None, None, None, rest[0] if rest else None, None
 
 

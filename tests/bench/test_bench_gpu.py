@@ -38,6 +38,8 @@ CASES = [
     case("select", "normal", {"rows": 512, "context": 8192, **_K}),
     case("attention_decode", "random", {**_PAGED, "next_n": 2, "heads": 128, "head_dim": 576, **_K}),
     case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 512, "k": 512}),
+    case("attention_backward", "causal", {"queries": 256, "context": 512, "heads": 64, "head_dim": 576, "k": 128}),
+    case("indexer_backward", "whole windows", {"queries": 256, "context": 512, "heads": 128, "head_dim": 576}),
     case("layer_prefill", "real", {"queries": 128, "context": 8192, "heads": 128, "head_dim": 576, **_K}),
     case("layer_decode", "real", {**_PAGED, "heads": 64, "head_dim": 576, **_K}),
 ]

@@ -28,6 +28,10 @@ SMALL = [
     case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_decode", "local", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
     case("attention_decode", "random", {**_DECODE, "heads": 4, "head_dim": 512, "k": 64}),
+    case("attention_backward", "causal", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576, "k": 8}),
+    case("attention_backward", "in order", {"queries": 3, "context": 20, "heads": 4, "head_dim": 576, "k": 8}),
+    case("indexer_backward", "causal", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576, "k": 8}),
+    case("indexer_backward", "whole windows", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
 ]

@@ -14,6 +14,9 @@ from types import ModuleType
 
 import torch
 
+PEER_FOLDER = "DSA_PEER_FOLDER"
+"""An environment variable, so that child processes see it too."""
+
 
 @functools.cache
 def loaded(package: str, file: str, distribution: str) -> str | None:
@@ -89,6 +92,12 @@ def folder_of(package: str) -> Path | None:
     found = importlib.util.find_spec(package)
     locations = list(found.submodule_search_locations or ()) if found else []
     return Path(locations[0]) if locations else None
+
+
+def peer_folder() -> Path | None:
+    """The folder with files of peers that are no packages, which ``bench --peer-folder`` named."""
+    named = os.environ.get(PEER_FOLDER, "")
+    return Path(named) if named else None
 
 
 def _point_to_cuda() -> None:

@@ -23,6 +23,8 @@ TITLES = {
     "attention_decode": "Sparse attention, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
+    "attention_backward": "Sparse attention, backward",
+    "indexer_backward": "Indexer, loss and gradients",
 }
 _ABSENT = ("is not installed", "needs a CUDA GPU", "or newer")
 _USUAL = {"normal", "causal", "full", "random", "real"}
