@@ -100,6 +100,15 @@ class PrebuiltError(DsaError, RuntimeError):
         super().__init__(f"kernels built ahead in {folder}: {reason}; {remedy}, or unset DSA_BUILDS.")
 
 
+class OverrideError(DsaError, ValueError):
+    """The file that DSA_OVERRIDES names, or an entry of it, pins what cannot be."""
+
+    def __init__(self, path: object, number: int, reason: str) -> None:
+        where = f", entry {number}" if number else ""
+        super().__init__(f"overrides in {path}{where}: {reason}; correct the file, or unset DSA_OVERRIDES.")
+        self.reason = reason
+
+
 class NoConfig(DsaError, RuntimeError):
     """No configuration of any backend fits the spec on this GPU."""
 

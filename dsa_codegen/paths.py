@@ -43,6 +43,12 @@ def prebuilt() -> Path | None:
     return Path(folder) if folder else None
 
 
+def overrides() -> Path | None:
+    """The file of configs pinned by hand that ``DSA_OVERRIDES`` names; None when unset."""
+    file = os.environ.get("DSA_OVERRIDES")
+    return Path(file) if file else None
+
+
 def cache() -> Path:
     """The build cache: ``DSA_CACHE_DIR``, by default ``dsa_codegen`` in the user's cache folder."""
     folder = os.environ.get("DSA_CACHE_DIR")

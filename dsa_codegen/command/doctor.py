@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from .. import gpu, ops, paths
-from ..errors import DsaError, PrebuiltError, ToolMissing
+from ..errors import DsaError, OverrideError, PrebuiltError, ToolMissing
 from ..invocation import install
 from ..kernels import backends
 from ..kernels.backends import nvcc
 from ..kernels.backends.base import C_COMPILER
-from ..records import files
+from ..records import files, overrides
 from ..records.lookup import missing_tool, toolchain_difference
 from ..runtime import prebuilt
 
@@ -47,6 +47,7 @@ def diagnose() -> Iterator[Finding]:
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
     yield from _shipped_records()
     yield from _own_records()
+    yield _overrides()
     yield _prebuilt()
     yield _cache()
 
@@ -134,6 +135,16 @@ def _files(what: str, folder: Path) -> Iterator[Finding]:
     for path in sorted(folder.glob("*/*.json")):
         for complaint in files.complaints(path):
             yield Finding(what, complaint, False, f"restore or move away {path}, or tune into another --folder")
+
+
+def _overrides() -> Finding:
+    what, file = "configs by hand", paths.overrides()
+    if file is None:
+        return Finding(what, "DSA_OVERRIDES is not set", True)
+    try:
+        return Finding(what, f"{len(overrides.read(file))} in {file}: they come before all records", True)
+    except OverrideError as error:
+        return Finding(what, f"{file}: {error.reason}", False, "correct the file, or unset DSA_OVERRIDES")
 
 
 def _prebuilt() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -359,7 +360,7 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     for spec, found, compared in answers:
         used = f"{op.name} {spec.id}\n  at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
         kin = [f"  tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
-        printers.append(lines(used, *kin, *(f"  {note}" for note in found.notes)))
+        printers.append(lines(used, *kin, *_runner_up(found), *(f"  {note}" for note in found.notes)))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
             (f"{record.gpu.id} {record.backend} {describe(record.bucket)}", each.field, each.wanted, each.there)
@@ -371,6 +372,24 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     return together(*printers)
 
 
+def _runner_up(found: Found) -> list[str]:
+    """By how much the second best of the search lost, and what the default would take."""
+    record = found.record
+    if record is None:
+        return []
+    best = record.time_us.median
+    lost = [f"{100 * (each.time_us / best - 1):.1f} % behind: {_listed(each.config)}" for each in record.runners_up[:1]]
+    beside = record.default_time_us
+    default = [f"the default {100 * (beside / best - 1):.1f} % behind"] if beside else []
+    others = "; ".join([*(f"runner-up {each}" for each in lost), *default])
+    kind = "measured" if record.evidence == MEASURED else "modelled"
+    return [f"  {kind} {best:.4g} µs; {others}"] if others else []
+
+
+def _listed(config: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in config.items())
+
+
 def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[Difference]]]) -> dict[str, Any]:
     """One answer for JSON."""
     return {
@@ -380,6 +399,8 @@ def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[
         "config": found.config.to_dict(),
         "stale": found.stale,
         "notes": list(found.notes),
+        "time_us": found.record.time_us.median if found.record else None,
+        "runner_up": dataclasses.asdict(found.record.runners_up[0]) if found.record and found.record.runners_up else None,
         "nearest": [[vars(difference) for difference in differences] for _, differences in compared[:3]],
     }
 

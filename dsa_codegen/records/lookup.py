@@ -51,8 +51,19 @@ class Found:
     """What was passed over and why; that the record is borrowed or stale."""
 
 
+_followed: dict[str, Path] = {}
+
+
+def follow(folders: Mapping[str, Path]) -> None:
+    """Look records up in these folders, by origin, for the rest of the process; in none: in the usual ones again."""
+    _followed.clear()
+    _followed.update(folders)
+
+
 def search_path() -> dict[str, Path]:
     """The folders of records by origin, first come first served."""
+    if _followed:
+        return dict(_followed)
     user = paths.user_records()
     return {**({"user": user} if user else {}), "tuned": paths.shipped_records()}
 

@@ -25,6 +25,7 @@ from ..kernels.variant import Variant
 from ..problem.exact import exactly
 from ..problem.op import Config, Inputs, Op, Outputs
 from ..problem.values import Bucket, Sizes, Spec, describe
+from ..records import overrides
 from ..records.lookup import Found, lookup, stand_ins
 from . import guards, plans, prebuilt
 from .tally import Tally
@@ -155,6 +156,7 @@ def stats() -> dict[str, int]:
 def reset() -> None:
     """Forget loaded variants and counts: records and folders of builds written since are seen by the next call."""
     prebuilt.opened.cache_clear()
+    overrides.read.cache_clear()
     with _lock:
         _variants.clear()
         _plans.clear()
@@ -185,9 +187,10 @@ def chosen(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Found:
     """Which config the dispatcher uses for these sizes on this GPU, and why; builds nothing.
 
     Raises:
+        OverrideError: ``DSA_OVERRIDES`` names a file that pins what cannot be.
         PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
     """
-    forced = _overrides.get(op.name)
+    forced = _forced(op, spec, sizes, gpu)
     if forced:
         return Found(forced, "override")
     entry = prebuilt.find(op, spec, sizes.bucket(), gpu)
@@ -195,7 +198,12 @@ def chosen(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Found:
 
 
 def _prebuilt(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> prebuilt.Entry | None:
-    return None if op.name in _overrides else prebuilt.find(op, spec, sizes.bucket(), gpu)
+    return None if _forced(op, spec, sizes, gpu) else prebuilt.find(op, spec, sizes.bucket(), gpu)
+
+
+def _forced(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Config | None:
+    """What is wanted by hand: in this process, or by the file that ``DSA_OVERRIDES`` names."""
+    return _overrides.get(op.name) or overrides.find(op, spec, sizes.bucket(), gpu)
 
 
 def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = None) -> int:
@@ -272,7 +280,7 @@ def _built(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu, config: Config, devi
     try:
         return Variant(op, spec, config, gpu, _kernels_of(op, spec, gpu, config, device))
     except BuildError as error:
-        if op.name in _overrides:
+        if _forced(op, spec, sizes, gpu):
             raise
         reason = error
     for other in stand_ins(op, spec, sizes, gpu):
