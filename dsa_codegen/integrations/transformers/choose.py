@@ -1,0 +1,99 @@
+"""The tokens that each query attends to: the model's own queries, keys and weights, our scores and our selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import choice, functions
+from ...errors import InputError
+from ...ops.logits import row_bytes
+from . import families
+from .families import Family
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an enabled indexer chooses."""
+
+    family: Family
+    topk: int
+    scores: str
+    """"bf16": the model's own dtype, unquantised; "fp8": queries and keys quantised with a scale each."""
+
+
+def forward(indexer: nn.Module, rule: Rule, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+    """Stands in for an indexer's ``forward``: int32 [batch, queries, topk], ascending, -1 behind a short window's last token.
+
+    Arguments are those of the models: ``q_resid`` (not of all), rotary cosines and sines, the mask, positions, the cache,
+    which some versions call ``past_key_values`` and others ``cache``.
+    """
+    names = ("position_embeddings", "attention_mask", "position_ids", "cache")
+    given = dict(zip(names if rule.family.of_hidden else ("q_resid", *names), args, strict=False)) | named
+    cache = given.get("cache", given.get("past_key_values"))
+    with torch.no_grad():
+        rotation, position = given["position_embeddings"], given.get("position_ids")
+        keys = families.keys(rule.family, indexer, hidden_states, rotation)
+        if cache is not None:
+            keys = cache.update_indexer(keys, indexer.layer_idx)
+        window = _window(given["attention_mask"], hidden_states)
+        if keys.shape[1] <= rule.topk:  # every window is taken whole: nothing to score, nothing to select
+            return _everything(window, rule.topk)
+        queries = families.queries(rule.family, indexer, hidden_states, given.get("q_resid"), rotation, position)
+        return _chosen(rule, queries, keys, families.weights(indexer, hidden_states), window)
+
+
+def _window(mask: object, hidden_states: Tensor) -> Tensor:
+    """The windows int32 [batch, queries, 2] that ``windows`` made."""
+    shape = (*hidden_states.shape[:2], 2)
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.int32 or mask.shape[1:] != shape[1:]:
+        came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError("attention_mask", came, "none, or one of two dimensions: a prepared mask of four is not served")
+    return mask.expand(shape)
+
+
+def _everything(window: Tensor, topk: int) -> Tensor:
+    """Every token of each window."""
+    token = window[..., :1] + torch.arange(topk, dtype=torch.int32, device=window.device)
+    return torch.where(token < window[..., 1:], token, -1)
+
+
+def _chosen(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: Tensor) -> Tensor:
+    """Score and select: all sequences at once where their logits are few, else one after the other, in bounded memory."""
+    batch, length, tokens = *queries.shape[:2], keys.shape[1]
+    operands = _operands(rule, queries, keys, weights)
+    if batch > 1 and batch * length * row_bytes(tokens, "fp32") <= choice.LOGITS_BYTES:
+        return _chosen_together(rule, operands, window, tokens).view(batch, length, rule.topk)
+    parts = []
+    for row in range(batch):
+        q, k, k_scale, w = (None if each is None else each.unflatten(0, (batch, -1))[row] for each in operands)
+        starts, ends = (bound.contiguous() for bound in window[row].unbind(-1))
+        parts.append(choice.index_select(q, k, k_scale, w, starts, ends, rule.topk, scores=rule.scores))
+    return torch.stack(parts)
+
+
+def _operands(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """q [rows, heads, head_dim], k [tokens, head_dim], its scales if any, weights [rows, heads]; sequences one behind the other."""
+    q, k, w = queries.flatten(0, 1), keys.flatten(0, 1), weights.flatten(0, 1).contiguous()
+    if rule.scores == "fp8":
+        unfolded = q.shape[1] ** 0.5 * q.shape[2] ** 0.5  # quantising folds both roots in again
+        q, w = functions.quantize_index_q(q.bfloat16().contiguous(), w * unfolded)
+        return q, *functions.quantize_index_k(k.bfloat16().contiguous()), w
+    if q.is_cuda or k.dtype is not q.dtype:
+        q, k = (each.to(torch.bfloat16 if q.is_cuda else torch.float32) for each in (q, k))
+    return q.contiguous(), k.contiguous(), None, w
+
+
+def _chosen_together(rule: Rule, operands: tuple[Tensor, Tensor, Tensor | None, Tensor], window: Tensor, tokens: int) -> Tensor:
+    """One call for the rows of all sequences; logits lie from each window's start, so that rows are no longer than one context."""
+    starts, ends = (bound.flatten() for bound in window.unbind(-1))
+    before = torch.arange(len(window), dtype=torch.int32, device=window.device).repeat_interleave(window.shape[1]) * tokens
+    q, k, k_scale, w = operands
+    made = functions.indexer_logits(
+        q, k, k_scale, w, starts + before, ends + before, max_window=tokens, scores=rule.scores
+    )
+    chosen = functions.select(made, ends - starts, rule.topk)
+    return torch.where(chosen < 0, -1, chosen + starts[:, None])
