@@ -209,7 +209,13 @@ def main() -> None:
         rows = measure(model, asked.tokens, asked.longest, asked.times)
     commit = asked.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    written = {"gpu": gpu.name, "commit": commit, "measured_at": datetime.now(timezone.utc).isoformat(), **versions, "rows": rows}
+    written = {
+        "gpu": gpu.name,
+        "commit": commit,
+        "measured_at": datetime.now(timezone.utc).isoformat(),
+        **versions,
+        "rows": rows,
+    }
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / f"{gpu.id}.json").write_text(json.dumps(written, indent=1) + "\n")
 

@@ -72,9 +72,7 @@ def forward(
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
 
 
-def _attend(
-    query: Tensor, kv: Tensor, chosen: Tensor, down: Tensor, up: Tensor, scaling: float, sink: Tensor | None
-) -> Tensor:
+def _attend(query: Tensor, kv: Tensor, chosen: Tensor, down: Tensor, up: Tensor, scaling: float, sink: Tensor | None) -> Tensor:
     """Some queries of every sequence: into the latent space, attend, and out of it."""
     batch, heads, length, _ = query.shape
     nope, rank = down.shape[1:]

@@ -15,6 +15,9 @@ from . import families
 from .families import Family
 
 
+_PAGE = 64
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an enabled indexer chooses."""
@@ -64,6 +67,8 @@ def _everything(window: Tensor, topk: int) -> Tensor:
 def _chosen(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: Tensor) -> Tensor:
     """Score and select: all sequences at once where their logits are few, else one after the other, in bounded memory."""
     batch, length, tokens = *queries.shape[:2], keys.shape[1]
+    if length == 1:
+        return _chosen_decoding(rule, queries, keys, weights, window)
     operands = _operands(rule, queries, keys, weights)
     if batch > 1 and batch * length * row_bytes(tokens, "fp32") <= choice.LOGITS_BYTES:
         return _chosen_together(rule, operands, window, tokens).view(batch, length, rule.topk)
@@ -73,6 +78,24 @@ def _chosen(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: 
         starts, ends = (bound.contiguous() for bound in window[row].unbind(-1))
         parts.append(choice.index_select(q, k, k_scale, w, starts, ends, rule.topk, scores=rule.scores))
     return torch.stack(parts)
+
+
+def _chosen_decoding(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: Tensor) -> Tensor:
+    """One query of each sequence, whose keys are taken for pages of a cache: every SM scores a share of them."""
+    batch, tokens = keys.shape[:2]
+    missing = -tokens % _PAGE
+    if missing:
+        keys = nn.functional.pad(keys, (0, 0, 0, missing))
+    q, k, k_scale, w = _operands(rule, queries, keys, weights)
+    cache = k.view(-1, _PAGE, 1, k.shape[-1])
+    if k_scale is not None:
+        cache = torch.cat([k.view(torch.uint8).view(len(cache), -1), k_scale.view(torch.uint8).view(len(cache), -1)], dim=1)
+        cache = cache.view(len(cache), _PAGE, 1, -1)
+    table = torch.arange(len(cache), dtype=torch.int32, device=k.device).view(batch, -1)
+    starts, ends = (bound.contiguous() for bound in window.unbind(-1))
+    return choice.index_select_paged(
+        q[:, None], cache, w, ends, table, tokens, rule.topk, starts=starts, slots=False, scores=rule.scores
+    )
 
 
 def _operands(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -92,8 +115,6 @@ def _chosen_together(rule: Rule, operands: tuple[Tensor, Tensor, Tensor | None, 
     starts, ends = (bound.flatten() for bound in window.unbind(-1))
     before = torch.arange(len(window), dtype=torch.int32, device=window.device).repeat_interleave(window.shape[1]) * tokens
     q, k, k_scale, w = operands
-    made = functions.indexer_logits(
-        q, k, k_scale, w, starts + before, ends + before, max_window=tokens, scores=rule.scores
-    )
+    made = functions.indexer_logits(q, k, k_scale, w, starts + before, ends + before, max_window=tokens, scores=rule.scores)
     chosen = functions.select(made, ends - starts, rule.topk)
     return torch.where(chosen < 0, -1, chosen + starts[:, None])
