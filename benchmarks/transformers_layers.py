@@ -1,16 +1,17 @@
-"""What the kernels make of DeepSeek-V3.2's first two layers in transformers: distance, time and memory beside its own attentions.
+"""DeepSeek-V3.2's first two layers in transformers by these kernels: distance, time and memory beside its own attentions.
 
     python benchmarks/transformers_layers.py [--out benchmarks/transformers]
 
 The two dense layers have the model's dimensions and random weights in bf16; prompts are random tokens. Each length is prefilled
-by ``eager``, by ``sdpa`` and by the kernels, with unquantised and with FP8 scores; then one token is decoded. Times are medians of
-whole forwards, host included; memory is the peak of torch's allocator, of which the weights are a constant part. Writes
-``<out>/<gpu>.json``, one row for each length and attention.
+by ``eager``, by ``sdpa`` and by the kernels, with unquantised and with FP8 scores; then one token is decoded. Times are
+medians of whole forwards, host included; memory is the peak of torch's allocator, of which the weights are a constant part.
+Writes ``<out>/<gpu>.json``, one row for each length and attention.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import statistics
@@ -31,6 +32,7 @@ from dsa_codegen import ops
 from dsa_codegen.integrations.transformers import disable, enable
 from dsa_codegen.ops.attention import AttentionSizes, AttentionSpec
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
+from dsa_codegen.ops.indexer_paged import IndexerPagedSizes, IndexerPagedSpec
 from dsa_codegen.ops.select import SelectSizes, SelectSpec
 from dsa_codegen.problem.compare import similarity_gap
 
@@ -54,16 +56,16 @@ def model_of(layers: int = 2) -> Any:
 
 def warm(tokens: list[int]) -> None:
     """Build every kernel at once, instead of one after the other at first calls."""
-    indexer, select, attention = ops.get("indexer"), ops.get("select"), ops.get("attention")
     wanted: list[Any] = []
     for length in tokens:
         for queries in (length, 1):
-            for scores in ("fp8", "bf16"):
-                wanted.append((indexer, IndexerSpec(64, 128, scores=scores), IndexerSizes(queries, length)))
-            wanted.append((select, SelectSpec(2048), SelectSizes(queries, length)))
-            wanted.append((attention, AttentionSpec(128, 576, 2048), AttentionSizes(min(queries, 4096), length)))
-    for op in (ops.get("quantize"),):
-        wanted += [(op, spec, op.workloads(spec)[0].sizes) for spec in op.specs(dsa.preset("deepseek-v3.2"))]
+            wanted.append((ops.get("select"), SelectSpec(2048), SelectSizes(queries, length)))
+            wanted.append((ops.get("attention"), AttentionSpec(128, 576, 2048), AttentionSizes(min(queries, 4096), length)))
+        for scores in ("fp8", "bf16"):
+            wanted.append((ops.get("indexer"), IndexerSpec(64, 128, scores=scores), IndexerSizes(length, length)))
+            wanted.append((ops.get("indexer_paged"), IndexerPagedSpec(64, 128, scores=scores), IndexerPagedSizes(1, length)))
+    quantize = ops.get("quantize")
+    wanted += [(quantize, spec, quantize.workloads(spec)[0].sizes) for spec in quantize.specs(dsa.preset("deepseek-v3.2"))]
     dsa.warmup(wanted)
 
 
@@ -114,14 +116,14 @@ def row_of(model: Any, name: str, ids: torch.Tensor, times: int) -> tuple[dict[s
         torch.cuda.reset_peak_memory_stats()
         try:
             logits, cache = prefilled(model, ids, chunk)
-            row |= {"chunk": chunk, "prefill_ms": timed(lambda: prefilled(model, ids, chunk), times)}
+            row |= {"chunk": chunk, "prefill_ms": timed(functools.partial(prefilled, model, ids, chunk), times)}
             break
         except torch.cuda.OutOfMemoryError:
             row["out_of_memory_at_chunk"] = chunk
     else:
         raise SystemExit(f"{name}: {tokens} tokens do not fit, not even in chunks of {tokens // 4}")
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    row["decode_ms"] = timed(lambda: _step(model, ids[:, -1:], cache), 2 * times)
+    row["decode_ms"] = timed(functools.partial(_step, model, ids[:, -1:], cache), 2 * times)
     return row, logits
 
 

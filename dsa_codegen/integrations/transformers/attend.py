@@ -26,7 +26,7 @@ def latents(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,12 +52,12 @@ def forward(
         raise InputError("attention_dropout", dropout, "0: there is no backward; disable(model) to train")
     dense_below = getattr(module, "dsa_dense_below", None)
     if dense_below is None:
-        return _dense(module, query, key, value, attention_mask, scaling), None
+        return _dense(query, key, value, attention_mask, scaling), None
     length, tokens = query.shape[2], key.shape[2]
     if tokens <= dense_below and 2 * length >= tokens and s_aux is None:
         # Every window is whole, and expanding costs no more than the queries do.
-        expanded = type(module).expand_kv(module, key, value)
-        return _dense(module, query, *expanded, attention_mask, scaling), None
+        key, value = type(module).expand_kv(module, key, value)
+        return _dense(query, key, value, attention_mask, scaling), None
     assert indices is not None
     sink = None if s_aux is None else s_aux.float()
     kv, chosen = _rows(key, value, indices)
@@ -110,7 +110,7 @@ def _rows(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return rows.flatten(0, 2)[:, None], torch.where(absent, -1, chosen)
 
 
-def _dense(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: Tensor, scaling: float) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, window: Tensor, scaling: float) -> Tensor:
     """torch's attention over expanded keys and values, within the windows; 0 where a window is empty, as at padding."""
     token = torch.arange(key.shape[2], device=key.device)
     seen = (token >= window[..., :1]) & (token < window[..., 1:])

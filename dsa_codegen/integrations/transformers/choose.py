@@ -14,7 +14,6 @@ from ...ops.logits import row_bytes
 from . import families
 from .families import Family
 
-
 _PAGE = 64
 
 
@@ -28,7 +27,7 @@ class Rule:
     """"bf16": the model's own dtype, unquantised; "fp8": queries and keys quantised with a scale each."""
 
 
-def forward(indexer: nn.Module, rule: Rule, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+def forward(indexer: Any, rule: Rule, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
     """Stands in for an indexer's ``forward``: int32 [batch, queries, topk], ascending, -1 behind a short window's last token.
 
     Arguments are those of the models: ``q_resid`` (not of all), rotary cosines and sines, the mask, positions, the cache,
@@ -74,10 +73,16 @@ def _chosen(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: 
         return _chosen_together(rule, operands, window, tokens).view(batch, length, rule.topk)
     parts = []
     for row in range(batch):
-        q, k, k_scale, w = (None if each is None else each.unflatten(0, (batch, -1))[row] for each in operands)
+        q, k, w = (_sequence(each, batch, row) for each in (operands[0], operands[1], operands[3]))
+        k_scale = None if operands[2] is None else _sequence(operands[2], batch, row)
         starts, ends = (bound.contiguous() for bound in window[row].unbind(-1))
         parts.append(choice.index_select(q, k, k_scale, w, starts, ends, rule.topk, scores=rule.scores))
     return torch.stack(parts)
+
+
+def _sequence(rows: Tensor, batch: int, number: int) -> Tensor:
+    """The rows of one sequence of the batch."""
+    return rows.unflatten(0, (batch, -1))[number]
 
 
 def _chosen_decoding(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def _chosen_decoding(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor,
 
 
 def _operands(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """q [rows, heads, head_dim], k [tokens, head_dim], its scales if any, weights [rows, heads]; sequences one behind the other."""
+    """q [rows, heads, head_dim], k [tokens, head_dim], its scales if any, weights [rows, heads], sequence after sequence."""
     q, k, w = queries.flatten(0, 1), keys.flatten(0, 1), weights.flatten(0, 1).contiguous()
     if rule.scores == "fp8":
         unfolded = q.shape[1] ** 0.5 * q.shape[2] ** 0.5  # quantising folds both roots in again
@@ -111,7 +116,7 @@ def _operands(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor) -> tup
 
 
 def _chosen_together(rule: Rule, operands: tuple[Tensor, Tensor, Tensor | None, Tensor], window: Tensor, tokens: int) -> Tensor:
-    """One call for the rows of all sequences; logits lie from each window's start, so that rows are no longer than one context."""
+    """One call for the rows of all sequences; logits begin at each window's start: rows are no longer than one context."""
     starts, ends = (bound.flatten() for bound in window.unbind(-1))
     before = torch.arange(len(window), dtype=torch.int32, device=window.device).repeat_interleave(window.shape[1]) * tokens
     q, k, k_scale, w = operands

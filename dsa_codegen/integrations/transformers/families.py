@@ -1,4 +1,4 @@
-"""What the indexers of transformers' models differ in: where rotary channels lie, how they are paired, what queries are made of.
+"""What the indexers of transformers' models differ in: where rotary channels lie, how they pair, what queries are made of.
 
 The projections are the modules' own, in the dtypes and in the order of their ``forward``, so that queries, keys and weights are
 theirs bit for bit. Classes that are not named here would be served wrongly, and are refused.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def family_of(attention: nn.Module) -> Family | None:
     return next((FAMILIES[each.__name__] for each in type(attention).__mro__ if each.__name__ in FAMILIES), None)
 
 
-def keys(family: Family, indexer: nn.Module, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def keys(family: Family, indexer: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Keys [batch, tokens, head_dim] of new tokens, as the cache stores them."""
     made = indexer.wk(hidden_states).to(indexer.k_norm.weight.dtype)
     made = indexer.k_norm(made).to(hidden_states.dtype).unsqueeze(2)
@@ -53,7 +54,7 @@ def keys(family: Family, indexer: nn.Module, hidden_states: Tensor, rotation: tu
 
 def queries(
     family: Family,
-    indexer: nn.Module,
+    indexer: Any,
     hidden_states: Tensor,
     q_resid: Tensor | None,
     rotation: tuple[Tensor, Tensor],
@@ -68,13 +69,13 @@ def queries(
     return _rotated(family, indexer, made, rotation)
 
 
-def weights(indexer: nn.Module, hidden_states: Tensor) -> Tensor:
+def weights(indexer: Any, hidden_states: Tensor) -> Tensor:
     """fp32 [batch, queries, heads], with heads^-0.5 and head_dim^-0.5 folded in."""
     made = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
     return made * (indexer.n_heads**-0.5) * indexer.softmax_scale
 
 
-def _rotated(family: Family, indexer: nn.Module, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(family: Family, indexer: Any, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions on the channels [batch, tokens, heads, head_dim] that have them; none on layers without."""
     if not getattr(indexer, "use_rope", True):
         return heads

@@ -1,7 +1,7 @@
 """Masks as windows: what a query may see is [start, end), two numbers instead of a row of the context's length.
 
-transformers asks a registered function for the mask of every step and hands the result on untouched, whatever its last dimension
-holds. A mask of 32K queries and tokens would be 1 GB; its windows are 256 KB.
+transformers asks a registered function for the mask of every step and hands the result on untouched, whatever its last
+dimension holds. A mask of 32K queries and tokens would be 1 GB; its windows are 256 KB.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def _padded(attention_mask: Tensor, offset: int, length: int) -> Tensor:
 
 def _causal(ends: Tensor, batch: int, tokens: int, seen: Tensor | None) -> Tensor:
     """Windows up to each query, between the paddings."""
-    first, last = torch.zeros(batch, 1, dtype=torch.int32, device=ends.device), tokens
+    first = torch.zeros(batch, 1, dtype=torch.int32, device=ends.device)
+    last = first + tokens
     if seen is not None:
         first, last = _bounds(seen[:, None], ends.shape[0] > 1 or not seen.is_cuda)
-    end = torch.minimum(ends[None].int(), torch.as_tensor(last, device=ends.device)).expand(batch, -1)
+    end = torch.minimum(ends[None].int(), last)
     return torch.stack((torch.minimum(first.expand_as(end), end), end), dim=-1)[:, None].int()
 
 
