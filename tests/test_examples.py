@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,3 +39,17 @@ def test_an_example_runs_on_a_gpu(path):
     arguments = [sys.executable, path, "tiny", "cuda"]
     shown = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
     assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_indexer_learns_what_the_attention_looks_at(seed):
+    """What training is for: the fitted indexer finds the mass, the untrained one does not, and sparse loses nothing on dense."""
+    arguments = [sys.executable, ROOT / "examples/train_indexer.py", "small", "cuda", "--seed", str(seed)]
+    shown = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["fitted recall"] >= 0.9 and found["recall after sparse training"] >= 0.9
+    assert found["untrained recall"] <= found["fitted recall"] / 2
+    assert abs(found["sparse loss"] - found["dense loss"]) <= 0.05
