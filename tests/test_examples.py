@@ -45,7 +45,7 @@ def test_an_example_runs_on_a_gpu(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_indexer_learns_what_the_attention_looks_at(seed):
-    """The fitted indexer finds the mass that the untrained one does not, and the sparse model loses nothing on the dense one."""
+    """The fitted indexer finds the mass that the untrained one does not; sparse loses nothing on dense."""
     arguments = [sys.executable, ROOT / "examples/train_indexer.py", "small", "cuda", "--seed", str(seed)]
     shown = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
     assert shown.returncode == 0, shown.stderr
