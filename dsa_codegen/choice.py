@@ -132,7 +132,7 @@ def index_select_paged(
     checks.one_of("scores", scores, PRECISIONS)
     quantised = scores == "fp8"
     allowed = checks.FP8 if quantised else checks.floating(q)
-    batch, next_n, _, head_dim = checks.tensor("q", q, (None, None, None, None), allowed).shape
+    batch, next_n, _, head_dim = checks.rows("q", q, (None, None, None, None), allowed).shape
     page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
     rule = _rule(topk, page, keep_first, keep_recent)
     _check_kinds(max_bytes=(max_bytes, "int"), slots=(slots, "bool"), max_context=(max_context, "int"))

@@ -78,8 +78,8 @@ class Layer:
             out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
         """
         self._check(3, q, index_q, index_weights, sink)
-        checks.tensor("index_k", index_k, (None, self.model.index_head_dim), checks.FP8, like=q)
-        checks.tensor("kv", kv, (len(index_k), 1, q.shape[-1]), torch.bfloat16, like=q)
+        checks.rows("index_k", index_k, (None, self.model.index_head_dim), checks.FP8, like=q)
+        checks.rows("kv", kv, (len(index_k), 1, q.shape[-1]), torch.bfloat16, like=q)
         checks.tensor("index_k_scale", index_k_scale, (len(index_k),), torch.float32, like=q)
         for name, value in (("starts", starts), ("ends", ends)):
             checks.tensor(name, value, (len(q),), torch.int32, like=q, inner_contiguous=True)

@@ -12,6 +12,7 @@ from ..errors import InputError
 
 FP8 = torch.float8_e4m3fn
 _ALIGNMENT = 16  # bytes; the kernels are compiled for it, so that loads are 16 bytes wide
+_MOST_APART = (1 << 31) - 1  # elements between rows: kernels take strides of 32 bits
 
 
 def tensor(
@@ -45,7 +46,7 @@ def tensor(
         raise InputError(name, f"a tensor on {value.device}", f"one on {like.device}, like the other arguments")
     if inner_contiguous:
         if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
-            raise InputError(name, f"strides {value.stride()}", "a contiguous last dimension")
+            raise InputError(name, f"strides {value.stride()}", "a contiguous last dimension, as kernels load whole rows")
     elif not value.is_contiguous():
         raise InputError(name, f"strides {value.stride()}", "a contiguous tensor (call .contiguous())")
     if value.device.type == "cuda" and not _is_fake(value) and value.data_ptr() % _ALIGNMENT:
@@ -57,6 +58,44 @@ def floating(value: object) -> tuple[torch.dtype, ...]:
     """The dtypes of unquantised arguments: what the kernels multiply, and where none runs what the reference computes in."""
     on_gpu = isinstance(value, Tensor) and value.device.type == "cuda"
     return (torch.bfloat16,) if on_gpu else (torch.bfloat16, torch.float32, torch.float64)
+
+
+def rows(
+    name: str,
+    value: object,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    like: Tensor | None = None,
+    whole: bool = True,
+) -> Tensor:
+    """Check a tensor whose rows may be parts of wider ones (a projection, a cache of several layers) and return it.
+
+    Args:
+        shape, dtypes, like: as for ``tensor``.
+        whole: rows are loaded 16 bytes at a time, and so lie a multiple of that apart; otherwise any number of elements.
+
+    Raises:
+        InputError: names the argument, what came and what is allowed.
+    """
+    checked = tensor(name, value, shape, dtypes, like, inner_contiguous=True)
+    for size, stride in zip(checked.shape[:-1], checked.stride()[:-1], strict=True):
+        if size > 1 and whole and (stride < checked.shape[-1] or stride * checked.element_size() % _ALIGNMENT):
+            apart = _ALIGNMENT // checked.element_size()
+            allowed = f"rows that do not overlap, a multiple of {apart} elements apart, as kernels load 16 bytes at a time"
+            raise InputError(name, f"strides {checked.stride()}", allowed)
+        if size > 1 and stride > _MOST_APART:
+            raise InputError(name, f"strides {checked.stride()}", f"rows at most {_MOST_APART} elements apart")
+    return checked
+
+
+def pieces(value: Tensor, dimension: int) -> int:
+    """``step`` in pieces of 16 bytes: kernels multiply it with a constant, so that compilers know loads to be aligned."""
+    return step(value, dimension) * value.element_size() // _ALIGNMENT
+
+
+def step(value: Tensor, dimension: int) -> int:
+    """Elements from one row to the next, for a kernel's 32-bit argument; 0 where there is one, whose stride may be anything."""
+    return value.stride(dimension) if value.shape[dimension] > 1 else 0
 
 
 def settled(value: Tensor) -> Tensor:

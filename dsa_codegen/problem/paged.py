@@ -68,6 +68,16 @@ def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
     return names
 
 
+def divider(page: int) -> tuple[int, int]:
+    """(factor, shift) with ``slot // page == slot * factor >> shift`` for 0 <= slot < 2^31: a kernel's way to divide by a page.
+
+    A factor of 2^(31 + bits) / page, rounded up, errs by less than ``page <= 2^bits``, the product by less than one place
+    (Granlund and Montgomery, 1994).
+    """
+    shift = 31 + (page - 1).bit_length()
+    return -(-(1 << shift) // page), shift
+
+
 def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | None = None) -> int:
     """Check a cache, uint8 [blocks, page, 1, bytes_per_token] or [blocks, bytes of a page], and return its page size.
 

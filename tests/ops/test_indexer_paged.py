@@ -167,7 +167,7 @@ def test_padded_blocks_are_served():
     assert not inputs["cache"].is_contiguous()
     bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False, "fp8")
     assert bound_spec == spec
-    assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[11] == 2 * 64 * 68
+    assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[15] == 2 * 64 * 68
 
 
 def test_tiled_views_of_the_cache():

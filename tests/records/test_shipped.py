@@ -23,7 +23,7 @@ def name(record) -> str:
     return f"{record.gpu.id}-{record.op}-{record.backend}-{'-'.join(map(str, record.spec.values()))}-{low}"
 
 
-NEW = {name for name, op in ops.all_ops().items() if op.training or name == "resolve"}  # not measured yet
+NEW = {name for name, op in ops.all_ops().items() if op.training}  # not measured anywhere yet
 UNMEASURED = {"h100": NEW, "h200": set(ops.all_ops()) - {"gather_paged"}}  # changed since measured there: borrowed
 SERVES = {"select": "tilelang", "attention": "cuda", "quantize": "triton", "quantize_paged": "triton"}
 """The backend that wins an operation's first workload on an H100; Gluon elsewhere."""

@@ -64,7 +64,7 @@ def fake(monkeypatch):
 
         return call
 
-    for op in (op for op in ops.all_ops().values() if not op.training):
+    for op in ops.all_ops().values():
         for name in NAMES.get(op.function, (f"_{op.function}",)):
             monkeypatch.setattr(functions, name, function(op))
     dispatch.reset()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
+from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from .problem import D_V, AttentionSizes, AttentionSpec
@@ -98,6 +99,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if config.backend == "tilelang":
             gatherers = 128 if _specialised(config) else config["threads"]
             values["rounds"] = config["block_n"] * 8 // gatherers
+            values["q_rounds"] = -(-config["block_h"] * 8 // gatherers)
         return values
 
     def launches(self, spec: AttentionSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
@@ -111,13 +113,18 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return ()
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
         tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
-        if config.backend == "cuda" and spec.heads <= _FEW_HEADS:  # each block takes two queries after another
-            return (Launch("attention", (min(len(q), gpu.sms), 1, 1), (*tensors, len(q), len(kv), inputs["sm_scale"])),)
+        indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
+            scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
+            if spec.heads <= _FEW_HEADS:  # each block takes two queries after another
+                return (Launch("attention", (min(len(q), gpu.sms), 1, 1), (*tensors, *scalars)),)
             clusters = min(len(q), max(gpu.sms // 2, 1))  # each takes one query after another
-            return (Launch("attention", (2 * clusters, 1, 1), (*tensors, len(q), len(kv), inputs["sm_scale"])),)
-        scalars = (len(kv), inputs["sm_scale"]) if config.backend == "triton" else (inputs["sm_scale"],)
-        return (Launch("attention", (len(q) * _head_blocks(spec, config), 1, 1), (*tensors, *scalars)),)
+            return (Launch("attention", (2 * clusters, 1, 1), (*tensors, *scalars)),)
+        grid = (len(q) * _head_blocks(spec, config), 1, 1)
+        if config.backend == "tilelang":  # reads sizes and strides from the tensors
+            return (Launch("attention", grid, (*tensors, sm_scale)),)
+        strides = (pieces(q, 0), pieces(q, 1), pieces(kv, 0), step(indices, 0))
+        return (Launch("attention", grid, (*tensors, len(kv), spec.topk, *strides, sm_scale)),)
 
 
 def _head_blocks(spec: AttentionSpec, config: Config) -> int:

@@ -79,10 +79,10 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
         q, kv, indices, sm_scale, lengths, sink, *brought = args
-        q = checks.tensor("q", q, (None, None, None), checks.floating(q))
+        q = checks.rows("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
-        kv = checks.tensor("kv", kv, (None, 1, d_qk), q.dtype, like=q)
-        indices = checks.tensor("indices", indices, (queries, 1, None), torch.int32, like=q)
+        kv = checks.rows("kv", kv, (None, 1, d_qk), q.dtype, like=q)
+        indices = checks.rows("indices", indices, (queries, 1, None), torch.int32, like=q, whole=False)
         tokens, topk = kv.shape[0], indices.shape[2]
         if lengths is not None:
             lengths = checks.tensor("lengths", lengths, (queries,), torch.int32, like=q)

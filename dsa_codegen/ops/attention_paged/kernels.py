@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...gpu import Gpu
 from ...kernels.waves import until_done
-from ...problem.caches import KvV4Layout
+from ...problem.caches import KvLayout, KvV4Layout
+from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.paged import divider
 from ...problem.values import Scalar
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
@@ -86,14 +88,11 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             "nope_base": layout.nope.base,
             "rope_base": layout.rope.base,
             "token_stride": layout.nope.stride,
-            "scales_base": layout.scales.base,
             "scales_stride": layout.scales.stride,
             "head_blocks": _head_blocks(spec, config),
             "combine_d": _COMBINE_D,
             "combine_s": _COMBINE_S,
         }
-        if spec.extra_topk:
-            names |= {"extra_scales_base": spec.extra_layout.scales.base}
         if config.backend == "gluon":
             chunks = [f"acc{chunk}" for chunk in range(layout.d_v // layout.group)]
             half = len(chunks) // 2
@@ -107,9 +106,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
         batch, next_n = q.shape[:2]
         rows, d_v = batch * next_n, spec.layout.d_v
-        pools = [_pool(inputs, next_n, spec.page)]
+        pools = [_pool(inputs, spec.layout)]
         if spec.extra_topk:
-            pools.append(_pool(inputs, next_n, spec.extra_page, "extra_"))
+            pools.append(_pool(inputs, spec.extra_layout, "extra_"))
         if not rows:
             return ()
         if not any(slots for _, (slots, *_) in pools):
@@ -130,8 +129,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
         sink = (inputs["sink"],) if spec.sink else ()
         (listed, places), *extra = pools
+        strides = (pieces(q, dimension) for dimension in range(3))
         tensors = (q, *listed, *sink, *(tensor for more, _ in extra for tensor in more), out, lse, partial_out, partial_lse)
-        scalars = (*places, *(value for _, more in extra for value in more), splits, inputs["sm_scale"])
+        scalars = (*places, *(value for _, more in extra for value in more), next_n, *strides, splits, inputs["sm_scale"])
         main = Launch("attention_paged", (whole + (blocks - whole) * splits, 1, 1), (*tensors, *scalars, *last))
         if splits == 1:
             return (main,)
@@ -139,12 +139,14 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         return (main, Launch("combine", combined, joined))
 
 
-def _pool(inputs: Inputs, next_n: int, page: int, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
-    """What a kernel takes of a pool: its tensors; its slots, the bytes between blocks, the rows that share a length."""
+def _pool(inputs: Inputs, layout: KvLayout, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a kernel takes of a pool: its tensors; its slots, pages and lists in numbers."""
     cache, indices, lengths = (inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths"))
-    rows_per_length = next_n if lengths is not None and lengths.dim() == 1 else 1
+    rows_per_length = indices.shape[1] if lengths is not None and lengths.dim() == 1 else 1
     tensors = (cache, indices) if lengths is None else (cache, indices, lengths)
-    return tensors, (len(cache) * page, cache.stride(0), rows_per_length)
+    page = (layout.page, *divider(layout.page), layout.scales.base)
+    listed = (indices.shape[2], step(indices, 0), step(indices, 1), rows_per_length)
+    return tensors, (len(cache) * layout.page, cache.stride(0), *page, *listed)
 
 
 def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:

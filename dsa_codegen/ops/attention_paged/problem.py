@@ -104,7 +104,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
 
     def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
         q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, *brought = args
-        q = checks.tensor("q", q, (None, None, None, None), torch.bfloat16)
+        q = checks.rows("q", q, (None, None, None, None), torch.bfloat16)
         batch, next_n, heads, d_qk = q.shape
         layout = _layout_of(d_qk)
         page, topk = _check_pool("", layout, q, cache, indices, lengths)
@@ -194,7 +194,7 @@ def _check_pool(
     """Check a pool's arguments, whose names begin with the prefix, and return its page and the entries of a row."""
     batch, next_n = q.shape[:2]
     page = check_cache(f"{prefix}cache", cache, int(layout.bytes_per_token), like=q)  # type: ignore[call-overload]
-    topk = checks.tensor(f"{prefix}indices", indices, (batch, next_n, None), torch.int32, like=q).shape[2]
+    topk = checks.rows(f"{prefix}indices", indices, (batch, next_n, None), torch.int32, like=q, whole=False).shape[2]
     if lengths is not None:
         per_query = isinstance(lengths, Tensor) and lengths.dim() == 2
         checks.tensor(f"{prefix}lengths", lengths, (batch, next_n) if per_query else (batch,), torch.int32, like=q)

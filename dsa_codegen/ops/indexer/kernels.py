@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from ...gpu import Gpu
 from ...kernels.tma import Tiled
 from ...kernels.waves import share_out
+from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from .problem import (
@@ -94,6 +95,8 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         if config.backend == "triton":
             return columns
         split_q = _query_groups(config)
+        lanes = spec.head_dim // 16
+        columns |= {"lanes": lanes, "q_rounds": -(-config["block_q"] * spec.heads * lanes // config["threads"])}
         policy = "FullRow" if split_q == 1 else "FullCol"
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[spec.logits]
         return {**columns, "split_q": split_q, "group_q": config["block_q"] // split_q, "policy": policy, "dtype": dtype}
@@ -115,16 +118,17 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             window = min(tokens, columns)
             longest, shortest = -(-window // 64), max(window - queries, 0) // 64
             whole, splits = share_out(blocks, config["blocks_per_sm"] * gpu.sms, longest, shortest)
-            pairs = Tiled(q, (spec.heads // 2, queries, 2, spec.head_dim), (2 * spec.head_dim, q.stride(0), spec.head_dim, 1))
+            pairs = Tiled(q, (spec.heads // 2, queries, 2, spec.head_dim), (2 * q.stride(1), q.stride(0), q.stride(1), 1))
             rest = (inputs["k_scale"], inputs["weights"], inputs["starts"], inputs["ends"], logits)
-            scalars = (queries, tokens, logits.stride(0), whole, splits, *width)
+            scalars = (queries, tokens, pieces(inputs["weights"], 0), logits.stride(0), whole, splits, *width)
             return (Launch("indexer", (whole + (blocks - whole) * splits, 1, 1), (pairs, Tiled(k), *rest, *scalars)),)
         scales = () if inputs["k_scale"] is None else (inputs["k_scale"],)
         tensors = (q, k, *scales, inputs["weights"], inputs["starts"], inputs["ends"], logits)
         grid = (-(-queries // config["block_q"]), config["splits"], 1)
         if config.backend == "tilelang":
             return (Launch("indexer", grid, (*tensors, config["splits"])),)
-        return (Launch("indexer", grid, (*tensors, queries, tokens, logits.stride(0), *width)),)
+        strides = (pieces(q, 0), pieces(q, 1), pieces(k, 0), pieces(inputs["weights"], 0), logits.stride(0))
+        return (Launch("indexer", grid, (*tensors, queries, tokens, *strides, *width)),)
 
 
 def _operand_bytes(spec: IndexerSpec) -> int:

@@ -82,12 +82,12 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
         checks.one_of("scores", scores, PRECISIONS)
-        q = checks.tensor("q", q, (None, None, None), checks.FP8 if scores == "fp8" else checks.floating(q))
+        q = checks.rows("q", q, (None, None, None), checks.FP8 if scores == "fp8" else checks.floating(q))
         queries, heads, head_dim = q.shape
-        k = checks.tensor("k", k, (None, head_dim), q.dtype, like=q)
+        k = checks.rows("k", k, (None, head_dim), q.dtype, like=q)
         tokens = k.shape[0]
         k_scale = _scales(k_scale, scores, tokens, q)
-        weights = checks.tensor("weights", weights, (queries, heads), torch.float32, like=q)
+        weights = checks.rows("weights", weights, (queries, heads), torch.float32, like=q)
         starts = checks.tensor("starts", starts, (queries,), torch.int32, like=q)
         ends = checks.tensor("ends", ends, (queries,), torch.int32, like=q)
         if tokens > _MOST_TOKENS:

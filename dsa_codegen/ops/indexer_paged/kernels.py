@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...gpu import Gpu
 from ...kernels.tma import Tiled
+from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
 from .problem import IndexerPagedSizes, IndexerPagedSpec
@@ -115,18 +116,20 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         tiles = -(-context // config["block_n"])
         programs = config["blocks_per_sm"] * gpu.sms
         tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
-        sizes = (batch, cache.shape[0], page_table.shape[1], context)
+        sizes = (batch, cache.shape[0], page_table.shape[1])
+        apart = (*(pieces(q, dimension) for dimension in range(3)), pieces(inputs["weights"], 0))
         if config.backend == "gluon":
             grid = _groups(batch, tiles, programs)
             tensors = (q, *_tiled(spec, cache), *tensors)
-            scalars = (*sizes, page_table.stride(0), logits.stride(0), grid[1], *_together(config, logits, gpu))
+            rows = (*apart, page_table.stride(0), logits.stride(0))
+            scalars = (*sizes, spec.page.bit_length() - 1, context, *rows, grid[1], *_together(config, logits, gpu))
             return (Launch("indexer_paged", (*grid, 1), (*tensors, *scalars)),)
         tensors = (q, cache, *tensors)
-        strides = (page_table.stride(0), cache.stride(0), logits.stride(0))
+        strides = (*apart, page_table.stride(0), cache.stride(0), logits.stride(0))
         if config["schedule"] == "persistent":
-            return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, *strides)),)
+            return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, context, *strides)),)
         splits = min(max(programs // batch, 1), tiles)
-        return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, *strides, splits)),)
+        return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, context, *strides, splits)),)
 
 
 def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:

@@ -94,10 +94,10 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         checks.one_of("logits", logits, tuple(LOGITS))
         checks.one_of("scores", scores, PRECISIONS)
         quantised = scores == "fp8"
-        q = checks.tensor("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
+        q = checks.rows("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
         batch, next_n, heads, head_dim = q.shape
         page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
-        weights = checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, like=q)
+        weights = checks.rows("weights", weights, (batch * next_n, heads), torch.float32, like=q)
         lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         page_table = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
         if not 0 <= max_context <= _LONGEST:

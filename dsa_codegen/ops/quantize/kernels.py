@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
+from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.values import Scalar
 from .. import rows
@@ -41,6 +42,7 @@ class QuantizeKernels(Kernels[QuantizeSpec, QuantizeSizes]):
         count = inputs["source"].shape[0] * spec.heads
         if not count:
             return ()
-        stride = inputs["source"].stride(0) if spec.heads == 1 else spec.width
-        args = (*inputs.values(), *outputs.values(), count, stride)
+        source, weights = inputs["source"], inputs.get("weights")
+        strides = (source.stride(0),) if weights is None else (pieces(source, 0), pieces(source, 1), step(weights, 0))
+        args = (*inputs.values(), *outputs.values(), count, *strides)
         return (Launch("quantize", (-(-count // config["block_t"]), 1, 1), args),)

@@ -71,9 +71,9 @@ class QuantizeProblem(Problem[QuantizeSpec, QuantizeSizes]):
             source = check_rows("source", source)
             tokens, width = source.shape
             return QuantizeSpec(width, power_of_two=power_of_two), QuantizeSizes(tokens), {"source": source}
-        source = checks.tensor("source", source, (None, None, None), torch.bfloat16)
+        source = checks.rows("source", source, (None, None, None), torch.bfloat16)
         tokens, heads, width = source.shape
-        weights = checks.tensor("weights", weights, (tokens, heads), tuple(WEIGHTS.values()), like=source)
+        weights = checks.rows("weights", weights, (tokens, heads), tuple(WEIGHTS.values()), like=source, whole=False)
         spec = QuantizeSpec(width, heads, _WEIGHT_NAMES[weights.dtype], power_of_two)
         return spec, QuantizeSizes(tokens), {"source": source, "weights": weights}
 

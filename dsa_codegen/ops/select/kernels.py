@@ -156,9 +156,11 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         splits, triton = config["splits"], config.backend == "triton"
         programs = min(rows, 4 * gpu.sms)
         stride = (scores.stride(0),) if triton else ()
-        pages = (table.stride(0), rows // len(table)) if triton and table is not None else ()
+        pages: tuple[int, ...] = ()
+        if table is not None:
+            pages = (table.stride(0), rows // len(table)) if triton else (spec.page,)
         if config["scheme"] == "row" and not triton:
-            return (Launch("select_row", (rows, 1, 1), (*window, *tables, chosen, limit)),)
+            return (Launch("select_row", (rows, 1, 1), (*window, *tables, chosen, limit, *pages)),)
         pools = scores.new_empty(
             programs if config["scheme"] == "row" else rows, splits, POOL_HEAD + 2 * config["capacity"], dtype=torch.int32
         )
@@ -166,8 +168,9 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
             args = (*window, *tables, pools, chosen, rows, limit, *stride, *pages)
             return (Launch("select_row", (programs, 1, 1), args),)
         count = (splits,) if triton else ()
+        kept = () if triton else (spec.topk,)
         return (
-            Launch("select_keep", (rows, splits, 1), (*window, pools, limit, *stride, *count)),
+            Launch("select_keep", (rows, splits, 1), (*window, pools, limit, *stride, *count, *kept)),
             Launch("select_finish", (rows, 1, 1), (*window, *tables, pools, chosen, limit, *stride, *count, *pages)),
         )
 
@@ -181,13 +184,12 @@ def _splits(sizes: SelectSizes, gpu: Gpu) -> int:
 
 
 def _derived(spec: SelectSpec, config: Config) -> dict[str, Any]:
-    guess: dict[str, Any] = {
-        "margin": 5,  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
-        "balance": math.isqrt(spec.topk * config["capacity"]),
-    }
+    # Of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though.
+    guess: dict[str, Any] = {"margin": 5}
     if config.backend == "triton":
         pool = POOL_HEAD + 2 * config["capacity"]
         sample_log2 = config["sample"].bit_length() - 1
+        guess["balance"] = math.isqrt(spec.topk * config["capacity"])
         return {"block_k": next_power_of_two(spec.topk), "pool": pool, "sample_log2": sample_log2, **guess}
     vector = 16 // SCORES[spec.scores].itemsize
     tile = 32 * config["vectors"] * vector
