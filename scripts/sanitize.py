@@ -14,6 +14,7 @@ Exit status: 0 where all pieces are clean, 1 where one is not or did not finish 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dsa_codegen import ops  # noqa: E402
+from dsa_codegen import ops, paths  # noqa: E402
 from dsa_codegen.command import verification  # noqa: E402
 from dsa_codegen.gpu import Gpu, resolve  # noqa: E402
 from dsa_codegen.kernels.build import build  # noqa: E402
@@ -37,9 +38,22 @@ from dsa_codegen.problem.op import Case  # noqa: E402
 from dsa_codegen.problem.presets import Model, preset  # noqa: E402
 from dsa_codegen.proof.verify import verify  # noqa: E402
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")  # the slowest first: no long piece is left when the others are done
 TOGETHER = 8  # sources of a piece: the start of a process takes about as long as checking them
-_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
+_RACE = re.compile(r"Race reported between .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
+_PLACE = re.compile(r" in (\w+\.py):(\d+)")
+ORDERED = {
+    ("attention_paged", "gluon"): ("def attention_paged(", "gl.warp_specialize(", "per_row."),
+    ("indexer_paged", "gluon"): ("def indexer_paged(", "gl.warp_specialize("),
+}
+"""Lines between which racecheck (2025.3) misses the order; a report of others than these is an error.
+
+Triton tells its roles what to run through shared memory: the first warp group writes, all warps meet at ``barrier.sync 1``, the
+others read, all meet again; a meeting is another instruction for other warps. ``per_row`` passes from one warp group to another
+under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group, and all of the other wait for. Both can be read
+off the PTX.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Outcome:
 
     piece: Piece
     verdict: str
-    """"clean", "N errors", "timeout" or "failed"."""
+    """"clean", "clean but for …", "N errors", "timeout" or "failed"."""
     cases: int
     seconds: float
 
@@ -86,9 +100,9 @@ def of(subjects: Iterable[verification.Subject], op: str, backend: str) -> list[
 def pieces(
     subjects: Sequence[verification.Subject], tools: Sequence[str], names: Sequence[str], backends: Sequence[str]
 ) -> list[Piece]:
-    """All pieces of the named tools, operations and backends; the slowest kind first."""
+    """All pieces of the named tools, operations and backends, in the order in which they are begun."""
     found = []
-    for tool in sorted(tools, key=("racecheck", "memcheck", "synccheck").index):
+    for tool in sorted(tools, key=TOOLS.index):
         for op, backend in sorted({(subject.op.name, subject.config.backend) for subject in subjects}):
             if (names and op not in names) or (backends and backend not in backends):
                 continue
@@ -129,7 +143,7 @@ def command_of(piece: Piece, kernels: Iterable[str], preset_name: str, option: s
     """The child under the tool."""
     chosen = [word for kernel in sorted(kernels) for word in (option, f"kns={kernel}")]
     child = [sys.executable, __file__, "--preset", preset_name, "--piece", *map(str, vars(piece).values())]
-    return ["compute-sanitizer", "--tool", piece.tool, "--error-exitcode", "9", "--print-limit", "20", *chosen, *child]
+    return ["compute-sanitizer", "--tool", piece.tool, "--error-exitcode", "9", "--print-limit", "0", *chosen, *child]
 
 
 def filter_option() -> str:
@@ -149,16 +163,33 @@ def check(piece: Piece, command: Sequence[str], seconds: float, out: Path) -> Ou
             status = None
     text = report.read_text(errors="replace")
     done = re.search(r"verified (\d+) cases", text)
-    return Outcome(piece, _verdict(status, text), int(done[1]) if done else 0, time.monotonic() - start)
+    return Outcome(piece, _verdict(piece, status, text), int(done[1]) if done else 0, time.monotonic() - start)
 
 
-def _verdict(status: int | None, text: str) -> str:
+def _verdict(piece: Piece, status: int | None, text: str) -> str:
     if status is None:
         return "timeout"
     errors = sum(map(int, _SUMMARY.findall(text)))
-    if errors:
-        return f"{errors} errors"
-    return "failed" if status or "verified" not in text else "clean"
+    ordered = sum(in_order(piece, race) for race in _RACE.findall(text)) if errors else 0
+    if errors > ordered:
+        return f"{errors - ordered} errors"
+    if "verified" not in text or (status and not errors):
+        return "failed"
+    return f"clean but for {ordered} reports of what is in order" if ordered else "clean"
+
+
+def in_order(piece: Piece, race: str) -> bool:
+    """Whether a report is about lines between which the tool misses the order."""
+    known = ORDERED.get((piece.op, piece.backend), ())
+    places = _PLACE.findall(race)
+    return bool(places) and all(any(part in line_of(file, int(line)) for part in known) for file, line in places)
+
+
+@functools.cache
+def line_of(file: str, line: int) -> str:
+    """A line of a rendered module, wherever in the build cache it lies."""
+    found = next(paths.cache().glob(f"*/{file}"), None)
+    return found.read_text().splitlines()[line - 1] if found else ""
 
 
 def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
@@ -218,7 +249,7 @@ def main() -> int:
         return 0
     outcomes = check_all(arguments, gpu)
     show(outcomes)
-    return 0 if all(outcome.verdict == "clean" for outcome in outcomes) else 1
+    return 0 if all(outcome.verdict.startswith("clean") for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

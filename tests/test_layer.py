@@ -223,7 +223,7 @@ def test_decode_in_a_cuda_graph_is_the_same():
 def test_a_capture_may_follow_warmup_at_once(name):
     """In a process of its own: no kernel was launched before, neither by another test nor by a step without a graph."""
     script = Path(__file__).parent / "support" / "capture_after_warmup.py"
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parents[2]), *sys.path])}
     done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2:] == ["prefill", "decode"]

@@ -32,7 +32,7 @@ CASES = [
     case("attention_prefill", "random", {"queries": 64, "context": 8192, "heads": 128, "head_dim": 512, "k": 512}),
     case("attention_prefill", "local", {"queries": 64, "context": 16384, "heads": 8, "head_dim": 576, **_K}),
     case("attention_prefill", "fp8", {"queries": 64, "context": 8192, "heads": 128, "head_dim": 576, **_K}),
-    case("attention_prefill_paged", "local", {"queries": 64, "context": 8192, "heads": 16, "head_dim": 576, "page": 64, **_K}),
+    case("attention_prefill_paged", "local", {"queries": 64, "context": 16384, "heads": 16, "head_dim": 576, "page": 64, **_K}),
     case("attention_decode", "local", {**_PAGED, "next_n": 4, "heads": 8, "head_dim": 576, **_K}),
     case("attention_decode", "random", {**_PAGED, "heads": 128, "head_dim": 512, "k": V4_K}),
     case("select", "normal", {"rows": 512, "context": 8192, **_K}),

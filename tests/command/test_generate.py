@@ -15,13 +15,15 @@ from dsa_codegen.command.generate import generate
 from dsa_codegen.gpu import resolve
 from dsa_codegen.problem import presets
 
+ROOT = Path(__file__).resolve().parents[2]
 H200 = resolve("h200")
 NO_PACKAGE = "import sys; sys.modules['dsa_codegen'] = None\n"  # any import of it raises
 
 
 def alone(folder: Path, code: str, **environment: str) -> str:
     """Run Python in a folder, without the package; returns what it printed."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    packages = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT)]  # where compilers may lie
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
     done = subprocess.run(
         [sys.executable, "-c", NO_PACKAGE + textwrap.dedent(code)],
         cwd=folder,

@@ -39,21 +39,36 @@ def test_pieces_may_be_chosen(sanitize):
     assert [piece.name for piece in found] == ["racecheck-select-triton-1of1"]
 
 
+RACES = """========= Error: Race reported between Read access at k+0x100 in m.py:1
+=========     and Write access at k+0x3290 in m.py:2 [8 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
 @pytest.mark.parametrize(
     ("script", "verdict", "cases"),
     [
         ("echo verified 7 cases; echo ========= ERROR SUMMARY: 0 errors", "clean", 7),
         ("echo verified 7 cases; echo ========= ERROR SUMMARY: 3 errors; exit 9", "3 errors", 7),
         ("echo '========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 9", "2 errors", 0),
+        ("echo verified 3 cases; cat RACES; exit 9", "clean but for 1 reports of what is in order", 3),
+        ("echo verified 3 cases; sed s/m.py:2/m.py:3/ RACES; exit 9", "1 errors", 3),
         ("echo no device; exit 1", "failed", 0),
         ("echo ========= ERROR SUMMARY: 0 errors", "failed", 0),
         ("sleep 5", "timeout", 0),
     ],
 )
-def test_a_verdict_is_the_tools(sanitize, tmp_path, script, verdict, cases):
-    outcome = sanitize.check(sanitize.Piece("memcheck", "select", "cuda", 0, 1), ["sh", "-c", script], 0.5, tmp_path)
+def test_a_verdict_is_the_tools(sanitize, tmp_path, monkeypatch, script, verdict, cases):
+    monkeypatch.setattr(sanitize.paths, "cache", lambda: tmp_path)
+    sanitize.line_of.cache_clear()
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/m.py").write_text("def indexer_paged(\n    gl.warp_specialize(\n    other.store(x)\n")
+    (tmp_path / "RACES").write_text(RACES)
+    command = ["sh", "-c", script.replace("RACES", str(tmp_path / "RACES"))]
+    outcome = sanitize.check(sanitize.Piece("racecheck", "indexer_paged", "gluon", 0, 1), command, 0.5, tmp_path)
     assert (outcome.verdict, outcome.cases) == (verdict, cases)
-    assert (tmp_path / "memcheck-select-cuda-1of1.txt").exists()
+    assert (tmp_path / "racecheck-indexer_paged-gluon-1of1.txt").exists()
 
 
 def test_only_our_kernels_are_looked_at(sanitize):
