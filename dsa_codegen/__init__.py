@@ -12,6 +12,7 @@ from .errors import DsaError
 from .functions import (
     gather_index_k,
     gather_kv,
+    index_prologue,
     indexer_logits,
     indexer_logits_chunks,
     indexer_logits_paged,
@@ -22,6 +23,7 @@ from .functions import (
     sparse_attention_paged,
     store_index_k,
     store_kv,
+    store_latent,
 )
 from .layer import Attended, Layer
 from .problem.presets import Model, load, preset
@@ -37,6 +39,7 @@ __all__ = [
     "chosen",
     "gather_index_k",
     "gather_kv",
+    "index_prologue",
     "index_select",
     "index_select_paged",
     "indexer_logits",
@@ -55,6 +58,7 @@ __all__ = [
     "stats",
     "store_index_k",
     "store_kv",
+    "store_latent",
     "train",
     "warmup",
 ]

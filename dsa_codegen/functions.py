@@ -44,6 +44,8 @@ _quantize_k = direct("quantize", source="k")
 _store_k = direct("quantize_paged", source="k")
 _store_kv = direct("quantize_paged", source="nope")
 _gather_paged = direct("gather_paged")
+_index_prologue = direct("index_prologue")
+_store_latent = direct("store_latent")
 
 
 def indexer_logits(
@@ -363,3 +365,73 @@ def gather_kv(cache: Tensor, slots: Tensor, *, layout: str = "v32") -> Tensor:
     checks.one_of("layout", layout, KV_LAYOUTS)
     (latent,) = _gather_paged(cache, slots, layout)
     return latent
+
+
+def index_prologue(
+    q: Tensor,
+    weights: Tensor,
+    k: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    *,
+    eps: float = 1e-6,
+    rotary: str = "half_split",
+    rope_first: bool = True,
+    hadamard: bool = False,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What lies between the indexer's projections and its scores, in one launch: LayerNorm of k, rotary position, an optional
+    Hadamard rotation, FP8, q's scales folded into the weights, k stored into its cache.
+
+    Args:
+        q: bf16 [tokens, heads, head_dim]; tokens may be strided. No heads store keys alone, for a step that scores nothing.
+        weights: fp32 or bf16 [tokens, heads], not scaled; rows may be strided.
+        k: bf16 [tokens, head_dim]; rows may be strided.
+        norm_weight, norm_bias: fp32 or bf16 [head_dim], the LayerNorm of k; both None for keys that come normalised.
+        cos_sin: fp32 [positions, d_rope], d_rope / 2 cosines and as many sines of each position; d_rope 16 to head_dim.
+        positions: int64 [tokens]; a token whose position the table does not have is NaN.
+        slots: int32 or int64 [tokens], where k is stored; as in ``store_index_k``.
+        cache: uint8 [blocks, page, 1, head_dim + 4].
+        eps: added to the variance of the norm.
+        rotary: "half_split" (channel i is paired with i + d_rope / 2; DeepSeek-V3.2) or "interleaved" (2i with 2i + 1; GLM-5).
+        rope_first: whether the rotary channels are the first ones of a row, or the last.
+        hadamard: multiply q and k by the Hadamard matrix / sqrt(head_dim) before they are quantised.
+        power_of_two: round scales up to a power of two (ue8m0).
+
+    Returns:
+        q as e4m3 [tokens, heads, head_dim] and fp32 [tokens, heads]: ``weights · scale · head_dim^-0.5 · heads^-0.5``.
+    """
+    placed = cos_sin, positions, slots, cache
+    return _index_prologue(q, weights, k, norm_weight, norm_bias, *placed, eps, rotary, rope_first, hadamard, power_of_two)
+
+
+def store_latent(
+    latent: Tensor,
+    norm_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    *,
+    eps: float = 1e-6,
+    layout: str = "v32",
+    rotary: str = "interleaved",
+    power_of_two: bool = False,
+) -> None:
+    """RMSNorm of latent vectors, rotary position of their last 64 channels, and their slots of a paged KV cache, in one launch.
+
+    Args:
+        latent: bf16 [tokens, 576] ("v32"), [tokens, 512] ("v4") or either ("bf16"), as the down projection gives it.
+        norm_weight: fp32 or bf16, of the channels without position (512 or 448) or of all of them; None for no norm.
+        cos_sin, positions, eps, rotary: as in ``index_prologue``, with d_rope 64.
+        slots: int32 or int64 [tokens]; as in ``store_index_k``.
+        cache: of the layout: "v32" and "v4" as in ``store_kv``; "bf16" is bf16 [blocks, page, 1, 576 or 512], rows as they are.
+        power_of_two: of "v32"; "v4" has power-of-two scales only.
+    """
+    checks.one_of("layout", layout, (*KV_LAYOUTS, "bf16"))
+    placed = cos_sin, positions, slots, cache
+    _store_latent(latent, norm_weight, *placed, eps, layout, rotary, True if layout == "v4" else power_of_two)

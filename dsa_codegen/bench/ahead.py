@@ -56,7 +56,9 @@ def kernels(cases: Sequence[BenchCase], gpu: Gpu) -> list[Rendered]:
 def first_calls(cases: Sequence[BenchCase], peers_of: PeersOf) -> list[tuple[BenchCase, str]]:
     """One case, the smallest, and the peer's name for everything that a peer compiles."""
     found: dict[Any, tuple[BenchCase, str]] = {}
-    for case in sorted(cases, key=lambda each: (each["context"], math.prod(value for _, value in each.shape))):
+    for case in sorted(
+        cases, key=lambda each: (dict(each.shape).get("context", 0), math.prod(value for _, value in each.shape))
+    ):
         for peer in peers_of(case):
             key = _key(peer, case)
             if key is not None:

@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import UnknownName
 
 STAGES = (
+    "index_prologue",
+    "latent_prologue",
     "indexer_prefill",
     "indexer_decode",
     "select",
@@ -22,7 +24,7 @@ STAGES = (
     "attention_backward",
     "indexer_backward",
 )
-KEYS = ("rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k", "page")
+KEYS = ("tokens", "rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k", "page")
 """The keys of a shape, in the order in which they are shown."""
 SUITES = ("core", "distributions", "flashmla", "deepgemm")
 """core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
@@ -35,6 +37,8 @@ FP8_PRODUCTS = "fp8"
 """Random lists, and products in FP8 are allowed: those who make them take part in such rows only."""
 IN_ORDER = "in order"
 """Causal lists, and the tokens' gradient is added up in a fixed order: the same bits in every run."""
+PLACED = "placed"
+"""Every row has a slot of its own, as in serving."""
 V4_K = 128 + 512
 """A window and a selection, as DeepSeek-V4 attends to both at once."""
 
@@ -65,6 +69,12 @@ class BenchCase:
 def case(stage: str, distribution: str, shape: Mapping[str, int], suite: str = "core") -> BenchCase:
     """A case with its shape in the order of ``KEYS``."""
     return BenchCase(stage, tuple((name, shape[name]) for name in KEYS if name in shape), distribution, suite)
+
+
+def _prologues() -> Iterator[BenchCase]:
+    for tokens in (4096, 64, 1):
+        yield case("index_prologue", PLACED, {"tokens": tokens, "heads": 64, "head_dim": 128, "page": 64})
+        yield case("latent_prologue", PLACED, {"tokens": tokens, "head_dim": 576, "page": 64})
 
 
 def _indexer_prefill() -> Iterator[BenchCase]:
@@ -213,7 +223,7 @@ def _training() -> Iterator[BenchCase]:
 def all_cases() -> list[BenchCase]:
     """Every case, stage by stage, the headline of a stage first."""
     attention = (_attention_prefill, _attention_prefill_paged, _attention_decode)
-    makers = (_indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
+    makers = (_prologues, _indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))
 

@@ -224,7 +224,8 @@ def _near(timed: Sequence[Measured]) -> list[int]:
 
 
 def _also_warm(case: BenchCase) -> bool:
-    return case.stage.endswith("_decode") or dict(case.shape).get("rows", FEW_ROWS + 1) <= FEW_ROWS
+    shape = dict(case.shape)
+    return case.stage.endswith("_decode") or shape.get("rows", shape.get("tokens", FEW_ROWS + 1)) <= FEW_ROWS
 
 
 def _finite(value: float | None) -> float | None:

@@ -281,7 +281,7 @@ def _positions(layout: CacheLayout, slots: Tensor, field: Field) -> tuple[Tensor
 
 def _scatter(layout: CacheLayout, cache: Tensor, slots: Tensor, fields: tuple[tuple[Field, Tensor], ...]) -> None:
     pages = as_pages(layout, cache)
-    keep = _last_of_each(slots, valid_slots(slots, tokens_of(layout, cache)))
+    keep = last_of_each(slots, valid_slots(slots, tokens_of(layout, cache)))
     for field, values in fields:
         rows = values.contiguous().view(torch.uint8)
         if rows.shape != (*slots.shape, field.width):
@@ -291,7 +291,7 @@ def _scatter(layout: CacheLayout, cache: Tensor, slots: Tensor, fields: tuple[tu
         pages[_positions(layout, slots.flatten()[keep], field)] = rows.flatten(0, -2)[keep]
 
 
-def _last_of_each(slots: Tensor, valid: Tensor) -> Tensor:
+def last_of_each(slots: Tensor, valid: Tensor) -> Tensor:
     """The places, in the flat list of slots, of the last row of each valid slot."""
     places = valid.flatten().nonzero()[:, 0]
     ordered, order = slots.flatten()[places].sort(stable=True)

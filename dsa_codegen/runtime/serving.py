@@ -38,7 +38,7 @@ class Limits:
             raise InputError("next_n", repr(self.next_n), "at least one number of queries per sequence")
 
     def highest(self) -> Mapping[str, Mapping[str, int | None]]:
-        """For each stage the largest of the sizes that decide which record serves it."""
+        """For each stage of a layer the largest of the sizes that decide which record serves it."""
         decoded = None if self.max_batch is None else self.max_batch * max(self.next_n)
         rows = None if self.max_queries is None or decoded is None else max(self.max_queries, decoded)
         return {
@@ -55,13 +55,13 @@ class Limits:
 
 
 def calls(model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
-    """One call for each variant: every operation, spec and bucket of sizes that the limits allow."""
+    """One call for each variant: every operation of a layer, spec and bucket of sizes that the limits allow."""
     highest = limits.highest()
     for op in (op for op in ops.all_ops().values() if not op.training):
         for spec in dict.fromkeys(each for plain in op.specs(model) for each in _alternatives(plain, limits)):
-            largest = highest[_stage(op, spec)]
-            if 0 not in largest.values():
-                yield from ((op, spec, sizes) for sizes in _buckets(op, spec, largest))
+            largest = highest.get(_stage(op, spec))
+            if largest is not None and 0 not in largest.values():
+                yield from ((op, spec, sizes) for sizes in buckets(op, spec, largest))
 
 
 def _stage(op: Op, spec: Any) -> str:
@@ -84,7 +84,7 @@ def _alternatives(spec: Any, limits: Limits) -> Iterator[Spec]:
         yield replace(spec, **dict(zip(options, values, strict=True)))
 
 
-def _buckets(op: Op, spec: Spec, largest: Mapping[str, int | None]) -> Iterator[Sizes]:
+def buckets(op: Op, spec: Spec, largest: Mapping[str, int | None]) -> Iterator[Sizes]:
     """Sizes in each bucket: those of a workload where there is one, as records and defaults are made for those."""
     workloads = [case.sizes for case in op.workloads(spec)]
     known = {sizes.bucket(): sizes for sizes in workloads}

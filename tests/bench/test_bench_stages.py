@@ -7,6 +7,7 @@ import torch
 
 from dsa_codegen.bench import agreement
 from dsa_codegen.bench.cases import case
+from dsa_codegen.bench.peers import load
 from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.bench.stages import local_indices
 from dsa_codegen.problem.draw import Draw
@@ -14,6 +15,8 @@ from dsa_codegen.problem.draw import Draw
 _INDEX = {"heads": 8, "head_dim": 64}
 _DECODE = {"batch": 2, "next_n": 2, "context": 192, "page": 64}
 SMALL = [
+    case("index_prologue", "placed", {"tokens": 5, "page": 64, **_INDEX}),
+    case("latent_prologue", "placed", {"tokens": 5, "head_dim": 576, "page": 64}),
     case("indexer_prefill", "causal", {"queries": 8, "context": 96, **_INDEX}),
     case("indexer_decode", "full", {**_DECODE, **_INDEX}),
     case("select", "relu", {"rows": 3, "context": 300, "k": 64}),
@@ -50,6 +53,23 @@ def test_ours_agrees_with_the_reference(each):
     wrong = outputs[first].clone()
     wrong.flatten()[: wrong.numel() // 2] = 1
     assert not stage.check(each, inputs, {**outputs, first: wrong}, reference, exact=False).passed
+
+
+@pytest.mark.parametrize("each", SMALL[:2], ids=lambda each: each.id)
+def test_a_prologue_of_plain_operations_does_the_same(each):
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(1, "cpu"))
+    reference = stage.reference(each, inputs)
+    (peer,) = load(["dsa_codegen.bench.peers.unfused_prologue"])
+    prepared = peer.prepare(each, inputs)
+    outputs = prepared.outputs(prepared.run())
+    accuracy = stage.check(each, inputs, outputs, reference, exact=False)
+    assert accuracy.passed, accuracy.detail
+    spec, stored = stage.part(each).spec, inputs["slots"]
+    for found, expected in zip(
+        spec.cache.unpack(inputs["cache"], stored), spec.cache.unpack(reference["cache"], stored), strict=True
+    ):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=0.02)
 
 
 def test_a_selection_is_judged_by_its_scores():

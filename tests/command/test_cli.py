@@ -19,9 +19,10 @@ from dsa_codegen import ops
 from dsa_codegen.errors import NoGpu, SpecError
 
 from command_line import cli
+from support import UNMEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = {name for name, op in ops.all_ops().items() if not op.training}  # operations that have records
+SHIPPED = set(ops.all_ops()) - UNMEASURED  # operations that have records
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 YAML = re.compile(r"```yaml\n# (\S+)\n(.*?)```", re.DOTALL)
 

@@ -12,6 +12,7 @@ from dsa_codegen import distributed
 from dsa_codegen.errors import InputError
 from dsa_codegen.problem.compare import ATTENTION, LSE, close
 
+import deepseek_layer
 import exact_inputs
 import ranks
 
@@ -68,6 +69,15 @@ def test_a_cache_sharded_by_position_serves_alike(results, world, name, batch, n
             for what, value, one, limit in (("out", merged[1], out, ATTENTION), ("lse", merged[2], lse, LSE)):
                 result = close(what, value, one, limit)
                 assert result.passed, result.detail
+
+
+@pytest.mark.parametrize("world", [world for world in ranks.worlds(4) if not deepseek_layer.HEADS % world])
+def test_a_module_with_its_heads_split_gives_what_the_whole_one_does(results, world):
+    expected = deepseek_layer.steps_of_module()
+    for rank in results[world]:
+        assert torch.equal(rank["module"], results[world][0]["module"])
+        # Products of other shapes are summed in another order, and rounded to BF16 before attention.
+        torch.testing.assert_close(rank["module"], expected, rtol=2**-7, atol=2e-3)
 
 
 def test_the_cases_have_ties_at_the_threshold_and_short_rows():

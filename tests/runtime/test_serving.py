@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import functions, ops
 from dsa_codegen.errors import InputError
 from dsa_codegen.problem.caches import IndexKLayout, kv_layout
 from dsa_codegen.problem.presets import Model
 from dsa_codegen.runtime import dispatch
 
-from fake_gpu import FakeGpu
+from fake_gpu import under_public_functions
 from layer_inputs import TINY, decode_inputs, prefill_inputs
 
 
@@ -45,30 +44,10 @@ def decode_shapes(model: Model, batch: int, next_n: int, context: int, weights: 
 BY_SEQUENCE = ("q", "index_q", "index_weights", "lengths", "page_table")
 
 
-NAMES = {"quantize": ("_quantize_q", "_quantize_k"), "quantize_paged": ("_store_k", "_store_kv")}
-"""What the public functions call an operator that serves several of them."""
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """A GPU that is not there, which the public functions call with tensors that are only shapes."""
-
-    def function(op):
-        schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
-        defaults = [argument.default_value for argument in schema.arguments]
-        single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
-
-        def call(*args, sms=None):
-            outputs = tuple(dispatch.call(op, [*args, *defaults[len(args) :]]).values())
-            return outputs[0] if single else outputs
-
-        return call
-
-    for op in ops.all_ops().values():
-        for name in NAMES.get(op.function, (f"_{op.function}",)):
-            monkeypatch.setattr(functions, name, function(op))
-    dispatch.reset()
-    yield FakeGpu(monkeypatch)
+    yield under_public_functions(monkeypatch)
     dispatch.reset()
 
 

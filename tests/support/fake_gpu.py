@@ -9,13 +9,41 @@ from typing import Any
 import pytest
 import torch
 
+from dsa_codegen import functions, ops
 from dsa_codegen.gpu import Gpu
 from dsa_codegen.kernels.backends import Launchable
 from dsa_codegen.kernels.render import Rendered
 from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.problem.op import Op
 from dsa_codegen.runtime import dispatch, guards
 
 from support import H200
+
+_NAMES = {"quantize": ("_quantize_q", "_quantize_k"), "quantize_paged": ("_store_k", "_store_kv")}
+"""What the public functions call an operator that serves several of them."""
+
+
+def under_public_functions(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A GPU that is not there, which the public functions call with tensors that are only shapes."""
+
+    def function(op: Op) -> Callable[..., Any]:
+        schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
+        defaults = [argument.default_value for argument in schema.arguments]
+        written = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
+        single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+
+        def call(*args: Any, sms: int | None = None) -> Any:
+            results = dispatch.call(op, [*args, *defaults[len(args) :]])
+            outputs = tuple(value for name, value in results.items() if name not in written)
+            return outputs[0] if single else outputs
+
+        return call
+
+    for op in ops.all_ops().values():
+        for name in _NAMES.get(op.function, (f"_{op.function}",)):
+            monkeypatch.setattr(functions, name, function(op))
+    dispatch.reset()
+    return FakeGpu(monkeypatch)
 
 
 class FakeGpu:

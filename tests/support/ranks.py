@@ -23,6 +23,7 @@ from dsa_codegen.problem.caches import KvV32Layout
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.presets import Model
 
+import deepseek_layer
 import exact_inputs
 
 TOPK, PAGE, CONTEXT, HEADS = 64, 16, 290, 8
@@ -301,6 +302,7 @@ def run(rank: int, folder: Path, processes: int, transport: str) -> None:
                 "rows": by_rows(group, world, device),
                 "position": by_position(group, rank, world, device),
                 "modes": by_mode(group, rank, world, device),
+                "module": None if deepseek_layer.HEADS % world else deepseek_layer.steps_of_module(group, world, device),
                 "captured": captured(group, rank, world, device) if transport == "nccl" else {},
             }
     torch.save(on("cpu", found), folder / f"{rank}.pt")

@@ -24,6 +24,8 @@ from dsa_codegen.worker import Worker
 H200 = resolve("H200")
 FURTHER = pytest.mark.slow
 """Of compilations that take nvcc 6 to 20 s each: one of each kind runs everywhere, the further ones with ``-m slow``."""
+UNMEASURED = {"index_prologue", "latent_prologue", *(name for name, op in ops.all_ops().items() if op.training)}
+"""Operations that nothing has been measured of yet."""
 SPILLS_OF = (3, 6)  # the Triton that the templates were tuned with; each compiler allocates registers in its own way
 
 
@@ -36,7 +38,8 @@ def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
 def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
     """The arguments of the operator for inputs as the operation names them, options as the spec has them."""
     schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
-    absent = dict.fromkeys(("weights", "starts", "lengths", "sink", "extra_cache", "extra_indices", "extra_lengths"))
+    names = "weights starts lengths sink extra_cache extra_indices extra_lengths norm_weight norm_bias"
+    absent = dict.fromkeys(names.split())
     options = {**spec.to_dict(), **absent}
     return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 

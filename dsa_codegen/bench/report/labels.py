@@ -13,6 +13,8 @@ from ..cases import FP8_PRODUCTS, STAGES
 Row = Mapping[str, Any]
 
 TITLES = {
+    "index_prologue": "Indexer's prologue",
+    "latent_prologue": "Latents' prologue",
     "indexer_prefill": "Indexer, prefill",
     "indexer_decode": "Indexer, decode",
     "select": "Selection",
@@ -27,7 +29,7 @@ TITLES = {
     "indexer_backward": "Indexer, loss and gradients",
 }
 _ABSENT = ("is not installed", "needs a CUDA GPU", "or newer")
-_USUAL = {"normal", "causal", "full", "random", "real"}
+_USUAL = {"placed", "normal", "causal", "full", "random", "real"}
 _WORDS = {FP8_PRODUCTS: "FP8 products allowed"}
 WON, EVEN, LOST = "won", "even", "lost"
 """How a case stands against its best peer; even is within 1 %."""
@@ -50,6 +52,8 @@ def shape(row: Row) -> str:
     """``4096 queries of 32K, 64 heads``; the distribution where it is not the usual one."""
     of: Mapping[str, int] = row["shape"]
     words = []
+    if "tokens" in of:
+        words.append(f"{of['tokens']} {'token' if of['tokens'] == 1 else 'tokens'}")
     for name, one in (("queries", "query"), ("rows", "row")):
         if name in of:
             words.append(f"{of[name]} {one if of[name] == 1 else name} of {tokens(of['context'])}")

@@ -1,0 +1,83 @@
+"""Indexer: which tokens a layer attends to, from its projections to the choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import choice, distributed, functions
+from ..problem.presets import Model
+from .cache import LayerCache
+from .shape import Shape
+from .step import Step
+
+
+class Indexer(nn.Module):
+    """The lightning indexer of one layer; parameters are named as checkpoints name them.
+
+    Args:
+        group: a process group whose ranks share the scoring of a prefill step's rows; None for one rank.
+    """
+
+    def __init__(self, model: Model, shape: Shape, *, eps: float = 1e-6, group: Any = None, **made: Any) -> None:
+        super().__init__()
+        self.model, self.shape, self.group = model, shape, group
+        heads, width = model.index_heads, model.index_head_dim
+        self.wq_b = nn.Linear(shape.q_rank, heads * width, bias=False, **made)
+        self.wk = nn.Linear(shape.hidden, width, bias=False, **made)
+        self.k_norm = nn.LayerNorm(width, eps=eps, **made)
+        self.weights_proj = nn.Linear(shape.hidden, heads, bias=False, **made)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, q_low: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """Store the step's keys and choose each query's tokens.
+
+        Args:
+            hidden: [tokens, hidden]; q_low: [tokens, q_rank], the normalised low rank of the queries.
+
+        Returns:
+            int32 [tokens, topk]: slots, or places in the step's context. Where no window is longer than topk, nothing was
+            scored or selected: the step holds the windows themselves.
+        """
+        heads, width = self.model.index_heads, self.model.index_head_dim
+        if step.chosen is not None:
+            nothing = hidden.new_empty(len(hidden), 0, width, dtype=torch.bfloat16)
+            self._prologue(nothing, nothing[..., 0], hidden, cache, step)
+            return step.chosen
+        q = self.wq_b(q_low).bfloat16().view(-1, heads, width)
+        values, folded = self._prologue(q, self.weights_proj(hidden), hidden, cache, step)
+        return self._paged(values, folded, cache, step) if step.context is None else self._flat(values, folded, cache, step)
+
+    def _prologue(self, q: Tensor, weights: Tensor, hidden: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+        shape, norm = self.shape, (self.k_norm.weight, self.k_norm.bias)
+        return functions.index_prologue(
+            q,
+            weights,
+            self.wk(hidden).bfloat16(),
+            *norm,
+            step.cos_sin,
+            step.positions,
+            step.slots,
+            cache.index_k,
+            eps=self.k_norm.eps,
+            rotary=shape.index_rotary,
+            hadamard=shape.hadamard,
+            power_of_two=shape.power_of_two,
+        )
+
+    def _paged(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        q = q.view(*step.lengths.shape, *q.shape[1:])
+        paged = cache.index_k, weights, step.lengths, step.page_table, step.max_context
+        chosen = choice.index_select_paged(q, *paged, self.model.topk, score=self.model.score)
+        return chosen.flatten(0, 1)
+
+    def _flat(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        assert step.context is not None and step.starts is not None and step.ends is not None
+        keys, scales = functions.gather_index_k(cache.index_k, step.context)
+        arguments = q, keys, scales, weights, step.starts, step.ends, self.model.topk
+        if step.bounds is None:
+            return choice.index_select(*arguments, score=self.model.score)
+        shared = {"group": self.group, "bounds": step.bounds}
+        return distributed.index_select_by_rows(*arguments, **shared, score=self.model.score)
