@@ -44,6 +44,7 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
 
     def derived(self, spec: IndexPrologueSpec, config: Config) -> dict[str, Scalar]:
         first = 0 if spec.rope_first else spec.head_dim - spec.d_rope
+        log2 = spec.head_dim.bit_length() - 1
         return {
             **template_names(spec.cache, spec.head_dim),
             **limits(),
@@ -52,7 +53,8 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
             "later": rotated.later(config),
             "claims": _CLAIMS,
             "weight_factor": repr(spec.weight_factor),
-            "turns": spec.head_dim.bit_length() - 1 if spec.hadamard else 0,
+            "turns": log2 if spec.hadamard else 0,
+            "tree": log2 if spec.hadamard or spec.rotary == "interleaved" else 0,
             "turn_factor": repr(spec.head_dim**-0.5),
         }
 
