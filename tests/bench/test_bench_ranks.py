@@ -8,8 +8,9 @@ import pytest
 
 from dsa_codegen.bench import results
 from dsa_codegen.bench.ranks import command, model
-from dsa_codegen.bench.ranks.cases import CASES, SMALL
+from dsa_codegen.bench.ranks.cases import CASES, SMALL, Case
 from dsa_codegen.bench.ranks.process import Timed
+from dsa_codegen.bench.report import curves, page
 from dsa_codegen.errors import NoGpu
 
 from support import H200
@@ -42,6 +43,16 @@ def test_rows_hold_one_gpu_and_the_plain_way():
     assert (row["stage"], row["shape"]["ranks"], row["best_peer"]) == ("prefill_tensor", 2, "plain")
     assert row["peers"] == {"one GPU": 100.0, "plain": 80.0} and row["limit_us"] == 50.0
     assert row["ratio"] == pytest.approx(80 / 55, abs=1e-4) and row["speedup"] == pytest.approx(100 / 55, abs=1e-4)
+
+
+def test_the_report_draws_points_beside_the_model(tmp_path):
+    big = Case("prefill", 131072)
+    ways = [(big, 1, timed("one GPU", 100.0)), (big, 2, timed("context, plain", 80.0)), (big, 2, timed("context", 55.0))]
+    results.merge_rows(results.rows_path(tmp_path, "h200x2"), command.rows_of(ways, FACTS))
+    (section,) = page._several("h200", command.measured(tmp_path, "h200"))
+    assert "on up to 2" in section["text"] and section["picture"].startswith("<svg")
+    assert curves._measured(command.measured(tmp_path, "h200"), "prefill_context", 131072, "plain") == ([2], [1.25])
+    assert not list(page._several("h100", command.measured(tmp_path, "h100")))
 
 
 def test_groups_are_of_powers_of_two_and_of_all():

@@ -137,3 +137,18 @@ def test_rows_that_do_not_fit_are_named_before_anything_is_sent():
         distributed.index_select_paged_by_rows(**{**inputs, "page_table": inputs["page_table"][:2]}, topk=64)
     with pytest.raises(InputError, match=r"^out:"):
         distributed.index_select_paged_by_rows(**inputs, topk=64, out=torch.empty(1))
+
+
+@pytest.mark.slow
+def test_eight_processes(tmp_path):
+    """As many ranks as heads, and as a node has GPUs; of some cases most ranks have nothing."""
+    found = ranks.launch(tmp_path, 8)
+    for rank in found[8]:
+        for name, chosen in rank["rows"].items():
+            assert torch.equal(chosen, found[1][0]["rows"][name])
+    for tokens in ranks.TOKENS:
+        whole = found[1][0]["modes"]["prefill", tokens]
+        for name, deal in ranks.deals(tokens, 8).items():
+            for rank in range(8):
+                shared = found[8][rank]["modes"]["context", tokens, name]
+                assert_equal(shared, [each[deal.rows(rank)] for each in whole])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..problems import Roofs
+from ..ranks import model
 from ..sweep import METHODS, crossover
 from . import labels
 from .labels import Row
@@ -20,6 +21,7 @@ _METHOD_NAMES = {"dense": "dense attention", "window": "sliding window", "sparse
 _METHOD_ROLES = {"dense": "muted", "window": "series3", "sparse": "ours"}
 _MARKERS = "osD^vPX*"
 _RATIOS = (0.25, 0.5, 0.8, 1, 1.5, 2, 3, 5, 10, 20)
+_WAY_SERIES = {"tensor": 1, "context": 2, "data": 3}
 _HISTORIES = 12  # lines that can still be told apart
 
 
@@ -111,6 +113,36 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )
     panels[0].legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=3, handletextpad=0.4, columnspacing=1.0, fontsize=7.5)
     return figure
+
+
+def ranks(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Speed-up against one GPU: lines are the model's, points were measured; the plain ways are dashed and hollow."""
+    steps = (("prefill", 32768, "prefill, 32K"), ("prefill", 131072, "prefill, 128K"), ("decode", 65536, "decode, 64 × 64K"))
+    figure, panels = plt.subplots(3, 1, figsize=(WIDTH, 6.6), sharex=True)
+    for axes, (stage, context, title) in zip(panels, steps, strict=True):
+        axes.plot(model.WORLDS, model.WORLDS, color=COLOURS["grid"], lw=1.1)
+        for way in model.WAYS[stage]:
+            name, _, plain = way.partition(", ")
+            colour = COLOURS[f"series{_WAY_SERIES[name]}"]
+            speedups = [model.speedup(stage, way, context, world) for world in model.WORLDS]
+            axes.plot(model.WORLDS, speedups, color=colour, lw=1.1, ls=(0, (3, 2)) if plain else "-", label=way)
+            points = _measured(rows, f"{stage}_{name}", context, "plain" if plain else "ours")
+            axes.plot(*points, "o", color=colour, markerfacecolor="none" if plain else colour)
+        axes.set(xscale="log", yscale="log", ylabel=title)
+        axes.minorticks_off()
+        axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1×", "2×", "4×", "8×", "16×", "32×", "64×"])
+        axes.legend(loc="upper left", fontsize=7, handlelength=1.6, labelspacing=0.2)
+    panels[-1].set_xticks(model.WORLDS, [str(world) for world in model.WORLDS])
+    panels[-1].set_xlabel("GPUs")
+    return figure
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], stage: str, context: int, who: str) -> tuple[list[int], list[float]]:
+    """(GPUs, speed-ups) of a way, or of the plain one beside it."""
+    found = [row for row in rows if row["stage"] == stage and row["shape"]["context"] == context]
+    timed = [(row, {"ours": row["ours_us"], **row["peers"]}.get(who)) for row in found]
+    points = [(row["shape"]["ranks"], row["peers"]["one GPU"] / us) for row, us in timed if us]
+    return [world for world, _ in points], [ratio for _, ratio in points]
 
 
 def tuning(histories: Sequence[Mapping[str, Any]]) -> Figure:

@@ -13,6 +13,7 @@ from ...gpu import GPUS, Gpu, resolve
 from ...invocation import install
 from .. import results
 from ..ceilings import roofs
+from ..ranks.command import measured
 from . import labels
 from .labels import Row
 
@@ -55,7 +56,7 @@ def _gpu(folder: Path, name: str, histories: Sequence[Mapping[str, Any]]) -> dic
         "rows": rows,
         "machine": machine,
         "stages": [_stage(name, stage, found) for stage, found in labels.by_stage(rows).items()],
-        "curves": list(_curves(name, gpu, rows, machine, histories)),
+        "curves": [*_curves(name, gpu, rows, machine, histories), *_several(name, measured(folder, name))],
         "commits": sorted({row["commit"] for row in rows}),
         "dates": [row["date"][:10] for row in sorted(rows, key=lambda row: row["date"])],
         "toolchain": max(rows, key=lambda row: row["date"])["toolchain"] if rows else {},
@@ -92,6 +93,16 @@ def _curves(
     searched = [each for each in histories if len(each["times_us"]) > 1]
     if searched:
         yield curve("tuning", "Tuning", "How soon each search came near its best.", searched)
+
+
+def _several(gpu_id: str, rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Where groups of this GPU have been timed."""
+    if rows:
+        title, most = "Several GPUs", max(row["shape"]["ranks"] for row in rows)
+        text = (
+            f"Speed-up of a layer. Lines: a model of H100s (docs/scaling.md); points: measured, on up to {most}; hollow: plain."
+        )
+        yield {"title": title, "text": text, "picture": _drawn("curves", "ranks", rows, name=f"{gpu_id}-ranks", title=title)}
 
 
 def _drawn(module: str, function: str, *args: Any, name: str, title: str) -> str:
