@@ -46,6 +46,7 @@ _store_kv = direct("quantize_paged", source="nope")
 _gather_paged = direct("gather_paged")
 _index_prologue = direct("index_prologue")
 _store_latent = direct("store_latent")
+_resolve = direct("resolve")
 
 
 def indexer_logits(
@@ -435,3 +436,34 @@ def store_latent(
     checks.one_of("layout", layout, (*KV_LAYOUTS, "bf16"))
     placed = cos_sin, positions, slots, cache
     _store_latent(latent, norm_weight, *placed, eps, layout, rotary, True if layout == "v4" else power_of_two)
+
+
+def resolve(chosen: Tensor, page_table: Tensor, *, page: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Look chosen tokens up in a cache that holds some of a sequence's: where they are, and which must be fetched.
+
+    For KV caches in the host's memory with a buffer of hot rows on the GPU: ``slots`` and ``counts`` are what
+    ``sparse_attention_paged`` takes as ``indices`` and ``lengths``, ``misses`` are what a loader copies. Deterministic: both
+    lists keep the order of the choice. Rows of one request may miss the same token, each for itself.
+
+    Args:
+        chosen: int32 [rows, topk], tokens of the sequence, -1 anywhere for none; topk 1 to 8192.
+        page_table: int32 [requests, pages]: the block of the buffer that holds each page of tokens, negative where none does; a
+            token beyond the table is missing. rows / requests consecutive rows share a request.
+        page: tokens per page, 1 to 1024; with 1 the table states a row of the buffer for each token.
+
+    Returns:
+        slots int32 [rows, topk], block · page + offset, -1 behind the last, and counts int32 [rows];
+        misses int32 [rows, topk], the tokens, -1 behind the last, and missed int32 [rows], how many they are.
+    """
+    slots, counts, misses, missed = _resolve(chosen, page_table, page, True, 0, 1, 1, 2**31 - 1)
+    return slots, counts, misses, missed
+
+
+def resolve_own(chosen: Tensor, page_table: Tensor, page: int, held: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """``resolve`` of the tokens that a shard holds, without a list of others: slots and counts.
+
+    Args:
+        held: offset, stride, block and tokens of ``distributed.Shard``; page_table names the shard's own pages.
+    """
+    slots, counts = _resolve(chosen, page_table, page, False, *held)
+    return slots, counts

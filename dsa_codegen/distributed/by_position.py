@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import choice, functions
+from ..errors import InputError
 from ..problem import checks
 from .candidates import merge_ascending, merge_choices
-from .gather import gathered_together, place
+from .gather import exchanged, gathered_together, place
 from .outputs import merge_attention
-from .shard import Shard, localise
+from .shard import Shard
 
 
 def index_select_by_position(
@@ -75,6 +76,7 @@ def sparse_attention_by_position(
     page: int = 64,
     group: Any = None,
     sink: Tensor | None = None,
+    own_heads: bool = False,
     sms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_paged`` over such a cache: each rank attends to its own of the chosen, outputs are merged by lse.
@@ -84,15 +86,27 @@ def sparse_attention_by_position(
         cache, page_table: the rank's own part, with its pages of ``page`` tokens.
         chosen: int32 [batch, next_n, topk], tokens of the sequence, from ``index_select_by_position``.
         shard, group: as there.
+        own_heads: a rank wants no other heads' results than its own, world-th part of the heads (as where heads are split
+            around attention): 1/world of the bytes come, and are merged.
 
     Returns:
-        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads], the same on every rank.
+        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads], the same on every rank; with own_heads
+        heads / world of them, of each rank its own.
     """
-    place(group)
+    rank, world = place(group)
+    if own_heads and q.shape[-2] % world:
+        raise InputError("own_heads", f"{q.shape[-2]} heads", f"a multiple of {world}, the ranks")
     batch, next_n, topk = checks.tensor("chosen", chosen, (None, None, None), torch.int32).shape
     checks.tensor("page_table", page_table, (batch, None), torch.int32, like=chosen, inner_contiguous=True)
-    local, counts = localise(chosen, shard)
-    slots = choice.slots_of(local.flatten(0, 1), page_table, page).view(batch, next_n, topk)
-    out, lse = functions.sparse_attention_paged(q, cache, slots, sm_scale, lengths=counts, sms=sms)
-    outs, lses = gathered_together([out, lse], group)
+    held = shard.offset, shard.stride, shard.block, shard.tokens
+    slots, counts = functions.resolve_own(chosen.flatten(0, 1), page_table, page, held)
+    own = slots.view(batch, next_n, topk), counts.view(batch, next_n)
+    out, lse = functions.sparse_attention_paged(q, cache, own[0], sm_scale, lengths=own[1], sms=sms)
+    if own_heads:
+        heads = q.shape[-2] // world
+        parts = out.unflatten(2, (world, heads)).movedim(2, 0), lse.unflatten(2, (world, heads)).movedim(2, 0)
+        outs, lses = exchanged(parts, group)
+        sink = None if sink is None else sink[rank * heads : (rank + 1) * heads].clone()
+    else:
+        outs, lses = gathered_together([out, lse], group)
     return merge_attention(outs, lses, sink)

@@ -42,6 +42,13 @@ def gathered_together(local: Sequence[Tensor], group: Any) -> list[Tensor]:
     return _unpacked(everyone, local)
 
 
+def exchanged(local: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """[world, *shape[1:]] of tensors [world, ...]: what every rank has for this one, in the order of ranks; one collective."""
+    parts = [each.flatten(1).contiguous().view(torch.uint8) for each in local]
+    sent = torch.cat([torch.nn.functional.pad(part, (0, -part.shape[1] % _ALIGNMENT)) for part in parts], dim=1)
+    return _unpacked(_exchange(sent, group), [each[0] for each in local])
+
+
 def gathered_rows(local: Tensor, counts: Sequence[int], group: Any) -> Tensor:
     """[sum of counts, ...]: every rank's rows one behind the other, where rank r has counts[r] of them."""
     parts = gathered(_padded(local, max(counts)), group)  # collectives want one shape
@@ -110,6 +117,14 @@ def _start(sent: Tensor, group: Any, wait: bool) -> tuple[Tensor, Any]:
         return everyone, None
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch warns of the older name
     return everyone, gather(everyone.view(-1), sent, group=group, async_op=not wait)
+
+
+def _exchange(sent: Tensor, group: Any) -> Tensor:
+    """Bytes [world, n]: row r goes to rank r, and its row for this rank comes."""
+    come = torch.empty_like(sent)
+    if sent.numel():
+        dist.all_to_all_single(come, sent, group=group)
+    return come
 
 
 def _padded(local: Tensor, rows: int) -> Tensor:

@@ -117,20 +117,22 @@ class TensorParallel(Alone):
 class ContextParallel(Alone):
     """Prefill: rows of the step are dealt out, every argument but ``sink`` is of the rank's rows. Decode: caches are sharded.
 
-    In decode ``chosen`` are tokens of the sequence, the same on every rank, as are out and lse; caches and page table are the
-    rank's, all else is the same on every rank.
+    In decode ``chosen`` are tokens of the sequence, the same on every rank, as are out and lse (of all heads, or of the rank's
+    own); caches and page table are the rank's, all else is the same on every rank.
 
     Args:
         deal: which rows a rank has: a ``Deal``, or "zigzag" or "interleaved" where all ranks have equally many.
         shard: which tokens the rank's caches hold; dealt out page by page where absent.
         group: a process group; torch's default group where absent.
         sms: of scoring, while latents travel.
+        own_heads: decode gives each rank its part of the heads only.
     """
 
     deal: Deal | str = "zigzag"
     shard: Shard | None = None
     group: Any = None
     sms: int | None = None
+    own_heads: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.deal, Deal) and self.deal not in ("zigzag", "interleaved"):
@@ -149,7 +151,7 @@ class ContextParallel(Alone):
         rank, world = place(self.group)
         shard = self.shard or Shard.interleaved(rank, world, step.page)
         chosen = index_select_by_position(*step.scored, shard, group=self.group, **step.options)
-        more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink}
+        more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink, "own_heads": self.own_heads}
         parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
         return (*sparse_attention_by_position(*parts, **more), chosen)
 

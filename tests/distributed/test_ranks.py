@@ -80,6 +80,20 @@ def test_a_module_with_its_heads_split_gives_what_the_whole_one_does(results, wo
         torch.testing.assert_close(rank["module"], expected, rtol=2**-7, atol=2e-3)
 
 
+@WORLDS
+def test_ranks_may_want_their_own_heads_only(results, world):
+    """The same numbers, of fewer heads."""
+    ours = [rank["position"] for rank in results[world]]
+    names = [name for name in ours[0] if name[0] == "own heads"]
+    assert names if ranks.HEADS % world == 0 else not names
+    for _, *which in names:
+        for number, rank in enumerate(ours):
+            heads = ranks.heads_of(number, world)
+            out, lse = rank[("own heads", *which)]
+            _, whole, total = rank[(*which, True)]
+            assert torch.equal(out, whole[..., heads, :]) and torch.equal(lse, total[..., heads])
+
+
 def test_the_cases_have_ties_at_the_threshold_and_short_rows():
     """What makes the comparisons above hard is there."""
     inputs = exact_inputs.paged(5, 2, ranks.CONTEXT, ranks.PAGE)

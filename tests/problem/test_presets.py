@@ -91,7 +91,7 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
     """Prefill and the index keys' cache are served, and whoever decodes is told."""
     model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    assert served == set(ops.all_ops()) - {"attention_paged"}
+    assert served == set(ops.all_ops()) - {"attention_paged", "resolve"}
     assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
     with pytest.raises(InputError, match="kv_layout: none"):
         Layer(model).decode(*[torch.zeros(1)] * 7, 1)

@@ -164,6 +164,11 @@ def by_position(group: Any, rank: int, world: int, device: str) -> dict:
                         **{"page": PAGE, "group": group, "sink": sinks},
                     )
                     found[name, batch, number, sinks is not None] = (chosen, *out)
+                if HEADS % world == 0:
+                    found["own heads", name, batch, number] = distributed.sparse_attention_by_position(
+                        *(q, mine["kv_cache"], chosen, mine["page_table"], 576**-0.5, each[rank]),
+                        **{"page": PAGE, "group": group, "sink": sink, "own_heads": True},
+                    )
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,10 @@ def run(
     devices = devices or torch.cuda.device_count()
     if devices < 2:
         raise NoGpu("bench --distributed, with two GPUs or more,")
-    if device == "cuda":
-        build_all(kernels(cases, sizes_of(devices), gpu), gpu)
     with tempfile.TemporaryDirectory() as store:
         try:
-            _processes(devices, (devices, cases, sizes_of(devices), device, Path(store)))
+            wanted = kernels(cases, sizes_of(devices), gpu) if device == "cuda" else []
+            _processes(devices, (devices, cases, sizes_of(devices), device, Path(store)), lambda: build_all(wanted, gpu))
         finally:
             rows = rows_of(_timed(Path(store)), facts)
             for world in sorted({row["shape"]["ranks"] for row in rows}):
@@ -85,7 +84,7 @@ def kernels(cases: Iterable[Case], sizes: Iterable[int], gpu: Gpu) -> list[Rende
     return list(found.values())
 
 
-def _processes(devices: int, arguments: tuple[Any, ...]) -> None:
+def _processes(devices: int, arguments: tuple[Any, ...], meanwhile: Callable[[], object]) -> None:
     # CUDA does not survive a fork; without it a fork saves importing torch once more.
     context: Any = multiprocessing.get_context("spawn" if "cuda" in arguments else "fork")
     ranks = [context.Process(target=process.main, args=(rank, *arguments), daemon=True) for rank in range(devices)]
@@ -93,6 +92,8 @@ def _processes(devices: int, arguments: tuple[Any, ...]) -> None:
         each.start()
     until = time.monotonic() + _LONGEST_SECONDS
     try:
+        meanwhile()
+        (arguments[-1] / process.BUILT).touch()
         while any(each.is_alive() for each in ranks) and time.monotonic() < until:
             time.sleep(0.05)
             failed = [(rank, each.exitcode) for rank, each in enumerate(ranks) if each.exitcode]

@@ -36,7 +36,7 @@ _COPY = 3.0e6  # bytes per µs, read and written
 # Assumed, not measured: what a collective takes to begin, and bytes per µs that pass each GPU, inside a node of 8 and between.
 _BEGIN, _LINK = 15.0, 0.30e6
 _BEGIN_FAR, _LINK_FAR = 40.0, 0.20e6
-_MERGING = 120.0  # of choices and outputs by position: 40 small kernels of torch
+_MERGING = 75.0  # of choices and outputs by position: 25 small kernels of torch
 
 
 def all_gather_us(total: float, world: int) -> float:
@@ -94,7 +94,8 @@ def decode_us(way: str, context: int, world: int) -> float:
     if way == "data":
         return _AROUND + dealt + _ATTEND_START + growing * (share - 1) / (BATCH - 1)
     part = _INDEX_START + _INDEX_TOKEN * BATCH * context / world + _SELECT_FEW[64]
-    exchanged = all_gather_us(8 * TOPK * BATCH * world, world) + all_gather_us(BATCH * HEADS * (2 * 512 + 4) * world, world)
+    # Candidates of every rank come to every rank; of outputs each gets those of its own heads.
+    exchanged = all_gather_us(8 * TOPK * BATCH * world, world) + all_gather_us(BATCH * HEADS * (2 * 512 + 4), world)
     merging = _MERGING if world > 1 else 0.0
     return _AROUND + part + exchanged + merging + _ATTEND_START + growing / world
 

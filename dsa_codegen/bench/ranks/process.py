@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from . import transport
 from .cases import Case
 from .ways import PROBLEMS, Results, Way
 
+BUILT = "built"
+"""A file in the store that says that all kernels are built: ranks start, and meet, meanwhile."""
 _CALLS = 20  # of decode in a graph
 _ROUNDS = 5
 _AGREEING = 0.999  # of the chosen; a kernel that serves other sizes rounds sums otherwise
@@ -78,7 +82,12 @@ class Rank:
 def time_case(case: Case, rank: Rank) -> list[Timed]:
     """Every way of one case."""
     problem = PROBLEMS[case.stage](case, rank.rank, rank.world, rank.group, rank.device)
-    return [_time_way(way, rank, case.stage == "decode") for way in problem.ways()]
+    found = []
+    for way in problem.ways():
+        found.append(_time_way(way, rank, case.stage == "decode"))
+        if rank.rank == 0:  # runs are long, and have no bar
+            print(f"{case.stage} {case.context} x{rank.world} {way.name}: {found[-1].us:.1f} us", file=sys.stderr, flush=True)
+    return found
 
 
 def _time_way(way: Way, rank: Rank, captured: bool) -> Timed:
@@ -88,13 +97,15 @@ def _time_way(way: Way, rank: Rank, captured: bool) -> Timed:
     times = [rank.time_us(run) / calls for _ in range(_ROUNDS)]
     exchange = exposed = 0.0
     if sizes:
-        messages, count, _ = _prepared(transport.Messages(sizes, rank.group, rank.device), rank, captured)
+        messages, count, _ = _prepared(transport.Messages(sizes, rank.world, rank.group, rank.device), rank, captured)
         exchange = statistics.median(rank.time_us(messages) / count for _ in range(_ROUNDS))
         with transport.absent(rank.world):
             silent, count, _ = _prepared(way.run, rank, captured)
             exposed = statistics.median(times) - statistics.median(rank.time_us(silent) / count for _ in range(_ROUNDS))
     spread = min(times), max(times)
-    return Timed(way.name, statistics.median(times), spread, sum(sizes), exchange, exposed, agreeing, similarity, graph)
+    return Timed(
+        way.name, statistics.median(times), spread, sum(map(abs, sizes)), exchange, exposed, agreeing, similarity, graph
+    )
 
 
 def _compared(way: Way, rank: Rank) -> tuple[float, float]:
@@ -147,6 +158,8 @@ def main(rank: int, processes: int, cases: Sequence[Case], sizes: Sequence[int],
     transported = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(transported, store=dist.FileStore(str(store / "ranks"), processes), rank=rank, world_size=processes)
     groups = {world: dist.new_group(list(range(world))) for world in sizes}
+    while not (store / BUILT).exists():
+        time.sleep(0.05)
     done: list[tuple[Case, int, Timed]] = []
     for case in cases:
         for world in sizes:

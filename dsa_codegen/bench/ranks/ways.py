@@ -169,7 +169,9 @@ class Decode:
         held = self._step["page_table"][:, self._rank :: self._world]
         part = {name: cache[held.flatten().long()] for name, cache in self._caches.items()}
         table = torch.arange(held.numel(), dtype=torch.int32, device=self._device).view(held.shape)
-        layer = Layer(self._model, parallel=ContextParallel(shard=shard, group=self._group))
+        layer = Layer(self._model, parallel=ContextParallel(shard=shard, group=self._group, own_heads=True))
+        mine = self._model.heads // self._world
+        heads = slice(self._rank * mine, (self._rank + 1) * mine)
         step: dict[str, Any] = {**self._step, **part, "page_table": table}
 
         def as_slots(found: Results) -> Results:
@@ -177,7 +179,11 @@ class Decode:
             slots = choice.slots_of(tokens.flatten(0, 1), self._step["page_table"], page)
             return out, lse, slots.view(tokens.shape)
 
-        return Way("context", lambda: layer.decode(**step), as_slots, lambda: alone.decode(**self._step))
+        def expected() -> Results:
+            out, lse, chosen = alone.decode(**self._step)
+            return out[:, :, heads], lse[:, :, heads], chosen
+
+        return Way("context", lambda: layer.decode(**step), as_slots, expected)
 
 
 def _caches(model: Model, blocks: int, device: torch.device) -> dict[str, Tensor]:
