@@ -42,6 +42,9 @@ class Layer:
     def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES, *, parallel: Alone | None = None) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
+        if model.index_scores != "fp8":
+            other = 'index_scores "fp8": a layer quantises; index_select(…, scores="bf16") does not'
+            raise InputError("model", f"index_scores {model.index_scores!r}", other)
         checks.check_kind("logits_bytes", logits_bytes, "int")
         if parallel is not None and not isinstance(parallel, Alone):
             raise InputError("parallel", repr(parallel), "a TensorParallel, ContextParallel or DataParallel, or None")

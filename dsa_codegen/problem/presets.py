@@ -47,6 +47,8 @@ class Model(Value):
     """Form of the indexer's score."""
     attn_sink: bool = False
     """Whether a learned sink logit per head joins the softmax."""
+    index_scores: str = "fp8"
+    """What the indexer multiplies: "fp8", or "bf16" where nothing is quantised."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +61,7 @@ class Model(Value):
         self.require_in("kv_layout", (*KV_LAYOUTS, NO_CACHE))
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
+        self.require_in("index_scores", PRECISIONS)
         self._require_channels()
 
     def _require_channels(self) -> None:

@@ -151,6 +151,16 @@ def test_paged_call_refuses(cache):
             function(torch.zeros(1, 1, 8, 64), cache, torch.zeros(1, 8), lengths, table, 64, scores="bf16", **more)
 
 
+def test_a_model_may_state_it():
+    """So that its kernels are tuned, verified and built like others; a layer, which quantises, refuses it."""
+    model = dsa.Model.from_dict({**dsa.preset("tiny").to_dict(), "index_scores": "bf16"})
+    for op in (PREFILL, DECODE):
+        assert {spec.scores for spec in op.specs(model)} == {"bf16"}
+        assert {spec.scores for spec in op.specs(dsa.preset("tiny"))} == {"fp8"}
+    with pytest.raises(InputError, match=r"^model: got index_scores 'bf16'"):
+        dsa.Layer(model)
+
+
 def test_spec_refuses():
     for spec in (IndexerSpec, IndexerPagedSpec):
         with pytest.raises(SpecError, match="scores"):

@@ -102,7 +102,7 @@ def test_a_field_that_is_stated_twice_is_refused(text, tmp_path):
     path = written(tmp_path)
     again = path.read_text() + f"\n{text}\n"
     path.write_text(again)
-    with pytest.raises(SpecError, match=r"(heads|name) is stated in line \d+ and again in line 12"):
+    with pytest.raises(SpecError, match=r"(heads|name) is stated in line \d+ and again in line 13"):
         presets.load(path)
 
 

@@ -75,7 +75,7 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     minor = frozenset({"clean", "score", "compressed"})
 
     def specs(self, model: Model) -> Sequence[IndexerSpec]:
-        return (IndexerSpec(model.index_heads, model.index_head_dim, model.score),)
+        return (IndexerSpec(model.index_heads, model.index_head_dim, model.score, scores=model.index_scores),)
 
     def bind(self, *args: Any) -> tuple[IndexerSpec, IndexerSizes, Inputs]:
         q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores = args

@@ -85,7 +85,8 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     minor = frozenset({"clean", "score", "page"})
 
     def specs(self, model: Model) -> Sequence[IndexerPagedSpec]:
-        plain = IndexerPagedSpec(model.index_heads, model.index_head_dim, page=model.page, score=model.score)
+        shape = model.index_heads, model.index_head_dim
+        plain = IndexerPagedSpec(*shape, page=model.page, score=model.score, scores=model.index_scores)
         return (plain, replace(plain, next_n=2))
 
     def bind(self, *args: Any) -> tuple[IndexerPagedSpec, IndexerPagedSizes, Inputs]:
