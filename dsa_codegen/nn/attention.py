@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..problem.presets import Model
 from ..runtime import dispatch
 from ..runtime.serving import Limits
+from . import plain
 from .cache import LayerCache
 from .indexer import Indexer
 from .rotary import rotated
@@ -100,7 +101,10 @@ class SparseAttention(nn.Module):
         return result
 
     def _store(self, latent: Tensor, cache: LayerCache, step: Step) -> None:
-        plain = cache.kv.dtype != torch.uint8
+        kept = cache.kv.dtype
+        if kept not in (torch.uint8, torch.bfloat16):
+            plain.store(plain.latent_rows(latent, self.kv_a_layernorm, self.shape.rotary, step), step.slots, cache.kv)
+            return
         functions.store_latent(
             latent.bfloat16(),
             self.kv_a_layernorm.weight,
@@ -109,21 +113,22 @@ class SparseAttention(nn.Module):
             step.slots,
             cache.kv,
             eps=self.kv_a_layernorm.eps or 1e-6,
-            layout="bf16" if plain else self.model.kv_layout,
+            layout=self.model.kv_layout if kept == torch.uint8 else "bf16",
             rotary=self.shape.rotary,
-            power_of_two=self.shape.power_of_two and not plain,
+            power_of_two=self.shape.power_of_two and kept == torch.uint8,
         )
 
     def _queries(self, q_low: Tensor, up_key: Tensor, step: Step) -> Tensor:
-        """bf16 [tokens, heads, 576]: the up projection of keys absorbed, then the rotary channels."""
+        """[tokens, heads, 576]: the up projection of keys absorbed, then the rotary channels."""
         q = self.q_b_proj(q_low).view(len(q_low), self.heads, -1)
         nope, rope = q.split([self.shape.d_head, self.model.d_rope], 2)
         absorbed = torch.bmm(nope.transpose(0, 1), up_key).transpose(0, 1)
         turned = rotated(rope, step.cos_sin, step.positions, self.shape.rotary)
-        return torch.cat((absorbed, turned), 2).bfloat16()
+        return torch.cat((absorbed, turned), 2)
 
     def _attend(self, q: Tensor, chosen: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """bf16 [tokens, heads, 512]."""
+        """[tokens, heads, 512], in BF16, or in the dtype in which latents are kept."""
+        q = q.to(torch.bfloat16 if cache.kv.dtype == torch.uint8 else cache.kv.dtype)
         sink = None if self.sinks is None else self.sinks.float()
         if step.context is None:
             rows = step.lengths.shape
@@ -134,7 +139,7 @@ class SparseAttention(nn.Module):
         if cache.kv.dtype == torch.uint8:
             latents = functions.gather_kv(cache.kv, step.context, layout=self.model.kv_layout)
         else:
-            latents = cache.kv.flatten(0, 2)[step.context]
+            latents = plain.rows_at(step.context, cache.kv)
         return functions.sparse_attention(q, latents[:, None], chosen[:, None], self.sm_scale, sink=sink)[0]
 
     def warmup(
@@ -144,13 +149,13 @@ class SparseAttention(nn.Module):
         max_batch: int | None = None,
         max_context: int | None = None,
         next_n: Sequence[int] = (1, 2),
-        plain: bool = False,
+        plain_latents: bool = False,
         processes: int | None = None,
     ) -> int:
         """Build and load every kernel of this package that a step within these limits can call; see ``Layer.warmup``.
 
         Args:
-            plain: the caches hold latents as they are.
+            plain_latents: the caches hold them as they are.
             The others are as in ``Layer.warmup``.
 
         Returns:
@@ -158,7 +163,7 @@ class SparseAttention(nn.Module):
         """
         limits = Limits(max_queries, max_batch, max_context, next_n)
         own = replace(self.model, heads=self.heads)
-        return dispatch.warmup(calls(own, self.shape, self.q_a_proj.weight.dtype, plain, limits), processes)
+        return dispatch.warmup(calls(own, self.shape, self.q_a_proj.weight.dtype, plain_latents, limits), processes)
 
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Load the parameters of the whole layer, of which this rank keeps its heads."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import choice
 from ..errors import InputError
+from ..problem import checks
 from ..problem.caches import IndexKLayout, kv_layout
 from ..problem.presets import Model
 from . import step as steps
@@ -22,7 +23,7 @@ class LayerCache(NamedTuple):
     kv: Tensor
     """uint8 [blocks, page, 1, 656], or rows as they are, [blocks, page, 1, 576] of a floating dtype."""
     index_k: Tensor
-    """uint8 [blocks, page, 1, index_head_dim + 4]."""
+    """uint8 [blocks, page, 1, index_head_dim + 4], or rows as they are."""
 
 
 class PagedCache:
@@ -35,7 +36,8 @@ class PagedCache:
         blocks: pages of each layer's caches, for all sequences together.
         batch: sequences at once.
         max_context: tokens that a sequence may have; as many as the table has positions where None.
-        plain: a dtype (bf16) in which latents are stored as they are, not as FP8.
+        plain: a dtype in which latents are stored as they are, not as FP8: bf16, or on the CPU also fp32.
+        scores: "fp8", or "bf16" for index keys that are not quantised either (of the dtype ``plain`` where there is one).
 
     ``grow``, ``release`` and ``rewind`` are the host's bookkeeping; ``step`` only launches, and may be captured.
     """
@@ -50,7 +52,9 @@ class PagedCache:
         batch: int,
         max_context: int | None = None,
         plain: torch.dtype | None = None,
+        scores: str = "fp8",
     ) -> None:
+        checks.one_of("scores", scores, ("fp8", "bf16"))
         tokens = len(cos_sin) if max_context is None else max_context
         if tokens > len(cos_sin):
             raise InputError("max_context", tokens, f"{len(cos_sin)}, the positions of cos_sin, or less")
@@ -60,16 +64,25 @@ class PagedCache:
         """Tokens of each sequence, as the host knows them."""
         self.page_table = torch.full((batch, -(-tokens // model.page)), -1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        keys = IndexKLayout(model.page, model.index_head_dim)
-        self.layers = [LayerCache(self._kv(blocks, device), keys.empty(blocks, device)) for _ in range(layers)]
+        self.layers = [LayerCache(self._kv(blocks, device), self._keys(blocks, device, scores)) for _ in range(layers)]
         self._pages: list[list[int]] = [[] for _ in range(batch)]
         self._free = list(range(blocks))[::-1]
 
-    def _kv(self, blocks: int, device: torch.device | str) -> Tensor:
+    def _kv(self, blocks: int, device: torch.device) -> Tensor:
         model = self.model
         if self.plain is None:
             return kv_layout(model.kv_layout, model.page).empty(blocks, device)
-        return torch.zeros(blocks, model.page, 1, model.d_nope + model.d_rope, dtype=self.plain, device=device)
+        return self._rows(blocks, model.d_nope + model.d_rope, device)
+
+    def _keys(self, blocks: int, device: torch.device, scores: str) -> Tensor:
+        model = self.model
+        if scores == "fp8":
+            return IndexKLayout(model.page, model.index_head_dim).empty(blocks, device)
+        return self._rows(blocks, model.index_head_dim, device)
+
+    def _rows(self, blocks: int, width: int, device: torch.device) -> Tensor:
+        """Rows as they are, and one more block behind them for what has no slot."""
+        return torch.zeros(blocks + 1, self.model.page, 1, width, dtype=self.plain or torch.bfloat16, device=device)
 
     def grow(self, counts: Sequence[int]) -> None:
         """Let each sequence have so many more tokens, taking the pages they need.

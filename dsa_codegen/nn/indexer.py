@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import choice, distributed, functions
 from ..problem.presets import Model
+from . import plain
 from .cache import LayerCache
 from .shape import Shape
 from .step import Step
@@ -41,43 +42,67 @@ class Indexer(nn.Module):
             int32 [tokens, topk]: slots, or places in the step's context. Where no window is longer than topk, nothing was
             scored or selected: the step holds the windows themselves.
         """
-        heads, width = self.model.index_heads, self.model.index_head_dim
         if step.chosen is not None:
-            nothing = hidden.new_empty(len(hidden), 0, width, dtype=torch.bfloat16)
-            self._prologue(nothing, nothing[..., 0], hidden, cache, step)
+            self._keys_alone(hidden, cache, step)
             return step.chosen
-        q = self.wq_b(q_low).bfloat16().view(-1, heads, width)
-        values, folded = self._prologue(q, self.weights_proj(hidden), hidden, cache, step)
+        heads, width = self.model.index_heads, self.model.index_head_dim
+        q, weights, k = self.wq_b(q_low).view(-1, heads, width), self.weights_proj(hidden), self.wk(hidden)
+        values, folded = (
+            self._unquantised(q, weights, k, cache, step) if _plain(cache) else self._prologue(q, weights, k, cache, step)
+        )
         return self._paged(values, folded, cache, step) if step.context is None else self._flat(values, folded, cache, step)
 
-    def _prologue(self, q: Tensor, weights: Tensor, hidden: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+    def _keys_alone(self, hidden: Tensor, cache: LayerCache, step: Step) -> None:
+        nothing, k = hidden.new_empty(len(hidden), 0, self.model.index_head_dim), self.wk(hidden)
+        if _plain(cache):
+            self._unquantised(nothing, nothing[..., 0], k, cache, step)
+        else:
+            self._prologue(nothing, nothing[..., 0].bfloat16(), k, cache, step)
+
+    def _prologue(self, q: Tensor, weights: Tensor, k: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+        """e4m3 queries and fp32 folded weights; the keys are stored. One launch."""
         shape, norm = self.shape, (self.k_norm.weight, self.k_norm.bias)
+        placed = step.cos_sin, step.positions, step.slots, cache.index_k
         return functions.index_prologue(
-            q,
+            q.bfloat16(),
             weights,
-            self.wk(hidden).bfloat16(),
+            k.bfloat16(),
             *norm,
-            step.cos_sin,
-            step.positions,
-            step.slots,
-            cache.index_k,
+            *placed,
             eps=self.k_norm.eps,
             rotary=shape.index_rotary,
             hadamard=shape.hadamard,
             power_of_two=shape.power_of_two,
         )
 
+    def _unquantised(self, q: Tensor, weights: Tensor, k: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+        """The same in torch, without FP8."""
+        q, k = plain.index_rows(q, k, self.k_norm, self.shape.index_rotary, step)
+        plain.store(k, step.slots, cache.index_k)
+        return q.to(cache.index_k.dtype), plain.folded(weights, self.model.index_heads, self.model.index_head_dim)
+
     def _paged(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         q = q.view(*step.lengths.shape, *q.shape[1:])
         paged = cache.index_k, weights, step.lengths, step.page_table, step.max_context
-        chosen = choice.index_select_paged(q, *paged, self.model.topk, score=self.model.score)
+        scores = "bf16" if _plain(cache) else "fp8"
+        chosen = choice.index_select_paged(q, *paged, self.model.topk, score=self.model.score, scores=scores)
         return chosen.flatten(0, 1)
 
     def _flat(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         assert step.context is not None and step.starts is not None and step.ends is not None
-        keys, scales = functions.gather_index_k(cache.index_k, step.context)
-        arguments = q, keys, scales, weights, step.starts, step.ends, self.model.topk
+        score, scores = self.model.score, "bf16" if _plain(cache) else "fp8"
+        keys: tuple[Tensor, Tensor | None]
+        if _plain(cache):
+            keys = plain.rows_at(step.context, cache.index_k), None
+        else:
+            keys = functions.gather_index_k(cache.index_k, step.context)
+        arguments: tuple[Any, ...] = q, *keys, weights, step.starts, step.ends, self.model.topk
         if step.bounds is None:
-            return choice.index_select(*arguments, score=self.model.score)
-        shared = {"group": self.group, "bounds": step.bounds}
-        return distributed.index_select_by_rows(*arguments, **shared, score=self.model.score)
+            return choice.index_select(*arguments, score=score, scores=scores)
+        shared = {"group": self.group, "bounds": step.bounds, "score": score, "scores": scores}
+        return distributed.index_select_by_rows(*arguments, **shared)
+
+
+def _plain(cache: LayerCache) -> bool:
+    """Whether keys lie in the cache as they are."""
+    return cache.index_k.dtype != torch.uint8

@@ -51,7 +51,7 @@ def test_gives_what_the_cpu_does(plain, tokens):
 def test_a_captured_decode_step_is_the_same(plain, max_context):
     layer, hidden = made(), drawn()
     tokens = 50 if max_context <= TINY.topk else 90
-    built = layer.warmup(max_queries=256, max_batch=2, max_context=256, next_n=(1,), plain=plain is not None)
+    built = layer.warmup(max_queries=256, max_batch=2, max_context=256, next_n=(1,), plain_latents=plain is not None)
     assert built >= 0
     eager, captured = (prefilled(layer, hidden, plain, tokens) for _ in range(2))
     before = {name: count for name, count in dsa.stats().items() if "built during a call" in name}

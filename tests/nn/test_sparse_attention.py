@@ -46,7 +46,11 @@ def run(layer, hidden, chunks, next_ns=(), **cache):
     return outs
 
 
-@pytest.mark.parametrize("cache", [{}, {"plain": torch.bfloat16}], ids=["fp8", "bf16"])
+@pytest.mark.parametrize(
+    "cache",
+    [{}, {"plain": torch.bfloat16}, {"scores": "bf16"}, {"plain": torch.bfloat16, "scores": "bf16"}],
+    ids=["fp8", "bf16 latents", "bf16 keys", "bf16"],
+)
 def test_chunks_and_steps_give_what_a_whole_prompt_does(layer, hidden, cache):
     whole = run(layer, hidden, [(90, 70)], **cache)
     assert whole.isfinite().all(-1).sum(1).tolist() == [90, 70]
@@ -128,6 +132,20 @@ def test_equals_the_layer_of_transformers(expected):
     out = layer(x, caches.layers[0], step._replace(chosen=expected["chosen"].int()))
     assert similarity_gap(out, expected["out"]) < 2e-5
     torch.testing.assert_close(out, expected["out"], rtol=0.02, atol=0.02 * expected["out"].abs().max().item())
+
+
+@pytest.mark.parametrize(("prefilled", "next_n"), [(deepseek.TOKENS, 0), (136, 2)], ids=["prefill", "decode"])
+def test_unquantised_in_fp32_chooses_and_computes_what_transformers_does(expected, prefilled, next_n):
+    layer, x = made_of_its_weights(), deepseek.hidden()
+    table = nn.rotary_table(256, 64)
+    caches = nn.PagedCache(layer.model, table, layers=1, blocks=4, batch=1, plain=torch.float32, scores="bf16")
+    outs, chosen = [], []
+    layer.indexer.register_forward_hook(lambda module, args, result: chosen.append(result))
+    for count in (prefilled - 40, 40, *(2 for _ in range((deepseek.TOKENS - prefilled) // 2))):
+        step = caches.decode(next_n) if count == next_n else caches.prefill((count,))
+        outs.append(layer(x[caches.held[0] - count : caches.held[0]], caches.layers[0], step))
+    assert torch.equal(torch.cat(chosen), expected["chosen"].int())
+    torch.testing.assert_close(torch.cat(outs), expected["out"], rtol=1e-4, atol=1e-4)
 
 
 def test_short_prompts_equal_transformers_with_our_own_choice(expected):

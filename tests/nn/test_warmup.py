@@ -25,7 +25,7 @@ def test_nothing_is_built_after_warmup(fake, plain):
     shape = nn.Shape(64, 32, 16, 16, hadamard=True)
     with torch.device("meta"):
         layer = nn.SparseAttention(model, shape)
-    assert layer.warmup(max_queries=1100, max_batch=2, max_context=2048, next_n=(1, 3), plain=plain is not None)
+    assert layer.warmup(max_queries=1100, max_batch=2, max_context=2048, next_n=(1, 3), plain_latents=plain is not None)
     before = len(fake.builds)
     caches = nn.PagedCache(model, nn.rotary_table(2048, 64, device="meta"), layers=1, blocks=64, batch=2, plain=plain)
     cache = caches.layers[0]
@@ -39,4 +39,4 @@ def test_nothing_is_built_after_warmup(fake, plain):
     for next_n in (1, 3):
         run(caches.decode(next_n))
     assert len(fake.builds) == before
-    assert layer.warmup(max_queries=1100, max_batch=2, max_context=2048, next_n=(1, 3), plain=plain is not None) == 0
+    assert layer.warmup(max_queries=1100, max_batch=2, max_context=2048, next_n=(1, 3), plain_latents=plain is not None) == 0
