@@ -50,6 +50,8 @@ def forward(
     """
     if dropout:
         raise InputError("attention_dropout", dropout, "0: there is no backward; disable(model) to train")
+    if query.is_cuda and query.dtype is not torch.bfloat16:
+        raise InputError("model", f"{query.dtype} on a GPU", "torch.bfloat16, which is what kernels multiply")
     dense_below = getattr(module, "dsa_dense_below", None)
     if dense_below is None:
         return _dense(query, key, value, attention_mask, scaling), None
