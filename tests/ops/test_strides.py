@@ -23,6 +23,7 @@ from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.ops.indexer_paged import OP as INDEXER_PAGED
 from dsa_codegen.ops.indexer_paged import IndexerPagedSizes, IndexerPagedSpec
 from dsa_codegen.ops.quantize import QuantizeSizes, QuantizeSpec
+from dsa_codegen.ops.select import SelectSpec
 from dsa_codegen.problem.checks import settled
 from dsa_codegen.problem.compare import same_bits
 from dsa_codegen.problem.draw import Draw
@@ -106,6 +107,11 @@ WIDE = {
 }
 """For each operation a spec, sizes and a distribution; its rows of q, keys, weights and lists come as parts of wider ones."""
 PARTS = ("q", "k", "kv", "source", "weights", "indices")
+SAMPLED = Config.of(
+    "tilelang",
+    **{"scheme": "row", "capacity": 256, "threads": 256, "vectors": 1, "bins_log2": 10, "sample_vectors": 1, "whole": False},
+    **{"blocks_per_sm": 1, "splits": 1},
+)
 LAYER_PARTS = ("q", "kv", "index_q", "index_weights", "index_k")
 TRITON = {
     "indexer": Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2),
@@ -256,6 +262,7 @@ def test_a_stride_that_no_kernel_serves_names_the_reason(name, argument):
         ("attention_paged", ON_HOPPER[7][1], None, {"topk": 999, "page": 32}),
         ("attention_paged", TRITON["attention_paged"], None, {"topk": 999, "page": 7}),
         ("indexer_paged", ON_HOPPER[2][1], None, {"page": 256}),
+        ("select", SAMPLED, SelectSpec(64, output="slots"), {"topk": 99, "page": 16}),
     ],
     ids=lambda value: getattr(value, "backend", None),
 )
