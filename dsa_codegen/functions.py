@@ -6,7 +6,7 @@ the number of tokens, anywhere in a row. All may be captured in a CUDA graph onc
 the sizes in question, and all but ``indexer_logits_chunks``, which is a
 loop of the host around one of them, are traced by ``torch.compile``. Surroundings change nothing: neither the default dtype nor
 autocast. There is no backward: an input that requires a gradient, where gradients are on, is an InputError on every device.
-Queries, keys, latents, weights, lists and caches may be parts of wider rows, the last dimension contiguous: kernels take strides.
+Queries, keys, latents, weights, lists and caches may be parts of wider rows, strided in all but the last dimension.
 NaN stays where it is: a NaN key or scale gives NaN scores of its token, which ``select`` takes only where nothing else is left;
 a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a
 token gives 0 and -inf, whatever it holds.
