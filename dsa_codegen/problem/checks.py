@@ -12,6 +12,7 @@ from ..errors import InputError
 
 FP8 = torch.float8_e4m3fn
 _ALIGNMENT = 16  # bytes; the kernels are compiled for it, so that loads are 16 bytes wide
+_ALIGNED = "cuda"  # where kernels run; the references take any address
 _MOST_APART = (1 << 31) - 1  # elements between rows: kernels take strides of 32 bits
 
 
@@ -49,7 +50,7 @@ def tensor(
             raise InputError(name, f"strides {value.stride()}", "a contiguous last dimension, as kernels load whole rows")
     elif not value.is_contiguous():
         raise InputError(name, f"strides {value.stride()}", "a contiguous tensor (call .contiguous())")
-    if value.device.type == "cuda" and not _is_fake(value) and value.data_ptr() % _ALIGNMENT:
+    if value.device.type == _ALIGNED and not _traced(value) and value.data_ptr() % _ALIGNMENT:
         raise InputError(name, f"an address that {_ALIGNMENT} does not divide", "a 16-byte aligned tensor (call .clone())")
     return value if inner_contiguous else settled(value)
 
@@ -149,6 +150,11 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise InputError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise InputError(name, repr(value), "one of " + ", ".join(map(repr, allowed)))
+
+
+def _traced(value: Tensor) -> bool:
+    """Whether a trace looks at it, in which no tensor has an address: the operator checks it when it runs."""
+    return torch.compiler.is_compiling() or _is_fake(value)
 
 
 def _is_fake(value: Tensor) -> bool:

@@ -25,7 +25,8 @@ def name(record) -> str:
     return f"{record.gpu.id}-{record.op}-{record.backend}-{'-'.join(map(str, record.spec.values()))}-{low}"
 
 
-UNMEASURED = {"h100": support.UNMEASURED, "h200": set(ops.all_ops()) - {"gather_paged"}}
+PROLOGUES = ("index_prologue", "latent_prologue")
+UNMEASURED = {"h100": support.UNMEASURED, "h200": set(ops.all_ops()) - {"gather_paged", *PROLOGUES}}
 """By GPU. Of the H200's the templates have changed since: what serves there is borrowed."""
 SERVES = {"select": "tilelang", "attention": "cuda", "quantize": "triton", "quantize_paged": "triton"}
 """The backend that wins an operation's first workload on an H100; Gluon elsewhere."""
