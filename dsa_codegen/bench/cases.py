@@ -21,6 +21,8 @@ STAGES = (
     "attention_decode",
     "layer_prefill",
     "layer_decode",
+    "engine_prefill",
+    "engine_decode",
     "attention_backward",
     "indexer_backward",
 )
@@ -203,9 +205,11 @@ def _layer() -> Iterator[BenchCase]:
     for heads in (128, 16):
         prefill = {"queries": 4096, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048}
         yield case("layer_prefill", "real", prefill)
+        yield case("engine_prefill", "real", prefill)
         for batch in (64, 1):
             shape = {"batch": batch, "next_n": 1, "context": 65536, "heads": heads, "head_dim": 576, "k": 2048, "page": 64}
             yield case("layer_decode", "real", shape)
+            yield case("engine_decode", "real", shape)
 
 
 def _training() -> Iterator[BenchCase]:

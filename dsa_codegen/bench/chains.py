@@ -46,7 +46,7 @@ class IndexSelectPrefill(Stage):
     def parts(self, case: BenchCase) -> Sequence[Part]:
         queries, context = case["queries"], case["context"]
         spec, sizes = indexer_spec(case)
-        select = _part("select", {"topk": case["k"]}, {"rows": queries, "columns": context}, "normal")
+        select = part_of("select", {"topk": case["k"]}, {"rows": queries, "columns": context}, "normal")
         return Part(ops.get("indexer"), spec, Case(sizes, "causal")), select
 
     def costs(self, case: BenchCase) -> Sequence[Cost]:
@@ -81,7 +81,7 @@ class IndexSelectDecode(IndexSelectPrefill):
         rows = case["batch"] * case["next_n"]
         spec, sizes = indexer_paged_spec(case)
         paged: Fields = {"topk": case["k"], "starts": False, "output": "slots", "page": case["page"]}
-        select = _part("select", paged, {"rows": rows, "columns": case["context"]}, "normal")
+        select = part_of("select", paged, {"rows": rows, "columns": case["context"]}, "normal")
         return Part(ops.get("indexer_paged"), spec, Case(sizes, "full")), select
 
     def ours(self, case: BenchCase, inputs: Inputs) -> Prepared:
@@ -114,7 +114,7 @@ class LayerPrefill(Stage):
 
     def parts(self, case: BenchCase) -> Sequence[Part]:
         queries, context, heads = case["queries"], case["context"], case["heads"]
-        attention = _part(
+        attention = part_of(
             "attention",
             {"heads": heads, "d_qk": case["head_dim"], "topk": case["k"]},
             {"queries": queries, "tokens": context},
@@ -130,7 +130,7 @@ class LayerPrefill(Stage):
     def _quantize(self, case: BenchCase, queries: int) -> Part:
         model = layer_of(case).model
         spec: Fields = {"width": model.index_head_dim, "heads": model.index_heads, "weights": "fp32"}
-        return _part("quantize", spec, {"tokens": queries}, "normal")
+        return part_of("quantize", spec, {"tokens": queries}, "normal")
 
     def costs(self, case: BenchCase) -> Sequence[Cost]:
         return _fused(self.parts(case))
@@ -177,7 +177,7 @@ class LayerDecode(LayerPrefill):
 
     def parts(self, case: BenchCase) -> Sequence[Part]:
         batch, next_n = case["batch"], case["next_n"]
-        attention = _part(
+        attention = part_of(
             "attention_paged",
             {"heads": case["heads"], "topk": case["k"], "page": case["page"]},
             {"batch": batch, "next_n": next_n, "tokens": batch * case["context"]},
@@ -225,7 +225,8 @@ class LayerDecode(LayerPrefill):
         return compare.worst(selection(tokens, reference["logits"], case["k"], exact=False), limits)
 
 
-def _part(op_name: str, spec: Fields, sizes: dict[str, int], distribution: str) -> Part:
+def part_of(op_name: str, spec: Fields, sizes: dict[str, int], distribution: str) -> Part:
+    """One operation that a stage calls."""
     op = ops.get(op_name)
     stated: tuple[Spec, Sizes] = op.spec_type.from_dict(spec), op.sizes_type.from_dict(sizes)
     return Part(op, stated[0], Case(stated[1], distribution))

@@ -54,6 +54,8 @@ CHOICE = case("index_select_prefill", "causal", {"queries": 4, "context": 2100, 
 CHOICE_DECODE = case("index_select_decode", "full", {**_PAGED, "context": 2112, "k": 2048, **_INDEX})
 LAYER = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 64, "head_dim": 576, "k": 2048})
 LAYER_16 = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 16, "head_dim": 576, "k": 2048})
+ENGINE = case("engine_prefill", "real", {"queries": 2, "context": 2100, "heads": 64, "head_dim": 576, "k": 2048})
+ENGINE_DECODE = case("engine_decode", "real", {**_PAGED, "context": 2112, "heads": 64, "head_dim": 576, "k": 2048})
 LAYER_DECODE = case("layer_decode", "real", {**_PAGED, "context": 2112, "heads": 64, "head_dim": 576, "k": 2048})
 
 
@@ -341,6 +343,8 @@ def python_libraries(monkeypatch):
         (chain, "DeepGEMM + fast_topk + FlashMLA", LAYER_DECODE, ""),
         (chain, "DeepGEMM + topk_v2 + sgl-flash-mla", LAYER_16, " (padded to 64)"),
         (chain, "DeepGEMM + topk_v2 + sgl-flash-mla", LAYER_DECODE, ""),
+        (chain, "DeepGEMM + fast_topk + FlashMLA", ENGINE, ""),
+        (chain, "DeepGEMM + topk_v2 + sgl-flash-mla", ENGINE_DECODE, ""),
     ],
     ids=lambda value: getattr(value, "id", value) if not hasattr(value, "PEERS") else "",
 )

@@ -37,6 +37,8 @@ SMALL = [
     case("indexer_backward", "whole windows", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
+    case("engine_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
+    case("engine_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import functions
 from ...problem.op import Inputs
+from .. import engines
 from ..cases import BenchCase
 from ..stage import Prepared, Run
 from . import deep_gemm, fast_topk, flashmla, sgl_flash_mla, topk_v2
@@ -69,9 +70,12 @@ class IndexSelect(Peer):
 
 
 class WholeLayer(Peer):
-    """The three stages; the indexer's queries are quantised by this package's kernel, as they are for ours."""
+    """The three stages; the indexer's queries are quantised by this package's kernel, as they are for ours.
 
-    stages = ("layer_prefill", "layer_decode")
+    Of an engine's step also the stores, and in prefill the index keys read back from their pages, by the same kernels as ours.
+    """
+
+    stages = ("layer_prefill", "layer_decode", "engine_prefill", "engine_decode")
     deterministic = False
     ordered = False
     files = {"sglang": topk_v2.FILE}  # noqa: RUF012
@@ -90,7 +94,7 @@ class WholeLayer(Peer):
     def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
         if not self._chooser.serves(case) or case["heads"] > flashmla.HEADS[-1]:
             return None
-        run = self._prefill(inputs) if case.stage == "layer_prefill" else self._decode(case, inputs)
+        run = self._prefill(inputs) if case.stage.endswith("_prefill") else self._decode(case, inputs)
         heads = case["heads"]
         return Prepared(
             flashmla.label(self.name, heads), run, lambda results: {"out": results[0][..., :heads, :], "chosen": results[1]}
@@ -98,12 +102,14 @@ class WholeLayer(Peer):
 
     def _prefill(self, inputs: Inputs) -> Run:
         q, index_q, index_weights = flashmla.padded(inputs["q"]), inputs["index_q"], inputs["index_weights"]
-        score = deep_gemm.logits_of(inputs["k"], inputs["k_scale"], inputs["starts"], inputs["ends"])
-        choose = self._chooser.tokens_of(inputs["starts"], inputs["ends"])
+        windows = inputs["starts"], inputs["ends"]
+        choose, store, keys = self._chooser.tokens_of(*windows), engines.storing(inputs), engines.gathering(inputs)
         attend = self._attention.prefill_of(inputs["kv"], inputs["sm_scale"])
 
         def run() -> tuple[Tensor, Tensor]:
-            chosen = choose(score(*functions.quantize_index_q(index_q, index_weights)))
+            quantised = functions.quantize_index_q(index_q, index_weights)
+            store()
+            chosen = choose(deep_gemm.logits_of(*keys(), *windows)(*quantised))
             return attend(q, chosen[:, None])[0], chosen
 
         return run
@@ -114,9 +120,11 @@ class WholeLayer(Peer):
         score = deep_gemm.paged_logits_of(inputs["cache"], lengths, table, case["context"])
         choose = self._chooser.slots_of(lengths, table, case["page"])
         attend = self._attention.decode_of(inputs["kv_cache"], q.shape, case["context"], case["k"], inputs["sm_scale"])
+        store = engines.storing(inputs)
 
         def run() -> tuple[Tensor, Tensor]:
             quantised, weights = functions.quantize_index_q(flat_q, flat_weights)
+            store()
             chosen = choose(score(quantised.view(index_q.shape), weights)).view(*lengths.shape, -1)
             return attend(q, chosen)[0], chosen
 

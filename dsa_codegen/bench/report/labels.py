@@ -25,6 +25,8 @@ TITLES = {
     "attention_decode": "Sparse attention, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
+    "engine_prefill": "An engine's step, prefill",
+    "engine_decode": "An engine's step, decode",
     "attention_backward": "Sparse attention, backward",
     "indexer_backward": "Indexer, loss and gradients",
 }
