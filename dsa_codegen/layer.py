@@ -160,7 +160,8 @@ class Layer:
         Raises:
             NoGpu, CaptureError, BuildError: see ``dsa_codegen.warmup``.
         """
-        return dispatch.warmup(calls(self.model, Limits(max_queries, max_batch, max_context, next_n)), processes)
+        limits = Limits(max_queries, max_batch, max_context, next_n)
+        return dispatch.warmup([*calls(self.model, limits), *self.parallel.further(self.model, limits)], processes)
 
     def _check(self, dims: int, q: Tensor, index_q: Tensor, index_weights: Tensor, sink: Tensor | None) -> None:
         """Other heads than the model's would be served, by kernels that nobody tuned or warmed up."""

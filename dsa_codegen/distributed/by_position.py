@@ -56,12 +56,12 @@ def index_select_by_position(
         q, *mine, topk, score=score, logits=logits, slots=False, max_bytes=max_bytes, chosen_scores=scores, sms=sms
     )
     sent = [scores.flatten(0, 1), shard.to_global(local).flatten(0, 1)]
-    ranked, tokens = (each.transpose(0, 1) for each in gathered_together(sent, group))  # [rows, world, topk]
+    ranked, tokens = gathered_together(sent, group)  # [world, rows, topk]
     if not (keep_first or keep_recent):
         return merge_ascending(ranked, tokens, topk).view(batch, next_n, topk)
-    flat = ranked.flatten(1).contiguous(), tokens.flatten(1).contiguous()
+    flat = [each.transpose(0, 1).flatten(1).contiguous() for each in (ranked, tokens)]
     ends = lengths.flatten().clamp(max=max_context)
-    merged = merge_choices(*flat, topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
+    merged = merge_choices(flat[0], flat[1], topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
     return merged.view(batch, next_n, topk)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -54,25 +56,25 @@ def merge_choices(
 def merge_ascending(scores: Tensor, tokens: Tensor, topk: int) -> Tensor:
     """``merge_choices`` of lists that ascend, as ``select`` gives them, where no tokens are kept.
 
-    Lists are merged by the order of tokens, so that ``select`` itself chooses among the candidates. No list is sorted: each
-    candidate's place is counted in the others by bisection.
+    Lists are merged by the order of tokens, so that ``select`` itself chooses among the candidates, and takes the tokens for
+    pages of one slot. No list is sorted: each candidate's place is counted in all lists by bisection.
 
     Args:
-        scores: fp32 [rows, parts, n].
-        tokens: int32 [rows, parts, n], ascending over n, -1 behind the last; no token is in two parts.
+        scores: fp32 [parts, rows, n].
+        tokens: int32 [parts, rows, n], ascending over n, -1 behind the last; no token is in two parts.
 
     Returns:
         int32 [rows, topk], ascending, -1 behind the last.
     """
-    parts = tokens.shape[1]
-    listed = tokens.masked_fill(tokens < 0, _NO_TOKEN)
-    flat = listed.flatten(1).contiguous()
-    # Of those that are no token all come to one place behind the others, with one value.
-    place = torch.stack([torch.searchsorted(listed[:, part].contiguous(), flat) for part in range(parts)]).sum(0)
-    ordered = torch.full_like(flat, -1).scatter_(1, place, tokens.flatten(1))
-    ranked = torch.full_like(flat, -torch.inf, dtype=torch.float32).scatter_(1, place, scores.flatten(1))
-    column = functions.select(ranked, (flat != _NO_TOKEN).sum(1, dtype=torch.int32), topk)
-    return ordered.gather(1, column.clamp(min=0).long()).masked_fill(column < 0, -1)
+    parts = len(tokens)
+    listed = tokens.masked_fill(tokens < 0, _NO_TOKEN).contiguous()
+    flat = listed.transpose(0, 1).flatten(1)
+    # Those that are no token come to one place behind the others, which nobody looks at.
+    place = functools.reduce(torch.add, (torch.searchsorted(listed[part], flat) for part in range(parts)))
+    ordered = torch.empty_like(flat).scatter_(1, place, flat)
+    ranked = torch.empty_like(flat, dtype=torch.float32).scatter_(1, place, scores.transpose(0, 1).flatten(1))
+    ends = (flat != _NO_TOKEN).sum(1, dtype=torch.int32)
+    return functions.select(ranked, ends, topk, page_table=ordered, page=1)
 
 
 def _rank(scores: Tensor) -> Tensor:

@@ -45,15 +45,20 @@ def gathered_together(local: Sequence[Tensor], group: Any) -> list[Tensor]:
 def exchanged(local: Sequence[Tensor], group: Any) -> list[Tensor]:
     """[world, *shape[1:]] of tensors [world, ...]: what every rank has for this one, in the order of ranks; one collective."""
     parts = [each.flatten(1).contiguous().view(torch.uint8) for each in local]
-    sent = torch.cat([torch.nn.functional.pad(part, (0, -part.shape[1] % _ALIGNMENT)) for part in parts], dim=1)
+    sent = torch.cat([_aligned(part) for part in parts], dim=1)
     return _unpacked(_exchange(sent, group), [each[0] for each in local])
 
 
 def gathered_rows(local: Tensor, counts: Sequence[int], group: Any) -> Tensor:
     """[sum of counts, ...]: every rank's rows one behind the other, where rank r has counts[r] of them."""
-    parts = gathered(_padded(local, max(counts)), group)  # collectives want one shape
     if min(counts) == max(counts):
-        return parts.flatten(0, 1)
+        return gathered(local, group).flatten(0, 1)
+    row = local.shape[1:]
+    width = row.numel() * local.element_size()
+    if width and dist.get_backend(group) == "nccl":  # which has a collective of parts of any size
+        come = _gather_parts(_packed([local]), [count * width for count in counts], group)
+        return come.view(local.dtype).view(-1, *row)
+    parts = gathered(_padded(local, max(counts)), group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -127,6 +132,13 @@ def _exchange(sent: Tensor, group: Any) -> Tensor:
     return come
 
 
+def _gather_parts(sent: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
+    """Bytes of every rank one behind the other, of each as many as ``sizes`` says."""
+    come = sent.new_empty(sum(sizes))
+    dist.all_gather(list(come.split(list(sizes))), sent, group=group)
+    return come
+
+
 def _padded(local: Tensor, rows: int) -> Tensor:
     """The rows, and more of them up to the number that every rank sends."""
     if len(local) == rows:
@@ -139,7 +151,13 @@ def _packed(local: Sequence[Tensor]) -> Tensor:
     parts = [each.contiguous().view(-1).view(torch.uint8) for each in local]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % _ALIGNMENT)) for part in parts])
+    return torch.cat([_aligned(part) for part in parts])
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """The bytes, and as many more as the next part begins on an aligned address."""
+    more = -part.shape[-1] % _ALIGNMENT
+    return torch.nn.functional.pad(part, (0, more)) if more else part
 
 
 def _unpacked(everyone: Tensor, local: Sequence[Tensor]) -> list[Tensor]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import choice, functions
+from .. import choice, functions, ops
 from ..errors import InputError
+from ..ops.attention_paged import AttentionPagedSpec
+from ..ops.select import SelectSpec
+from ..problem.op import Op
+from ..problem.presets import NO_CACHE, Model
+from ..problem.values import Sizes, Spec
+from ..runtime.serving import Limits, buckets
 from .by_context import prefill_by_context
 from .by_position import index_select_by_position, sparse_attention_by_position
 from .by_rows import index_select_by_rows, index_select_paged_by_rows
@@ -81,6 +87,10 @@ class Alone:
     def decode(self, step: DecodeStep) -> Results:
         """The stages one after another."""
         return self._attend_paged(step, choice.index_select_paged(*step.scored, **step.options))
+
+    def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
+        """Calls, for a layer's warmup, beyond those of a layer that is alone."""
+        return iter(())
 
     def _attend(self, step: PrefillStep, chosen: Tensor) -> Results:
         return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, sink=step.sink), chosen)
@@ -154,6 +164,24 @@ class ContextParallel(Alone):
         more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink, "own_heads": self.own_heads}
         parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
         return (*sparse_attention_by_position(*parts, **more), chosen)
+
+    def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
+        """Decode selects tokens, then among the candidates of all ranks, and attends to counted lists without sinks."""
+        if model.kv_layout == NO_CACHE:
+            return
+        highest, select, attention = limits.highest(), ops.get("select"), ops.get("attention_paged")
+        rows = highest["select-slots"]
+        candidates = {"rows": rows["rows"], "columns": place(self.group)[1] * model.topk}
+        wanted: list[tuple[Op, Spec, Mapping[str, int | None]]] = [
+            (select, SelectSpec(model.topk, starts=False), rows),
+            (select, SelectSpec(model.topk, starts=False, output="slots", page=1), candidates),
+        ]
+        for spec in attention.specs(model):
+            counted = AttentionPagedSpec.from_dict({**spec.to_dict(), "lengths": True, "sink": False})
+            wanted.append((attention, counted, highest["attention_paged"]))
+        for op, spec, largest in wanted:
+            if 0 not in largest.values():
+                yield from ((op, spec, sizes) for sizes in buckets(op, spec, largest))
 
     def _deal(self, rows: int) -> Deal:
         if isinstance(self.deal, Deal):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,12 @@ def merge_attention(out: Tensor, lse: Tensor, sink: Tensor | None = None) -> tup
     lse = checks.tensor("lse", lse, tuple(out.shape[:-1]), torch.float32, like=out, inner_contiguous=True)
     if sink is not None:
         sink = checks.tensor("sink", sink, (out.shape[-2],), torch.float32, like=out)
-    total = lse.logsumexp(0)
+    total = functools.reduce(torch.logaddexp, lse)
     empty = total.isneginf()
     share = (lse - total.masked_fill(empty, 0)).exp()
     if sink is not None:
         share = (share * (total - sink).sigmoid()).masked_fill(empty, 0)
     merged = torch.zeros(out.shape[1:], dtype=torch.float32, device=out.device)
     for part, own, weight in zip(out, lse, share, strict=True):  # one at a time: in fp32 all of them take twice the memory
-        merged += part.masked_fill(own.isneginf()[..., None], 0) * weight[..., None]
+        merged.addcmul_(part.masked_fill(own.isneginf()[..., None], 0), weight[..., None])
     return merged.to(out.dtype), total

@@ -88,7 +88,7 @@ def test_lists_that_ascend_are_merged_alike(name, kind):
         scores = KINDS[kind](draw.normal(12, 300), draw)
         starts = draw.integers(-3, 200, 12)
         ends = (starts + draw.integers(-5, 300, 12)).clamp(max=300).int()
-        parts = [each.unflatten(1, (-1, TOPK)) for each in candidates(scores, ends, starts, SHARDS[name])]
+        parts = [each.unflatten(1, (-1, TOPK)).transpose(0, 1) for each in candidates(scores, ends, starts, SHARDS[name])]
         merged = candidates_module.merge_ascending(*parts, TOPK)
         assert torch.equal(merged, dsa.select(scores, ends, TOPK, starts=starts))
 

@@ -82,7 +82,7 @@ def test_a_module_with_its_heads_split_gives_what_the_whole_one_does(results, wo
 
 @WORLDS
 def test_ranks_may_want_their_own_heads_only(results, world):
-    """The same numbers, of fewer heads."""
+    """The same results, of fewer heads."""
     ours = [rank["position"] for rank in results[world]]
     names = [name for name in ours[0] if name[0] == "own heads"]
     assert names if ranks.HEADS % world == 0 else not names
@@ -91,7 +91,9 @@ def test_ranks_may_want_their_own_heads_only(results, world):
             heads = ranks.heads_of(number, world)
             out, lse = rank[("own heads", *which)]
             _, whole, total = rank[(*which, True)]
-            assert torch.equal(out, whole[..., heads, :]) and torch.equal(lse, total[..., heads])
+            # A CPU takes logarithms of four numbers in another way than those left over.
+            torch.testing.assert_close(lse, total[..., heads], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(out, whole[..., heads, :], rtol=2**-7, atol=1e-6)
 
 
 def test_the_cases_have_ties_at_the_threshold_and_short_rows():

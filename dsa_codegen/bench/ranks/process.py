@@ -91,20 +91,28 @@ def time_case(case: Case, rank: Rank) -> list[Timed]:
 
 
 def _time_way(way: Way, rank: Rank, captured: bool) -> Timed:
-    with transport.noted() as sizes:
+    with transport.noted() as messages:
         agreeing, similarity = _compared(way, rank)
     run, calls, graph = _prepared(way.run, rank, captured)
     times = [rank.time_us(run) / calls for _ in range(_ROUNDS)]
     exchange = exposed = 0.0
-    if sizes:
-        messages, count, _ = _prepared(transport.Messages(sizes, rank.world, rank.group, rank.device), rank, captured)
-        exchange = statistics.median(rank.time_us(messages) / count for _ in range(_ROUNDS))
+    if messages:
+        collectives, count, _ = _prepared(transport.Collectives(messages, rank.device), rank, captured)
+        exchange = statistics.median(rank.time_us(collectives) / count for _ in range(_ROUNDS))
         with transport.absent(rank.world):
             silent, count, _ = _prepared(way.run, rank, captured)
             exposed = statistics.median(times) - statistics.median(rank.time_us(silent) / count for _ in range(_ROUNDS))
     spread = min(times), max(times)
     return Timed(
-        way.name, statistics.median(times), spread, sum(map(abs, sizes)), exchange, exposed, agreeing, similarity, graph
+        way.name,
+        statistics.median(times),
+        spread,
+        transport.sent_bytes(messages),
+        exchange,
+        exposed,
+        agreeing,
+        similarity,
+        graph,
     )
 
 

@@ -98,8 +98,8 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
     minor = frozenset({"d_rope", "rotary", "rope_first", "norm", "weights", "power_of_two", "page", "slots"})
 
     def specs(self, model: Model) -> Sequence[IndexPrologueSpec]:
-        spec = IndexPrologueSpec(model.index_heads, model.index_head_dim, page=model.page)
-        return (spec if model.index_head_dim >= spec.d_rope else replace(spec, d_rope=model.index_head_dim),)
+        head_dim = model.index_head_dim
+        return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=min(head_dim, 64), page=model.page),)
 
     def bind(self, *args: Any) -> tuple[IndexPrologueSpec, IndexPrologueSizes, Inputs]:
         q, weights, k, norm_weight, norm_bias, cos_sin, positions, slots, cache, eps, rotary, first, hadamard, rounded = args
