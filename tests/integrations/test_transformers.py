@@ -196,6 +196,27 @@ def test_decoding_chooses_what_the_last_query_of_a_prefill_does(scores, tokens):
     assert torch.equal(last, whole[:, 2:])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("length", [1, 3])
+def test_what_kernels_are_given_is_aligned(monkeypatch, batch, length):
+    """As a GPU's checks ask for: contiguous tensors at addresses of whole 16 bytes; of one query every view is contiguous."""
+    given = []
+    for name in ("index_select", "index_select_paged"):
+        real = getattr(choose.choice, name)
+        monkeypatch.setattr(
+            choose.choice,
+            name,
+            lambda *args, real=real, **named: given.extend((*args, *named.values())) or real(*args, **named),
+        )
+    monkeypatch.setattr(choose.choice, "LOGITS_BYTES", 0)
+    rule = choose.Rule(families.FAMILIES["DeepseekV32Attention"], TOPK, "bf16")
+    window = torch.tensor([0, 90], dtype=torch.int32).expand(batch, length, 2).contiguous()
+    choose._chosen(rule, torch.randn(batch, length, 8, 32), torch.randn(batch, 96, 32), torch.randn(batch, length, 8), window)
+    tensors = [each for each in given if isinstance(each, torch.Tensor) and each.dtype == torch.int32]
+    assert tensors
+    assert all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in tensors)
+
+
 def seen_by(window, tokens):
     """The boolean mask [batch, 1, queries, tokens] of windows."""
     token = torch.arange(tokens)

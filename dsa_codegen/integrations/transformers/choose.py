@@ -75,7 +75,7 @@ def _chosen(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor, window: 
     for row in range(batch):
         q, k, w = (_sequence(each, batch, row) for each in (operands[0], operands[1], operands[3]))
         k_scale = None if operands[2] is None else _sequence(operands[2], batch, row)
-        starts, ends = (bound.contiguous() for bound in window[row].unbind(-1))
+        starts, ends = (bound.clone(memory_format=torch.contiguous_format) for bound in window[row].unbind(-1))
         parts.append(choice.index_select(q, k, k_scale, w, starts, ends, rule.topk, scores=rule.scores))
     return torch.stack(parts)
 
@@ -97,7 +97,8 @@ def _chosen_decoding(rule: Rule, queries: Tensor, keys: Tensor, weights: Tensor,
         cache = torch.cat([k.view(torch.uint8).view(len(cache), -1), k_scale.view(torch.uint8).view(len(cache), -1)], dim=1)
         cache = cache.view(len(cache), _PAGE, 1, -1)
     table = torch.arange(len(cache), dtype=torch.int32, device=k.device).view(batch, -1)
-    starts, ends = (bound.contiguous() for bound in window.unbind(-1))
+    # Of one sequence a bound is a view that is contiguous, at an address that kernels do not take.
+    starts, ends = (bound.clone(memory_format=torch.contiguous_format) for bound in window.unbind(-1))
     return choice.index_select_paged(
         q[:, None], cache, w, ends, table, tokens, rule.topk, starts=starts, slots=False, scores=rule.scores
     )
