@@ -33,10 +33,11 @@ _ATTEND_START = 13.5  # batch 1, 128 heads
 _AROUND = 9.0  # quantising the queries, and the gaps between launches, of decode
 _COPY = 3.0e6  # bytes per µs, read and written
 
-# Assumed, not measured: what a collective takes to begin, and bytes per µs that pass each GPU, inside a node of 8 and between.
-_BEGIN, _LINK = 15.0, 0.30e6
+# What a collective takes to begin, and bytes per µs that pass each GPU: inside a node as on two H200s (0.26 MB in 14 µs,
+# 84 MB in 450, 759 MB in 3236), between nodes assumed.
+_BEGIN, _LINK = 13.0, 0.22e6
 _BEGIN_FAR, _LINK_FAR = 40.0, 0.20e6
-_MERGING = 75.0  # of choices and outputs by position: 25 small kernels of torch
+_MERGING = 250.0  # of choices and outputs by position: 85 small kernels of torch, on two H200s; 60 since
 
 
 def all_gather_us(total: float, world: int) -> float:
