@@ -35,6 +35,8 @@ class Parameter:
     meaning: str
     launch_only: bool = False
     """True where only the launch depends on it (a number of splits, say): configs that differ in it share one build."""
+    before: Scalar | None = None
+    """What it is in records that are older than the parameter; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,7 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         if backend not in self.backends:
             raise UnknownName(f"backend of {self.name}", backend, self.backends)
         table = {parameter.name: parameter for parameter in self.parameters(backend)}
+        values = {**{name: each.before for name, each in table.items() if each.before is not None}, **values}
         for name in values.keys() ^ table.keys():
             raise SpecError(f"{self.name}.{backend}.{name}", values.get(name), f"exactly the parameters {', '.join(table)}")
         for name, parameter in table.items():

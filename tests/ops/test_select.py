@@ -14,7 +14,7 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
-from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
+from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec, streamed
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
@@ -27,7 +27,9 @@ PLAIN = SelectSpec(64)
 SLOTS = SelectSpec(77, scores="bf16", starts=False, output="slots", page=48, keep_first=3, keep_recent=17)
 ROW = Config.of("triton", scheme="row", capacity=256, block_n=128, sample=256, num_warps=4, splits=1)
 SPLIT = ROW.replace(scheme="split", splits=4)
-CUDA = Config.of("cuda", cluster=1, threads=512, items=16, blocks_per_sm=1, digit_bits=12, early=True, persistent=False)
+CUDA = Config.of(
+    "cuda", cluster=1, threads=512, items=16, blocks_per_sm=1, digit_bits=12, early=True, persistent=False, stages=0
+)
 
 
 @pytest.mark.parametrize("case", OP.cases(PLAIN), ids=lambda case: case.id)
@@ -86,6 +88,28 @@ def test_cuda_matches_the_reference(spec, changes, order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+STREAMED = CUDA.replace(items=8, digit_bits=11, early=False, stages=2)
+LONG = [Case(SelectSizes(2, 9001), kind) for kind in ("ragged_normal", "ragged_special", "relu")]
+IN_A_STREAM = [
+    (PLAIN, {}, 5, "ascending"),
+    (replace(SLOTS, starts=True), {"items": 16}, 5, "shuffled"),
+    (replace(SLOTS, scores="fp32", topk=700, keep_first=300, keep_recent=400), {"stages": 3}, -0.6, "descending"),
+]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(("spec", "changes", "margin", "order"), IN_A_STREAM, ids=["tokens", "slots", "wrong-guess"])
+def test_a_row_that_streams_matches_the_reference(spec, changes, margin, order, tmp_path, monkeypatch):
+    """Also where the pool overflows (a third of LONG), and where the sample asks for too few, so that rows are read twice."""
+    monkeypatch.setattr(streamed, "_MARGIN", margin)
+    config = STREAMED.replace(**changes)
+    assert not OP.violations(spec, config, H200)
+    variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
+    for case in [*OP.cases(spec)[::4], *LONG]:
+        accuracy = verify(variant, case, "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 @pytest.mark.parametrize("order", emulator.ORDERS)
 def test_a_block_that_stays_matches_the_reference(order, tmp_path):
@@ -101,7 +125,12 @@ def test_a_block_that_stays_matches_the_reference(order, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "backend"), [pytest.param(4096, 131072, "tilelang", marks=FURTHER), (4096, 32768, "cuda")]
+    ("rows", "columns", "backend"),
+    [
+        pytest.param(4096, 200000, "tilelang", marks=FURTHER),
+        (4096, 131072, "cuda"),
+        pytest.param(4096, 32768, "cuda", marks=FURTHER),
+    ],
 )
 def test_default_compiles_for_hopper(rows, columns, backend):
     spec = SelectSpec(2048)
@@ -137,6 +166,7 @@ GEOMETRIES = [
     pytest.param(SelectSpec(4096, scores="bf16"), SelectSizes(4096, 32768), 8, marks=FURTHER),
     pytest.param(replace(DECODE, page=1, keep_first=2), SelectSizes(8, 32768), 0, marks=FURTHER),
 ]
+STREAMS = [(DECODE, SelectSizes(64, 131072)), (SelectSpec(4096, scores="bf16"), SelectSizes(128, 65536))]
 
 
 @pytest.mark.parametrize(("spec", "sizes", "spills"), GEOMETRIES, ids=lambda value: getattr(value, "id", ""))
@@ -144,6 +174,13 @@ def test_cuda_compiles_for_hopper(spec, sizes, spills):
     """Also that the shared memory which the launch asks for is the size of what the text declares."""
     config = OP.default_config(spec, sizes, H200, "cuda")
     assert_compiles(OP, spec, config, spills=spills)
+
+
+@pytest.mark.parametrize(("spec", "sizes"), STREAMS, ids=["cluster", "block"])
+def test_a_row_that_streams_compiles_for_hopper(spec, sizes):
+    config = OP.default_config(spec, sizes, H200)
+    assert config["stages"]
+    assert_compiles(OP, spec, config)
 
 
 @pytest.mark.parametrize("digit_bits", [11, 12])
@@ -168,6 +205,13 @@ def test_cuda_renders_for_all_options(spec, cluster, digit_bits):
         ({"threads": 1024, "items": 8, "blocks_per_sm": 3}, "threads per SM"),
         ({"items": 32, "blocks_per_sm": 3}, "registers"),
         ({"threads": 1024, "items": 32, "persistent": True, "early": False, "blocks_per_sm": 2}, "smem per SM"),
+        ({"stages": 2}, "scores loaded before their window"),
+        ({"stages": 2, "early": False, "persistent": True}, "blocks that stay"),
+        ({"stages": 2, "early": False, "threads": 256}, "threads for a sample"),
+        ({"stages": 2, "early": False, "items": 64}, "scores of a thread"),
+        ({"stages": 2, "early": False, "items": 4}, "bitmap"),
+        ({"stages": 6, "early": False, "threads": 1024}, "smem"),
+        ({"stages": 4, "early": False, "threads": 512, "blocks_per_sm": 2, "items": 16}, "smem per SM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -198,10 +242,21 @@ def test_cuda_reaches_as_far_as_its_registers(sizes, broken):
     assert [violation.name for violation in found] == broken
 
 
+def test_rows_that_stream_may_be_as_long_as_their_bitmap():
+    assert not OP.violations(PLAIN, STREAMED, H200, SelectSizes(4096, 131072).bucket())
+    found = OP.violations(PLAIN, STREAMED, H200, SelectSizes(1, 131073).bucket())
+    assert [violation.name for violation in found] == ["columns"]
+
+
+def test_a_record_from_before_rows_streamed_is_read():
+    older = {name: value for name, value in CUDA.to_dict().items() if name != "stages"}
+    assert OP.config("cuda", older) == CUDA
+
+
 def test_rows_longer_than_any_cluster_holds_are_sampled():
     for rows in (1, 8, 64, 4096):
         assert OP.default_config(PLAIN, SelectSizes(rows, 131073), H200).backend == "tilelang"
-    with pytest.raises(NoConfig, match="columns: inf needed"):
+    with pytest.raises(NoConfig, match=r"select \(cuda\) fits NVIDIA H200"):
         OP.default_config(PLAIN, SelectSizes(1, 131073), H200, "cuda")
 
 

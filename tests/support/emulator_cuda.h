@@ -4,6 +4,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 typedef bfloat16_t __nv_bfloat16;
 static emulator::Coordinates gridDim;
 struct uint2 {
@@ -28,6 +29,11 @@ static uint atomicAdd(uint *address, uint value) {
   *address += value;
   return before;
 }
+static uint atomicOr(uint *address, uint value) {
+  uint before = *address;
+  *address |= value;
+  return before;
+}
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }
 static void __syncwarp() { emulator::collective(0); }
@@ -43,4 +49,13 @@ static uint __reduce_add_sync(uint, uint value) {
   for (int lane = 0; lane < emulator::lanes; lane++) sum += (uint)values[lane];
   return sum;
 }
+static uint __reduce_min_sync(uint, uint value) {
+  unsigned long long *values = emulator::collective(value);
+  return (uint)*std::min_element(values, values + emulator::lanes);
+}
+static uint __reduce_max_sync(uint, uint value) {
+  unsigned long long *values = emulator::collective(value);
+  return (uint)*std::max_element(values, values + emulator::lanes);
+}
+static uint __shfl_sync(uint mask, uint value, int lane) { return (uint)__shfl_sync(mask, (int)value, lane, 32); }
 static uint __shfl_up_sync(uint mask, uint value, int distance) { return (uint)__shfl_up_sync(mask, (int)value, distance, 32); }

@@ -1,4 +1,7 @@
-"""The selection in CUDA C++: a row in the registers of a block or a cluster of blocks; how far they reach, and which when."""
+"""The selection in CUDA C++: a row in the registers of a block or a cluster of blocks; how far they reach, and which when.
+
+Longer rows, or many of them, stream through shared memory (``streamed``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from ...errors import InputError
 from ...gpu import Gpu
 from ...problem.op import Case, Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Bucket, Scalar, upper
+from . import streamed
 from .problem import SCORES, SelectSizes, SelectSpec
+from .shared_memory import size_of
 
 PARAMETERS = (
     Parameter("cluster", (1, 2, 4, 8, 16), "blocks per row"),
@@ -21,6 +26,12 @@ PARAMETERS = (
     Parameter("digit_bits", (12, 11), "bits of the first two digits"),
     Parameter("early", (False, True), "whether scores are loaded before the window is known"),
     Parameter("persistent", (False, True), "whether blocks stay for many rows and fetch the next one ahead"),
+    Parameter(
+        "stages",
+        (0, 2, 3, 4, 5, 6),
+        "rounds of scores in flight where a row streams through shared memory; 0: its registers hold it",
+        before=0,
+    ),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
 _EARLY_ROWS = 256  # as rows are read whole, whatever their windows: with more of them the bytes would count
@@ -62,7 +73,9 @@ _GUESSES = (
 
 
 def reach_of(config: Config) -> int:
-    """Columns of the longest row that the registers hold."""
+    """Columns of the longest row that the registers hold, or whose chosen tokens a bitmap in shared memory holds."""
+    if config["stages"]:
+        return streamed.REACH
     return config["cluster"] * config["threads"] * config["items"]
 
 
@@ -83,6 +96,9 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     if gpu.capability != 90:
         reason = f"capability: written for clusters of sm_90, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
+    if config["stages"]:
+        yield from streamed.constraints(spec, config, gpu)
+        return
     threads, blocks = config["threads"], config["blocks_per_sm"]
     yield from exceeds("scores of a block", threads * config["items"], _LONGEST_PART)
     yield from exceeds("warps for the cluster's bins", config["cluster"], threads // 32)
@@ -103,7 +119,7 @@ def guess(sizes: SelectSizes) -> Config | None:
     for each in _GUESSES:
         if columns <= each.columns and rows <= each.rows:
             values = {name: getattr(each, name) for name in ("cluster", "threads", "items", "blocks_per_sm", "persistent")}
-            return Config.of("cuda", digit_bits=12, early=rows <= _EARLY_ROWS, **values)
+            return Config.of("cuda", digit_bits=12, early=rows <= _EARLY_ROWS, stages=0, **values)
     return None
 
 
@@ -115,6 +131,8 @@ def is_first_choice(sizes: SelectSizes) -> bool:
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
+    if config["stages"]:
+        return streamed.derived(spec, config)
     items, cluster, threads = config["items"], config["cluster"], config["threads"]
     slots = spec.output == "slots"
     ahead = slots and _pages(spec, config) > 1
@@ -178,7 +196,4 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     members += [(16, 4 * warps * config["items"]), (8, 32), (4, 4 * _pages(spec, config)), (16, 4 * spec.topk), (4, 4)]
     if config["persistent"]:
         members += [(16, config["threads"] * config["items"] * SCORES[spec.scores].itemsize), (8, 8 * warps)]
-    offset = 0
-    for alignment, size in [*members, (4, 24), (16, 0)]:
-        offset = -(-offset // alignment) * alignment + size
-    return offset
+    return size_of([*members, (4, 24)])

@@ -14,7 +14,7 @@ import torch
 from ...gpu import Gpu
 from ...problem.op import Case, Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Bucket, Scalar, next_power_of_two
-from . import cuda
+from . import cuda, streamed
 from .problem import (
     SCORES,
     SelectSizes,
@@ -97,6 +97,8 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         first, in_registers = cuda.is_first_choice(sizes), cuda.guess(sizes)
         if in_registers and first:
             yield in_registers
+        else:
+            yield from streamed.guesses(sizes)
         yield from self._sampled(spec, sizes, gpu)
         if in_registers and not first:
             yield in_registers

@@ -173,10 +173,11 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         )
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
-        # Prefill selects token numbers for many rows, decode slots for few; each is kin to the other's records.
-        prefill = ((4096, 131072), (4096, 32768), (4096, 8192))
+        # Prefill selects token numbers for many rows, at a prompt's end for few, decode slots for few; each is kin to the
+        # other's records.
+        prefill = ((4096, 131072), (4096, 65536), (4096, 32768), (4096, 8192), (64, 131072))
         decode = itertools.product((64, 1, 8, 16), (65536, 131072, 32768, 16384, 8192))
-        batched = ((128, 32768), (128, 16384), (128, 8192))
+        batched = ((128, 65536), (128, 32768), (128, 16384), (128, 8192))
         sizes = prefill if spec.output == "tokens" else (*decode, *batched)
         return [Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes]
 

@@ -1,0 +1,95 @@
+"""The selection in CUDA C++ for long rows: scores stream through shared memory, what a sample says may be chosen is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from ...gpu import Gpu
+from ...problem.op import Config, Violation, exceeds
+from ...problem.values import Scalar, upper
+from .problem import SCORES, SelectSizes, SelectSpec
+from .shared_memory import size_of
+
+REACH = 131072  # columns; a longer row's bitmap and sample would want more
+_BITMAP = (REACH + 1056) // 8  # bytes; from a multiple of 32 tokens on, in whole groups of 32 words
+_MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
+_FEW = 128  # scores of a bin that are compared with each other
+_PAGED_AHEAD = 32  # tokens; shorter pages are too many to keep
+
+
+def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What the template cannot do, whatever the sizes."""
+    threads, items, blocks = config["threads"], config["items"], config["blocks_per_sm"]
+    yield from exceeds("scores loaded before their window", int(config["early"]), 0)
+    yield from exceeds("blocks that stay", int(config["persistent"]), 0)
+    yield from exceeds("scores of a vector", _vector(spec), items)
+    yield from exceeds("scores of a thread", items, 32)
+    yield from exceeds("threads for a sample", 512, threads)
+    yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
+    yield from exceeds("registers", (items + 40) * threads * blocks, gpu.regs_per_sm)
+    yield from exceeds("bitmap", _BITMAP, config["stages"] * threads * items * SCORES[spec.scores].itemsize, " B")
+    smem = _smem(spec, config)
+    yield from exceeds("smem", smem, gpu.smem_per_block, " B")
+    yield from exceeds("smem per SM", (smem + 1024) * blocks, gpu.smem_per_sm, " B")
+
+
+def guesses(sizes: SelectSizes) -> Iterator[Config]:
+    """Configs by judgement for long rows that are many; none for others."""
+    rows, columns = (upper(sizes.bucket(), name) for name in ("rows", "columns"))
+    if not 32768 < columns <= REACH:
+        return
+    # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
+    cluster = 2 if rows <= 64 else 1
+    threads, items = (1024, 16) if rows <= 256 else (512, 32)
+    yield _config(cluster=cluster, threads=threads, items=items, blocks_per_sm=1, stages=2)
+    yield _config(cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3)  # what a larger pool leaves room for
+
+
+def _config(**values: Scalar) -> Config:
+    return Config.of("cuda", digit_bits=11, early=False, persistent=False, **values)
+
+
+def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the template."""
+    threads, capacity = config["threads"], _capacity(spec, config)
+    return {
+        "across": config["cluster"] > 1,
+        "slots": spec.output == "slots",
+        "paged_ahead": _pages(spec) > 1,
+        "pages": _pages(spec),
+        "page_steps": -(-_pages(spec) // threads),
+        "warps": threads // 32,
+        "threads_log2": threads.bit_length() - 1,
+        "chunk": threads * config["items"],
+        "reach": REACH,
+        "vector": _vector(spec),
+        "capacity": capacity,
+        "margin": _MARGIN,
+        "balance": math.isqrt(spec.topk * capacity),
+        "smem": _smem(spec, config),
+    }
+
+
+def _pages(spec: SelectSpec) -> int:
+    """Entries of the page table that a block keeps; 1 where it looks each token's up by itself."""
+    return REACH // spec.page + 2 if spec.output == "slots" and spec.page >= _PAGED_AHEAD else 1
+
+
+def _vector(spec: SelectSpec) -> int:
+    return 16 // SCORES[spec.scores].itemsize
+
+
+def _capacity(spec: SelectSpec, config: Config) -> int:
+    """Scores that the pool holds: three times what is wanted, to be sure of a sample's guess, and a histogram's bins."""
+    threads = config["threads"]
+    return max(-(-3 * spec.topk // threads) * threads, 4096)
+
+
+def _smem(spec: SelectSpec, config: Config) -> int:
+    """sizeof of the template's ``Shared``."""
+    stages, capacity = config["stages"], 4 * _capacity(spec, config)
+    stage = config["threads"] * config["items"] * SCORES[spec.scores].itemsize
+    members = [(16, stages * stage), (16, capacity), (16, capacity), (16, 4 << config["digit_bits"]), (8, 8 * _FEW)]
+    members += [(8, 8 * stages), (8, 8), (4, 3 * 128), (4, 16), (4, 12), (4, 8), (4, 4 * _pages(spec)), (4, 12)]
+    return size_of(members)
