@@ -166,7 +166,10 @@ GEOMETRIES = [
     pytest.param(SelectSpec(4096, scores="bf16"), SelectSizes(4096, 32768), 8, marks=FURTHER),
     pytest.param(replace(DECODE, page=1, keep_first=2), SelectSizes(8, 32768), 0, marks=FURTHER),
 ]
-STREAMS = [(DECODE, SelectSizes(64, 131072)), (SelectSpec(4096, scores="bf16"), SelectSizes(128, 65536))]
+STREAMS = [
+    (DECODE, SelectSizes(64, 131072)),
+    pytest.param(SelectSpec(4096, scores="bf16"), SelectSizes(128, 65536), marks=FURTHER),
+]
 
 
 @pytest.mark.parametrize(("spec", "sizes", "spills"), GEOMETRIES, ids=lambda value: getattr(value, "id", ""))
