@@ -66,11 +66,11 @@ def indexer_loss(
     total = lse.detach() if sink is None else torch.logaddexp(lse.detach(), sink.detach().expand_as(lse))
     attention = q.detach(), kv.detach(), total
     indexer = index_q, index_k, index_weights.float()
-    columns = _lists(indices, lengths, len(kv)), starts, ends
+    columns = _lists(indices, lengths, kv.shape[0]), starts, ends
     loss, *_ = torch.ops.dsa_codegen.indexer_loss_train(
         *attention, *indexer, sm_scale, *columns, score, scores == "fp8", deterministic
     )
-    return loss / max(len(q), 1)
+    return loss / max(q.shape[0], 1)
 
 
 def _lists(indices: Tensor | None, lengths: Tensor | None, tokens: int) -> Tensor | None:
