@@ -7,8 +7,8 @@ import torch
 
 import dsa_codegen as dsa
 from dsa_codegen.errors import InputError
+from dsa_codegen.ops.attention_dense import formulas
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.train import dense
 
 SCALE = 0.05
 
@@ -35,7 +35,7 @@ def gradients_of(out, lse, leaves):
 @pytest.mark.parametrize("step", [1, 100], ids=["query by query", "at once"])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["plain", "sink"])
 def test_is_sparse_attention_over_lists_of_every_token(monkeypatch, step, with_sink):
-    monkeypatch.setattr(dense, "_BYTES", step * 4 * 3 * 9)
+    monkeypatch.setattr(formulas, "BYTES", step * 4 * 3 * 9)
     q, kv, starts, ends, sink = leaves()
     sink = sink if with_sink else None
     wanted = [q, kv, *([sink] if with_sink else [])]
