@@ -225,6 +225,7 @@ def sparse_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     max_logits: Tensor | None = None,
+    share: int = 1,
     sms: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
@@ -241,12 +242,14 @@ def sparse_attention(
         out, lse: where to write the results, shaped like them and contiguous; new tensors where absent.
         max_logits: fp32 [queries, heads], where to write each head's highest score (-inf where there is none); a kernel of
             its own, so that nobody else pays for it.
+        share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same tokens, gather their union together, where
+            the heads are few enough (2 up to 16 heads, 4 up to 8; else fewer do). Any lists give right results.
         sms: as in ``indexer_logits``.
 
     Returns:
         out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
-    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink)
+    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share)
     if out is None and lse is None and max_logits is None:
         return _sparse_attention(*arguments, sms=sms)
     out, lse = _results(q, out, lse)

@@ -107,9 +107,54 @@ def test_few_heads_match_the_reference(spec, config, order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_neighbours_that_share_match_the_reference(tmp_path):
+    """Whatever their lists: alike, in any order, with what is no token in front, with a token named twice."""
+    spec, config = (
+        AttentionSpec(3, 576, 40, lengths=True, sink=True, share=4),
+        RING.replace(num_stages=6, consumer_registers=216),
+    )
+    kernels = emulator.cuda_kernels(render.render(OP, spec, config), tmp_path, "shuffled")
+    variant = Variant(OP, spec, config, replace(H200, sms=1), kernels)
+    for case in OP.cases(spec):
+        accuracy = verify(variant, case, "cpu")
+        assert accuracy.passed, (case.id, accuracy.detail)
+    inputs = dict(OP.inputs(spec, Case(AttentionSizes(9, 70), "random"), Draw(3)))
+    inputs["lengths"][:] = 40
+    lists = inputs["indices"][:, 0]
+    lists[1] = lists[0].flip(0)
+    lists[3, :20] = -1
+    lists[5, 1::2] = lists[5, ::2]
+    lists[6, 30:] = 70
+    outputs = OP.allocate(spec, inputs)
+    launches = variant.launch(inputs, outputs)
+    assert OP.check(spec, inputs, outputs, OP.reference(spec, inputs)).passed
+    assert [launch.kernel for launch in launches] == ["unite", "attention"]
+    unions, counts = launches[0].args[2:4]
+    entries = unions[0, : counts[0]].tolist()
+    wanted = {token: sum(1 << m for m in range(4) if token in lists[m]) for token in lists[:4].flatten().tolist() if token >= 0}
+    assert len(entries) == len(wanted) < 140
+    assert {entry & (1 << 28) - 1: entry >> 28 & 15 for entry in entries} == wanted
+    assert counts.tolist()[1:] == [150, 40]  # nothing is joined with what is named twice; a bundle of one query
+
+
+def test_as_many_queries_share_as_fit_the_columns():
+    def columns(heads, share):
+        spec = AttentionSpec(heads, 576, 64, share=share)
+        source = render.render(OP, spec, OP.default_config(spec, AttentionSizes(64, 64), H200)).code
+        return [int(found) for found in re.findall(r"constexpr int (?:HEAD_COLUMNS|SHARE) = (\d+)", source)]
+
+    assert [columns(8, share) for share in (1, 2, 4)] == [[8, 1], [8, 2], [8, 4]]
+    assert [columns(16, share) for share in (1, 2, 4)] == [[16, 1], [16, 2], [16, 2]]
+    assert columns(32, 4) == [32, 1]
+    wide = AttentionSpec(128, 576, 2048, share=4)
+    assert render.render(OP, wide, CLUSTER).code == render.render(OP, replace(wide, share=1), CLUSTER).code
+
+
 @pytest.mark.parametrize(
     ("spec", "config"),
     [
+        (AttentionSpec(8, 576, 2048, share=4), RING.replace(num_stages=6, consumer_registers=216)),
         (AttentionSpec(16, 576, 2048, lengths=True, sink=True, max_logits=True), RING),
         (AttentionSpec(32, 576, 2048), RING.replace(num_stages=6, consumer_registers=216)),
         (AttentionSpec(32, 512, 512, sink=True), RING.replace(num_stages=9, consumer_registers=216)),
@@ -266,7 +311,9 @@ def test_every_preset_has_a_spec(name):
     assert spec.d_qk in (D_V, D_V + 64)
 
 
-@pytest.mark.parametrize(("field", "value"), [("heads", 0), ("heads", 129), ("d_qk", 640), ("topk", 0), ("sink", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("share", 3), ("heads", 0), ("heads", 129), ("d_qk", 640), ("topk", 0), ("sink", 1)]
+)
 def test_spec_refuses(field, value):
     with pytest.raises(SpecError, match=field):
         AttentionSpec.from_dict({"heads": 64, "d_qk": 576, "topk": 64, field: value})
@@ -275,7 +322,7 @@ def test_spec_refuses(field, value):
 def arguments(**changes):
     """A valid call's arguments in order, with some of them changed."""
     spec = AttentionSpec(4, 576, 8, lengths=True, sink=True)
-    return list({**OP.inputs(spec, Case(AttentionSizes(3, 20), "ragged"), Draw(0)), **changes}.values())
+    return list({**OP.inputs(spec, Case(AttentionSizes(3, 20), "ragged"), Draw(0)), "share": 1, **changes}.values())
 
 
 @pytest.mark.parametrize(
@@ -289,6 +336,7 @@ def arguments(**changes):
         ("sm_scale", math.nan),
         ("lengths", torch.zeros(4, dtype=torch.int32)),
         ("sink", torch.zeros(3)),
+        ("share", 3),
     ],
 )
 def test_call_refuses(argument, value):

@@ -94,7 +94,7 @@ _ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);(?: *//[^\n]*)?\n", re.DOTAL
 _BRING = re.compile(r"(void bring\([^)]*\) \{\n) *asm volatile\(.*?\);\n", re.DOTALL)
 _RECEIVE = re.compile(r"\basm volatile\(\"[^\"]*mbarrier\.try_wait.*?\);\n", re.DOTALL)
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+\)\s*(\w+)\(([^)]*)\)')
-_SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) (?:unsigned )?char (\w+)\[\];")
+_SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) ((?:unsigned )?char) (\w+)\[\];")
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
 _PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d), (\d);", re.DOTALL)
@@ -105,11 +105,13 @@ def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Laun
     source = folder / f"{rendered.module_name}.py"
     source.write_text(rendered.text)
     module = import_module(source)
-    return {name: _EmulatedCuda(folder, module.SOURCE, facts, ORDERS.index(order)) for name, facts in module.KERNELS.items()}
+    return {
+        name: _EmulatedCuda(folder, module.SOURCE, name, facts, ORDERS.index(order)) for name, facts in module.KERNELS.items()
+    }
 
 
 class _EmulatedCuda:
-    def __init__(self, folder: Path, text: str, facts: dict[str, Any], order: int) -> None:
+    def __init__(self, folder: Path, text: str, name: str, facts: dict[str, Any], order: int) -> None:
         assert facts["cluster"] == 1
         self._threads, self._order = facts["threads"], order
         header = "emulator_cuda.h"
@@ -117,18 +119,16 @@ class _EmulatedCuda:
             header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
         text = _RECEIVE.sub("done = 1;\n", _BRING.sub(r"\1memcpy(to, from, bytes);\n", _PRAGMA_OR_INCLUDE.sub("", text)))
         text = _ASSEMBLY.sub(";\n", text)
-        match = _SIGNATURE.search(text)
-        assert match is not None
-        name, declared = match.groups()
+        (declared,) = (match[2] for match in _SIGNATURE.finditer(text) if match[1] == name)
         kinds = [" ".join(part.split()).rpartition(" ")[0] for part in declared.split(",")]
-        text = _SHARED_OF_CUDA.sub(r"char *\1 = (char *)emulator::shared;", text)
+        text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
         arguments = ", ".join(
             f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
             for i, kind in enumerate(kinds)
         )
         launcher = _LAUNCHER.format(name=name, arguments=arguments)
         launcher = launcher.replace("emulator::kernel = call;", "emulator::kernel = call; gridDim = {width, height, 1};")
-        self._library = ctypes.CDLL(str(_compile(folder, f'#include "{header}"\n{text}\n{launcher}')))
+        self._library = ctypes.CDLL(str(_compile(folder, f'#include "{header}"\n{text}\n{launcher}', name)))
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
@@ -160,8 +160,8 @@ def _without_instructions(text: str) -> Iterator[str]:
             yield f"DEVICE void {name}({parameters}) {{ emulator::product<{n}, {', '.join(transposed)}>(d, a, b, {add}); }}"
 
 
-def _compile(folder: Path, text: str) -> Path:
-    source, library = folder / "emulated.cpp", folder / "emulated.so"
+def _compile(folder: Path, text: str, name: str = "emulated") -> Path:
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
     if not library.exists():
         source.write_text(text)
         options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]

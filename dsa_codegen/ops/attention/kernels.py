@@ -29,6 +29,10 @@ _REGISTERS = 168  # per thread of such a block
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
 _RINGS = tuple(Config.of("cuda", num_stages=stages, turns=False, consumer_registers=168) for stages in (13, 11, 9, 8, 7, 6))
 _MASKS = 8  # of tiles in the ring
+_TOKEN_BITS = 28  # of an entry of a union; a cache of as many tokens would have 300 GB
+_UNITERS = 512  # threads that join the lists of neighbouring queries
+_WINDOW = 1 << 16  # tokens that they look at together
+_NEAR_BYTES = 44 << 20  # of latents that an L2 of 50 MB keeps
 _DEFAULTS = (
     _SPECIALISED,
     _WIDE,
@@ -113,11 +117,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return ()
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
         tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
+        if config.backend == "cuda" and spec.heads <= _FEW_HEADS:
+            return _few_launches(spec, inputs, outputs, gpu)
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
-            if spec.heads <= _FEW_HEADS:  # each block takes two queries after another
-                return (Launch("attention", (min(len(q), gpu.sms), 1, 1), (*tensors, *scalars)),)
             clusters = min(len(q), max(gpu.sms // 2, 1))  # each takes one query after another
             return (Launch("attention", (2 * clusters, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
@@ -125,6 +129,23 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return (Launch("attention", grid, (*tensors, sm_scale)),)
         strides = (pieces(q, 0), pieces(q, 1), pieces(kv, 0), step(indices, 0))
         return (Launch("attention", grid, (*tensors, len(kv), spec.topk, *strides, sm_scale)),)
+
+
+def _few_launches(spec: AttentionSpec, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+    """Blocks that stay, each with two bundles of queries at a time; before them, the lists of each bundle are joined."""
+    q, kv, lists, lengths = inputs["q"], inputs["kv"], inputs["indices"], inputs["lengths"]
+    share, sizes = _shared(spec), (len(q), len(kv))
+    bundles, listed = -(-len(q) // share), step(lists, 0)
+    before: tuple[Launch, ...] = ()
+    if share > 1:
+        unions, counts = (lists.new_empty(shape) for shape in ((bundles, share * spec.topk), (bundles,)))
+        given = (lists,) if lengths is None else (lists, lengths)
+        before = (Launch("unite", (bundles, 1, 1), (*given, unions, counts, *sizes, spec.topk, listed)),)
+        lists, lengths, listed = unions, counts, share * spec.topk
+    optional = [tensor for tensor in (lengths, inputs["sink"]) if tensor is not None]
+    strides = (step(q, 0), step(q, 1), step(kv, 0), listed)
+    args = (q, kv, lists, *optional, *outputs.values(), *sizes, share * spec.topk, *strides, inputs["sm_scale"])
+    return (*before, Launch("attention", (min(bundles, gpu.sms), 1, 1), args))
 
 
 def _head_blocks(spec: AttentionSpec, config: Config) -> int:
@@ -170,12 +191,22 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
         return tiles + 2 * tile + 2 * barrier + 8 * (mailbox + 2 * barrier)
     columns, chunk = _columns(spec), 128 * spec.d_qk // _chunks(spec)
     q, weights, facts = columns * spec.d_qk * 2, columns * 128, columns * 16
-    return config["num_stages"] * (chunk + 2 * barrier) + 2 * (q + weights + facts + 2 * barrier) + 8 * _MASKS
+    return config["num_stages"] * (chunk + 2 * barrier) + 2 * (q + weights + facts + 2 * barrier) + 8 * _MASKS * _shared(spec)
+
+
+def _head_columns(spec: AttentionSpec) -> int:
+    """Heads of a query and padding."""
+    return next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
+
+
+def _shared(spec: AttentionSpec) -> int:
+    """Queries that gather together: as many as are asked for and fit the columns."""
+    return min(spec.share, _FEW_HEADS // _head_columns(spec))
 
 
 def _columns(spec: AttentionSpec) -> int:
-    """Heads and padding: what the products of few heads have."""
-    return next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
+    """What the products of few heads have."""
+    return _shared(spec) * _head_columns(spec)
 
 
 def _chunks(spec: AttentionSpec) -> int:
@@ -192,10 +223,14 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     }
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
-    chunks = _chunks(spec)
+    share, chunks = _shared(spec), _chunks(spec)
     few = {
-        "share": 1,
-        "ragged": spec.lengths,
+        "share": share,
+        "ragged": spec.lengths or share > 1,
+        "token_bits": _TOKEN_BITS,
+        "uniters": _UNITERS,
+        "window": _WINDOW,
+        "near_tokens": _NEAR_BYTES // (2 * spec.d_qk),
         "columns": _columns(spec),
         "chunks": chunks,
         "chunk_pieces": spec.d_qk // 64 // chunks,

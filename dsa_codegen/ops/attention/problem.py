@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...problem import checks
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
@@ -25,6 +26,9 @@ from ..logits import exact
 
 D_V = 512
 """Channels of a token that are also its value: 512 + 64 (V3.2), 512 + 0, and all of 448 + 64 (V4)."""
+
+SHARES = (1, 2, 4)
+"""Of how many neighbouring queries lists may be joined."""
 
 _CHUNK = 64  # queries; the reference gathers their rows, the draw ranks all tokens for each of them
 
@@ -42,12 +46,15 @@ class AttentionSpec(Spec):
     sink: bool = False
     max_logits: bool = False
     """Whether each head's highest score is written out as well."""
+    share: int = 1
+    """So many neighbouring queries gather the union of their lists together, where a kernel can; results are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_range("heads", 1, 128)
         self.require_in("d_qk", (D_V, D_V + 64))
         self.require_range("topk", 1, 1 << 20)
+        self.require_in("share", SHARES)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     summary = "Sparse MLA prefill: every query attends to its own list of tokens, all heads sharing one latent vector."
     function = "sparse_attention"
     schema = (
-        "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None) -> (Tensor, Tensor)"
+        "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
+        "int share=1) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse", "max_logits")
     spec_type = AttentionSpec
@@ -78,7 +86,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
-        q, kv, indices, sm_scale, lengths, sink, *brought = args
+        q, kv, indices, sm_scale, lengths, sink, share, *brought = args
         q = checks.rows("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
         kv = checks.rows("kv", kv, (None, 1, d_qk), q.dtype, like=q)
@@ -89,14 +97,16 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if sink is not None:
             sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
+        if share not in SHARES:
+            raise InputError("share", str(share), "1, 2 or 4")
         buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
-        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None, "max_logits" in buffers)
+        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None, "max_logits" in buffers, share)
         inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionSizes(queries, tokens), inputs
 
     def inputs(self, spec: AttentionSpec, case: Case[AttentionSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.tokens
-        indices = _distinct(draw, queries, tokens, spec.topk)
+        indices = _distinct(draw, queries, tokens, spec.topk, alike=spec.share > 1)
         if case.distribution == "ragged":
             indices = _spoiled(draw, indices, tokens)
         # Scores of deviation 1. Values of 0.1, as FlashMLA's tests have them: rounding the weights to bf16 costs 2^-9
@@ -152,13 +162,19 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         return [Case(AttentionSizes(queries, tokens), "random") for queries, tokens in sizes]
 
 
-def _distinct(draw: Draw, queries: int, tokens: int, topk: int) -> Tensor:
-    """int32 [queries, topk]: random tokens, no token twice in a row of the tensor; -1 where the tokens are too few."""
+def _distinct(draw: Draw, queries: int, tokens: int, topk: int, alike: bool = False) -> Tensor:
+    """int32 [queries, topk]: random tokens, no token twice in a row of the tensor; -1 where the tokens are too few.
+
+    Rows that are ``alike`` ascend, and neighbours share about four fifths of their tokens.
+    """
     chosen = torch.full((queries, topk), -1, dtype=torch.int32, device=draw.device)
     for first in range(0, queries if tokens else 0, _CHUNK):
         rows = chosen[first : first + _CHUNK]
-        order = draw.uniform(len(rows), tokens).topk(min(topk, tokens), dim=1).indices
-        rows[:, : order.shape[1]] = order.int()
+        ranks = draw.uniform(len(rows), tokens)
+        if alike:
+            ranks = torch.where(draw.uniform(len(rows), tokens) < 1 / 10, ranks, draw.uniform(1, tokens))
+        order = ranks.topk(min(topk, tokens), dim=1).indices
+        rows[:, : order.shape[1]] = order.sort().values.int() if alike else order.int()
     return chosen
 
 
