@@ -242,8 +242,8 @@ def sparse_attention(
         out, lse: where to write the results, shaped like them and contiguous; new tensors where absent.
         max_logits: fp32 [queries, heads], where to write each head's highest score (-inf where there is none); a kernel of
             its own, so that nobody else pays for it.
-        share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same tokens, gather their union together, where
-            the heads are few enough (2 up to 16 heads, 4 up to 8; else fewer do). Any lists give right results.
+        share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same tokens, gather their union together,
+            where the heads are few enough (2 up to 16 heads, 4 up to 8; else fewer do). Any lists give right results.
         sms: as in ``indexer_logits``.
 
     Returns:
