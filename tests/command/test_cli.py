@@ -24,7 +24,6 @@ from support import UNMEASURED
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = set(ops.all_ops()) - UNMEASURED  # operations that have records
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
-YAML = re.compile(r"```yaml\n# (\S+)\n(.*?)```", re.DOTALL)
 
 
 def shown() -> list[str]:
@@ -48,25 +47,10 @@ def test_every_command_is_shown():
     assert {command.split()[2] for command in shown()} == commands
 
 
-QUICK = {"doctor", "generate", "list", "explain"}
-
-
-@pytest.mark.parametrize("command", [command for command in shown() if command.split()[2] in QUICK])
-def test_examples_run(command, tmp_path):
-    for name, text in YAML.findall((ROOT / "README.md").read_text()):
-        (tmp_path / name).write_text(text)
-    done = run(command, tmp_path)
+def test_what_tune_finds_is_listed_and_serves(tmp_path):
+    """A new user's way for a GPU that is not here."""
+    done = run("python cli.py tune --gpu H100 --preset tiny --op quantize --trials 1", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-
-
-def test_from_verify_to_explain(tmp_path):
-    """A new user's way: verify, build ahead, tune for a GPU that is not here, see the record, and that it serves calls."""
-    examples = [command for command in shown() if "--preset tiny --op quantize" in command]
-    assert sorted(command.split()[2] for command in examples) == ["build", "tune", "verify"]
-    for command in examples:
-        done = run(command, tmp_path)
-        assert done.returncode == 0, done.stderr
     rows = json.loads(run("python cli.py list --gpu h100 --json", tmp_path).stdout)
     shipped = {(name, "measured") for name in SHIPPED}
     assert {(row["op"], row["evidence"]) for row in rows} == {("quantize", "modelled"), *shipped}

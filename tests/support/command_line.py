@@ -21,15 +21,21 @@ WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _worker = Worker(WITHOUT_GPU)
 
 
-def cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """``python cli.py ARGUMENTS`` as a user would run it in ``cwd``, without a GPU, where everything is imported already."""
+def cli(*arguments: str, cwd: Path = ROOT, hidden: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
+    """``python cli.py ARGUMENTS`` as a user would run it in ``cwd``, without a GPU, where everything is imported already.
+
+    Args:
+        hidden: packages that are not to be found, as where they are not installed.
+    """
     variables = {**os.environ, **WITHOUT_GPU, "COLUMNS": "200", **environment}
-    code, out, err = _worker.call(_run, arguments, str(cwd), variables)
+    code, out, err = _worker.call(_run, arguments, str(cwd), variables, hidden)
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> tuple[int, str, str]:
+def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str], hidden: Sequence[str]) -> tuple[int, str, str]:
     """The job: ``cli.py`` from its first line, as in a new process but for what modules below it keep."""
+    modules = {name: sys.modules.get(name) for name in hidden}
+    sys.modules.update(dict.fromkeys(hidden))  # whoever imports one gets an ImportError
     sys.modules.pop("dsa_codegen.cli", None)  # its consoles measure the terminal when they are made
     dispatch.reset()
     out, err, before = io.StringIO(), io.StringIO(), (os.getcwd(), dict(os.environ), sys.argv)
@@ -49,6 +55,8 @@ def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str]) ->
             os.chdir(before[0])
             _set(before[1])
             sys.argv = before[2]
+            for name, module in modules.items():
+                sys.modules.pop(name) if module is None else sys.modules.update({name: module})
     return code, out.getvalue(), err.getvalue()
 
 
