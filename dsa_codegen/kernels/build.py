@@ -90,10 +90,15 @@ def build(rendered: Rendered, gpu: Gpu) -> Built:
     """The entry, compiled where it is missing. Safe when several processes build the same source at once.
 
     Raises:
-        BuildError: the compiler refused the source.
+        BuildError: the compiler refused the source, or what it made needs more shared memory than a block has.
         ToolMissing: the backend's compiler is not installed.
     """
-    return find(rendered, gpu) or _build(rendered, gpu)
+    built = find(rendered, gpu) or _build(rendered, gpu)
+    for kernel, usage in built.resources.items():
+        if usage.smem > gpu.smem_per_block:  # constraints foresee it; where one does not, the next guess serves
+            reason = f"{kernel} needs {usage.smem} bytes of shared memory, {gpu.name} has {gpu.smem_per_block}"
+            raise BuildError(rendered.module_name, reason)
+    return built
 
 
 def build_all(sources: Iterable[Rendered], gpu: Gpu, processes: int | None = None) -> dict[str, str]:

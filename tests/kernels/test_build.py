@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsa_codegen import ops
-from dsa_codegen.errors import InputError
+from dsa_codegen.errors import BuildError, InputError
 from dsa_codegen.kernels import build, render
 from dsa_codegen.kernels.backends import Resources, triton
 from dsa_codegen.ops.indexer import IndexerSpec
@@ -46,6 +46,14 @@ def test_is_built_once(compiled):
     first = build.build(RENDERED, H200)
     assert build.build(RENDERED, H200) == first
     assert len(compiled) == 1
+
+
+def test_more_shared_memory_than_a_block_has_is_refused(compiled):
+    small = dataclasses.replace(H200, name="a small GPU", smem_per_block=1023)
+    for _ in range(2):  # compiled, then found
+        with pytest.raises(BuildError, match=r"needs 1024 bytes of shared memory, a small GPU has 1023"):
+            build.build(RENDERED, small)
+    assert build.build(RENDERED, H200).resources["indexer"].smem == 1024
 
 
 def shorten(path):

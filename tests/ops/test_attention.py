@@ -294,6 +294,14 @@ def test_constraints_of_few_heads(config, heads, name):
     assert [violation.name for violation in OP.violations(AttentionSpec(heads, 512, 512), config, H200)] == [name]
 
 
+def test_a_list_of_one_tile_needs_more_shared_memory():
+    """116736 bytes: its loop is gone, and with it the place where the pipeline kept the tile."""
+    few, l40s = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4), resolve("l40s")
+    assert not OP.violations(AttentionSpec(16, 576, 65), few, l40s)
+    assert [violation.name for violation in OP.violations(AttentionSpec(16, 576, 64), few, l40s)] == ["smem"]
+    assert OP.default_config(AttentionSpec(16, 576, 64), AttentionSizes(4096, 32768), l40s)["block_n"] == 32
+
+
 def test_padding_to_more_than_twice_the_heads_is_refused():
     found = OP.violations(AttentionSpec(8, 576, 2048), TRITON.replace(block_h=32, num_warps=8), H200)
     assert [violation.name for violation in found] == ["padded heads"]

@@ -270,6 +270,8 @@ def _smem(spec: AttentionSpec, config: Config, gpu: Gpu) -> int:
             return q + 2 * (2 * block_n * D_V + weights) + small
         return q + stages * tile + weights + small
     if block_h < 64 or gpu.capability < 90 or gpu.capability >= 120:  # mma.sync: operands wait in registers
-        return q + max(1, (stages - 1) // 2) * tile + weights + small
+        # The one tile of a short list is in no loop, and is copied between its two products: up to as much again.
+        tiles = 2 if spec.topk <= block_n else max(1, (stages - 1) // 2)
+        return q + tiles * tile + weights + small
     # Half of the stages fetch indices. Datacentre Blackwell keeps a copy of q and of the weights besides.
     return q + max(2, (stages + 1) // 2) * tile + small + (64 * 1024 if gpu.capability >= 100 else 0)
