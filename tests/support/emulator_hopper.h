@@ -128,11 +128,6 @@ template <int left> DEVICE void wgmma_wait() { emulator::collective(0); }  // fo
 template <int n> DEVICE void settle(float (&)[n]) {}
 
 #define __shared__ static
-static uint atomicOr(uint *address, uint value) {
-  uint before = *address;
-  *address |= value;
-  return before;
-}
 template <class T> static T __ldg(const T *address) { return *address; }
 static int __shfl_sync(uint mask, int value, int lane) { return __shfl_sync(mask, value, lane, 32); }
 static float __shfl_xor_sync(uint, float value, int apart) {
