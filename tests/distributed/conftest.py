@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 import ranks
 
@@ -13,3 +16,12 @@ PROCESSES = 4
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     """World -> the results of each rank over gloo; world 1 is one rank alone."""
     return ranks.launch(tmp_path_factory.mktemp("ranks"), PROCESSES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for each other took three times as long on two busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
