@@ -3,6 +3,7 @@
     python scripts/matrix                                   # all; makes environments of 3 GB under .matrix/
     python scripts/matrix --triton 3.8 --triton nvcc        # these compilers alone
     python scripts/matrix --python 3.14                     # this Python alone
+    python scripts/matrix --first                           # of models only deepseek-v3.2 and tiny, and the records
     python scripts/matrix --environment 3.8=.venv/bin/python    # an environment that is there
 
 The table is written after every result: an interrupted run goes on where it was. Exit code 1 where something is refused.
@@ -26,7 +27,7 @@ from dsa_codegen.command.waiting import progress
 
 import environments
 import table as tables
-from subjects import COMPILERS, NVCC, ROOT, Key, digest, subjects
+from subjects import COMPILERS, FIRST, NVCC, ROOT, Key, digest, subjects
 
 console = Console(stderr=True)
 
@@ -40,7 +41,7 @@ def main() -> int:
     table.prune()
     tables.save(table)
     for compiler in options.triton or (COMPILERS if everything else ()):
-        _compile(table, compiler, own, options.jobs)
+        _compile(table, compiler, own, options)
     for python in options.python or (environments.PYTHONS if everything else ()):
         _try_python(table, python, own, options.jobs)
     refused = [(compiler, name) for compiler, lines in table.lines.items() for name, line in lines.items() if line.refused]
@@ -54,16 +55,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--triton", action="append", choices=COMPILERS, help="only this compiler; may be repeated")
     parser.add_argument("--python", action="append", choices=environments.PYTHONS, help="only this Python; may be repeated")
     parser.add_argument("--environment", action="append", default=[], metavar="3.8=PYTHON", help="an interpreter for it")
+    parser.add_argument("--first", action="store_true", help=f"of models only {', '.join(FIRST)}, and the records")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at once")
     return parser.parse_args()
 
 
-def _compile(table: tables.Table, compiler: str, own: dict[str, str], jobs: int) -> None:
-    keys = table.missing(compiler)
+def _compile(table: tables.Table, compiler: str, own: dict[str, str], options: argparse.Namespace) -> None:
+    known = subjects(compiler)
+    keys = [key for key in table.missing(compiler) if known[key].first or not options.first]
     if not keys:
-        console.print(f"{compiler}: {len(subjects(compiler))} texts, all in the table")
+        console.print(f"{compiler}: all in the table")
         return
-    answers = _asked(own.get(compiler) or environments.made(environments.USUAL, compiler), compiler, keys, jobs)
+    answers = _asked(own.get(compiler) or environments.made(environments.USUAL, compiler), compiler, keys, options.jobs)
     table.versions[compiler] = _told(next(answers)["versions"], compiler)
     commit, date = _commit(), datetime.date.today().isoformat()
 
@@ -72,7 +75,7 @@ def _compile(table: tables.Table, compiler: str, own: dict[str, str], jobs: int)
         table.add(compiler, tuple(answer["key"]), answer["reason"], commit, date)
         tables.save(table)
 
-    progress(console, f"{compiler}: {len(keys)} of {len(subjects(compiler))} texts", keys, take)
+    progress(console, f"{compiler}: {len(keys)} of {len(known)} texts", keys, take)
 
 
 def _told(versions: dict[str, str], compiler: str) -> dict[str, str]:

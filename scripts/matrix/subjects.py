@@ -25,6 +25,7 @@ NVCC = "nvcc"
 """What compiles templates whose text does not depend on Triton."""
 COMPILERS = (*TRITONS, NVCC)
 FIRST = ("deepseek-v3.2", "tiny")
+"""The models that are compiled first, and alone where a run is to be short."""
 _BY_NVCC = ("tilelang", "cuda")
 
 
@@ -39,6 +40,8 @@ class Subject:
     template: str
     rendered: Rendered
     gpu: Gpu
+    first: bool
+    """Of a record, or of the models in ``FIRST``."""
 
     @property
     def key(self) -> Key:
@@ -47,12 +50,13 @@ class Subject:
 
 
 @functools.cache
-def _served() -> tuple[tuple[Op, Spec, Config, Gpu], ...]:
-    """Every config that is a default or a record, once for each architecture."""
-    found: dict[tuple[str, Spec, Config, str], tuple[Op, Spec, Config, Gpu]] = {}
-    first, others = FIRST, [name for name in presets.names() if name not in FIRST]
-    for op, spec, config, gpu in (*_defaults(first), *_records(), *_defaults(others)):
-        found.setdefault((op.name, spec, config, gpu.arch), (op, spec, config, gpu))
+def _served() -> tuple[tuple[Op, Spec, Config, Gpu, bool], ...]:
+    """Every config that is a default or a record, once for each architecture, and whether it is of the first."""
+    found: dict[tuple[str, Spec, Config, str], tuple[Op, Spec, Config, Gpu, bool]] = {}
+    others = [name for name in presets.names() if name not in FIRST]
+    for first, served in ((True, (*_defaults(FIRST), *_records())), (False, _defaults(others))):
+        for op, spec, config, gpu in served:
+            found.setdefault((op.name, spec, config, gpu.arch), (op, spec, config, gpu, first))
     return tuple(found.values())
 
 
@@ -79,9 +83,10 @@ def subjects(compiler: str) -> dict[Key, Subject]:
         compiler: one of ``COMPILERS``.
     """
     found: dict[Key, Subject] = {}
-    for op, spec, config, gpu in _served():
+    for op, spec, config, gpu, first in _served():
         if (config.backend in _BY_NVCC) == (compiler == NVCC):
-            subject = Subject(template_name(op, config.backend), render(op, spec, config, TRITONS.get(compiler, "")), gpu)
+            rendered = render(op, spec, config, TRITONS.get(compiler, ""))
+            subject = Subject(template_name(op, config.backend), rendered, gpu, first)
             found.setdefault(subject.key, subject)
     return found
 
