@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functions, ops
+from ..ops.attention.problem import sharing
 from ..problem.caches import kv_layout, tokens_of
 from ..problem.draw import Draw
 from ..problem.op import Accuracy, Case, Inputs, Op, Outputs
@@ -199,8 +200,13 @@ def _select_spec(case: BenchCase) -> tuple[Spec, Sizes]:
 
 def _attention_spec(case: BenchCase) -> tuple[Spec, Sizes]:
     op = ops.get("attention")
-    spec = {"heads": case["heads"], "d_qk": case["head_dim"], "topk": case["k"]}
+    spec = {"heads": case["heads"], "d_qk": case["head_dim"], "topk": case["k"], "share": sharing(case["heads"], _share(case))}
     return op.spec_type(**spec), op.sizes_type(**{"queries": case["queries"], "tokens": case["context"]})
+
+
+def _share(case: BenchCase) -> int:
+    """What a user asks for who knows that neighbours choose alike."""
+    return 4 if case.distribution == LOCAL else 1
 
 
 def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
@@ -232,7 +238,7 @@ def _select(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
 
 def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     x = inputs
-    return lambda: functions.sparse_attention(x["q"], x["kv"], x["indices"], x["sm_scale"])
+    return lambda: functions.sparse_attention(x["q"], x["kv"], x["indices"], x["sm_scale"], share=_share(case))
 
 
 def _attention_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:

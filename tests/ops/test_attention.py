@@ -147,8 +147,10 @@ def test_as_many_queries_share_as_fit_the_columns():
     assert [columns(8, share) for share in (1, 2, 4)] == [[8, 1], [8, 2], [8, 4]]
     assert [columns(16, share) for share in (1, 2, 4)] == [[16, 1], [16, 2], [16, 2]]
     assert columns(32, 4) == [32, 1]
-    wide = AttentionSpec(128, 576, 2048, share=4)
-    assert render.render(OP, wide, CLUSTER).code == render.render(OP, replace(wide, share=1), CLUSTER).code
+    # A call with more heads is one without the option, whose records serve it.
+    for heads, expected in ((8, 4), (9, 2), (16, 2), (17, 1), (128, 1)):
+        q, kv, lists = torch.zeros(2, heads, 576), torch.zeros(3, 1, 576), torch.zeros(2, 1, 5, dtype=torch.int32)
+        assert OP.bind(q, kv, lists, 1.0, None, None, 4)[0].share == expected
 
 
 @pytest.mark.parametrize(
@@ -356,6 +358,7 @@ def test_bind_reads_the_spec_off_the_arguments():
     spec, sizes, _ = OP.bind(*arguments())
     assert (spec, sizes) == (AttentionSpec(4, 576, 8, lengths=True, sink=True), AttentionSizes(3, 20))
     assert not OP.bind(*arguments(lengths=None, sink=None))[0].sink
+    assert OP.bind(*arguments(share=4))[0].share == 4
 
 
 def test_lists_shorter_than_k_are_padded_and_name_no_token_twice():

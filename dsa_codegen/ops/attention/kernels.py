@@ -9,7 +9,7 @@ from ...gpu import Gpu
 from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
-from .problem import D_V, AttentionSizes, AttentionSpec
+from .problem import D_V, AttentionSizes, AttentionSpec, sharing
 
 _SPECIALISED_THREADS = 384  # one group of 128 gathers, one scores, one adds up
 # The configs to try in turn: the first without a violation is the default. The specialised pipeline pads to 64 heads and still
@@ -134,7 +134,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
 def _few_launches(spec: AttentionSpec, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
     """Blocks that stay, each with two bundles of queries at a time; before them, the lists of each bundle are joined."""
     q, kv, lists, lengths = inputs["q"], inputs["kv"], inputs["indices"], inputs["lengths"]
-    share, sizes = _shared(spec), (len(q), len(kv))
+    share, sizes = sharing(spec.heads, spec.share), (len(q), len(kv))
     bundles, listed = -(-len(q) // share), step(lists, 0)
     before: tuple[Launch, ...] = ()
     if share > 1:
@@ -191,22 +191,16 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
         return tiles + 2 * tile + 2 * barrier + 8 * (mailbox + 2 * barrier)
     columns, chunk = _columns(spec), 128 * spec.d_qk // _chunks(spec)
     q, weights, facts = columns * spec.d_qk * 2, columns * 128, columns * 16
-    return config["num_stages"] * (chunk + 2 * barrier) + 2 * (q + weights + facts + 2 * barrier) + 8 * _MASKS * _shared(spec)
-
-
-def _head_columns(spec: AttentionSpec) -> int:
-    """Heads of a query and padding."""
-    return next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
-
-
-def _shared(spec: AttentionSpec) -> int:
-    """Queries that gather together: as many as are asked for and fit the columns."""
-    return min(spec.share, _FEW_HEADS // _head_columns(spec))
+    return (
+        config["num_stages"] * (chunk + 2 * barrier)
+        + 2 * (q + weights + facts + 2 * barrier)
+        + 8 * _MASKS * sharing(spec.heads, spec.share)
+    )
 
 
 def _columns(spec: AttentionSpec) -> int:
-    """What the products of few heads have."""
-    return _shared(spec) * _head_columns(spec)
+    """Columns of the products of few heads: those of a query, padded, for all queries that share."""
+    return sharing(spec.heads, spec.share) * next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
 
 
 def _chunks(spec: AttentionSpec) -> int:
@@ -223,7 +217,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     }
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
-    share, chunks = _shared(spec), _chunks(spec)
+    share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
     few = {
         "share": share,
         "ragged": spec.lengths or share > 1,

@@ -100,7 +100,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if share not in SHARES:
             raise InputError("share", str(share), "1, 2 or 4")
         buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
-        spec = AttentionSpec(heads, d_qk, topk, lengths is not None, sink is not None, "max_logits" in buffers, share)
+        options = (lengths is not None, sink is not None, "max_logits" in buffers, sharing(heads, share))
+        spec = AttentionSpec(heads, d_qk, topk, *options)
         inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionSizes(queries, tokens), inputs
 
@@ -160,6 +161,11 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
         sizes = ((4096, 32768), (4096, 131072), (512, 32768), (512, 131072))
         return [Case(AttentionSizes(queries, tokens), "random") for queries, tokens in sizes]
+
+
+def sharing(heads: int, share: int) -> int:
+    """How many of ``share`` neighbouring queries gather together: with 32 heads in all, those of a query padded to 8 or 16."""
+    return max(min(share, 32 // (8 if heads <= 8 else 16 if heads <= 16 else 32)), 1)
 
 
 def _distinct(draw: Draw, queries: int, tokens: int, topk: int, alike: bool = False) -> Tensor:
