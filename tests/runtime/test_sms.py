@@ -16,10 +16,21 @@ from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, torch_ops
 
 from plans_support import Seen, gpu
+from support import arguments
 
 H100 = resolve("H100")
 BUDGETED = {op.name: op for op in ops.all_ops().values() if op.budgeted}
-CUDA_ROWS = {"cluster": 1, "threads": 1024, "items": 8, "digit_bits": 12, "early": False}
+V32 = presets.preset("deepseek-v3.2")
+
+
+def guessed(name, backend, **sizes):
+    """The first config by judgement of a backend, which staying blocks may be a choice of."""
+    op = ops.get(name)
+    spec = op.specs(V32)[0]
+    sizes = op.sizes_type.from_dict({**op.workloads(spec)[0].sizes.to_dict(), **sizes})
+    return op.default_config(spec, sizes, H100, backend)
+
+
 STAYING = {
     # operation and backend: config, sizes, blocks on each SM
     "indexer_paged-gluon": (
@@ -32,12 +43,8 @@ STAYING = {
         {"batch": 64, "context": 65536},
         4,
     ),
-    "attention-cuda": (
-        Config.of("cuda", num_stages=4, turns=True, consumer_registers=224),
-        {"queries": 4096, "tokens": 8192},
-        1,
-    ),
-    "select-cuda": (Config.of("cuda", blocks_per_sm=1, persistent=True, **CUDA_ROWS), {"rows": 4096, "columns": 8192}, 1),
+    "attention-cuda": (guessed("attention", "cuda"), {"queries": 4096, "tokens": 8192}, 1),
+    "select-cuda": (guessed("select", "cuda", rows=4096, columns=32768), {"rows": 4096, "columns": 32768}, 1),
     "select-triton": (
         Config.of("triton", scheme="row", capacity=4096, block_n=4096, num_warps=8, sample=2048, splits=1),
         {"rows": 4096, "columns": 8192},
@@ -48,7 +55,7 @@ STAYING = {
 
 def blocks(op, config, sizes, sms=None):
     """Blocks of the first launch, on shapes alone."""
-    spec = op.specs(presets.preset("deepseek-v3.2"))[0]
+    spec = op.specs(V32)[0]
     inputs = op.inputs(spec, Case(op.sizes_type.from_dict({**op.workloads(spec)[0].sizes.to_dict(), **sizes})), Draw(0, "meta"))
     variant = Variant(op, spec, config, H100, {})
     variant = variant if sms is None else variant.within(sms)
@@ -134,3 +141,28 @@ def test_who_watches_operators_sees_the_call():
     with Seen() as seen:
         dsa.select(scores, ends, 64, sms=3)
     assert seen.names == ["dsa_codegen.select.default"]
+
+
+SMALL = {
+    "attention": {"queries": 200, "tokens": 3000},
+    "indexer_paged": {"batch": 5, "context": 3000},
+    "select": {"rows": 700, "columns": 5000},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STAYING)
+def test_few_sms_give_what_all_give(name):
+    """Blocks that stay go on to the next piece: more of them than where all SMs serve."""
+    op, (config, *_) = ops.get(name.split("-")[0]), STAYING[name]
+    spec = op.specs(V32)[0]
+    sizes = op.sizes_type.from_dict({**op.cases(spec)[0].sizes.to_dict(), **SMALL[op.name]})
+    inputs = op.inputs(spec, Case(sizes), Draw(4, "cuda"))
+    args = arguments(op, spec, inputs)
+    reference = op.reference(spec, inputs)
+    with dispatch.override(op, config):
+        for sms in (None, 3, 50):
+            for _ in range(2):  # the second is a plan's
+                found = dispatch.call(op, args, sms)
+                result = op.check(spec, inputs, found, reference)
+                assert result.passed, (sms, result.detail)
