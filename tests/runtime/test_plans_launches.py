@@ -12,6 +12,7 @@ from dsa_codegen import ops
 from dsa_codegen.errors import NoConfig
 from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.ops import select
+from dsa_codegen.ops.attention import AttentionSpec
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.runtime import dispatch, torch_ops
@@ -22,13 +23,17 @@ from support import H200, arguments
 pytestmark = [pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"), pytest.mark.usefixtures("fresh_dispatch")]
 
 
+SHARED = AttentionSpec(8, 576, 64, lengths=True, share=4)  # two launches, with workspaces between them
+
+
 def problems() -> list[Any]:
     """Every operation with its options, each with the configs by judgement of all its backends, and one that splits rows."""
     found = []
     for op in ops.all_ops().values():
         models = ("glm-5", "deepseek-v3.2") if op.name == "attention" else ("glm-5",)  # clusters are for 128 heads
         bases = [base for name in models for base in op.specs(presets.preset(name))]
-        for spec in dict.fromkeys(other for base in bases for other in op.options(base)):
+        specs = [other for base in bases for other in op.options(base)] + ([SHARED] if op.name == "attention" else [])
+        for spec in dict.fromkeys(specs):
             guesses = [config for case in op.cases(spec) for config in op.guesses(spec, case.sizes, H200)]
             for backend in op.backends:
                 with contextlib.suppress(NoConfig):  # this template does not serve the spec; another backend's does

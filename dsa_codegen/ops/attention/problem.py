@@ -156,7 +156,9 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
 
     def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
         plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
-        return (*plain, replace(plain[-1], max_logits=True))
+        share = sharing(spec.heads, SHARES[-1])
+        together = [replace(plain[-1], share=share)] if share > 1 else []
+        return (*plain, replace(plain[-1], max_logits=True), *together)
 
     def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
         sizes = ((4096, 32768), (4096, 131072), (512, 32768), (512, 131072))
