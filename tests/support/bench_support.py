@@ -25,7 +25,16 @@ PEERS = {
     "index": "DeepGEMM + fast_topk",
     "attention": "FlashMLA",
     "layer": "DeepGEMM + fast_topk + FlashMLA",
+    "engine": "DeepGEMM + fast_topk + FlashMLA",
 }
+PROLOGUE = "PyTorch (unfused)"
+
+
+def peer_of(stage: str) -> str:
+    """The peer that a made-up row is given."""
+    if stage.endswith("_prologue"):
+        return PROLOGUE
+    return PEERS["index" if stage.startswith("index_") else stage.split("_")[0]]
 
 
 def timing(microseconds: float) -> Timing:
@@ -50,7 +59,7 @@ def made_up_rows(cases: Sequence[BenchCase] | None = None, seed: int = 0) -> lis
     rows = []
     for number, each in enumerate(cases or all_cases()):
         ours = 2 + SHEET.limit_us(stage_of(each.stage).costs(each)) * draw.uniform(1.2, 2.5)
-        name = PEERS[each.stage.split("_")[0]] if not each.stage.startswith("index_") else PEERS["index"]
+        name = peer_of(each.stage)
         served = dict(each.shape).get("heads", 64) >= 32
         peers = {name: ours * draw.uniform(0.8, 2.6)} if served else {}
         if each.stage == "select":

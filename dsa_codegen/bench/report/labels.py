@@ -13,8 +13,8 @@ from ..cases import FP8_PRODUCTS, STAGES
 Row = Mapping[str, Any]
 
 TITLES = {
-    "index_prologue": "Indexer's prologue",
-    "latent_prologue": "Latents' prologue",
+    "index_prologue": "Indexer prologue",
+    "latent_prologue": "Latent prologue",
     "indexer_prefill": "Indexer, prefill",
     "indexer_decode": "Indexer, decode",
     "select": "Selection",
@@ -25,8 +25,8 @@ TITLES = {
     "attention_decode": "Sparse attention, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
-    "engine_prefill": "An engine's step, prefill",
-    "engine_decode": "An engine's step, decode",
+    "engine_prefill": "Engine step, prefill",
+    "engine_decode": "Engine step, decode",
     "attention_backward": "Sparse attention, backward",
     "indexer_backward": "Indexer, loss and gradients",
 }
