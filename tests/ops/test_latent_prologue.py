@@ -21,7 +21,6 @@ from support import H200, arguments, assert_compiles, assert_matches_reference, 
 V32, V4 = (OP.specs(presets.preset(name))[0] for name in ("tiny", "deepseek-v4-flash"))
 SPECS = [*OP.options(V32), V4, OP.options(V4)[1], LatentPrologueSpec("bf16", 448, "half_split", "latent", page=61)]
 SMALL = Config.of("triton", block_t=4, num_warps=4)
-BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
 
 @pytest.mark.parametrize("case", OP.cases(V32)[1:], ids=lambda case: case.id)
@@ -34,7 +33,7 @@ def test_matches_the_reference_with_options(interpreter, spec):
     assert_matches_reference(interpreter, OP, spec, SMALL, Case(LatentPrologueSizes(7), "repeated"))
 
 
-@pytest.mark.parametrize("spec", [*SPECS[1:4], SPECS[-1]], ids=lambda spec: spec.id)
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[-1]], ids=lambda spec: spec.id)
 def test_compiles_for_hopper(spec):
     assert_compiles(OP, spec, SMALL)
 
