@@ -55,7 +55,7 @@ def gathered_rows(local: Tensor, counts: Sequence[int], group: Any) -> Tensor:
         return gathered(local, group).flatten(0, 1)
     row = local.shape[1:]
     width = row.numel() * local.element_size()
-    if width and dist.get_backend(group) == "nccl":  # which has a collective of parts of any size
+    if width and min(counts) and dist.get_backend(group) == "nccl":  # which has a collective of parts of any size
         come = _gather_parts(_packed([local]), [count * width for count in counts], group)
         return come.view(local.dtype).view(-1, *row)
     parts = gathered(_padded(local, max(counts)), group)
