@@ -51,5 +51,5 @@ def test_the_indexer_learns_what_the_attention_looks_at(seed):
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["fitted recall"] >= 0.9 and found["recall after sparse training"] >= 0.9
-    assert found["untrained recall"] <= found["fitted recall"] / 2
+    assert found["untrained recall"] <= 0.5
     assert abs(found["sparse loss"] - found["dense loss"]) <= 0.05

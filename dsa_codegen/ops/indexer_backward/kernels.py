@@ -24,7 +24,8 @@ _ROW = 1024
 _SPLITS = 8  # 64 tiles of 128 tokens fill half of an H100
 
 # 4096 queries of 8K, 128 heads and 64 of the indexer, on an H200: 11.8 ms over whole windows (scores 8.1, the indexer's queries
-# 1.7, its keys 1.8), 5.7 over 2048 chosen tokens. The queries' gradients on 8 warps: 4.2.
+# 1.7, its keys 1.8), 5.7 over 2048 chosen tokens. The queries' gradients took 4.2 on 8 warps, and on 4 spilled 168 bytes; since
+# they sum up the weights' gradient step by step they spill 24, which nobody has timed.
 _MANY = Config.of(
     "triton",
     **{"score_n": 128, "score_d": 32, "score_stages": 4, "score_warps": 8},
