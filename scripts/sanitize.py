@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from dsa_codegen import ops, paths  # noqa: E402
 from dsa_codegen.command import verification  # noqa: E402
 from dsa_codegen.gpu import Gpu, resolve  # noqa: E402
@@ -121,6 +123,7 @@ def cases_of(subject: verification.Subject, tool: str) -> Sequence[Case]:
 
 def run_piece(piece: Piece, preset_name: str, gpu: Gpu) -> None:
     """The child's work: verify the cases of its share."""
+    torch.zeros(1, device="cuda")  # makes the context, which a driver asked before it would report to be missing
     cases = 0
     for subject in of(sources(preset_name, gpu), piece.op, piece.backend)[piece.share :: piece.shares]:
         op, spec, config = subject.op, subject.spec, subject.config

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = os.pathsep.join([str(ROOT), *sys.path])  # compilers may lie anywhere
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -26,7 +27,7 @@ def skip_without_what_it_shows(path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path):
     skip_without_what_it_shows(path)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PACKAGES}
     shown = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=300)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout
@@ -37,7 +38,13 @@ def test_an_example_runs(path):
 def test_an_example_runs_on_a_gpu(path):
     skip_without_what_it_shows(path)
     arguments = [sys.executable, path, "tiny", "cuda"]
-    shown = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
+    shown = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+        timeout=600,
+    )
     assert shown.returncode == 0, shown.stderr
 
 
@@ -47,7 +54,13 @@ def test_an_example_runs_on_a_gpu(path):
 def test_the_indexer_learns_what_the_attention_looks_at(seed):
     """The fitted indexer finds the mass that the untrained one does not; sparse loses nothing on dense."""
     arguments = [sys.executable, ROOT / "examples/train_indexer.py", "small", "cuda", "--seed", str(seed)]
-    shown = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
+    shown = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+        timeout=600,
+    )
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["fitted recall"] >= 0.9 and found["recall after sparse training"] >= 0.9

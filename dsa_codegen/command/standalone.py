@@ -1,4 +1,4 @@
-"""Launch the kernels of this folder by themselves: with Triton or TileLang and torch, without the package that generated them.
+"""Launch the kernels of this folder by themselves: with Triton, TileLang or nvcc and torch, without the package that made them.
 
     python launch.py              what is here
     python launch.py MODULE       a small call of the module, with random arguments; on the CPU with TRITON_INTERPRET=1
@@ -10,10 +10,14 @@ gets wrong of bf16 and FP8.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,8 @@ def load(name: str) -> Any:
 def kernels(name: str) -> dict[str, Kernel]:
     """The kernels of a module by name, each to be called with its grid and its arguments in order."""
     module = load(name)
+    if hasattr(module, "SOURCE"):
+        return {kernel: _cuda(module, kernel) for kernel in module.KERNELS}
     if hasattr(module, "KERNELS"):
         return {kernel: _tilelang(module, kernel) for kernel in module.KERNELS}
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,6 +86,78 @@ def compile_kernel(module: Any, kernel: str, target: Any) -> Any:
     kind = GluonASTSource if hasattr(module, "gluon") else ASTSource
     source = kind(getattr(module, kernel), signature, {}, {(place,): [["tt.divisibility", 16]] for place in aligned})
     return triton.compile(source, target=target, options=module.OPTIONS[kernel])
+
+
+_C_TYPES = {
+    "ptr": ctypes.c_void_p,
+    "i32": ctypes.c_int32,
+    "u32": ctypes.c_uint32,
+    "i64": ctypes.c_int64,
+    "u64": ctypes.c_uint64,
+    "f32": ctypes.c_float,
+    "f64": ctypes.c_double,
+}
+_MAX_SHARED_MEMORY, _NON_PORTABLE_CLUSTER = 8, 14  # CU_FUNC_ATTRIBUTE_ of cuda.h
+_CLUSTER, _OVERLAP = 4, 6  # CU_LAUNCH_ATTRIBUTE_
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),  # of the grid, of a block, of its shared memory
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def _done(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA's driver says {code}")
+
+
+def _cubin(source: str, arch: str) -> bytes:
+    """The machine code of CUDA C++, by the nvcc of CUDA_HOME or of the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        text, binary = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
+        text.write_text(source)
+        code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
+        subprocess.run([nvcc, "-cubin", "-std=c++17", "-O3", code, "-o", binary, text], check=True)
+        return binary.read_bytes()
+
+
+def _cuda(module: Any, kernel: str) -> Kernel:
+    facts, library = module.KERNELS[kernel], ctypes.CDLL("libcuda.so.1")
+    torch.zeros(1, device="cuda")  # makes the context
+    major, minor = torch.cuda.get_device_capability()
+    loaded, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _done(
+        library.cuModuleLoadData(ctypes.byref(loaded), _cubin(module.SOURCE, f"sm_{major}{minor}{'a' if major >= 9 else ''}"))
+    )
+    _done(library.cuModuleGetFunction(ctypes.byref(function), loaded, kernel.encode()))
+    _done(library.cuFuncSetAttribute(function, ctypes.c_int(_MAX_SHARED_MEMORY), ctypes.c_int(facts["smem"])))
+    if facts["cluster"] > 8:
+        _done(library.cuFuncSetAttribute(function, ctypes.c_int(_NON_PORTABLE_CLUSTER), ctypes.c_int(1)))
+    attributes = [_Attribute(_CLUSTER, 0, (ctypes.c_uint * 16)(facts["cluster"], 1, 1))] if facts["cluster"] > 1 else []
+    attributes += [_Attribute(_OVERLAP, 0, (ctypes.c_uint * 16)(1))] if facts["pdl"] else []
+    stated = (_Attribute * len(attributes))(*attributes)
+
+    def launch(grid: Sequence[int], args: Sequence[Any]) -> None:
+        given = (value.data_ptr() if isinstance(value, torch.Tensor) else value for value in args)
+        values = [_C_TYPES[kind](value) for kind, value in zip(facts["args"], given, strict=True)]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        sizes = (ctypes.c_uint * 7)(*grid, facts["threads"], 1, 1, facts["smem"])
+        config = _Launch(sizes, torch.cuda.current_stream().cuda_stream, stated, len(attributes))
+        _done(library.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
+
+    return launch
 
 
 def _compiled(kernel: Any) -> Kernel:

@@ -11,11 +11,13 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
+from dsa_codegen.command import standalone
 from dsa_codegen.errors import BuildError, ToolMissing
 from dsa_codegen.kernels import backends
 from dsa_codegen.kernels.backends import cuda, driver, nvcc
@@ -236,3 +238,24 @@ def test_threads_do_not_share_what_they_hand_over(written):
     assert frames[0] is frames[1]
     assert frames[2] is not frames[0]
     assert ctypes.addressof(frames[2].buffer) != ctypes.addressof(frames[0].buffer)
+
+
+def test_a_generated_module_launches_by_itself(written, library, monkeypatch):
+    """As the launcher beside it does, which has no package to lean on."""
+    written.expect([8, 8, 4, 4])
+    monkeypatch.setattr(standalone, "_cubin", lambda source, arch: b"\x05" if arch == "sm_90a" else b"")
+    cdll = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: cdll(str(library) if name == "libcuda.so.1" else name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: zeros(*shape))
+    facts = {"args": ("ptr", "ptr", "i32", "f32"), "threads": 384, "smem": 200000, "cluster": 16, "pdl": True}
+    module = SimpleNamespace(SOURCE="", KERNELS={"attention": facts})
+    given = torch.ones(3)
+    standalone._cuda(module, "attention")((4, 2, 1), [given, 0, -5, 0.5])
+    head, arguments = written.launch()
+    assert head[:7] == (4, 2, 1, 384, 200000, 2, 77)
+    assert struct.unpack_from("QQi4xf", arguments) == (given.data_ptr(), 0, -5, 0.5)
+    assert (written.number("cluster"), written.number("overlaps")) == (16, 1)
+    assert written.allowed() == {8: 200000, 14: 1}
