@@ -71,13 +71,12 @@ def check(code: int, what: str) -> None:
 
 def load_module(cubin: bytes) -> c_void_p:
     """The machine code on the current device; it stays for the life of the process, as launches may be captured in graphs."""
-    torch.cuda.current_device()  # torch makes the context
-    loaded = c_void_p()
-    code = library().cuModuleLoadData(ctypes.byref(loaded), cubin)
-    if code == _INVALID_CONTEXT:
-        _enter_context(torch.cuda.current_device())
-        code = library().cuModuleLoadData(ctypes.byref(loaded), cubin)
-    check(code, "to load the machine code")
+    device = torch.cuda.current_device()
+    context, loaded = c_void_p(), c_void_p()
+    library().cuCtxGetCurrent(ctypes.byref(context))
+    if not context.value:  # torch makes the device's context current in a thread once that needs it
+        _enter_context(device)
+    check(library().cuModuleLoadData(ctypes.byref(loaded), cubin), "to load the machine code")
     return loaded
 
 
