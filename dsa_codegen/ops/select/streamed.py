@@ -40,9 +40,7 @@ def guesses(sizes: SelectSizes) -> Iterator[Config]:
     if not 32768 < columns <= REACH:
         return
     # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
-    cluster = 2 if rows <= 64 else 1
-    threads, items = (1024, 16) if rows <= 256 else (512, 32)
-    yield _config(cluster=cluster, threads=threads, items=items, blocks_per_sm=1, stages=2)
+    yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2)
     yield _config(cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3)  # what a larger pool leaves room for
 
 
