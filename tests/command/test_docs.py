@@ -128,4 +128,4 @@ def test_refresh_without_a_gpu_says_what_is_left(tmp_path):
     dropped = cli("tune", "--refresh", "--op", "select", "--folder", str(tmp_path), "--drop-stale", "--json")
     assert dropped.returncode == 0, dropped.stderr
     assert {row["fate"] for row in json.loads(dropped.stdout)} == {"dropped"}
-    assert not path.exists() and (tmp_path / "h100" / "indexer.json").exists()
+    assert not path.exists() and (tmp_path / "h100" / "quantize.json").exists()
