@@ -110,7 +110,7 @@ def test_the_list_fits_a_narrow_terminal(tmp_path):
     assert {row["backend"] for row in rows} <= words
     assert {f"{name}={value}" for row in rows for name, value in row["config"].items()} <= words
     assert [line.strip() for line in shown if line.startswith("  ") and line[2] != " "] == sorted(SHIPPED)
-    assert len(shown) < 4 * len(rows)
+    assert len(shown) < 4 * len(rows) + 20  # a line or two a record, and the groups' heads
 
 
 def test_the_list_says_which_record_serves(tmp_path):
