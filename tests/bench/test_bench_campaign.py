@@ -81,6 +81,7 @@ def test_peers_are_timed_though_ours_fails(campaign, monkeypatch):
     assert row["peers"] == {"fast": 10.0, "crashing": 10.0} and row["ratio"] is None
 
 
+@pytest.mark.slow
 def test_who_crashes_again_and_again_is_left_out_of_a_stage(campaign):
     others = [case("indexer_prefill", "causal", {**dict(SMALL.shape), "context": context}) for context in (80, 96)]
     with pytest.MonkeyPatch.context() as patch:
