@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SHELL = re.compile(r"```(?:sh|bash|shell|console)\n(.*?)```", re.DOTALL)
 YAML = re.compile(r"```yaml\n# (\S+)\n(.*?)```", re.DOTALL)
+HERE = re.compile(r"^cat > (\S+) <<'END'\n(.*?)^END\n", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^ *```(\w+)", re.MULTILINE)
 
 INSTALLS = "installs 3 GB: tests/command/test_install.py resolves it on the public index"
@@ -28,6 +29,7 @@ ELSEWHERE = {
     r"python scripts/sanitize\.py": "needs a GPU and compute-sanitizer",
     r"git add .*": "commits",
     r"python cli\.py verify --(preset deepseek-v3\.2|spec my-model\.yaml)": "minutes of interpreter; that of tiny runs",
+    r"python cli\.py tune --gpu auto .*": "for the GPU that serves; for one that is named it runs",
     r"python cli\.py tune .*--backend cuda.*": "a minute of nvcc; tests/tune/test_tune_search.py restricts a search",
     r"python cli\.py report --compare .*": "compares two runs on a GPU; tests/bench/test_bench_comparison.py",
     r"\(cd generated && python launch\.py .*": "a name that generate makes up; tests/command/test_generate.py launches",
@@ -41,7 +43,7 @@ LATER = {"report": (), "": ("matplotlib", "pytest", "xdist", "mypy", "ruff", "uv
 
 def lines(page: str) -> list[str]:
     """The commands of a page, continued lines joined, remarks cut off."""
-    text = "".join(SHELL.findall((ROOT / page).read_text())).replace("\\\n", " ")
+    text = HERE.sub("", "".join(SHELL.findall((ROOT / page).read_text()))).replace("\\\n", " ")
     return [line for each in text.splitlines() if (line := re.sub(r" +#.*", "", each).strip())]
 
 
@@ -66,7 +68,8 @@ def folder(tmp_path) -> Path:
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     for page in PAGES:
-        for name, text in YAML.findall((ROOT / page).read_text()):
+        content = (ROOT / page).read_text()
+        for name, text in (*YAML.findall(content), *HERE.findall(content)):
             (tmp_path / name).write_text(text)
     return tmp_path
 
