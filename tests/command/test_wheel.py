@@ -56,7 +56,7 @@ def check(python: Path, command: Path, folder: Path, **environment: str) -> None
 
     facts, listed = run(python, "-c", INSIDE).split("\n", 1)
     told = json.loads(facts)
-    assert told["origin"] == "tuned"
+    assert told["origin"] in ("tuned", "borrowed"), "no record of the wheel serves"
     assert Path(told["templates"]).is_relative_to(Path(told["package"]).parent)
     assert not Path(told["package"]).is_relative_to(ROOT)
     shipped = [json.loads(path.read_text())["records"] for path in (ROOT / "tuned" / "h100").glob("*.json")]
