@@ -14,7 +14,7 @@ from .errors import InputError
 from .problem import checks
 from .problem.caches import kv_layout
 from .problem.paged import check_cache
-from .problem.presets import NO_CACHE, Model
+from .problem.presets import MLA, NO_CACHE, Model
 from .runtime import dispatch
 from .runtime.serving import Limits, calls
 
@@ -42,6 +42,8 @@ class Layer:
     def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES, *, parallel: Alone | None = None) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
+        if model.attention != MLA:
+            raise InputError("model", f"attention {model.attention!r}", 'attention "mla": a layer has one latent per token')
         if model.index_scores != "fp8":
             other = 'index_scores "fp8": a layer quantises; index_select(…, scores="bf16") does not'
             raise InputError("model", f"index_scores {model.index_scores!r}", other)

@@ -21,6 +21,11 @@ NO_CACHE = "none"
 SCORES = ("weighted_relu", "relu_bias")
 PRECISIONS = ("fp8", "bf16")
 """What an indexer scores: e4m3 with scales, or its queries and keys as they are."""
+MLA, GQA = "mla", "gqa"
+PLAIN_CACHE = "bf16"
+"""The layout of pages of keys and values as they are, which grouped-query attention reads."""
+BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Of how many tokens an entry of a list may stand for."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,21 @@ class Model(Value):
     """Whether a learned sink logit per head joins the softmax."""
     index_scores: str = "fp8"
     """What the indexer multiplies: "fp8", or "bf16" where nothing is quantised."""
+    attention: str = "mla"
+    """ "mla": one latent per token is key and value of all heads; "gqa": several KV heads, keys and values apart."""
+    kv_heads: int = 1
+    """KV heads of grouped-query attention; d_nope + d_rope are the channels of each of their keys, and of their values."""
+    block: int = 1
+    """Tokens that an entry of a list stands for: a query of "gqa" attends to topk / block blocks of neighbouring tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_in("attention", (MLA, GQA))
+        if self.attention == GQA:
+            self._require_groups()
+            return
+        self.require_in("kv_heads", (1,))
+        self.require_in("block", (1,))
         self.require_range("heads", 1, 128)
         self.require_in("d_nope", (448, 512))
         self.require_in("d_rope", (0, 64))
@@ -63,6 +80,25 @@ class Model(Value):
         self.require_in("score", SCORES)
         self.require_in("index_scores", PRECISIONS)
         self._require_channels()
+
+    def _require_groups(self) -> None:
+        """What grouped-query attention serves. Its indexer is the model's own: no kernel here makes scores of blocks."""
+        self.require_range("heads", 1, 128)
+        self.require_range("kv_heads", 1, self.heads)
+        if self.heads % self.kv_heads:
+            raise SpecError("Model.kv_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+        self.require_range("d_rope", 0, 256)
+        self.require_range("d_nope", 0, 256)
+        if self.d_nope + self.d_rope not in range(16, 257, 16):
+            raise SpecError("Model.d_nope", self.d_nope, "with d_rope 16 to 256 in steps of 16, the channels of a key")
+        self.require_range("index_heads", 1, 64)
+        self.require_range("index_head_dim", 16, 256)
+        self.require_in("block", BLOCKS)
+        self.require_range("topk", self.block, 1 << 20, self.block)
+        self.require_in("kv_layout", (PLAIN_CACHE, NO_CACHE))
+        self.require_range("page", 1, 1024)
+        self.require_in("score", SCORES)
+        self.require_in("index_scores", PRECISIONS)
 
     def _require_channels(self) -> None:
         """Fields that are possible one by one and contradict each other together are refused here, not at the first call."""

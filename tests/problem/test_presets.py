@@ -97,12 +97,41 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
         Layer(model).decode(*[torch.zeros(1)] * 7, 1)
 
 
+GROUPS = {"attention": "gqa", "heads": 64, "kv_heads": 4, "d_nope": 64, "d_rope": 64, "kv_layout": "bf16", "index_heads": 4}
+GROUPS |= {"topk": 2048, "block": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_heads": 3}, "Model.kv_heads = 3 is not possible; allowed: a divisor of 64 heads"),
+        ({"d_nope": 60}, "with d_rope 16 to 256 in steps of 16"),
+        ({"block": 48}, "Model.block = 48"),
+        ({"topk": 2000}, "128 to 1048576 in steps of 128"),
+        ({"kv_layout": "v32"}, "Model.kv_layout = 'v32' is not possible; allowed: bf16, none"),
+        ({"attention": "mha"}, "allowed: mla, gqa"),
+        ({"attention": "mla"}, "Model.kv_heads = 4 is not possible; allowed: 1"),
+    ],
+    ids=str,
+)
+def test_fields_of_grouped_queries_are_refused_by_name(changes, words, tmp_path):
+    with pytest.raises(SpecError, match=re.escape(words)):
+        presets.load(written(tmp_path, **{**GROUPS, **changes}))
+
+
+def test_a_model_of_grouped_queries_has_no_layer_of_latents(tmp_path):
+    model = presets.load(written(tmp_path, **GROUPS))
+    assert not [name for name, op in ops.all_ops().items() if "gqa" not in name and name != "select" and op.specs(model)]
+    with pytest.raises(InputError, match="attention 'gqa'"):
+        Layer(model)
+
+
 @pytest.mark.parametrize("text", ["heads: 32", "'heads': 32", "name: tiny"])
 def test_a_field_that_is_stated_twice_is_refused(text, tmp_path):
     path = written(tmp_path)
     again = path.read_text() + f"\n{text}\n"
     path.write_text(again)
-    with pytest.raises(SpecError, match=r"(heads|name) is stated in line \d+ and again in line 13"):
+    with pytest.raises(SpecError, match=r"(heads|name) is stated in line \d+ and again in line \d+"):
         presets.load(path)
 
 

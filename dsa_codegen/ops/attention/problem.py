@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import checks
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 from ..logits import exact
@@ -83,6 +83,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     minor = frozenset({"lengths", "sink", "max_logits"})
 
     def specs(self, model: Model) -> Sequence[AttentionSpec]:
+        if model.attention != MLA:
+            return ()
         return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:

@@ -15,7 +15,7 @@ import torch
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.values import Spec
 from ..attention import OP as FORWARD
 from ..attention.problem import D_V, AttentionSizes, AttentionSpec
@@ -67,6 +67,8 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
     training: ClassVar[bool] = True
 
     def specs(self, model: Model) -> Sequence[AttentionBackwardSpec]:
+        if model.attention != MLA:
+            return ()
         return (AttentionBackwardSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
 
     def repeatable(self, spec: AttentionBackwardSpec) -> bool:

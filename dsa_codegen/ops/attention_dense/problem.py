@@ -15,7 +15,7 @@ import torch
 from ...problem import checks
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.values import Spec
 from ..attended import attended, check_scale, compare_attended
 from ..attention.problem import D_V, AttentionSizes
@@ -54,6 +54,8 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
     training: ClassVar[bool] = True
 
     def specs(self, model: Model) -> Sequence[AttentionDenseSpec]:
+        if model.attention != MLA:
+            return ()
         return (AttentionDenseSpec(model.heads, model.d_nope + model.d_rope, model.attn_sink),)
 
     def bind(self, *args: Any) -> tuple[AttentionDenseSpec, AttentionDenseSizes, Inputs]:

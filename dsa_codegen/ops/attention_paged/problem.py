@@ -25,7 +25,7 @@ from ...problem.caches import KvLayout, KvV4Layout, KvV32Layout, kv_layout, toke
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.paged import check_cache
-from ...problem.presets import KV_LAYOUTS, NO_CACHE, Model
+from ...problem.presets import KV_LAYOUTS, MLA, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
@@ -98,6 +98,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     minor = frozenset({"lengths", "sink", "page", "extra_page", "extra_lengths"})
 
     def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
+        if model.attention != MLA:
+            return ()
         if model.kv_layout == NO_CACHE:
             return ()
         return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, sink=model.attn_sink),)

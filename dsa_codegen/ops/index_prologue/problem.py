@@ -21,7 +21,7 @@ from ...problem import checks, compare, paged
 from ...problem.caches import IndexKLayout, last_of_each, tokens_of, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Spec
 from .. import rotated
@@ -98,6 +98,8 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
     minor = frozenset({"d_rope", "rotary", "rope_first", "norm", "weights", "power_of_two", "page", "slots"})
 
     def specs(self, model: Model) -> Sequence[IndexPrologueSpec]:
+        if model.attention != MLA:
+            return ()
         head_dim = model.index_head_dim
         return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=min(head_dim, 64), page=model.page),)
 

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import PRECISIONS, SCORES, Model
+from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.values import Sizes, Spec
 from ..logits import LOGITS, empty_logits, exact
 
@@ -75,6 +75,8 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     minor = frozenset({"clean", "score", "compressed"})
 
     def specs(self, model: Model) -> Sequence[IndexerSpec]:
+        if model.attention != MLA:
+            return ()
         return (IndexerSpec(model.index_heads, model.index_head_dim, model.score, scores=model.index_scores),)
 
     def bind(self, *args: Any) -> tuple[IndexerSpec, IndexerSizes, Inputs]:

@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import SCORES, Model
+from ...problem.presets import MLA, SCORES, Model
 from ...problem.values import Spec
 from ..attended import check_scale
 from ..attention import OP as FORWARD
@@ -81,6 +81,8 @@ class IndexerBackwardProblem(Problem[IndexerBackwardSpec, IndexerBackwardSizes])
     training: ClassVar[bool] = True
 
     def specs(self, model: Model) -> Sequence[IndexerBackwardSpec]:
+        if model.attention != MLA:
+            return ()
         shape = model.heads, model.d_nope + model.d_rope, model.index_heads, model.index_head_dim
         return tuple(IndexerBackwardSpec(*shape, topk, model.score) for topk in (model.topk, WHOLE_ROW))
 

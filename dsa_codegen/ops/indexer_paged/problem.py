@@ -20,7 +20,7 @@ from ...problem.caches import IndexKLayout, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.paged import check_cache, check_plain_cache
-from ...problem.presets import PRECISIONS, SCORES, Model
+from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from ..logits import LOGITS, empty_logits, exact
@@ -85,6 +85,8 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     minor = frozenset({"clean", "score", "page"})
 
     def specs(self, model: Model) -> Sequence[IndexerPagedSpec]:
+        if model.attention != MLA:
+            return ()
         shape = model.index_heads, model.index_head_dim
         plain = IndexerPagedSpec(*shape, page=model.page, score=model.score, scores=model.index_scores)
         return (plain, replace(plain, next_n=2))

@@ -20,7 +20,7 @@ from ...problem import checks, compare, paged
 from ...problem.caches import KvV4Layout, KvV32Layout, last_of_each, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import KV_LAYOUTS, NO_CACHE, Model
+from ...problem.presets import KV_LAYOUTS, MLA, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Spec
 from .. import rotated
@@ -95,6 +95,8 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
     minor = frozenset({"rotary", "norm", "norm_weight", "power_of_two", "page", "slots"})
 
     def specs(self, model: Model) -> Sequence[LatentPrologueSpec]:
+        if model.attention != MLA:
+            return ()
         if model.kv_layout == NO_CACHE:
             return (LatentPrologueSpec(PLAIN, model.d_nope, norm="nope", page=model.page),)
         v4 = model.kv_layout == "v4"

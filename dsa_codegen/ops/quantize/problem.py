@@ -16,7 +16,7 @@ import torch
 from ...problem import checks, quantization
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.values import Spec
 from ..rows import RowSizes, check_rows, draw_rows, same_bytes
 
@@ -63,6 +63,8 @@ class QuantizeProblem(Problem[QuantizeSpec, QuantizeSizes]):
     minor = frozenset({"power_of_two", "weights"})
 
     def specs(self, model: Model) -> Sequence[QuantizeSpec]:
+        if model.attention != MLA:
+            return ()
         return (QuantizeSpec(model.index_head_dim, model.index_heads, "fp32"), QuantizeSpec(model.index_head_dim))
 
     def bind(self, *args: Any) -> tuple[QuantizeSpec, QuantizeSizes, Inputs]:

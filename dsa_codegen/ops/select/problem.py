@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import Model
+from ...problem.presets import MLA, Model
 from ...problem.values import Sizes, Spec
 
 SCORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,6 +85,8 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
 
     def specs(self, model: Model) -> Sequence[SelectSpec]:
+        if model.attention != MLA:
+            return ()
         return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
 
     def bind(self, *args: Any) -> tuple[SelectSpec, SelectSizes, Inputs]:
