@@ -2,8 +2,8 @@
 
     python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--jobs 12] [--seconds 120]
 
-Everything is built first, without the tool. A piece is a few rendered sources of one operation and backend in a process of its
-own, whose cases are verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
+Everything is built first, without the tool. A piece is a few cases of one operation and backend in a process of its
+own, verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
 looked at, torch's are not. What the small model has no use for (attention in CUDA C++ takes 128 heads) is checked on the same
 model with 128 heads. synccheck and racecheck look at barriers and shared memory, memcheck at every address, every tensor in an
 allocation of its own.
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import operator
 import os
 import re
 import subprocess
@@ -41,7 +43,7 @@ from dsa_codegen.problem.presets import Model, preset  # noqa: E402
 from dsa_codegen.proof.verify import verify  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck")  # the slowest first: no long piece is left when the others are done
-TOGETHER = 8  # sources of a piece: the start of a process takes about as long as checking them
+TOGETHER = {"memcheck": 20, "racecheck": 40, "synccheck": 40}  # cases of a piece, about as long as the start of a process
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
 _RACE = re.compile(r"Race reported between .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r" in (\w+\.py):(\d+)")
@@ -60,7 +62,7 @@ off the PTX.
 
 @dataclass(frozen=True)
 class Piece:
-    """What one process checks with one tool: a share of the sources of an operation and backend."""
+    """What one process checks with one tool: a share of the cases of an operation and backend."""
 
     tool: str
     op: str
@@ -108,7 +110,7 @@ def pieces(
         for op, backend in sorted({(subject.op.name, subject.config.backend) for subject in subjects}):
             if (names and op not in names) or (backends and backend not in backends):
                 continue
-            shares = -(-len(of(subjects, op, backend)) // TOGETHER)
+            shares = -(-len(all_cases(of(subjects, op, backend), tool)) // TOGETHER[tool])
             found += [Piece(tool, op, backend, share, shares) for share in range(shares)]
     return found
 
@@ -121,19 +123,23 @@ def cases_of(subject: verification.Subject, tool: str) -> Sequence[Case]:
     return list(dict.fromkeys(op.within_reach(spec, config, case) for case in op.cases(spec)))
 
 
+def all_cases(subjects: Iterable[verification.Subject], tool: str) -> list[tuple[verification.Subject, Case]]:
+    """The cases of all these sources; every so many-th is a share, so that the long ones of a source fall to several."""
+    return [(subject, case) for subject in subjects for case in cases_of(subject, tool)]
+
+
 def run_piece(piece: Piece, preset_name: str, gpu: Gpu) -> None:
     """The child's work: verify the cases of its share."""
     torch.zeros(1, device="cuda")  # makes the context, which a driver asked before it would report to be missing
-    cases = 0
-    for subject in of(sources(preset_name, gpu), piece.op, piece.backend)[piece.share :: piece.shares]:
+    found = all_cases(of(sources(preset_name, gpu), piece.op, piece.backend), piece.tool)[piece.share :: piece.shares]
+    for subject, together in itertools.groupby(found, key=operator.itemgetter(0)):
         op, spec, config = subject.op, subject.spec, subject.config
         variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
-        for case in cases_of(subject, piece.tool):
+        for _, case in together:
             accuracy = verify(variant, case, "cuda")
             if not accuracy.passed:
                 raise SystemExit(f"{op.name} {spec.id} {config} {case.id}: {accuracy.detail}")
-            cases += 1
-    print(f"verified {cases} cases")
+    print(f"verified {len(found)} cases")
 
 
 def kernels_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> set[str]:

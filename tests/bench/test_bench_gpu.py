@@ -21,7 +21,9 @@ QUICK = Policy(rounds=3, warmup_ms=1.0)
 _INDEX = {"heads": 64, "head_dim": 128}
 _PAGED = {"batch": 2, "next_n": 1, "context": 4096, "page": 64}
 _K = {"k": 2048}
-CASES = [
+CASES = [  # the longest first: with several processes they are begun first
+    case("layer_prefill", "real", {"queries": 128, "context": 8192, "heads": 128, "head_dim": 576, **_K}),
+    case("layer_decode", "real", {**_PAGED, "heads": 64, "head_dim": 576, **_K}),
     case("indexer_prefill", "causal", {"queries": 128, "context": 4096, **_INDEX}),
     case("indexer_decode", "full", {**_PAGED, **_INDEX}),
     case("indexer_decode", "full", {**_PAGED, **_INDEX, "next_n": 3}),
@@ -40,8 +42,6 @@ CASES = [
     case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 512, "k": 512}),
     case("attention_backward", "causal", {"queries": 256, "context": 512, "heads": 64, "head_dim": 576, "k": 128}),
     case("indexer_backward", "whole windows", {"queries": 256, "context": 512, "heads": 128, "head_dim": 576}),
-    case("layer_prefill", "real", {"queries": 128, "context": 8192, "heads": 128, "head_dim": 576, **_K}),
-    case("layer_decode", "real", {**_PAGED, "heads": 64, "head_dim": 576, **_K}),
 ]
 
 

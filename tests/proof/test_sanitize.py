@@ -24,19 +24,32 @@ def sanitize():
     del sys.modules["sanitize"]
 
 
-SUBJECTS = [SimpleNamespace(op=SimpleNamespace(name=op), config=SimpleNamespace(backend=backend)) for op, backend in KINDS]
+CASES = 30  # of a source
 
 
-def test_every_source_lies_in_one_piece_of_every_tool(sanitize):
+def subject(op, backend):
+    """What the script asks of a source."""
+    cases = list(range(CASES))
+    named = SimpleNamespace(name=op, cases_for=lambda *_: cases, cases=lambda _: cases, within_reach=lambda *each: each[-1])
+    return SimpleNamespace(op=named, spec=None, config=SimpleNamespace(backend=backend))
+
+
+SUBJECTS = [subject(op, backend) for op, backend in KINDS]
+
+
+def test_every_case_lies_in_one_piece_of_every_tool(sanitize):
     for tool in sanitize.TOOLS:
         found = [piece for piece in sanitize.pieces(SUBJECTS, sanitize.TOOLS, (), ()) if piece.tool == tool]
-        shares = [sanitize.of(SUBJECTS, piece.op, piece.backend)[piece.share :: piece.shares] for piece in found]
-        assert sorted(id(subject) for share in shares for subject in share) == sorted(map(id, SUBJECTS))
+        mine = [sanitize.all_cases(sanitize.of(SUBJECTS, piece.op, piece.backend), tool) for piece in found]
+        shares = [cases[piece.share :: piece.shares] for cases, piece in zip(mine, found, strict=True)]
+        told = [(id(source), case) for share in shares for source, case in share]
+        assert sorted(told) == sorted((id(source), case) for source in SUBJECTS for case in range(CASES))
+        assert max(map(len, shares)) <= sanitize.TOGETHER[tool]
 
 
 def test_pieces_may_be_chosen(sanitize):
     found = sanitize.pieces(SUBJECTS, ["racecheck"], ["select"], ["triton"])
-    assert [piece.name for piece in found] == ["racecheck-select-triton-1of1"]
+    assert [piece.name for piece in found] == [f"racecheck-select-triton-{share}of3" for share in (1, 2, 3)]
 
 
 RACES = """========= Error: Race reported between Read access at k+0x100 in m.py:1

@@ -32,7 +32,7 @@ class TileLangBackward(Peer):
     def available(self) -> str | None:
         folder = peer_folder()
         if folder is None or not (folder / FILE).is_file():
-            return f"--peer-folder names no folder with {FILE}"
+            return f"--peer-folder has no {FILE}"
         found = _example(str(folder))
         return needs_gpu(90) or (found if isinstance(found, str) else None)
 
