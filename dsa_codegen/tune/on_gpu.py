@@ -25,7 +25,7 @@ FINAL_SECONDS = 90.0
 GATE_SECONDS = 90.0
 _IDLE_SECONDS = 0.005
 # After these the process's CUDA context is of no use; other errors (too many resources, out of memory) leave it whole.
-_POISONED = re.compile(r"illegal|misaligned|launch failure|device-side assert|CUDA error|CUDA_ERROR", re.IGNORECASE)
+POISONED = re.compile(r"illegal|misaligned|launch failure|device-side assert|CUDA error|CUDA_ERROR", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class GpuEvaluator(Evaluator):
             failure = Outcome(Kind.WORKER_DIED, detail=str(error))
         except JobFailed as error:
             failure = Outcome(Kind.LAUNCH_ERROR, detail=f"{error.kind}: {error.message}"[:500])
-            if _POISONED.search(error.message):
+            if POISONED.search(error.message):
                 self._worker.kill()
         if not self._worker.alive:
             self._at_hand = None
