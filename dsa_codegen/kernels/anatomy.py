@@ -120,7 +120,10 @@ def read(listing: str) -> dict[str, Anatomy]:
 
 
 def _functions(listing: str) -> Iterator[tuple[str, list[_Instruction], dict[str, int]]]:
-    name, instructions, labels, waiting = "", [], {}, []
+    name = ""
+    instructions: list[_Instruction] = []
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
     for line in listing.splitlines():
         section = _SECTION.match(line)
         if section or line.startswith("//---"):

@@ -51,7 +51,7 @@ _loaded: OrderedDict[str, Mapping[str, backends.Launchable]] = OrderedDict()
 def prepare(problem: Problem, backend: str) -> None:
     """Draw the inputs of a problem and compute its reference, unless they are still here; import the backend's compiler."""
     backends.get(backend)
-    _prepared(problem)
+    prepared_for(problem)
 
 
 def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outcome:
@@ -60,7 +60,7 @@ def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outco
     if not gated.ok:
         return gated
     accuracy, smem = gated.accuracy, gated.smem
-    variant, sets = _variant(problem, entrant), _prepared(problem).sets
+    variant, sets = variant_of(problem, entrant), prepared_for(problem).sets
     (probe,) = measure([variant], sets, PROBE)
     if best_us is not None and probe.timing.median > DOMINATED * best_us:
         return Outcome(Kind.OK, probe.timing, probe.policy, accuracy, smem, dominated=True)
@@ -71,7 +71,7 @@ def evaluate(problem: Problem, entrant: Entrant, best_us: float | None) -> Outco
 
 def gate(problem: Problem, entrant: Entrant) -> Outcome:
     """Whether the candidate is right on the operation's cases and on the workload."""
-    accuracy = _gate(problem, entrant, _variant(problem, entrant))
+    accuracy = _gate(problem, entrant, variant_of(problem, entrant))
     smem = max(usage.smem for usage in entrant.built.resources.values())
     kind = Kind.OK if accuracy.passed else Kind.MISMATCH
     return Outcome(kind, accuracy=accuracy, smem=smem, detail=accuracy.detail)
@@ -79,17 +79,17 @@ def gate(problem: Problem, entrant: Entrant) -> Outcome:
 
 def final(problem: Problem, entrants: Sequence[Entrant], limit_s: float) -> list[Measured]:
     """Time the entrants in turns, as the record will state it."""
-    variants = [_variant(problem, entrant) for entrant in entrants]
-    return measure(variants, _prepared(problem).sets, COLD, limit_s=limit_s)
+    variants = [variant_of(problem, entrant) for entrant in entrants]
+    return measure(variants, prepared_for(problem).sets, COLD, limit_s=limit_s)
 
 
 def recheck(problem: Problem, entrant: Entrant, repeats: int = 3) -> Accuracy:
     """The winner once more on the full workload: right, and the same bits every time where the operation promises them."""
-    variant = _variant(problem, entrant)
-    accuracy, outputs = _on_workload(problem, variant)
+    variant = variant_of(problem, entrant)
+    accuracy, outputs = on_workload(problem, variant)
     repeatable = problem.op.repeatable(problem.spec)
     for _ in range(repeats - 1 if accuracy.passed and repeatable else 0):
-        again = _on_workload(problem, variant)[1]
+        again = on_workload(problem, variant)[1]
         if not all(same_bits(outputs[name], again[name]) for name in outputs):
             return replace(accuracy, passed=False, detail="a repeat differs bitwise")
     return accuracy
@@ -106,12 +106,12 @@ def _gate(problem: Problem, entrant: Entrant, variant: Variant) -> Accuracy:
         _gated[key] = worst(*results)
     if not _gated[key].passed:
         return _gated[key]
-    return worst(_gated[key], _on_workload(problem, variant)[0])
+    return worst(_gated[key], on_workload(problem, variant)[0])
 
 
-def _on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]:
+def on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]:
     """Run the workload once on poisoned outputs; without a reference only the outputs are of use."""
-    prepared = _prepared(problem)
+    prepared = prepared_for(problem)
     first = prepared.sets[0]
     poison(first.outputs)
     variant.run(first.inputs, first.outputs)
@@ -121,7 +121,8 @@ def _on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]
     return problem.op.check(problem.spec, first.inputs, outputs, prepared.reference), outputs
 
 
-def _prepared(problem: Problem) -> _Prepared:
+def prepared_for(problem: Problem) -> _Prepared:
+    """The problem's inputs and reference, drawn unless they are still here."""
     if problem.id not in _problems:
         sets = input_sets(problem.op, problem.spec, problem.case, problem.gpu, DEVICE)
         _problems[problem.id] = _Prepared(sets, _reference(problem, sets[0]))
@@ -149,7 +150,8 @@ def _memory() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def _variant(problem: Problem, entrant: Entrant) -> Variant:
+def variant_of(problem: Problem, entrant: Entrant) -> Variant:
+    """The candidate's kernels, loaded."""
     return Variant(problem.op, problem.spec, entrant.config, problem.gpu, _kernels(entrant.built))
 
 

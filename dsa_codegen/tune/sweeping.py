@@ -46,11 +46,11 @@ _variants: dict[Key, Variant] = {}
 
 def enter(problem: Problem, entrant: Entrant) -> Outcome:
     """Check a candidate on the problem's case, and capture its calls for later visits."""
-    variant = jobs._variant(problem, entrant)
-    accuracy, _ = jobs._on_workload(problem, variant)
+    variant = jobs.variant_of(problem, entrant)
+    accuracy, _ = jobs.on_workload(problem, variant)
     if not accuracy.passed:
         return Outcome(Kind.MISMATCH, accuracy=accuracy, detail=accuracy.detail)
-    sets = jobs._prepared(problem).sets
+    sets = jobs.prepared_for(problem).sets
     count = max(_CALLS, len(sets))
     calls = [_call(variant, sets[number % len(sets)]) for number in range(count)]
     run = CudaStopwatch().capture(calls)
@@ -61,7 +61,10 @@ def enter(problem: Problem, entrant: Entrant) -> Outcome:
 
 
 def _call(variant: Variant, each: InputSet) -> Run:
-    return lambda: variant.run(each.inputs, each.outputs)
+    def call() -> None:
+        variant.run(each.inputs, each.outputs)
+
+    return call
 
 
 def visit(keys: Sequence[Key]) -> list[float]:
@@ -257,4 +260,3 @@ class _Sweeper:
 def _counts(built: Built) -> Mapping[str, Sequence[Mapping[str, int]]]:
     anatomies = built.anatomies if isinstance(built, anatomy.Dissected) else {}
     return {name: each.counts for name, each in anatomies.items()}
-
