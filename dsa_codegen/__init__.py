@@ -26,6 +26,7 @@ from .functions import (
     store_kv,
     store_latent,
 )
+from .invariance import use_batch_invariant
 from .layer import Attended, Layer
 from .problem.presets import Model, load, preset
 from .runtime.dispatch import Untuned, call, chosen, override, reset, stats, warmup
@@ -62,6 +63,7 @@ __all__ = [
     "store_kv",
     "store_latent",
     "train",
+    "use_batch_invariant",
     "warmup",
 ]
 __version__ = "0.1.0"

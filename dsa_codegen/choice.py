@@ -4,12 +4,13 @@ This is the unfused pair. Logits of a chunk of rows are written within a budget 
 before the next chunk's are allocated; what stays are rows · topk integers. On the CPU the references take several times the
 budget.
 A chunk is a call of its own, as in ``indexer_logits_chunks``: where other rows make another kernel serve, the fp32 sums are
-rounded in another order, and a choice among scores that differ by no more than that may differ.
+rounded in another order, and a choice among scores that differ by no more than that may differ; not with ``batch_invariant``.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def index_select(
     chosen_scores: Tensor | None = None,
     scores: str = "fp8",
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``select`` of ``indexer_logits``: the topk tokens of each query's window that its indexer scores highest.
 
@@ -57,7 +59,7 @@ def index_select(
         max_bytes: logits in memory at once, or those of 4 rows where these take more.
         out: int32 [queries, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [queries, topk], where to write the score of each chosen token, -inf where there is none.
-        sms: as in ``indexer_logits``.
+        sms, batch_invariant: as in ``indexer_logits``.
 
     Returns:
         int32 [queries, topk] as ``select`` returns it: tokens in ascending order, or slots.
@@ -67,17 +69,20 @@ def index_select(
     """
     rule = _rule(topk, page, keep_first, keep_recent)
     _check_kinds(max_bytes=(max_bytes, "int"))
-    _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None, scores)
+    _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None, scores, False)
     queries = sizes.queries
     _check_buffers(q, (queries, rule.topk), out, chosen_scores)
     # Rows of no columns: every other argument of the selection is checked by it.
     nothing = q.new_empty(queries, 0, dtype=LOGITS[logits])
     SELECT.bind(nothing, ends, topk, starts, page_table, page, keep_first, keep_recent)
 
+    options: dict[str, Any] = {"score": score, "logits": logits, "scores": scores, "sms": sms}
+    options["batch_invariant"] = batch_invariant
+
     def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
         written = None if chosen_scores is None else chosen_scores[rows]
-        made = functions.indexer_logits(*parts, score=score, logits=logits, scores=scores, sms=sms)
+        made = functions.indexer_logits(*parts, **options)
         return _choose(made, ends[rows], starts[rows], table, rule, out, written, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
@@ -110,6 +115,7 @@ def index_select_paged(
     chosen_scores: Tensor | None = None,
     scores: str = "fp8",
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``select`` of ``indexer_logits_paged``: the same over paged caches. May be captured in a CUDA graph.
 
@@ -121,7 +127,7 @@ def index_select_paged(
         max_bytes: logits in memory at once, or those of 4 sequences where these take more.
         out: int32 [batch, next_n, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [batch, next_n, topk], where to write the score of each chosen token, -inf where there is none.
-        sms: as in ``indexer_logits``.
+        sms, batch_invariant: as in ``indexer_logits``.
 
     Returns:
         int32 [batch, next_n, topk]. Slots of pages that the table states as absent are -1, tokens of them have the score -inf.
@@ -141,12 +147,13 @@ def index_select_paged(
         checks.tensor("starts", starts, (batch, next_n), torch.int32, like=q)
     _check_buffers(q, (batch, next_n, rule.topk), out, chosen_scores)
 
+    options: dict[str, Any] = {"score": score, "logits": logits, "scores": scores, "sms": sms}
+    options["batch_invariant"] = batch_invariant
+
     def choose(rows: slice, out: Tensor | None) -> Tensor:
         own = slice(None if rows.start is None else rows.start * next_n, None if rows.stop is None else rows.stop * next_n)
         pages, ends = page_table[rows], lengths[rows].flatten()
-        made = functions.indexer_logits_paged(
-            q[rows], cache, weights[own], lengths[rows], pages, max_context, score=score, logits=logits, scores=scores, sms=sms
-        )
+        made = functions.indexer_logits_paged(q[rows], cache, weights[own], lengths[rows], pages, max_context, **options)
         begins = None if starts is None else starts[rows].flatten()
         if not slots:  # as slots do, tokens end where the table does
             ends = ends.clamp(max=pages.shape[1] * rule.page)
@@ -158,7 +165,7 @@ def index_select_paged(
     step = batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
     if step >= batch:
         return choose(slice(None), out).view(batch, next_n, rule.topk)
-    INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False, scores)
+    INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False, scores, False)
     out = q.new_empty(batch, next_n, rule.topk, dtype=torch.int32) if out is None else out
     for first in range(0, batch, step):
         rows = slice(first, min(first + step, batch))

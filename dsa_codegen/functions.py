@@ -15,16 +15,22 @@ Five functions take ``sms``: the SMs that the call's grid is made for, all of th
 stay until all is done then leave the other SMs to whatever runs beside them (a collective on another stream); kernels with a
 block for each piece of work only share it out for so many. It changes no result but the rounding of sums that are split
 otherwise.
+
+Functions whose results hold rounded sums take ``batch_invariant``: whether a row's results have the same bits whatever other
+rows, chunks, splits, ranks and records there are. Kernels are excluded that add up in another order than their spec's one; it
+costs what docs/performance.md says. ``select``, quantising, storing and gathering are so in any case: nothing they sum is
+rounded. ``use_batch_invariant`` and DSA_BATCH_INVARIANT=1 say it for all calls of a process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import invariance, ops
 from .errors import InputError
 from .ops.attention.problem import D_V as _D_V
 from .ops.logits import chunk_rows, row_bytes
@@ -64,6 +70,7 @@ def indexer_logits(
     max_window: int | None = None,
     scores: str = "fp8",
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
 
@@ -81,13 +88,15 @@ def indexer_logits(
         scores: "fp8" as above, or "bf16" for queries and keys that nobody quantised: q and k bf16 (on the CPU also fp32, and
             fp64 computed in fp64), no ``k_scale``.
         sms: as many SMs as the call's grid is made for; all where absent.
+        batch_invariant: see the module's first lines.
 
     Windows are clamped to the tokens first: a start below 0 is 0.
 
     Returns:
         [queries, tokens], or [queries, max_window]; rows are padded to 128 elements.
     """
-    return _indexer_logits(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, sms=sms)
+    windows, invariant = (starts, ends), batch_invariant or invariance.always()
+    return _indexer_logits(q, k, k_scale, weights, *windows, score, logits, clean, max_window, scores, invariant, sms=sms)
 
 
 def indexer_logits_chunks(
@@ -105,11 +114,13 @@ def indexer_logits_chunks(
     max_window: int | None = None,
     scores: str = "fp8",
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """``indexer_logits`` in chunks of rows, in order, so that any context can be scored in bounded memory.
 
     The same call gives the same bits. A chunk is a call of its own: its rows differ from those of a whole call by the rounding
-    of fp32 sums in another order (1e-5 of the largest score, measured on the CPU), where other rows make another kernel serve.
+    of fp32 sums in another order (1e-5 of the largest score, measured on the CPU), where other rows make another kernel serve;
+    with ``batch_invariant`` they have the same bits.
 
     Every chunk is memory of its own, which stays as it is for as long as it is kept. A loop still holds one chunk while the
     next is computed: the budget covers these two.
@@ -129,7 +140,7 @@ def indexer_logits_chunks(
         raise InputError("max_bytes", repr(max_bytes), "a whole number")
     checks.check_kind("clean", clean, "bool")
     checks.check_kind("max_window", max_window, "Optional[int]")
-    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores)
+    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, False)
     queries, columns = len(q), len(k) if max_window is None else max_window
     step = chunk_rows(max_bytes, queries, columns, logits)
     if step < queries:
@@ -138,9 +149,11 @@ def indexer_logits_chunks(
         rows = min(queries, 8)
         raise InputError("max_bytes", max_bytes, f"at least {rows * row_bytes(columns, logits)}, {rows} rows of logits")
 
+    options: dict[str, Any] = {"score": score, "logits": logits, "scores": scores, "batch_invariant": batch_invariant}
+
     def chunk(rows: slice) -> Tensor:
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
-        return indexer_logits(*parts, score=score, logits=logits, clean=clean, max_window=max_window, scores=scores, sms=sms)
+        return indexer_logits(*parts, **options, clean=clean, max_window=max_window, sms=sms)
 
     return ((first, chunk(slice(first, first + step))) for first in range(0, queries, max(step, 1)))
 
@@ -158,6 +171,7 @@ def indexer_logits_paged(
     clean: bool = False,
     scores: str = "fp8",
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Lightning indexer, decode: the newest queries of every sequence against its paged key cache.
 
@@ -168,14 +182,15 @@ def indexer_logits_paged(
         lengths: int32 [batch, next_n], tokens that each query sees.
         page_table: int32 [batch, max_pages], the block of each page.
         max_context: columns of the result; at least the longest length.
-        score, logits, clean, sms: as in ``indexer_logits``.
+        score, logits, clean, sms, batch_invariant: as in ``indexer_logits``.
         scores: "fp8" as above, or "bf16": q and cache unquantised, the cache [blocks, page, 1, head_dim] of q's dtype, bf16
             (on the CPU also fp32 and fp64).
 
     Returns:
         [batch · next_n, max_context].
     """
-    return _indexer_logits_paged(q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, sms=sms)
+    cached, invariant = (cache, weights, lengths, page_table, max_context), batch_invariant or invariance.always()
+    return _indexer_logits_paged(q, *cached, score, logits, clean, scores, invariant, sms=sms)
 
 
 def select(
@@ -227,6 +242,7 @@ def sparse_attention(
     max_logits: Tensor | None = None,
     share: int = 1,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
@@ -245,11 +261,13 @@ def sparse_attention(
         share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same tokens, gather their union together,
             where the heads are few enough (2 up to 16 heads, 4 up to 8; else fewer do). Any lists give right results.
         sms: as in ``indexer_logits``.
+        batch_invariant: as there; then none share.
 
     Returns:
         out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
-    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share)
+    invariant = batch_invariant or invariance.always()
+    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share, invariant)
     if out is None and lse is None and max_logits is None:
         return _sparse_attention(*arguments, sms=sms)
     out, lse = _results(q, out, lse)
@@ -271,6 +289,7 @@ def sparse_attention_paged(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache, or over two of them at once.
 
@@ -285,12 +304,14 @@ def sparse_attention_paged(
             lists of its own length, and lengths of its own where there are any.
         out, lse: as in ``sparse_attention``.
         sms: as in ``indexer_logits``.
+        batch_invariant: as there; a row's entries are then shared out to so many blocks whatever the batch.
 
     Returns:
         out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads].
     """
     listed = None if extra_indices is None else _as_int32(extra_indices)
-    arguments = (q, cache, _as_int32(indices), sm_scale, lengths, sink, extra_cache, listed, extra_lengths)
+    extra, invariant = (extra_cache, listed, extra_lengths), batch_invariant or invariance.always()
+    arguments = (q, cache, _as_int32(indices), sm_scale, lengths, sink, *extra, invariant)
     if out is None and lse is None:
         return _sparse_attention_paged(*arguments, sms=sms)
     out, lse = _results(q, out, lse)
@@ -388,6 +409,7 @@ def index_prologue(
     rope_first: bool = True,
     hadamard: bool = False,
     power_of_two: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What lies between the indexer's projections and its scores, in one launch: LayerNorm of k, rotary position, an optional
     Hadamard rotation, FP8, q's scales folded into the weights, k stored into its cache.
@@ -406,12 +428,14 @@ def index_prologue(
         rope_first: whether the rotary channels are the first ones of a row, or the last.
         hadamard: multiply q and k by the Hadamard matrix / sqrt(head_dim) before they are quantised.
         power_of_two: round scales up to a power of two (ue8m0).
+        batch_invariant: see the module's first lines.
 
     Returns:
         q as e4m3 [tokens, heads, head_dim] and fp32 [tokens, heads]: ``weights · scale · head_dim^-0.5 · heads^-0.5``.
     """
     placed = cos_sin, positions, slots, cache
-    return _index_prologue(q, weights, k, norm_weight, norm_bias, *placed, eps, rotary, rope_first, hadamard, power_of_two)
+    options = eps, rotary, rope_first, hadamard, power_of_two, batch_invariant or invariance.always()
+    return _index_prologue(q, weights, k, norm_weight, norm_bias, *placed, *options)
 
 
 def store_latent(
@@ -426,6 +450,7 @@ def store_latent(
     layout: str = "v32",
     rotary: str = "interleaved",
     power_of_two: bool = False,
+    batch_invariant: bool = False,
 ) -> None:
     """RMSNorm of latent vectors, rotary position of their last 64 channels, and their slots of a paged KV cache, in one launch.
 
@@ -436,10 +461,12 @@ def store_latent(
         slots: int32 or int64 [tokens]; as in ``store_index_k``.
         cache: of the layout: "v32" and "v4" as in ``store_kv``; "bf16" is bf16 [blocks, page, 1, 576 or 512], rows as they are.
         power_of_two: of "v32"; "v4" has power-of-two scales only.
+        batch_invariant: see the module's first lines.
     """
     checks.one_of("layout", layout, (*KV_LAYOUTS, "bf16"))
     placed = cos_sin, positions, slots, cache
-    _store_latent(latent, norm_weight, *placed, eps, layout, rotary, True if layout == "v4" else power_of_two)
+    options = eps, layout, rotary, True if layout == "v4" else power_of_two, batch_invariant or invariance.always()
+    _store_latent(latent, norm_weight, *placed, *options)
 
 
 def resolve(chosen: Tensor, page_table: Tensor, *, page: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,19 @@ class Layer:
             where these take more; longer contexts are done in chunks.
         parallel: how the ranks of a process group share the work: ``distributed.TensorParallel``, ``ContextParallel`` or
             ``DataParallel``, which say whose rows the arguments and results then are. One rank does everything where absent.
+        batch_invariant: a row's choice, out and lse have the same bits whatever the batch, the chunk and the records; as a
+            model says it that states ``batch_invariant``. With ``ContextParallel`` out and lse of decode are sums over ranks,
+            hence other bits with other numbers of ranks.
     """
 
-    def __init__(self, model: Model, logits_bytes: int = choice.LOGITS_BYTES, *, parallel: Alone | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        logits_bytes: int = choice.LOGITS_BYTES,
+        *,
+        parallel: Alone | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
         if model.attention != MLA:
@@ -51,9 +62,10 @@ class Layer:
         if parallel is not None and not isinstance(parallel, Alone):
             raise InputError("parallel", repr(parallel), "a TensorParallel, ContextParallel or DataParallel, or None")
         self.parallel = Alone() if parallel is None else parallel
-        self.model = model
+        checks.check_kind("batch_invariant", batch_invariant, "bool")
+        self.model = model = replace(model, batch_invariant=batch_invariant or model.invariant)
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
-        self._options: dict[str, Any] = {"score": model.score, "max_bytes": logits_bytes}
+        self._options: dict[str, Any] = {"score": model.score, "max_bytes": logits_bytes, "batch_invariant": model.invariant}
         self._kv_bytes = 0 if model.kv_layout == NO_CACHE else kv_layout(model.kv_layout, model.page).bytes_per_token
 
     def prefill(

@@ -1,7 +1,8 @@
 """FlashMLA's sparse attention: its names, arguments and conventions (also those of sgl-flash-mla 1.0 and of vLLM's fork).
 
 Nothing is scheduled ahead: metadata is taken for the sake of the call and never looked at, so one object serves any shapes
-and lengths. A query without a token has lse +inf here, as FlashMLA defines it.
+and lengths. A query without a token has lse +inf here, as FlashMLA defines it. Prefill is batch invariant where the process
+is (``use_batch_invariant``, DSA_BATCH_INVARIANT=1), decode also where a call asks for it.
 """
 
 from __future__ import annotations
@@ -130,11 +131,12 @@ def flash_mla_with_kvcache(
         block_table, cache_seqlens, tile_scheduler_metadata, num_splits, use_legacy: taken and never read.
         head_dim_v: 512.
         softmax_scale: d^-0.5 where None.
-        causal: False. is_fp8_kvcache: True, or None. enable_batch_invariant: False. descale_q, descale_k: None.
+        causal: False. is_fp8_kvcache: True, or None. descale_q, descale_k: None.
         indices: int32 or int64 [b, s_q, topk], physical slots.
         attn_sink: fp32 [h_q].
         extra_k_cache, extra_indices_in_kvcache: a second pool with its own page and topk, under the same softmax.
         topk_length, extra_topk_length: int32 [b].
+        enable_batch_invariant: as ``batch_invariant`` of ``sparse_attention_paged``.
         kv_format: None, "V32" (d 576) or "V4" (d 512).
         out: bf16 [b, s_q, h_q, 512], where to write the output. Where it is strided the result is copied into it.
 
@@ -147,7 +149,7 @@ def flash_mla_with_kvcache(
         "head_dim_v": (head_dim_v, (_D_V,)),
         "causal": (causal, (False,)),
         "is_fp8_kvcache": (is_fp8_kvcache, (True, None)),
-        "enable_batch_invariant": (enable_batch_invariant, (False,)),
+        "enable_batch_invariant": (enable_batch_invariant, (False, True)),
         "kv_format": (kv_format, (None, _FORMATS.get(q.shape[-1]))),
     }
     for name, (value, allowed) in single.items():
@@ -166,6 +168,7 @@ def flash_mla_with_kvcache(
         extra_indices=extra_indices_in_kvcache,
         extra_lengths=extra_topk_length,
         out=_contiguous(out),
+        batch_invariant=enable_batch_invariant,
     )
     return _delivered(result, out), _lonely(lse).transpose(1, 2)
 

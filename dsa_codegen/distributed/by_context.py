@@ -29,6 +29,7 @@ def prefill_by_context(
     group: Any = None,
     sink: Tensor | None = None,
     sms: int | None = None,
+    batch_invariant: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score, select, attend for the rank's rows of a step whose rows are dealt out.
@@ -44,6 +45,7 @@ def prefill_by_context(
         deal: which rows each rank has, the same on every rank.
         group: a process group; torch's default group where absent.
         sms: what scoring and selection are given while the latents travel; all where absent.
+        batch_invariant: of all stages, as in ``indexer_logits``; every row's bits are then those of one rank alone.
         options: score, logits, keep_first, keep_recent, max_bytes of ``index_select``.
 
     Returns:
@@ -58,6 +60,9 @@ def prefill_by_context(
     keys = gather_rows([index_k, index_k_scale], deal, group)
     latents = gather_rows([kv], deal, group)
     k, k_scale = keys.wait()
-    chosen = choice.index_select(index_q, k, k_scale, index_weights, starts, ends, topk, sms=sms, **options)
-    out, lse = functions.sparse_attention(q, latents.wait()[0], chosen[:, None], sm_scale, sink=sink)
+    chosen = choice.index_select(
+        index_q, k, k_scale, index_weights, starts, ends, topk, sms=sms, batch_invariant=batch_invariant, **options
+    )
+    last: dict[str, Any] = {"sink": sink, "batch_invariant": batch_invariant}
+    out, lse = functions.sparse_attention(q, latents.wait()[0], chosen[:, None], sm_scale, **last)
     return out, lse, chosen

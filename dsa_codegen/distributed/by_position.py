@@ -33,6 +33,7 @@ def index_select_by_position(
     logits: str = "fp32",
     max_bytes: int = choice.LOGITS_BYTES,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``index_select_paged`` over a cache of which every rank of a group holds a part: one all-gather of candidates.
 
@@ -42,7 +43,7 @@ def index_select_by_position(
         max_context: at least the longest length, of the sequence.
         shard: which tokens the rank holds; those of all ranks make up the sequence.
         group: a process group; torch's default group where absent.
-        topk, keep_first, keep_recent, score, logits, max_bytes, sms: as in ``index_select_paged``.
+        topk, keep_first, keep_recent, score, logits, max_bytes, sms, batch_invariant: as in ``index_select_paged``.
 
     Returns:
         int32 [batch, next_n, topk]: tokens of the sequence, ascending, -1 behind the last; the same on every rank.
@@ -52,9 +53,9 @@ def index_select_by_position(
     longest = int(shard.count(torch.tensor(max_context)))
     scores = torch.empty(batch, next_n, topk, dtype=torch.float32, device=lengths.device)
     mine = cache, weights, shard.count(lengths), page_table, longest
-    local = choice.index_select_paged(
-        q, *mine, topk, score=score, logits=logits, slots=False, max_bytes=max_bytes, chosen_scores=scores, sms=sms
-    )
+    options: dict[str, Any] = {"score": score, "logits": logits, "max_bytes": max_bytes, "sms": sms}
+    options["batch_invariant"] = batch_invariant
+    local = choice.index_select_paged(q, *mine, topk, slots=False, chosen_scores=scores, **options)
     sent = [scores.flatten(0, 1), shard.to_global(local).flatten(0, 1)]
     ranked, tokens = gathered_together(sent, group)  # [world, rows, topk]
     if not (keep_first or keep_recent):
@@ -78,6 +79,7 @@ def sparse_attention_by_position(
     sink: Tensor | None = None,
     own_heads: bool = False,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_paged`` over such a cache: each rank attends to its own of the chosen, outputs are merged by lse.
 
@@ -88,6 +90,7 @@ def sparse_attention_by_position(
         shard, group: as there.
         own_heads: a rank wants no other heads' results than its own, world-th part of the heads (as where heads are split
             around attention): 1/world of the bytes come, and are merged.
+        batch_invariant: as there, for one number of ranks and one shard: each rank's part is a sum of its own.
 
     Returns:
         out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads], the same on every rank; with own_heads
@@ -101,7 +104,9 @@ def sparse_attention_by_position(
     held = shard.offset, shard.stride, shard.block, shard.tokens
     slots, counts = functions.resolve_own(chosen.flatten(0, 1), page_table, page, held)
     own = slots.view(batch, next_n, topk), counts.view(batch, next_n)
-    out, lse = functions.sparse_attention_paged(q, cache, own[0], sm_scale, lengths=own[1], sms=sms)
+    out, lse = functions.sparse_attention_paged(
+        q, cache, own[0], sm_scale, lengths=own[1], sms=sms, batch_invariant=batch_invariant
+    )
     if own_heads:
         heads = q.shape[-2] // world
         parts = out.unflatten(2, (world, heads)).movedim(2, 0), lse.unflatten(2, (world, heads)).movedim(2, 0)

@@ -35,7 +35,7 @@ def index_select_by_rows(
         group: a process group; torch's default group where absent.
         bounds: as ``balanced_bounds`` gives them, the same on every rank. Where absent they are made of the windows, which
             waits for those that lie on a GPU.
-        options: score, logits, keep_first, keep_recent, max_bytes, sms of ``index_select``.
+        options: score, logits, keep_first, keep_recent, max_bytes, sms, batch_invariant of ``index_select``.
 
     Returns:
         int32 [queries, topk]: tokens, as ``index_select`` gives them.
@@ -76,7 +76,8 @@ def index_select_paged_by_rows(
         group: a process group; torch's default group where absent.
         bounds: world + 1 ascending numbers of sequences, from 0 to batch, the same on every rank: ``balanced_bounds`` of
             lengths that are known on the host. Where absent ranks have equally many sequences.
-        options: starts, score, logits, slots, keep_first, keep_recent, max_bytes, sms of ``index_select_paged``.
+        options: starts, score, logits, slots, keep_first, keep_recent, max_bytes, sms, batch_invariant of
+            ``index_select_paged``.
 
     Returns:
         int32 [batch, next_n, topk], as ``index_select_paged`` gives them.

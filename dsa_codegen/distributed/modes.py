@@ -93,10 +93,12 @@ class Alone:
         return iter(())
 
     def _attend(self, step: PrefillStep, chosen: Tensor) -> Results:
-        return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, sink=step.sink), chosen)
+        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, **options), chosen)
 
     def _attend_paged(self, step: DecodeStep, chosen: Tensor) -> Results:
-        return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, sink=step.sink), chosen)
+        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, **options), chosen)
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class ContextParallel(Alone):
         shard = self.shard or Shard.interleaved(rank, world, step.page)
         chosen = index_select_by_position(*step.scored, shard, group=self.group, **step.options)
         more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink, "own_heads": self.own_heads}
+        more["batch_invariant"] = step.options["batch_invariant"]
         parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
         return (*sparse_attention_by_position(*parts, **more), chosen)
 

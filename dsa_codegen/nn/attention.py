@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functions
+from ..distributed.gather import gathered
 from ..errors import InputError
 from ..problem.presets import Model
 from ..runtime import dispatch
 from ..runtime.serving import Limits
 from . import plain
+from .blocks import in_blocks
 from .cache import LayerCache
 from .indexer import Indexer
 from .rotary import rotated
@@ -89,13 +92,22 @@ class SparseAttention(nn.Module):
         Returns:
             [tokens, hidden], what is added to the residual stream.
         """
-        q_low = self.q_a_layernorm(self.q_a_proj(hidden))
-        self._store(self.kv_a_proj_with_mqa(hidden), cache, step)
+        q_low = self.q_a_layernorm(self._project(self.q_a_proj, hidden))
+        self._store(self._project(self.kv_a_proj_with_mqa, hidden), cache, step)
         chosen = self.indexer(hidden, q_low, cache, step)
         up_key, up_value = self.kv_b_proj.weight.view(self.heads, -1, _LATENT).split([self.shape.d_head, self.shape.d_v], 1)
         out = self._attend(self._queries(q_low, up_key, step), chosen, cache, step)
-        values = torch.bmm(out.transpose(0, 1).to(hidden.dtype), up_value.transpose(1, 2))
-        result = self.o_proj(values.transpose(0, 1).flatten(1))
+        values = self._project(lambda rows: _by_head(rows, up_value.transpose(1, 2)), out.to(hidden.dtype))
+        return self._of_all_ranks(self._project(self.o_proj, values.flatten(1)))
+
+    def _project(self, multiply: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``multiply(rows)``, where the model is batch invariant in blocks of rows."""
+        return in_blocks(multiply, rows) if self.model.invariant else multiply(rows)
+
+    def _of_all_ranks(self, result: Tensor) -> Tensor:
+        """Summed over the group. A collective adds up as its message's size makes it; in the order of ranks it is invariant."""
+        if self.ranks > 1 and self.model.invariant:
+            return functools.reduce(torch.add, gathered(result, self.group).float()).to(result.dtype)
         if self.ranks > 1:
             dist.all_reduce(result, group=self.group)
         return result
@@ -116,31 +128,33 @@ class SparseAttention(nn.Module):
             layout=self.model.kv_layout if kept == torch.uint8 else "bf16",
             rotary=self.shape.rotary,
             power_of_two=self.shape.power_of_two and kept == torch.uint8,
+            batch_invariant=self.model.invariant,
         )
 
     def _queries(self, q_low: Tensor, up_key: Tensor, step: Step) -> Tensor:
         """[tokens, heads, 576]: the up projection of keys absorbed, then the rotary channels."""
-        q = self.q_b_proj(q_low).view(len(q_low), self.heads, -1)
+        q = self._project(self.q_b_proj, q_low).view(len(q_low), self.heads, -1)
         nope, rope = q.split([self.shape.d_head, self.model.d_rope], 2)
-        absorbed = torch.bmm(nope.transpose(0, 1), up_key).transpose(0, 1)
+        absorbed = self._project(lambda rows: _by_head(rows, up_key), nope)
         turned = rotated(rope, step.cos_sin, step.positions, self.shape.rotary)
         return torch.cat((absorbed, turned), 2)
 
     def _attend(self, q: Tensor, chosen: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """[tokens, heads, 512], in BF16, or in the dtype in which latents are kept."""
         q = q.to(torch.bfloat16 if cache.kv.dtype == torch.uint8 else cache.kv.dtype)
-        sink = None if self.sinks is None else self.sinks.float()
+        options: dict[str, Any] = {"batch_invariant": self.model.invariant}
+        options["sink"] = None if self.sinks is None else self.sinks.float()
         if step.context is None:
             rows = step.lengths.shape
             paged = functions.sparse_attention_paged(
-                q.view(*rows, *q.shape[1:]), cache.kv, chosen.view(*rows, -1), self.sm_scale, sink=sink
+                q.view(*rows, *q.shape[1:]), cache.kv, chosen.view(*rows, -1), self.sm_scale, **options
             )
             return paged[0].flatten(0, 1)
         if cache.kv.dtype == torch.uint8:
             latents = functions.gather_kv(cache.kv, step.context, layout=self.model.kv_layout)
         else:
             latents = plain.rows_at(step.context, cache.kv)
-        return functions.sparse_attention(q, latents[:, None], chosen[:, None], self.sm_scale, sink=sink)[0]
+        return functions.sparse_attention(q, latents[:, None], chosen[:, None], self.sm_scale, **options)[0]
 
     def warmup(
         self,
@@ -173,3 +187,8 @@ class SparseAttention(nn.Module):
         if name in _BY_ROWS:
             return value.chunk(self.ranks)[self.rank]
         return value.chunk(self.ranks, 1)[self.rank] if name in _BY_COLUMNS else value
+
+
+def _by_head(rows: Tensor, weights: Tensor) -> Tensor:
+    """[n, heads, a] times [heads, a, b]: [n, heads, b]."""
+    return torch.bmm(rows.transpose(0, 1), weights).transpose(0, 1)

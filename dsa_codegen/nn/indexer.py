@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import choice, distributed, functions
 from ..problem.presets import Model
 from . import plain
+from .blocks import in_blocks
 from .cache import LayerCache
 from .shape import Shape
 from .step import Step
@@ -46,14 +47,22 @@ class Indexer(nn.Module):
             self._keys_alone(hidden, cache, step)
             return step.chosen
         heads, width = self.model.index_heads, self.model.index_head_dim
-        q, weights, k = self.wq_b(q_low).view(-1, heads, width), self.weights_proj(hidden), self.wk(hidden)
+        project = self._project
+        q, weights, k = (
+            project(self.wq_b, q_low).view(-1, heads, width),
+            project(self.weights_proj, hidden),
+            project(self.wk, hidden),
+        )
         values, folded = (
             self._unquantised(q, weights, k, cache, step) if _plain(cache) else self._prologue(q, weights, k, cache, step)
         )
         return self._paged(values, folded, cache, step) if step.context is None else self._flat(values, folded, cache, step)
 
+    def _project(self, linear: nn.Linear, rows: Tensor) -> Tensor:
+        return in_blocks(linear, rows) if self.model.invariant else linear(rows)
+
     def _keys_alone(self, hidden: Tensor, cache: LayerCache, step: Step) -> None:
-        nothing, k = hidden.new_empty(len(hidden), 0, self.model.index_head_dim), self.wk(hidden)
+        nothing, k = hidden.new_empty(len(hidden), 0, self.model.index_head_dim), self._project(self.wk, hidden)
         if _plain(cache):
             self._unquantised(nothing, nothing[..., 0], k, cache, step)
         else:
@@ -73,6 +82,7 @@ class Indexer(nn.Module):
             rotary=shape.index_rotary,
             hadamard=shape.hadamard,
             power_of_two=shape.power_of_two,
+            batch_invariant=self.model.invariant,
         )
 
     def _unquantised(self, q: Tensor, weights: Tensor, k: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
@@ -84,13 +94,12 @@ class Indexer(nn.Module):
     def _paged(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         q = q.view(*step.lengths.shape, *q.shape[1:])
         paged = cache.index_k, weights, step.lengths, step.page_table, step.max_context
-        scores = "bf16" if _plain(cache) else "fp8"
-        chosen = choice.index_select_paged(q, *paged, self.model.topk, score=self.model.score, scores=scores)
+        chosen = choice.index_select_paged(q, *paged, self.model.topk, **self._options(cache))
         return chosen.flatten(0, 1)
 
     def _flat(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         assert step.context is not None and step.starts is not None and step.ends is not None
-        score, scores = self.model.score, "bf16" if _plain(cache) else "fp8"
+        options = self._options(cache)
         keys: tuple[Tensor, Tensor | None]
         if _plain(cache):
             keys = plain.rows_at(step.context, cache.index_k), None
@@ -98,9 +107,13 @@ class Indexer(nn.Module):
             keys = functions.gather_index_k(cache.index_k, step.context)
         arguments: tuple[Any, ...] = q, *keys, weights, step.starts, step.ends, self.model.topk
         if step.bounds is None:
-            return choice.index_select(*arguments, score=score, scores=scores)
-        shared = {"group": self.group, "bounds": step.bounds, "score": score, "scores": scores}
-        return distributed.index_select_by_rows(*arguments, **shared)
+            return choice.index_select(*arguments, **options)
+        return distributed.index_select_by_rows(*arguments, group=self.group, bounds=step.bounds, **options)
+
+    def _options(self, cache: LayerCache) -> dict[str, Any]:
+        """Of ``index_select``."""
+        scores = "bf16" if _plain(cache) else "fp8"
+        return {"score": self.model.score, "scores": scores, "batch_invariant": self.model.invariant}
 
 
 def _plain(cache: LayerCache) -> bool:

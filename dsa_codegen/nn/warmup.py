@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -52,10 +53,21 @@ def prologues(model: Model, shape: Shape, dtype: torch.dtype, plain: bool) -> It
     named = NORM_NAMES[dtype]
     heads, width, scales = model.index_heads, model.index_head_dim, shape.power_of_two
     keys = IndexPrologueSpec(
-        heads, width, model.d_rope, shape.index_rotary, True, shape.hadamard, named, named, scales, model.page
+        heads,
+        width,
+        model.d_rope,
+        shape.index_rotary,
+        True,
+        shape.hadamard,
+        named,
+        named,
+        scales,
+        model.page,
+        batch_invariant=model.invariant,
     )
     yield keys
     yield replace(keys, heads=0, weights="bf16")  # a step that scores nothing has weights of no elements
     layout = "bf16" if plain else model.kv_layout
     rounded = shape.power_of_two and not plain
-    yield LatentPrologueSpec(layout, model.d_nope, shape.rotary, "nope", named, power_of_two=rounded, page=model.page)
+    options: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant}
+    yield LatentPrologueSpec(layout, model.d_nope, shape.rotary, "nope", named, power_of_two=rounded, **options)

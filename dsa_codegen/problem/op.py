@@ -227,6 +227,14 @@ class Kernels(ABC, Generic[S, Z]):
         """
         return ()
 
+    def order(self, spec: S, config: Config) -> str | None:
+        """In which order a config adds up what a row sums; configs of one order give a row the same bits.
+
+        None where it depends on the rows beside it, their number or the GPU's SMs; empty where a row sums nothing, or nothing
+        that is rounded. A spec that states ``batch_invariant`` is served in one order alone (``Op.canonical``).
+        """
+        return ""
+
     def within_reach(self, spec: S, config: Config, case: Case[Z]) -> Case[Z]:
         """The case, cut to sizes that the config reaches: what verification runs in its place."""
         return case
@@ -246,6 +254,9 @@ class Kernels(ABC, Generic[S, Z]):
         They follow from everything but data and addresses, since ``plans`` repeats them for other tensors: arguments are
         tensors of the call (or TMA's views of them), outputs, uninitialised workspaces, and values of the host.
         """
+
+
+_CANONICAL: dict[Any, str] = {}
 
 
 class Op(Problem[S, Z], Kernels[S, Z]):
@@ -274,7 +285,37 @@ class Op(Problem[S, Z], Kernels[S, Z]):
             found.append(Violation("capability", 1.0, reason))
         if found:
             return found
-        return [*self.constraints(spec, config, gpu), *(() if bucket is None else self.reach(spec, config, bucket))]
+        found = [*self.constraints(spec, config, gpu), *(() if bucket is None else self.reach(spec, config, bucket))]
+        return [*found, *self._disorder(spec, config, gpu)]
+
+    def canonical(self, spec: S, gpu: Gpu) -> str:
+        """The one order of summation of a batch-invariant spec on a GPU: that of the first guess which has one and fits.
+
+        It follows from nothing else, neither from sizes nor from records, so that all ranks and all calls agree on it.
+
+        Raises:
+            NoConfig: no guess has one.
+        """
+        key = (self.name, spec, gpu)
+        if key not in _CANONICAL:
+            sizes = self.workloads(spec)[0].sizes
+            fitting = (each for each in self.guesses(spec, sizes, gpu) if not any(self.constraints(spec, each, gpu)))
+            orders = (self.order(spec, each) for each in fitting)
+            found = next((order for order in orders if order is not None), None)
+            if found is None:
+                raise NoConfig(self.name, gpu.name, ["batch_invariant: no kernel adds this up in an order of its own"])
+            _CANONICAL[key] = found
+        return _CANONICAL[key]
+
+    def _disorder(self, spec: S, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        """Where a spec is batch invariant: a config that adds up in another order than the spec's."""
+        if not getattr(spec, "batch_invariant", False):
+            return
+        own = self.order(spec, config)
+        wanted = self.canonical(spec, gpu)
+        if own != wanted:
+            named = "an order that depends on other rows" if own is None else own
+            yield Violation("batch_invariant", 1.0, f"batch_invariant: sums are taken as {named}, the spec's are as {wanted}")
 
     def cases_for(self, spec: S, config: Config) -> Sequence[Case[Z]]:
         """All cases that a GPU verifies a config with, cut to what it reaches."""
@@ -321,8 +362,13 @@ class Op(Problem[S, Z], Kernels[S, Z]):
             return dict(spec)
 
     def kin(self, spec: S, other: Mapping[str, Any]) -> bool:
-        """Whether a record's completed spec differs from ``spec`` in minor fields only."""
+        """Whether a record's completed spec differs from ``spec`` in minor fields only.
+
+        What was searched in one order of summation alone is no measure for specs that are free of it.
+        """
         own = spec.to_dict()
+        if other.get("batch_invariant") and not own.get("batch_invariant"):
+            return False
         return own.keys() == other.keys() and all(other[name] == own[name] for name in own.keys() - self.minor)
 
     def config(self, backend: str, values: Mapping[str, Any]) -> Config:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .. import invariance
 from ..errors import SpecError, UnknownName
 from .caches import kv_layout
 from .values import Value
@@ -60,6 +61,8 @@ class Model(Value):
     """KV heads of grouped-query attention; d_nope + d_rope are the channels of each of their keys, and of their values."""
     block: int = 1
     """Tokens that an entry of a list stands for: a query of "gqa" attends to topk / block blocks of neighbouring tokens."""
+    batch_invariant: bool = False
+    """Whether a row's results have the same bits whatever other rows, chunks, ranks and records there are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +102,11 @@ class Model(Value):
         self.require_range("page", 1, 1024)
         self.require_in("score", SCORES)
         self.require_in("index_scores", PRECISIONS)
+
+    @property
+    def invariant(self) -> bool:
+        """Whether its specs are batch invariant: because it says so, or because all calls of the process are."""
+        return self.batch_invariant or invariance.always()
 
     def _require_channels(self) -> None:
         """Fields that are possible one by one and contradict each other together are refused here, not at the first call."""

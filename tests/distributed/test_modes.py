@@ -44,6 +44,15 @@ def test_deals_by_name_are_of_equal_parts(results, world):
 
 
 @WORLDS
+def test_batch_invariant_rows_have_the_bits_of_one_rank(results, world):
+    whole = results[1][0]["modes"]["invariant"]
+    for rank in range(world):
+        found, rows = results[world][rank]["modes"]["invariant", ranks.TOKENS[0]]
+        for name, value, expected in zip(("out", "lse", "chosen"), found, whole, strict=True):
+            assert torch.equal(value, expected[rows]), (rank, name)
+
+
+@WORLDS
 @pytest.mark.parametrize("tokens", ranks.TOKENS)
 def test_heads_that_are_split(results, world, tokens):
     out, lse, chosen = results[1][0]["modes"]["prefill", tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,9 +36,10 @@ def hidden():
 
 
 def run(layer, hidden, chunks, next_ns=(), **cache):
-    """Outputs of both sequences, prefilled in chunks, then decoded, each token's by its place."""
-    caches = nn.PagedCache(layer.model, TABLE, layers=1, blocks=8, batch=2, max_context=256, **cache)
-    outs = torch.full((2, hidden.shape[1], hidden.shape[2]), torch.nan)
+    """Outputs of all sequences, prefilled in chunks, then decoded, each token's by its place."""
+    batch = len(hidden)
+    caches = nn.PagedCache(layer.model, TABLE, layers=1, blocks=8, batch=batch, max_context=256, **cache)
+    outs = torch.full((batch, hidden.shape[1], hidden.shape[2]), torch.nan)
     for counts, next_n in [*((counts, 0) for counts in chunks), *((None, next_n) for next_n in next_ns)]:
         before = list(caches.held)
         step = caches.decode(next_n) if next_n else caches.prefill(counts)
@@ -59,6 +61,18 @@ def test_chunks_and_steps_give_what_a_whole_prompt_does(layer, hidden, cache):
     stepwise = run(layer, hidden, [(86, 66)], [1, 3], **cache)
     for other in (chunked, stepwise):
         assert torch.equal(other.nan_to_num(), whole.nan_to_num())
+
+
+@pytest.mark.parametrize("cache", [{}, {"plain": torch.float32, "scores": "bf16"}], ids=["fp8", "fp32"])
+def test_a_batch_invariant_row_has_the_same_bits_alone(hidden, cache):
+    """In fp32, where products of torch tell batches apart; caches, prefill in chunks and decode."""
+    torch.manual_seed(3)
+    layer = nn.SparseAttention(replace(TINY, batch_invariant=True), SHAPE, dtype=torch.float32)
+    hidden = hidden.float()
+    together = run(layer, hidden, [(70, 66)], [1], **cache)
+    for sequence, chunks in enumerate(([(50,), (20,)], [(66,)])):
+        alone = run(layer, hidden[sequence, None], chunks, [1], **cache)
+        assert torch.equal(alone[0].nan_to_num(), together[sequence].nan_to_num())
 
 
 def test_a_cache_of_fp8_is_close_to_one_of_bf16(layer, hidden):

@@ -189,6 +189,10 @@ def by_mode(group: Any, rank: int, world: int, device: str) -> dict:
             layer = dsa.Layer(MODEL, parallel=ContextParallel("zigzag", group=group))
             found["context", tokens, "by name"] = layer.prefill(**own_rows(step, Deal.zigzag(tokens, world), rank))
         found["tensor", tokens] = tensor_parallel(group, rank, world).prefill(**of_heads(step, rank, world))
+        if tokens == TOKENS[0]:
+            deal = deals(tokens, world)[next(iter(deals(tokens, world)))]
+            layer = dsa.Layer(MODEL, parallel=ContextParallel(deal, group=group), batch_invariant=True)
+            found["invariant", tokens] = layer.prefill(**own_rows(step, deal, rank)), deal.rows(rank)
         counts = [tokens, *[0] * (world - 1)]
         mine = {name: value if rank == 0 or name not in OF_ROWS else value[:0] for name, value in step.items()}
         found["data", tokens] = dsa.Layer(MODEL, parallel=DataParallel(counts, group)).prefill(**mine)
@@ -288,6 +292,8 @@ def alone(device: str) -> dict:
         found["modes"]["paged", batch] = dsa.Layer(MODEL).decode(**on(device, decode_step(batch, next_n)))
     for tokens in TOKENS:
         found["modes"]["prefill", tokens] = dsa.Layer(MODEL).prefill(**on(device, prefill_step(tokens)))
+    step = on(device, prefill_step(TOKENS[0]))
+    found["modes"]["invariant"] = dsa.Layer(MODEL, batch_invariant=True).prefill(**step)
     return found
 
 

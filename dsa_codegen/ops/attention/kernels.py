@@ -85,6 +85,16 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         yield from exceeds("padded heads", config["block_h"], max(64 if _specialised(config) else 16, 2 * spec.heads - 1))
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
+    def order(self, spec: AttentionSpec, config: Config) -> str | None:
+        """A query's list tile by tile, by blocks that have nothing else; only a union of lists is in its neighbours' order."""
+        if config.backend == "cuda":  # tiles of 64 tokens, however many wait
+            few = spec.heads <= _FEW_HEADS
+            return None if few and spec.share > 1 else "few" if few else "cluster"
+        if _specialised(config):
+            return "specialised"
+        shape = ("block_h", "block_n", "num_warps" if config.backend == "triton" else "threads")
+        return "-".join([config.backend, *(str(config[name]) for name in shape)])
+
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
         if spec.heads <= _FEW_HEADS:
             registers = 216 if _columns(spec) > 16 else _REGISTERS

@@ -48,6 +48,8 @@ class AttentionSpec(Spec):
     """Whether each head's highest score is written out as well."""
     share: int = 1
     """So many neighbouring queries gather the union of their lists together, where a kernel can; results are the same."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,20 +77,21 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     function = "sparse_attention"
     schema = (
         "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
-        "int share=1) -> (Tensor, Tensor)"
+        "int share=1, bool batch_invariant=False) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse", "max_logits")
     spec_type = AttentionSpec
     sizes_type = AttentionSizes
-    minor = frozenset({"lengths", "sink", "max_logits"})
+    minor = frozenset({"lengths", "sink", "max_logits", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[AttentionSpec]:
         if model.attention != MLA:
             return ()
-        return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
+        options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}
+        return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, **options),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
-        q, kv, indices, sm_scale, lengths, sink, share, *brought = args
+        q, kv, indices, sm_scale, lengths, sink, share, invariant, *brought = args
         q = checks.rows("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
         kv = checks.rows("kv", kv, (None, 1, d_qk), q.dtype, like=q)
@@ -102,7 +105,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if share not in SHARES:
             raise InputError("share", str(share), "1, 2 or 4")
         buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
-        options = (lengths is not None, sink is not None, "max_logits" in buffers, sharing(heads, share))
+        share = 1 if invariant else share  # a union of lists would be added up in an order that the neighbours decide
+        options = (lengths is not None, sink is not None, "max_logits" in buffers, sharing(heads, share), invariant)
         spec = AttentionSpec(heads, d_qk, topk, *options)
         inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionSizes(queries, tokens), inputs
@@ -129,7 +133,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
 
     def reference(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
         q = inputs["q"]
-        parts = [_attend(inputs, slice(first, first + _CHUNK)) for first in range(0, max(len(q), 1), _CHUNK)]
+        step = 1 if spec.batch_invariant else _CHUNK  # products of one shape add up in one order
+        parts = [_attend(inputs, slice(first, first + step)) for first in range(0, max(len(q), 1), step)]
         names = self.buffers if spec.max_logits else self.buffers[:2]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
@@ -159,7 +164,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
         plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
         share = sharing(spec.heads, SHARES[-1])
-        together = [replace(plain[-1], share=share)] if share > 1 else []
+        together = [replace(plain[-1], share=share)] if share > 1 and not spec.batch_invariant else []
         return (*plain, replace(plain[-1], max_logits=True), *together)
 
     def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:

@@ -76,7 +76,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
 
     def bind(self, *args: Any) -> tuple[AttentionBackwardSpec, AttentionBackwardSizes, Inputs]:
         q, kv, indices, sm_scale, out, lse, do, dlse, lengths, sink, order, offsets = args
-        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1)
+        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1, False)
         q, kv, indices = inputs["q"], inputs["kv"], inputs["indices"]
         (queries, heads, d_qk), topk = q.shape, indices.shape[2]
         for name, value in (("out", out), ("do", do)):

@@ -18,6 +18,7 @@ from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, V
 from ...problem.paged import divider
 from ...problem.values import Scalar
 from .problem import AttentionPagedSizes, AttentionPagedSpec
+from .turns import in_turns
 
 _COMBINE_D, _COMBINE_S = 128, 16  # channels and parts of a step of `combine`: all its loads are in flight at once
 _GLUON_PARTS = 8  # of the Gluon template's, whose program has all channels
@@ -25,6 +26,7 @@ _GLUON_TILE = 64  # heads of a block, and entries per step: what one warpgroup i
 # Per thread: together they fill the register file, lead takes 208. The accumulators are 128 of them.
 _GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_registers": 72}
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
+_INVARIANT_TILES = 8  # of a part, where all rows are split alike
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -66,6 +68,13 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             yield from exceeds("heads per block of the v4 layout", config["block_h"], 16)  # at 32, 440 bytes spill
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
+    def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
+        """A row's entries tile by tile, in as many parts as the config says; by the number of rows where it says none."""
+        if config.backend == "gluon":
+            return f"gluon-{config['splits']}" if config["splits"] else None
+        shape = ("block_h", "block_n", "num_warps", "dequantize", "splits")
+        return "-".join(["triton", *(str(config[name]) for name in shape)])
+
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
         wide = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8, dequantize="bits", splits=1)
         some = wide.replace(block_h=32)
@@ -73,9 +82,10 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
         best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
         # On an H100 at batch 64 with 128 heads: 101 µs against 194.
-        yield Config.of("gluon", splits=0)
+        fixed = _fixed_splits(spec)
+        yield Config.of("gluon", splits=fixed if spec.batch_invariant else 0)
         for config in (best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
-            yield config.replace(splits=_splits(spec, config, sizes, gpu))
+            yield config.replace(splits=fixed if spec.batch_invariant else _splits(spec, config, sizes, gpu))
 
     def derived(self, spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         layout = spec.layout
@@ -117,6 +127,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return ()
         # Records are tuned for few queries per sequence; a prompt's thousands would make the parts take tens of GB.
         most = max(1, _PARTIAL_BYTES // (4 * d_v * rows * spec.heads))
+        if spec.batch_invariant and config["splits"] > most:
+            turns = in_turns(inputs, outputs, _PARTIAL_BYTES // (4 * d_v * spec.heads * config["splits"]))
+            return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
         blocks = _head_blocks(spec, config) * rows
         whole, splits = 0, min(config["splits"], most)
         last: tuple[int, ...] = ()
@@ -137,6 +150,12 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return (main,)
         joined = (*sink, partial_out, partial_lse, out, lse, splits, *last)
         return (main, Launch("combine", combined, joined))
+
+
+def _fixed_splits(spec: AttentionPagedSpec) -> int:
+    """Of a batch-invariant row: parts of eight tiles, the compromise between a single row and many."""
+    tiles = -(-(spec.topk + spec.extra_topk) // _GLUON_TILE)
+    return max(splits for splits in _SPLITS if splits <= max(1, tiles // _INVARIANT_TILES))
 
 
 def _pool(inputs: Inputs, layout: KvLayout, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -49,6 +49,8 @@ class AttentionPagedSpec(Spec):
     extra_page: int = 64
     extra_lengths: bool = False
     """Whether only the first ``extra_lengths`` of them count."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,22 +92,24 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     function = "sparse_attention_paged"
     schema = (
         "(Tensor q, Tensor cache, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
-        "Tensor? extra_cache=None, Tensor? extra_indices=None, Tensor? extra_lengths=None) -> (Tensor, Tensor)"
+        "Tensor? extra_cache=None, Tensor? extra_indices=None, Tensor? extra_lengths=None, "
+        "bool batch_invariant=False) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse")
     spec_type = AttentionPagedSpec
     sizes_type = AttentionPagedSizes
-    minor = frozenset({"lengths", "sink", "page", "extra_page", "extra_lengths"})
+    minor = frozenset({"lengths", "sink", "page", "extra_page", "extra_lengths", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
         if model.attention != MLA:
             return ()
         if model.kv_layout == NO_CACHE:
             return ()
-        return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, sink=model.attn_sink),)
+        options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}
+        return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, **options),)
 
     def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
-        q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, *brought = args
+        q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, invariant, *brought = args
         q = checks.rows("q", q, (None, None, None, None), torch.bfloat16)
         batch, next_n, heads, d_qk = q.shape
         layout = _layout_of(d_qk)
@@ -114,7 +118,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
             sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
         extra = _bind_extra(layout, q, extra_cache, extra_indices, extra_lengths)
-        spec = AttentionPagedSpec(heads, topk, layout.name, page, lengths is not None, sink is not None, *extra)
+        given = page, lengths is not None, sink is not None
+        spec = AttentionPagedSpec(heads, topk, layout.name, *given, *extra, batch_invariant=invariant)
         inputs = {"q": q, "cache": cache, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
         inputs |= {"extra_cache": extra_cache, "extra_indices": extra_indices, "extra_lengths": extra_lengths}
         buffers = check_buffers(self.buffers, brought, (batch, next_n, heads), layout.d_v, q)

@@ -35,11 +35,15 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
         yield from exceeds("heads", config["block_h"], max(spec.heads, 1))
         yield from rotated.fits_registers(config, max(config["block_h"], config["block_t"]), spec.head_dim)
 
+    def order(self, spec: IndexPrologueSpec, config: Config) -> str | None:
+        """Keys are summed for their norm; queries, and rotations of either, take sums of pairs alone."""
+        return "" if spec.norm == NO_NORM else f"triton-{config['block_t']}-{config['num_warps']}"
+
     def guesses(self, spec: IndexPrologueSpec, sizes: IndexPrologueSizes, gpu: Gpu) -> Iterable[Config]:
         # 4096 tokens of 64 heads on an H200: a warp for 8 heads takes 43 us, 4 warps for 16 take 52; with the Hadamard
         # rotation, whose halves cross a program's warps, 205 and 398. Few tokens are spread over more, smaller programs.
         heads = max(spec.heads, 1)
-        if sizes.tokens * heads < 16 * gpu.sms:
+        if sizes.tokens * heads < 16 * gpu.sms and not spec.batch_invariant:
             yield Config.of("triton", block_h=min(8, heads), block_t=1, num_warps=4)
         yield Config.of("triton", block_h=min(8, heads), block_t=1, num_warps=1)
 

@@ -52,6 +52,8 @@ class IndexPrologueSpec(Spec):
     power_of_two: bool = False
     page: int = 64
     slots: str = "i64"
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,20 +93,22 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
     schema = (
         "(Tensor q, Tensor weights, Tensor k, Tensor? norm_weight, Tensor? norm_bias, Tensor cos_sin, Tensor positions, "
         "Tensor slots, Tensor(a!) cache, float eps=1e-6, str rotary='half_split', bool rope_first=True, bool hadamard=False, "
-        "bool power_of_two=False) -> (Tensor, Tensor)"
+        "bool power_of_two=False, bool batch_invariant=False) -> (Tensor, Tensor)"
     )
     spec_type = IndexPrologueSpec
     sizes_type = IndexPrologueSizes
-    minor = frozenset({"d_rope", "rotary", "rope_first", "norm", "weights", "power_of_two", "page", "slots"})
+    minor = frozenset({"d_rope", "rotary", "rope_first", "norm", "weights", "power_of_two", "page", "slots", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[IndexPrologueSpec]:
         if model.attention != MLA:
             return ()
         head_dim = model.index_head_dim
-        return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=min(head_dim, 64), page=model.page),)
+        options: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant}
+        return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=min(head_dim, 64), **options),)
 
     def bind(self, *args: Any) -> tuple[IndexPrologueSpec, IndexPrologueSizes, Inputs]:
-        q, weights, k, norm_weight, norm_bias, cos_sin, positions, slots, cache, eps, rotary, first, hadamard, rounded = args
+        q, weights, k, norm_weight, norm_bias, cos_sin, positions, slots, cache, eps, rotary, first, *rest = args
+        hadamard, rounded, invariant = rest
         q = checks.tensor("q", q, (None, None, None), torch.bfloat16, inner_contiguous=True)
         tokens, heads, head_dim = q.shape
         _check_heads(q)
@@ -129,6 +133,7 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
             rounded,
             page,
             paged.SLOT_NAMES[slots.dtype],
+            invariant,
         )
         tensors = {"q": q, "weights": weights, "k": k, "norm_weight": norm_weight, "norm_bias": norm_bias}
         placed = {"cos_sin": cos_sin, "positions": positions, "slots": slots, "cache": cache, "eps": rotated.check_eps(eps)}
@@ -242,7 +247,18 @@ def _turned(spec: IndexPrologueSpec, inputs: Inputs, x: Tensor) -> Tensor:
     which = 0 if spec.rope_first else 1
     parts[which] = rotated.rotate(parts[which], inputs["cos_sin"], inputs["positions"], spec.rotary)
     x = torch.cat(parts, -1)
+    if spec.hadamard and spec.batch_invariant:
+        return _hadamard(x)
     return x @ hadamard_matrix(spec.head_dim, x.device) if spec.hadamard else x
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """``x @ hadamard_matrix`` by sums and differences of pairs, whose order no other row decides."""
+    width, whole = x.shape[-1], x.shape
+    for bit in range(width.bit_length() - 1):
+        low, high = x.reshape(*whole[:-1], -1, 2, 1 << bit).unbind(-2)
+        x = torch.stack((low + high, low - high), -2)
+    return x.reshape(whole) * float(width**-0.5)
 
 
 def hadamard_matrix(width: int, device: torch.device | str = "cpu") -> Tensor:

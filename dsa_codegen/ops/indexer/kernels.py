@@ -73,6 +73,13 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         most = 192 if spec.scores == "fp8" else 64
         yield from exceeds("accumulator registers", config["block_n"] * columns / (32 * config["num_warps"]), most)
 
+    def order(self, spec: IndexerSpec, config: Config) -> str | None:
+        """Every token's score is its own. In Gluon a thread adds a query's heads one after the other, whatever the tile."""
+        if config.backend == "gluon":
+            return "gluon"
+        shape = ("block_q", "block_n", "num_warps" if config.backend == "triton" else "threads")
+        return "-".join([config.backend, *(str(config[name]) for name in shape)])
+
     def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
         # One accumulator and three blocks per SM, where that spills nothing.
         hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3)

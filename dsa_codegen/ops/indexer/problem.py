@@ -21,6 +21,7 @@ from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.values import Sizes, Spec
+from .. import ordered
 from ..logits import LOGITS, empty_logits, exact
 
 _MOST_TOKENS = 1 << 30  # also what a selection takes; a tile behind the last token stays below 2^31
@@ -41,6 +42,8 @@ class IndexerSpec(Spec):
     """Whether column 0 of a row is the first token of its query's window (otherwise it is token 0)."""
     scores: str = "fp8"
     """Whether queries and keys are e4m3, the keys with scales, or bf16 without any."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,19 +71,21 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     function = "indexer_logits"
     schema = (
         "(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor starts, Tensor ends, "
-        "str score='weighted_relu', str logits='fp32', bool clean=False, SymInt? max_window=None, str scores='fp8') -> Tensor"
+        "str score='weighted_relu', str logits='fp32', bool clean=False, SymInt? max_window=None, str scores='fp8', "
+        "bool batch_invariant=False) -> Tensor"
     )
     spec_type = IndexerSpec
     sizes_type = IndexerSizes
-    minor = frozenset({"clean", "score", "compressed"})
+    minor = frozenset({"clean", "score", "compressed", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[IndexerSpec]:
         if model.attention != MLA:
             return ()
-        return (IndexerSpec(model.index_heads, model.index_head_dim, model.score, scores=model.index_scores),)
+        shape = model.index_heads, model.index_head_dim, model.score
+        return (IndexerSpec(*shape, scores=model.index_scores, batch_invariant=model.invariant),)
 
     def bind(self, *args: Any) -> tuple[IndexerSpec, IndexerSizes, Inputs]:
-        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores = args
+        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, invariant = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
         checks.one_of("scores", scores, PRECISIONS)
@@ -100,7 +105,7 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
             if not 0 <= max_window <= _MOST_TOKENS:
                 raise InputError("max_window", max_window, f"None, or 0 to {_MOST_TOKENS}")
             inputs["max_window"] = max_window
-        spec = IndexerSpec(heads, head_dim, score, logits, clean, compressed, scores)
+        spec = IndexerSpec(heads, head_dim, score, logits, clean, compressed, scores, invariant)
         return spec, IndexerSizes(queries, tokens), inputs
 
     def inputs(self, spec: IndexerSpec, case: Case[IndexerSizes], draw: Draw) -> Inputs:
@@ -122,20 +127,16 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         }
 
     def reference(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
-        q, key, weights = exact(inputs["q"]), exact(inputs["k"]), inputs["weights"]
-        if spec.scores == "fp8":
-            key = key * inputs["k_scale"][:, None]
-        logits = torch.zeros(len(q), len(key), dtype=q.dtype, device=q.device)
-        for head in range(spec.heads):  # head by head: all at once would take heads × queries × tokens floats
-            dots = q[:, head] @ key.T
-            if spec.score == "weighted_relu":
-                logits += weights[:, head, None] * dots.relu()
-            else:
-                logits += (dots + weights[:, head, None]).relu()
+        q, k, k_scale, weights = (inputs[name] for name in ("q", "k", "k_scale", "weights"))
+        if spec.batch_invariant:
+            logits = ordered.scores(q, k, k_scale, weights, spec.score)
+        else:
+            key = exact(k) if k_scale is None else exact(k) * k_scale[:, None]
+            logits = _scores(exact(q), key, weights, spec.score)
         if spec.compressed:
             start, _ = windows(inputs)
             token = start[:, None].long() + torch.arange(inputs["max_window"], device=q.device)
-            logits = torch.nn.functional.pad(logits, (0, 1)).gather(1, token.clamp(max=len(key)))
+            logits = torch.nn.functional.pad(logits, (0, 1)).gather(1, token.clamp(max=len(k)))
         return {"logits": logits.masked_fill(~inside(inputs), -math.inf)}
 
     def allocate(self, spec: IndexerSpec, inputs: Inputs) -> Outputs:
@@ -173,6 +174,18 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     def workloads(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
         sizes = ((4096, 32768), (4096, 8192), (512, 8192), (512, 32768))
         return [Case(IndexerSizes(queries, context), "causal") for queries, context in sizes]
+
+
+def _scores(q: Tensor, key: Tensor, weights: Tensor, score: str) -> Tensor:
+    """[queries, tokens] of q [queries, heads, head_dim] and dequantised keys [tokens, head_dim]."""
+    logits = torch.zeros(len(q), len(key), dtype=q.dtype, device=q.device)
+    for head in range(q.shape[1]):  # head by head: all at once would take heads × queries × tokens floats
+        dots = q[:, head] @ key.T
+        if score == "weighted_relu":
+            logits += weights[:, head, None] * dots.relu()
+        else:
+            logits += (dots + weights[:, head, None]).relu()
+    return logits
 
 
 def windows(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from .problem import IndexerPagedSizes, IndexerPagedSpec
 
 SCHEDULES = ("split", "persistent")
 _TILE = 64  # tokens of a tile in the Gluon template
+_QUAD = 4  # lanes that share a row of a product
 _PRODUCE_REGISTERS = 40  # of a thread of the Gluon template's producer
 
 
@@ -65,6 +66,12 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         width = 1 if spec.scores == "fp8" else 2
         smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim * width + 8 * config["block_n"]
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
+
+    def order(self, spec: IndexerPagedSpec, config: Config) -> str | None:
+        """Every token's score is its own; of few queries a product's columns lie so that four lanes share a query's heads."""
+        if config.backend == "gluon":
+            return f"gluon-{min(config['part_queries'], _QUAD)}"
+        return "-".join(["triton", *(str(config[name]) for name in ("block_q", "block_n", "num_warps"))])
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
@@ -196,7 +203,7 @@ def _gluon_registers(config: Config) -> tuple[int, int]:
 def _gluon_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the Gluon template: how a row's queries come in parts, and the layouts that follow from it."""
     part_queries = config["part_queries"]
-    lane_queries = min(4, part_queries)
+    lane_queries = min(_QUAD, part_queries)
     lanes = [[0, bit if bit < lane_queries else 0] for bit in (1, 2)]
     queries = [[0, lane_queries << bit] for bit in range((part_queries // lane_queries).bit_length() - 1)]
     box = min(spec.page, _TILE)

@@ -23,6 +23,7 @@ from ...problem.paged import check_cache, check_plain_cache
 from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
+from .. import ordered
 from ..logits import LOGITS, empty_logits, exact
 
 _LONGEST = 1 << 30  # tokens of a context: kernels look some stages ahead in 32 bits
@@ -43,6 +44,8 @@ class IndexerPagedSpec(Spec):
     """Whether columns at or beyond a query's length are written as -inf (otherwise they are left as they are)."""
     scores: str = "fp8"
     """Whether queries and keys are e4m3, the keys with scales, or bf16 without any."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,21 +81,23 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     function = "indexer_logits_paged"
     schema = (
         "(Tensor q, Tensor cache, Tensor weights, Tensor lengths, Tensor page_table, SymInt max_context, "
-        "str score='weighted_relu', str logits='fp32', bool clean=False, str scores='fp8') -> Tensor"
+        "str score='weighted_relu', str logits='fp32', bool clean=False, str scores='fp8', "
+        "bool batch_invariant=False) -> Tensor"
     )
     spec_type = IndexerPagedSpec
     sizes_type = IndexerPagedSizes
-    minor = frozenset({"clean", "score", "page"})
+    minor = frozenset({"clean", "score", "page", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[IndexerPagedSpec]:
         if model.attention != MLA:
             return ()
         shape = model.index_heads, model.index_head_dim
-        plain = IndexerPagedSpec(*shape, page=model.page, score=model.score, scores=model.index_scores)
+        options: dict[str, Any] = {"page": model.page, "score": model.score, "scores": model.index_scores}
+        plain = IndexerPagedSpec(*shape, **options, batch_invariant=model.invariant)
         return (plain, replace(plain, next_n=2))
 
     def bind(self, *args: Any) -> tuple[IndexerPagedSpec, IndexerPagedSizes, Inputs]:
-        q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores = args
+        q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, invariant = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
         checks.one_of("scores", scores, PRECISIONS)
@@ -106,7 +111,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         if not 0 <= max_context <= _LONGEST:
             raise InputError("max_context", max_context, f"0 to {_LONGEST}")
         inputs = {"q": q, "cache": cache, "weights": weights, "lengths": lengths, "page_table": page_table}
-        spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean, scores)
+        spec = IndexerPagedSpec(heads, head_dim, next_n, page, score, logits, clean, scores, invariant)
         return spec, IndexerPagedSizes(batch, max_context), {**inputs, "max_context": max_context}
 
     def inputs(self, spec: IndexerPagedSpec, case: Case[IndexerPagedSizes], draw: Draw) -> Inputs:
@@ -135,6 +140,11 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         weights = inputs["weights"].view(*q.shape[:2], spec.heads)
         logits = torch.full((*q.shape[:2], context), -math.inf, dtype=torch.float32, device=q.device)
         for row in range(len(q)):
+            if spec.batch_invariant:
+                keys, scales, present = _stored_keys(spec, inputs["cache"], page_table[row], context)
+                score = ordered.scores(q[row], keys, scales, weights[row], spec.score)
+                logits[row, :, : len(keys)] = score.masked_fill(~present, -math.inf)
+                continue
             key, present = _keys(spec, inputs["cache"], page_table[row], context)
             for query in range(spec.next_n):
                 dots = exact(q[row, query]) @ key.T
@@ -207,6 +217,18 @@ def _cache(spec: IndexerPagedSpec, blocks: int, draw: Draw) -> Tensor:
         keys, scales = quantize_groups(draw.normal(len(slots), spec.head_dim), spec.head_dim)
         spec.layout.pack(cache, slots, keys, scales[:, 0])
     return cache
+
+
+def _stored_keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``_keys`` as they are stored: e4m3 [n, head_dim] and scales [n], or unquantised without; and which lie in the cache."""
+    if spec.scores != "fp8" or not len(cache):
+        key, present = _keys(spec, cache, pages, context)
+        return key, None, present
+    place = torch.arange(spec.page, device=pages.device)
+    present = valid_slots(pages, len(cache)).repeat_interleave(spec.page)[:context]
+    slots = (pages.long()[:, None] * spec.page + place).flatten()[:context]
+    keys, scales = spec.layout.unpack(cache, slots.masked_fill(~present, 0))
+    return keys, scales.flatten(), present
 
 
 def _keys(spec: IndexerPagedSpec, cache: Tensor, pages: Tensor, context: int) -> tuple[Tensor, Tensor]:

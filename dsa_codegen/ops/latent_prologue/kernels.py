@@ -30,9 +30,13 @@ class LatentPrologueKernels(Kernels[LatentPrologueSpec, LatentPrologueSizes]):
     def constraints(self, spec: LatentPrologueSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         yield from rows.values_per_thread(config, next_power_of_two(spec.width))
 
+    def order(self, spec: LatentPrologueSpec, config: Config) -> str | None:
+        """The norm's sum of squares."""
+        return "" if spec.norm == "none" else f"triton-{config['block_t']}-{config['num_warps']}"
+
     def guesses(self, spec: LatentPrologueSpec, sizes: LatentPrologueSizes, gpu: Gpu) -> Iterable[Config]:
         # 16 values per thread; few tokens are spread over more, smaller blocks.
-        if sizes.tokens < 8 * gpu.sms:
+        if sizes.tokens < 8 * gpu.sms and not spec.batch_invariant:
             yield Config.of("triton", block_t=1, num_warps=2)
         yield Config.of("triton", block_t=4, num_warps=4)
 

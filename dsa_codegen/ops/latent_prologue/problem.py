@@ -50,6 +50,8 @@ class LatentPrologueSpec(Spec):
     power_of_two: bool = False
     page: int = 64
     slots: str = "i64"
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,23 +90,25 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
     function = "store_latent"
     schema = (
         "(Tensor latent, Tensor? norm_weight, Tensor cos_sin, Tensor positions, Tensor slots, Tensor(a!) cache, "
-        "float eps=1e-6, str layout='v32', str rotary='interleaved', bool power_of_two=False) -> ()"
+        "float eps=1e-6, str layout='v32', str rotary='interleaved', bool power_of_two=False, "
+        "bool batch_invariant=False) -> ()"
     )
     spec_type = LatentPrologueSpec
     sizes_type = LatentPrologueSizes
-    minor = frozenset({"rotary", "norm", "norm_weight", "power_of_two", "page", "slots"})
+    minor = frozenset({"rotary", "norm", "norm_weight", "power_of_two", "page", "slots", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[LatentPrologueSpec]:
         if model.attention != MLA:
             return ()
+        options: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant}
         if model.kv_layout == NO_CACHE:
-            return (LatentPrologueSpec(PLAIN, model.d_nope, norm="nope", page=model.page),)
+            return (LatentPrologueSpec(PLAIN, model.d_nope, norm="nope", **options),)
         v4 = model.kv_layout == "v4"
         norm = "latent" if v4 else "nope"
-        return (LatentPrologueSpec(model.kv_layout, model.d_nope, norm=norm, power_of_two=v4, page=model.page),)
+        return (LatentPrologueSpec(model.kv_layout, model.d_nope, norm=norm, power_of_two=v4, **options),)
 
     def bind(self, *args: Any) -> tuple[LatentPrologueSpec, LatentPrologueSizes, Inputs]:
-        latent, norm_weight, cos_sin, positions, slots, cache, eps, layout, rotary, power_of_two = args
+        latent, norm_weight, cos_sin, positions, slots, cache, eps, layout, rotary, power_of_two, invariant = args
         checks.one_of("layout", layout, LAYOUTS)
         latent = check_rows("latent", latent)
         tokens, width = latent.shape[0], latent.shape[1] - D_ROPE
@@ -119,7 +123,8 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
         page = _check_plain(cache, width, latent) if layout == PLAIN else _check_fp8(cache, layout, latent)
         checks.one_of("rotary", rotary, rotated.STYLES)
         rounded = power_of_two or layout == "v4"
-        spec = LatentPrologueSpec(layout, width, rotary, norm, dtype, rounded, page, paged.SLOT_NAMES[slots.dtype])
+        placed = page, paged.SLOT_NAMES[slots.dtype]
+        spec = LatentPrologueSpec(layout, width, rotary, norm, dtype, rounded, *placed, invariant)
         inputs = {"latent": latent, "norm_weight": norm_weight, "cos_sin": cos_sin, "positions": positions, "slots": slots}
         return spec, LatentPrologueSizes(tokens), {**inputs, "cache": cache, "eps": rotated.check_eps(eps)}
 
