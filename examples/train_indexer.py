@@ -1,7 +1,7 @@
 """DeepSeek Sparse Attention trained as its report says: dense first, then the indexer's warm-up, then sparse; with the curves.
 
-    python examples/train_indexer.py                                       # seconds on a CPU; too short to learn much
-    python examples/train_indexer.py small cuda --seed 1 --plot curves.png   # a minute on a GPU
+    python examples/train_indexer.py                                       # seconds on a CPU
+    python examples/train_indexer.py small cuda --seed 1 --plot curves.png   # a minute or two on a GPU
 
 The text is made here: pairs of a key and its value, which differ from text to text. Whoever reads a key knows its value from
 where the key stood before, so that attention has somewhere to look, and the indexer something to find.
@@ -22,7 +22,6 @@ import dsa_codegen as dsa
 
 LATENT, ROPE, VALUE = 576, 64, 512  # channels of a token, those with rotary position, those that are its value
 SCALE = LATENT**-0.5
-KEYS = 32  # and as many values
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,18 @@ class Size:
     layers: int
     texts: int
     steps: tuple[int, int, int]
+    rate: float
+    keys: int  # and as many values
     length: int = 512
     topk: int = 64
     index_heads: int = 8
     index_dim: int = 64
 
 
-SIZES = {"tiny": Size(64, 2, 1, 1, (2, 2, 1), length=128, index_dim=32), "small": Size(128, 4, 2, 8, (500, 300, 200))}
+SIZES = {
+    "tiny": Size(64, 8, 1, 1, (130, 30, 20), rate=4e-3, keys=8, length=128, index_dim=32),
+    "small": Size(128, 8, 2, 8, (500, 300, 200), rate=2e-3, keys=32),
+}
 
 
 @dataclass
@@ -63,11 +67,11 @@ def batches(size: Size, device: str, seed: int) -> Iterator[Batch]:
     starts = (torch.arange(size.texts) * size.length).repeat_interleave(size.length)
     windows = starts.int(), (starts + position + 1).int()
     while True:
-        keys = torch.randint(KEYS, (size.texts, pairs), generator=random)
-        value_of = torch.rand(size.texts, KEYS, generator=random).argsort(1) + KEYS
+        keys = torch.randint(size.keys, (size.texts, pairs), generator=random)
+        value_of = torch.rand(size.texts, size.keys, generator=random).argsort(1) + size.keys
         text = torch.stack([keys, value_of.gather(1, keys)], 2).flatten(1)
         targets = text.roll(-1, 1).where(torch.arange(size.length) % 2 == 0, -100)  # a key cannot be foreseen
-        before = text.roll(1, 1).where(torch.arange(size.length) > 0, 2 * KEYS)
+        before = text.roll(1, 1).where(torch.arange(size.length) > 0, 2 * size.keys)
         rows = text.flatten(), targets.flatten(), before.flatten(), position, *windows
         yield Batch(*(each.to(device) for each in rows))
 
@@ -165,9 +169,12 @@ class Model(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.embed, self.embed_before = nn.Embedding(2 * KEYS + 1, size.width), nn.Embedding(2 * KEYS + 1, size.width)
+        self.size = size
+        self.embed, self.embed_before = (nn.Embedding(2 * size.keys + 1, size.width) for _ in range(2))
+        for table in (self.embed, self.embed_before):  # with 1.0 some seeds find nothing in 500 steps
+            nn.init.normal_(table.weight, std=0.3)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
-        self.head = nn.Sequential(nn.RMSNorm(size.width), nn.Linear(size.width, 2 * KEYS))
+        self.head = nn.Sequential(nn.RMSNorm(size.width), nn.Linear(size.width, 2 * size.keys))
 
     def forward(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         """(the language's loss, the indexers' loss)."""
@@ -210,7 +217,7 @@ def train(
     model: Model, texts: Iterator[Batch], stage: str, steps: int, parameters: Sequence[nn.Parameter], note: Callable
 ) -> None:
     """Some steps of one stage."""
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=model.size.rate, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     for step in range(steps):
         language, indexer = model(next(texts), stage)
