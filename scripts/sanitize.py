@@ -4,8 +4,8 @@
 
 Everything is built first, without the tool. A piece is a few cases of one operation and backend in a process of its
 own, verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
-looked at, torch's are not. What the small model has no use for (attention in CUDA C++ takes 128 heads) is checked on the same
-model with 128 heads. synccheck and racecheck look at barriers and shared memory, memcheck at every address, every tensor in an
+looked at, torch's are not. Kernels in CUDA C++ are checked on the same model with 128 heads, too, for which they have other
+designs. synccheck and racecheck look at barriers and shared memory, memcheck at every address, every tensor in an
 allocation of its own.
 
 Exit status: 0 where all pieces are clean, 1 where one is not or did not finish within its seconds. Reports: ``--out``.
@@ -88,12 +88,17 @@ class Outcome:
 
 
 def sources(name: str, gpu: Gpu) -> list[verification.Subject]:
-    """The model's rendered sources, and those of backends that only 128 heads have."""
+    """The model's rendered sources, and in CUDA C++, which has designs of their own for many heads, those of 128 heads besides."""
     model: Model = preset(name)
     own = verification.subjects(model, gpu)
-    known = {(subject.op.name, subject.config.backend) for subject in own}
-    wide = verification.subjects(replace(model, heads=128), gpu)
-    return [*own, *(subject for subject in wide if (subject.op.name, subject.config.backend) not in known)]
+    known = {(subject.op.name, subject.spec) for subject in own}
+    wide = of_backend(verification.subjects(replace(model, heads=128), gpu), "cuda")
+    return [*own, *(subject for subject in wide if (subject.op.name, subject.spec) not in known)]
+
+
+def of_backend(subjects: Iterable[verification.Subject], backend: str) -> list[verification.Subject]:
+    """Those of one backend."""
+    return [subject for subject in subjects if subject.config.backend == backend]
 
 
 def of(subjects: Iterable[verification.Subject], op: str, backend: str) -> list[verification.Subject]:
