@@ -8,8 +8,11 @@ calls are compared by ``plans`` alone, which takes longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
+from operator import itemgetter, or_
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,7 +23,7 @@ except ImportError:
 
 Guard = Callable[..., bool]
 """Given the tensors of a call: whether they look the same. It knows nothing of their addresses."""
-Sketch = tuple[tuple[Hashable, ...], list[Tensor], list[int]]
+Sketch = tuple[tuple[Hashable, ...], Sequence[Tensor], list[int]]
 """What a guard does not look at: a key of everything but the tensors, the tensors in order, and their addresses."""
 
 _ALIGNMENT = 16  # bytes; `checks` refuses other addresses
@@ -32,26 +35,51 @@ def sketched(op: str, args: Sequence[Any]) -> Sketch | None:
 
     Subclasses of tensors and whatever does not hash are left to the operator and to ``Op.bind``, which name what is wrong.
     """
-    key: list[Any] = [op]
-    tensors: list[Tensor] = []
-    addresses: list[int] = []
-    bits = 0
+    kinds = tuple(map(type, args))
+    layout = _layouts.get(kinds) or _laid_out(kinds)
+    if layout is None:
+        return None
+    tensors = layout[0](args)
     try:
-        for value in args:
-            kind = type(value)
-            if kind is Tensor or kind is Parameter:
-                key.append(Tensor)  # says which of the optional ones are there
-                address = value.data_ptr()
-                tensors.append(value)
-                addresses.append(address)
-                bits |= address
-            elif kind in _OPTIONS:
-                key += (kind, value)  # with its kind: True, 1 and 1.0 are equal
-            else:
-                return None
+        addresses = [tensor.data_ptr() for tensor in tensors]
     except RuntimeError:  # a tensor without memory
         return None
-    return None if bits % _ALIGNMENT else (tuple(key), tensors, addresses)
+    return None if reduce(or_, addresses, 0) % _ALIGNMENT else ((op, layout[2], layout[1](args)), tensors, addresses)
+
+
+_Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
+_Layout = tuple[_Pick, _Pick, tuple[type, ...]]
+_layouts: dict[tuple[type, ...], _Layout] = {}
+"""By the types of a call's arguments: what picks its tensors, what picks its options, and the types, parameters as tensors.
+
+They say which of the optional tensors are there, and tell True, 1 and 1.0, which are equal, apart.
+"""
+
+
+def _laid_out(kinds: tuple[type, ...]) -> _Layout | None:
+    plain = tuple([Tensor if kind is Parameter else kind for kind in kinds])
+    if not _OPTIONS.issuperset(kind for kind in plain if kind is not Tensor):
+        return None
+    tensors = [place for place, kind in enumerate(plain) if kind is Tensor]
+    options = [place for place, kind in enumerate(plain) if kind is not Tensor]
+    _layouts[kinds] = found = picker(tensors), picker(options), plain
+    return found
+
+
+def picker(places: Sequence[int]) -> _Pick:
+    """The values at these places of a row, as a tuple."""
+    return itemgetter(*places) if len(places) > 1 else lambda row: tuple([row[place] for place in places])
+
+
+def allocator(tensor: Tensor) -> Callable[[], Tensor]:
+    """Makes tensors like this one on the current device: as torch.compile's code does, in half the time of the public way."""
+    shape, stride, dtype, device = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    make: Any = getattr(_torch_guards, f"_empty_strided_{device.type}", None)
+    try:
+        make(shape, stride, dtype)
+    except TypeError:
+        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return lambda: make(shape, stride, dtype)
 
 
 def guard_of(tensors: Sequence[Tensor]) -> Guard | None:

@@ -7,7 +7,6 @@ that went through all of them leaves a plan: its kernels, grids and arguments, w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from . import guards
 
 Key = tuple[Hashable, ...]
 """Equal for calls that a plan serves alike; the operation's name comes first."""
-Call = tuple[Key, list[Tensor], list[int]]
+Call = tuple[Key, Sequence[Tensor], list[int]]
 """A call's key, its tensors in order and their addresses."""
 
+_APART = 512  # bytes; as far apart as the allocator would place them
 _MOST_VIEWS = 64  # of one argument: a cache stays where it is, other tensors take turns in the allocator's few places
 
 
@@ -49,13 +49,22 @@ def completed(sketch: guards.Sketch) -> Call | None:
 def _maker(tensor: Tensor) -> Callable[[], Tensor]:
     """Allocates a tensor like this one, which was allocated for an earlier call."""
     assert not tensor.storage_offset(), "a fresh tensor begins where its memory does"
-    shape, stride, dtype, device = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    shape, stride = tuple(tensor.shape), tensor.stride()
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if tensor.numel() else -1
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if held == last + 1:
-        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    # The last row is padded too.
-    return lambda: torch.empty(held, dtype=dtype, device=device).as_strided(shape, stride)
+        return guards.allocator(tensor)
+    whole = guards.allocator(tensor.as_strided((held,), (1,)))  # the last row is padded too
+    return lambda: whole().as_strided(shape, stride)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
+    """(offsets, bytes of all) of tensors that share one allocation."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.untyped_storage().nbytes() // _APART) * _APART
+    return tuple(offsets), end
 
 
 class _Views:
@@ -90,7 +99,7 @@ class Plan:
         device: int,
         count: Callable[[], object],
         outputs: Mapping[str, int | Callable[[], Tensor]],
-        workspaces: Sequence[Callable[[], Tensor]],
+        workspaces: Sequence[Tensor],
         views: Sequence[_Views],
         constants: Sequence[Any],
         launches: Sequence[tuple[Launchable, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ...]]]],
@@ -99,7 +108,10 @@ class Plan:
         self.device = device
         self._count = count
         self._outputs = tuple(outputs.items())
-        self._workspaces = tuple(workspaces)
+        # Where addresses will do, all lie in one allocation; each costs about as much as half a launch.
+        self._offsets, room = _side_by_side(workspaces if by_address else ())
+        self._room = _maker(torch.empty(room, dtype=torch.uint8, device=workspaces[0].device)) if room else None
+        self._workspaces = () if by_address else tuple(map(_maker, workspaces))
         self._views = tuple(views)
         self._constants = tuple(constants)
         self._launches = tuple(launches)
@@ -116,9 +128,15 @@ class Plan:
             else:
                 outputs[name] = made = how()
                 fresh.append(made)
-        fresh += [make() for make in self._workspaces]
         row: list[Any]
-        row = [*addresses, *[made.data_ptr() for made in fresh]] if self._by_address else [*tensors, *fresh]
+        if self._by_address:
+            row = [*addresses, *[made.data_ptr() for made in fresh]]
+            if self._room is not None:
+                room = self._room()  # stays until the last launch is on its way
+                base = room.data_ptr()
+                row += [base + offset for offset in self._offsets]
+        else:
+            row = [*tensors, *fresh, *[make() for make in self._workspaces]]
         for view in self._views:
             row.append(view.at(addresses[view.place]))
         row += self._constants
@@ -165,13 +183,14 @@ def record(
     for place, value in enumerate((*allocated, *workspaces, *tiled, *constants), len(tensors)):
         places[id(value)] = place
     picked = [
-        (kernels[launch.kernel], launch.grid, _picker([places[id(value)] for value in launch.args])) for launch in launches
+        (kernels[launch.kernel], launch.grid, guards.picker([places[id(value)] for value in launch.args]))
+        for launch in launches
     ]
     return Plan(
         device,
         count,
         {name: _maker(outputs[name]) if place is None else place for name, place in made.items()},
-        [_maker(workspace) for workspace in workspaces],
+        workspaces,
         views,
         constants,
         picked,
@@ -192,11 +211,6 @@ def _settled_places(tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict
         and 1 in view.shape
         and not any(view is other for other in tensors)
     }
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """The values at these places of a row, as a tuple."""
-    return itemgetter(*places) if len(places) > 1 else lambda row: tuple(row[place] for place in places)
 
 
 def _share_memory(given: Sequence[Tensor], fresh: Sequence[Tensor]) -> bool:
