@@ -88,7 +88,7 @@ class Outcome:
 
 
 def sources(name: str, gpu: Gpu) -> list[verification.Subject]:
-    """The model's rendered sources, and in CUDA C++, which has designs of their own for many heads, those of 128 heads besides."""
+    """The model's rendered sources, and in CUDA C++, whose designs for many heads are others, those of 128 heads."""
     model: Model = preset(name)
     own = verification.subjects(model, gpu)
     known = {(subject.op.name, subject.spec) for subject in own}
