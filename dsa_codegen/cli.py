@@ -35,7 +35,7 @@ from .bench.campaign import Campaign
 from .bench.peers.libraries import PEER_FOLDER
 from .command import doctor as diagnosis
 from .command import generate as generation
-from .command import ours, prebuild, show, verification, waiting
+from .command import ours, prebuild, show, show_tuning, verification, waiting
 from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
 from .invocation import command
 from .kernels import backends
@@ -191,6 +191,13 @@ def tune(
         bool, typer.Option("--drop-stale", help="With --refresh: drop what no longer holds and cannot be measured here.")
     ] = False,
     backend: Backends = None,
+    most: Annotated[
+        int, typer.Option("--gpus", help="GPUs of this host that share the search, all alike; 0 for all.", min=0)
+    ] = 0,
+    wait: Annotated[str, typer.Option(help="For another run that uses the same studies; 0s: give up at once.")] = "24h",
+    again: Annotated[
+        str, typer.Option(help="No search: try one candidate once more that failed.", metavar="JOURNAL:TRIAL")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
@@ -199,6 +206,8 @@ def tune(
 
     folder = folder or paths.user_records() or paths.shipped_records()
     _check_tune(context, refresh)
+    if again:
+        return _again(context, again, as_json)
     if refresh:
         names = [ops.get(name).name for name in op or ()]
         wish = refreshing.Wish(names, "" if gpu == "auto" else gpus.resolve(gpu).id, every, drop_stale)
@@ -220,14 +229,16 @@ def tune(
             backends=_backends(backend or (), op or ()),
             seed=seed,
             fresh=fresh,
+            patience=_patience(wait),
+            devices=[""] if offline else _devices(target, most),
             notify=notify,
         ),
     )
-    _print(as_json, show.tuned(report), [show.record_row(record) for record in report.records])
+    _print(as_json, show_tuning.tuned(report), [show.record_row(record) for record in report.records])
     if report.missing:
         state = f"--spec {shlex.quote(str(spec))}" if spec else f"--preset {preset}"
         again = f"{command()} tune --gpu {target.id} {state}"
-        show.missing(report.missing, again, _longer(limits.wall_s, usual.wall_s))(err)
+        show_tuning.missing(report.missing, again, _longer(limits.wall_s, usual.wall_s))(err)
     raise typer.Exit(_exit_code(report))
 
 
@@ -243,12 +254,47 @@ def _check_tune(context: typer.Context, refresh: bool) -> None:
             )
 
 
+def _devices(target: gpus.Gpu, most: int) -> Sequence[str]:
+    """The GPUs that share a search; where it is one, the process's own."""
+    found = gpus.alike(target)[: most or None]
+    return found if len(found) > 1 else [""]
+
+
+def _patience(wait: str) -> Any:
+    """Waits for other runs, and says so."""
+    from .tune.lock import Patience
+
+    seconds = 0.0 if wait in ("0", "0s") else _seconds(wait, "--wait")
+    return Patience(seconds, lambda path: err.print(f"waiting for another tuning run, which is using {path}", highlight=False))
+
+
+def _again(context: typer.Context, name: str, as_json: bool) -> None:
+    from .tune import again as repeating
+
+    _alone(context, "--again", ("again", "as_json"))
+    here = gpus.detect()
+    if here is None:
+        raise NoGpu("tune --again")
+    with err.status("compiling and trying it"):
+        seen = repeating.again(name, here)
+    _print(as_json, show_tuning.again(seen), [show_tuning.again_row(seen)])
+    raise typer.Exit(0 if seen.now.ok else 1)
+
+
+def _alone(context: typer.Context, option: str, besides: Sequence[str]) -> None:
+    """An option that says all there is to say takes no other."""
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name not in besides and source is not None and source.name == "COMMANDLINE":
+            raise SpecError(f"--{name.replace('_', '-')}", value, f"only without {option}")
+
+
 def _refresh(folder: Path, wish: Any, budget_s: float | None, as_json: bool) -> None:
     from .tune import refresh as refreshing
 
     here = gpus.detect()
     report = waiting.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
-    _print(as_json, show.refreshed(report), [show.fate_row(fate) for fate in report.fates])
+    _print(as_json, show_tuning.refreshed(report), [show_tuning.fate_row(fate) for fate in report.fates])
     raise typer.Exit(130 if report.interrupted else 0 if report.complete else 4)
 
 
@@ -460,7 +506,7 @@ def _backends(names: Sequence[str], op_names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, option: str = "--budget") -> float:
     """``90s``, ``10m``, ``1h`` or a plain number of seconds."""
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
     try:
@@ -468,7 +514,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise SpecError("--budget", text, "a time such as 90s, 10m or 1h")
+        raise SpecError(option, text, "a time such as 90s, 10m or 1h")
     return seconds
 
 

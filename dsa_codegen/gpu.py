@@ -202,6 +202,19 @@ def _detect(device: int, override: str | None) -> Gpu | None:
     return _as_device(known, _own_id(known, properties), properties.name, properties)
 
 
+def alike(gpu: Gpu) -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` would call each visible device that is ``gpu``, the current one first."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    names = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    current = torch.cuda.current_device()
+    same = [device for device in range(torch.cuda.device_count()) if detect(device) == gpu]
+    same.sort(key=lambda device: device != current)
+    return [names[device].strip() if device < len(names) else str(device) for device in same]
+
+
 _PART = re.compile(r"mig\b|\d+sm$")
 """In a name: a slice, or an id that ``_own_id`` made."""
 

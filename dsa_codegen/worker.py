@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -25,6 +26,7 @@ from .errors import DsaError
 _START_SECONDS = 120.0  # on top of a job's own time, where the child has to start (imports) before it
 _GRACE_SECONDS = 1.0
 _EXIT_SECONDS = 5.0  # from the closed pipe to an exit code that can be told
+_WATCH_SECONDS = 0.5  # after so long a child notices that its parent was killed
 # A forked child cannot use CUDA, and one that multiprocessing spawns would run the user's script anew, down to the line that
 # wanted the child. Ctrl-C reaches the whole group; what to do then is the parent's to say.
 _BOOT = """
@@ -32,7 +34,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = {path!r}
 from dsa_codegen.worker import serve
-serve({handle}, {log!r})
+serve({handle}, {log!r}, {parent})
 """
 
 
@@ -174,7 +176,7 @@ class Worker:
             return self._connection
         self.kill()
         self._connection, child = Pipe()
-        boot = _BOOT.format(path=sys.path, handle=child.fileno(), log=str(self._log or ""))
+        boot = _BOOT.format(path=sys.path, handle=child.fileno(), log=str(self._log or ""), parent=os.getpid())
         self._process = subprocess.Popen(
             [sys.executable, "-c", boot],
             env={**os.environ, **self._environment},
@@ -194,8 +196,16 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return None
 
 
-def serve(handle: int, log: str) -> None:
-    """The child's side: run the jobs that come through the pipe until it is closed."""
+def _outlive_nobody(parent: int) -> None:
+    """A killed parent closes no child: one whose job hangs would hold its GPU for ever."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def serve(handle: int, log: str, parent: int) -> None:
+    """The child's side: run the jobs that come through the pipe until it is closed, or the parent is gone."""
+    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     connection = Connection(handle)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     if log:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +18,6 @@ from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
 from ..records.explain import Difference
-from ..records.files import outranked
 from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
 from ..records.record import MEASURED, Record
@@ -28,13 +26,6 @@ from .generate import Generated
 from .ours import Row
 from .prebuild import Prebuilt
 from .verification import Verdict
-
-if TYPE_CHECKING:
-    from ..tune.plan import Missing
-    from ..tune.problem import Problem
-    from ..tune.refresh import Refreshed
-    from ..tune.renewal import Fate
-    from ..tune.run import Report
 
 Printer = Callable[[Console], None]
 
@@ -174,76 +165,6 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
         "seconds": round(verdict.seconds, 3),
         "detail": verdict.detail,
     }
-
-
-def tuned(report: Report) -> Printer:
-    """What serves each call now, which files changed, which choices a measured record outranks, and what was left out."""
-    fastest: dict[tuple[object, ...], Record] = {}
-    for record in sorted(report.records, key=lambda record: record.time_us.median):
-        fastest.setdefault((record.op, tuple(record.spec.items()), record.bucket), record)
-    chosen = [record for record in report.records if record in fastest.values()]
-    rivals = [outranked(path, record) for record in chosen for path in [_file_of(report, record)]]
-    serving = [rival or record for rival, record in zip(rivals, chosen, strict=True)]
-    changed = {_file_of(report, record) for record in report.records if outranked(_file_of(report, record), record) is None}
-    files = [f"wrote {path}" if path in changed else f"left {path} as it was" for path in report.files]
-    kept = sum(rival is not None for rival in rivals)
-    aside = [f"{kept} of {len(chosen)} choices were not kept: measured records serve those calls, as shown"] if kept else []
-    head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
-    return together(records(serving, head), lines(_outcomes(report), *files, *aside), lines(*report.notes, style="yellow"))
-
-
-def _file_of(report: Report, record: Record) -> Path:
-    return next(path for path in report.files if (path.parent.name, path.stem) == (record.gpu.id, record.op))
-
-
-def missing(problems: Sequence[Missing], again: str, budget: str) -> Printer:
-    """What has no record, why, and the command that gets it."""
-    texts = [f"no record for {each.problem.op.name}, {_sizes_of(each.problem)}: {each.reason}" for each in problems]
-    late = dict.fromkeys(each.problem.op.name for each in problems if not each.failed)
-    command = f"{again} {' '.join(f'--op {name}' for name in late)} --budget {budget}"
-    return lines(*texts, *([f"To get them: {command}"] if late else []), style="yellow")
-
-
-def _sizes_of(problem: Problem) -> str:
-    return f"{problem.spec.id}, {describe(problem.case.sizes.bucket())}"
-
-
-def refreshed(report: Refreshed) -> Printer:
-    """What became of each record, and what is still to do."""
-    counts = Counter(fate.what for fate in report.fates)
-    told = [f"{number} {what}" for what, number in counts.items()] + [f"{report.holding} hold as they are"]
-    head = f"records: {', '.join(told)}, in {report.elapsed_s / 60:.1f} min"
-    left = "What is left serves no call: run this again with that GPU at hand, or with --drop-stale to have it dropped."
-    files = [f"wrote {path}" for path in report.files if path.exists()]
-    return together(
-        lines(*map(_fate, report.fates), head, *files),
-        lines(*([] if report.complete else [left]), style="yellow"),
-    )
-
-
-def _fate(fate: Fate) -> str:
-    record = fate.now or fate.old
-    assert record is not None, "a fate is of something"
-    times = [f"{each.time_us.median:.1f}" for each in (fate.old, fate.now) if each is not None]
-    took = f", {' → '.join(times)} µs" if fate.now is not None and fate.what != "carried" else ""
-    why = f" ({fate.why})" if fate.why else ""
-    return f"{fate.what}: {record.gpu.id} {record.op} {record.backend}, {describe(record.bucket)}{took}{why}"
-
-
-def fate_row(fate: Fate) -> dict[str, Any]:
-    """One record's fate for JSON; the record is the new one, where there is one."""
-    record = fate.now or fate.old
-    assert record is not None, "a fate is of something"
-    before = fate.old.time_us.median if fate.old else None
-    return {"fate": fate.what, "why": fate.why, "before_us": before, **record_row(record)}
-
-
-def _outcomes(report: Report) -> str:
-    """``candidates: 412 ok, 31 infeasible``."""
-    counts: Counter[str] = Counter()
-    for study in report.studies:
-        counts.update({kind.value: number for kind, number in study.counts.items() if number})
-    return "candidates: " + (", ".join(f"{number} {kind}" for kind, number in counts.most_common()) or "none")
 
 
 def records(found: Sequence[Record], title: str = "records") -> Printer:

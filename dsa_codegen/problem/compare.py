@@ -92,6 +92,7 @@ def worst(*results: Accuracy) -> Accuracy:
         max((result.max_abs for result in results), default=0.0),
         max((result.similarity for result in results), default=0.0),
         "; ".join(details),
+        any(result.stray for result in results),
     )
 
 

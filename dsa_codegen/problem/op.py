@@ -128,6 +128,8 @@ class Accuracy:
     similarity: float
     """The largest 1 - 2·Σab / Σ(a²+b²) over the outputs (0 = equal)."""
     detail: str = ""
+    stray: bool = False
+    """Whether something was written beside the outputs."""
 
 
 class Problem(ABC, Generic[S, Z]):

@@ -18,6 +18,7 @@ from ..problem.draw import Draw
 from ..problem.exact import exactly
 from ..problem.op import Accuracy, Case, Config, Inputs, Outputs
 from ..problem.values import Spec
+from .fences import STRAY, broken, fenced
 
 
 def poison(outputs: Outputs) -> None:
@@ -53,24 +54,31 @@ def verify(variant: Variant, case: Case, device: str, *, seed: int | None = None
     """Run one case on fresh random inputs and poisoned outputs and compare with the reference.
 
     With ``repeats`` > 1 every further run must reproduce the first bit for bit, where the operation says that it does.
+    A write beside an output (within 4096 bytes) fails, too.
     """
     op, spec = variant.op, variant.spec
     draw = Draw(seed_of(f"{op.name}-{case.id}") if seed is None else seed, device)
     inputs = op.inputs(spec, case, draw)
-    outputs = _run_poisoned(variant, inputs)
+    outputs, strays = _run_poisoned(variant, inputs)
+    if strays:
+        return STRAY
     with exactly():
         accuracy = op.check(spec, inputs, outputs, op.reference(spec, inputs))
     for _ in range(repeats - 1 if accuracy.passed and op.repeatable(spec) else 0):
-        again = _run_poisoned(variant, inputs)
+        again, strays = _run_poisoned(variant, inputs)
+        if strays:
+            return STRAY
         if not all(same_bits(outputs[name], again[name]) for name in outputs):
             return Accuracy(False, accuracy.max_abs, accuracy.similarity, "a repeat differs bitwise")
     return accuracy
 
 
-def _run_poisoned(variant: Variant, inputs: Inputs) -> Outputs:
-    outputs = variant.op.allocate(variant.spec, inputs)
+def _run_poisoned(variant: Variant, inputs: Inputs) -> tuple[Outputs, bool]:
+    """The outputs of a run, and whether it wrote beside them."""
+    outputs, fences = fenced(variant.op.allocate(variant.spec, inputs), inputs)
     poison(outputs)
     variant.run(inputs, outputs)
     # An operation that writes into one of its inputs hands out that tensor: keep this run's bits from the next run.
     written = [id(value) for value in inputs.values()]
-    return {name: tensor.clone() if id(tensor) in written else tensor for name, tensor in outputs.items()}
+    kept = {name: tensor.clone() if id(tensor) in written else tensor for name, tensor in outputs.items()}
+    return kept, broken(fences)

@@ -55,6 +55,11 @@ class Evaluator(ABC):
         self._ready: list[Task] = []
 
     @property
+    def width(self) -> int:
+        """Candidates that are judged at once."""
+        return 1
+
+    @property
     def backlog(self) -> int:
         """Tasks that are not done."""
         return len(self._compiling) + len(self._ready)

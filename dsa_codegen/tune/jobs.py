@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..kernels import backends
 from ..kernels.build import Built
@@ -14,6 +15,7 @@ from ..kernels.variant import Variant
 from ..problem.compare import same_bits, worst
 from ..problem.op import Accuracy, Outputs
 from ..problem.values import Spec
+from ..proof.fences import STRAY, broken, fenced
 from ..proof.measure import InputSet, Measured, input_sets, measure, nbytes
 from ..proof.timing import COLD, Policy
 from ..proof.verify import poison, verify
@@ -35,6 +37,8 @@ _REFERENCE_BYTES = 4e9
 class _Prepared:
     sets: list[InputSet]
     reference: Outputs | None
+    fences: list[Tensor]
+    """Around the outputs of the first set."""
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +77,7 @@ def gate(problem: Problem, entrant: Entrant) -> Outcome:
     """Whether the candidate is right on the operation's cases and on the workload."""
     accuracy = _gate(problem, entrant, variant_of(problem, entrant))
     smem = max(usage.smem for usage in entrant.built.resources.values())
-    kind = Kind.OK if accuracy.passed else Kind.MISMATCH
+    kind = Kind.OK if accuracy.passed else Kind.OUT_OF_BOUNDS if accuracy.stray else Kind.MISMATCH
     return Outcome(kind, accuracy=accuracy, smem=smem, detail=accuracy.detail)
 
 
@@ -116,6 +120,8 @@ def on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]:
     poison(first.outputs)
     variant.run(first.inputs, first.outputs)
     outputs = {name: tensor.clone() for name, tensor in first.outputs.items()}
+    if broken(prepared.fences):
+        return STRAY, outputs
     if prepared.reference is None:
         return Accuracy(True, 0.0, 0.0), outputs
     return problem.op.check(problem.spec, first.inputs, outputs, prepared.reference), outputs
@@ -124,8 +130,10 @@ def on_workload(problem: Problem, variant: Variant) -> tuple[Accuracy, Outputs]:
 def prepared_for(problem: Problem) -> _Prepared:
     """The problem's inputs and reference, drawn unless they are still here."""
     if problem.id not in _problems:
-        sets = input_sets(problem.op, problem.spec, problem.case, problem.gpu, DEVICE)
-        _problems[problem.id] = _Prepared(sets, _reference(problem, sets[0]))
+        first, *others = input_sets(problem.op, problem.spec, problem.case, problem.gpu, DEVICE)
+        outputs, fences = fenced(first.outputs, first.inputs)
+        first = replace(first, outputs=outputs)
+        _problems[problem.id] = _Prepared([first, *others], _reference(problem, first), fences)
         _evict()
     _problems.move_to_end(problem.id)
     return _problems[problem.id]

@@ -72,6 +72,18 @@ def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
         return _create(path, name, sampler)
 
 
+def read_study(path: Path) -> optuna.Study:
+    """The study that a journal holds, to be looked at; whoever writes to it meanwhile is not disturbed.
+
+    Raises:
+        ValueError, KeyError, TypeError: it cannot be read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    (summary,) = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name=summary.study_name, storage=storage)
+
+
 def _cut_off(path: Path) -> None:
     """Drop a last line without an end, which a killed process leaves: the next append would make it unreadable."""
     if path.exists():

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from .lock import take
+from .lock import IMPATIENT, Patience
 
 _SAVE_EVERY_S = 2.0
 
@@ -24,10 +24,12 @@ class Ledger:
 
     Args:
         aim: what identifies the run: problems, backends, method.
+        patience: with another run of the same aim.
     """
 
-    def __init__(self, folder: Path, aim: Iterable[str], budget_s: float | None) -> None:
+    def __init__(self, folder: Path, aim: Iterable[str], budget_s: float | None, patience: Patience = IMPATIENT) -> None:
         self.folder = folder
+        self._patience = patience
         digest = hashlib.sha256("\n".join(aim).encode()).hexdigest()[:12]
         self._path = folder / f"{digest}.clock"
         self.builds = folder / f"{digest}.builds"
@@ -41,12 +43,16 @@ class Ledger:
         """Keep other runs with the same aim away.
 
         Raises:
-            StudyBusy: one is under way.
+            StudyBusy: one is under way, and does not end in time.
         """
-        self._lock = take(self._path)
+        (self._lock,) = self._patience.take_all([self._path])
         self.earlier_s = self._load()
-        self._start = time.monotonic()
+        self.begin()
         return self
+
+    def begin(self) -> None:
+        """The clock starts now: waiting for others costs nothing of the budget."""
+        self._start = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()

@@ -15,7 +15,7 @@ from ..records.files import read_all
 from ..records.lookup import missing_tool, search_path
 from ..records.record import Record
 from .journal import Journal
-from .lock import StudyBusy, take
+from .lock import IMPATIENT, Patience
 from .problem import Problem
 from .space import Space
 from .study import Study
@@ -69,6 +69,7 @@ class Opener:
     seed: int = 0
     fresh: bool = False
     backends: Sequence[str] = ()
+    patience: Patience = IMPATIENT
 
     def open(self, problems: Sequence[Problem], opened: Opened) -> None:
         """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them.
@@ -76,17 +77,11 @@ class Opener:
         All are locked before any is touched: where another process has one, nothing of the others is forgotten.
 
         Raises:
-            StudyBusy: another process has one.
+            StudyBusy: another process has one, and keeps it.
         """
         wanted = [each for problem in problems for each in self._wanted(problem, opened)]
-        locks: list[filelock.BaseFileLock] = []
-        try:
-            for problem, space, _ in wanted:
-                locks.append(take(Journal.of(space, problem.case, self.folder, self.method).path))
-        except StudyBusy:
-            for lock in locks:
-                lock.release()
-            raise
+        journals = [Journal.of(space, problem.case, self.folder, self.method).path for problem, space, _ in wanted]
+        locks = self.patience.take_all(journals)
         for (problem, space, first), lock in zip(wanted, locks, strict=True):
             opened.studies[self._study(problem, space, first, lock)] = problem
 

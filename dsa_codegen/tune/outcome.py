@@ -21,6 +21,11 @@ class Kind(str, Enum):
     LAUNCH_ERROR = "launch_error"
     RUN_TIMEOUT = "run_timeout"
     MISMATCH = "mismatch"
+    OUT_OF_BOUNDS = "out_of_bounds"
+    """It wrote beside its outputs."""
+    OUT_OF_MEMORY = "out_of_memory"
+    CONTEXT_LOST = "context_lost"
+    """An error after which its process can no longer use the GPU: an illegal address, a failed assertion."""
     WORKER_DIED = "worker_died"
 
 

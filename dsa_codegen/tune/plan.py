@@ -13,6 +13,7 @@ from ..kernels.backends import NAMES
 from ..problem.op import Case, Op
 from ..problem.values import Bucket, Spec
 from ..records.record import Record
+from .outcome import Kind
 from .problem import Problem
 from .progress import StudyStatus
 
@@ -80,6 +81,18 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """How candidates of a study failed: one kind of failure, how often, and its first instance."""
+
+    study: str
+    kind: Kind
+    count: int
+    message: str
+    again: str
+    """What ``dsa tune --again`` takes: the first one's journal and trial."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run leaves."""
 
@@ -91,6 +104,8 @@ class Report:
     interrupted: bool
     elapsed_s: float
     missing: tuple[Missing, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    """Those that a candidate is to blame for; what is infeasible is none."""
 
 
 def problems(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu) -> list[Problem]:

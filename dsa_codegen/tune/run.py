@@ -7,7 +7,7 @@ and an interrupted run writes what it has for the others. The next run goes on f
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
 from .keep import keep
 from .ledger import Ledger
+from .lock import IMPATIENT, Patience
 from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
 from .outcome import Kind
-from .plan import OFFLINE, ON_GPU, STATE, Budget, Missing, Report, check, problems
+from .plan import OFFLINE, ON_GPU, STATE, Budget, Failure, Missing, Report, check, problems
 from .pool import CompilePool, cores
 from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
@@ -46,6 +47,8 @@ def tune(
     seed: int = 0,
     state: Path = STATE,
     fresh: bool = False,
+    devices: Sequence[str] = ("",),
+    patience: Patience = IMPATIENT,
     notify: Notify = lambda progress: None,
 ) -> Report:
     """Tune; go on where an earlier run with the same ``state`` left off.
@@ -57,10 +60,13 @@ def tune(
         backends: only these; by default all, offline the one that each operation prefers.
         processes: compilers that run at once; by default the cores this process may use.
         fresh: forget what earlier runs found.
+        devices: GPUs that candidates are dealt out to, as ``CUDA_VISIBLE_DEVICES`` calls them (``gpu.alike``); finals are
+            held on the first. By default the current device alone.
+        patience: with other runs that use the same studies; what they find, this one goes on from.
         notify: called with the progress several times a second.
 
     Raises:
-        StudyBusy: another process is tuning the same.
+        StudyBusy: another process is tuning the same, and patience came to its end.
         RecordError: a file of records there cannot be read; nothing is started.
         InputError, UnknownName: an argument is out of its range, or a folder cannot be written; nothing is touched.
     """
@@ -68,9 +74,12 @@ def tune(
     check(budget, seed, processes, backends, folder, state)
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
-    ledger = Ledger(state / gpu.id, aim, budget.wall_s)
-    with ledger, CompilePool(gpu, ledger.builds, processes or cores(spare=0 if offline else 2), log=ledger.log) as pool:
-        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log)
+    ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
+    with (
+        ledger,
+        CompilePool(gpu, ledger.builds, processes or cores(spare=0 if offline else 1 + len(devices)), log=ledger.log) as pool,
+    ):
+        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
         with evaluator:
             opener = Opener(
                 ledger.folder,
@@ -81,6 +90,7 @@ def tune(
                 seed,
                 fresh,
                 tuple(backends),
+                patience,
             )
             return _Run(folder, opener, ledger, notify).go(chosen, evaluator)
 
@@ -102,6 +112,7 @@ class _Run:
         interrupted = False
         try:
             self.opener.open(wanted, self.opened)  # locked from here on
+            self.ledger.begin()
             if self.opener.fresh:
                 self.ledger.restart()
             try:
@@ -121,7 +132,8 @@ class _Run:
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
         missing = tuple(self._missing(problem) for problem in wanted if not self.written.get(problem.id))
         notes = tuple(self.opened.notes)
-        return Report(found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing)
+        failures = tuple(failure for study in self.opened.studies for failure in _failures(study))
+        return Report(found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing, failures)
 
     def _missing(self, problem: Problem) -> Missing:
         studies = [study for study, of in self.opened.studies.items() if of is problem]
@@ -190,6 +202,14 @@ class _Run:
         return StudyStatus(
             study.label, study.space.spec.id, len(study.seen), study.trials, best_us, default_us, counts, study.exhausted
         )
+
+
+def _failures(study: Study) -> Iterator[Failure]:
+    """The kinds of failures among a study's candidates, each with the first and how to see it again."""
+    for kind, message in study.first_failure.items():
+        if study.counts[kind]:
+            again = f"{study.path}:{study.failed_trial[kind]}"
+            yield Failure(study.label, kind, study.counts[kind], message, again)
 
 
 def _complaint(study: Study) -> str:

@@ -12,7 +12,7 @@ from .study import Study
 
 _IDLE_SECONDS = 0.005
 _ASKS_PER_TURN = 4  # an ask takes up to 0.2 s; results must not wait behind many
-_AHEAD = 4  # candidates compiled beyond what the processes work on
+_AHEAD = 4  # candidates compiled, for each GPU, beyond what the processes work on
 
 
 class Search:
@@ -52,7 +52,7 @@ class Search:
         """Ask for candidates while there is room for them; returns how many were asked for."""
         asked = 0
         for _ in range(_ASKS_PER_TURN):
-            if self._evaluator.backlog >= self._evaluator.pool.size + _AHEAD:
+            if self._evaluator.backlog >= self._evaluator.pool.size + _AHEAD * self._evaluator.width:
                 break
             study = self._neediest()
             if study is None:

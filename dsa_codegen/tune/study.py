@@ -59,6 +59,8 @@ class Study:
         self.space, self.case, self.trials = space, case, trials
         self.counts: Counter[Kind] = Counter()
         self.first_failure: dict[Kind, str] = {}
+        self.failed_trial: dict[Kind, int] = {}
+        """The number of the trial that each of these first failures was."""
         self.seen: dict[Key, tuple[Candidate, Outcome]] = {}
         self.spent_s = 0.0
         self.failure = ""
@@ -74,6 +76,7 @@ class Study:
         sampler_seed = seed + int(journal.digest, 16) % 2**31
         self._study = open_study(self.path, f"{self.label} {journal.digest}", sampler_seed, trials)
         self._study.set_user_attr("identity", journal.identity)
+        self._study.set_user_attr("case", {"sizes": case.sizes.to_dict(), "distribution": case.distribution})
         self._restore()
         self._first: deque[Config] = deque()
         self.suggest(seeds)
@@ -156,7 +159,7 @@ class Study:
             self._study.tell(trial, state=TrialState.FAIL)
             return False
         self._conclude(trial, outcome)
-        improved = self._note(candidate, outcome)
+        improved = self._note(candidate, outcome, trial.number)
         if improved:
             self._near.extendleft(self.space.neighbours(candidate.config))
         return improved
@@ -164,9 +167,9 @@ class Study:
     def reject(self, candidate: Candidate, outcome: Outcome) -> None:
         """Take back an OK that a later check does not bear out; for the journal that is one more trial."""
         self.counts[Kind.OK] -= 1
-        self._note(candidate, outcome)
         self._study.enqueue_trial(self.space.encode(candidate.config))
         trial = self._study.ask()
+        self._note(candidate, outcome, trial.number)
         self.space.suggest(trial)
         self._conclude(trial, outcome)
 
@@ -231,11 +234,12 @@ class Study:
         trial.set_constraint(outcome.kind.value, 1.0)
         self._study.tell(trial, state=TrialState.PRUNED)
 
-    def _note(self, candidate: Candidate, outcome: Outcome) -> bool:
+    def _note(self, candidate: Candidate, outcome: Outcome, number: int) -> bool:
         self.seen[candidate.key] = (candidate, outcome)
         self.counts[outcome.kind] += 1
         if not outcome.ok:
             self.first_failure.setdefault(outcome.kind, f"{candidate.config}: {outcome.detail}")
+            self.failed_trial.setdefault(outcome.kind, number)
             return False
         if self._best is None or outcome.time_us < self._best.time_us:
             self._best = outcome
@@ -244,17 +248,18 @@ class Study:
 
     def _restore(self) -> None:
         """Take over what earlier runs found; trials that a dead run left open are released, as the sampler avoids them."""
-        found: dict[Key, tuple[Candidate, Outcome]] = {}
+        found: dict[Key, tuple[Candidate, Outcome, int]] = {}
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:
                 self._study.tell(trial.number, state=TrialState.FAIL)
             elif trial.state.is_finished() and "outcome" in trial.user_attrs:
                 candidate = self.space.candidate(self.space.decode(trial.params))
-                found[candidate.key] = candidate, Outcome.from_json(trial.user_attrs["outcome"])  # the last word counts
+                outcome = Outcome.from_json(trial.user_attrs["outcome"])
+                found[candidate.key] = candidate, outcome, trial.number  # the last word counts
             elif trial.state is TrialState.PRUNED:
                 self.counts[Kind.INFEASIBLE] += 1
-        for candidate, outcome in found.values():
-            self._note(candidate, outcome)
+        for each in found.values():
+            self._note(*each)
 
     def _everything(self, order: random.Random) -> deque[Config] | None:
         """All candidates in a random order, one config each, where the trials are enough for them; else None."""

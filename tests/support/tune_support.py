@@ -12,7 +12,7 @@ from dsa_codegen.problem.op import Accuracy, Case, Config
 from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD
 from dsa_codegen.tune.evaluate import Done, Evaluator, Task
-from dsa_codegen.tune.on_gpu import Jobs
+from dsa_codegen.tune.lane import Jobs
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.problem import Problem
 from dsa_codegen.tune.space import Space

@@ -63,7 +63,7 @@ def go(tmp_path, monkeypatch):
 
     def run(evaluator=None, wish=None, here=H200, **options):
         evaluator = evaluator or InstantGpu(folder=tmp_path / "builds")
-        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, log: evaluator)
+        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, **how: evaluator)
         return refresh(tmp_path / "tuned", here, wish, state=tmp_path / ".tune", **options)
 
     return run

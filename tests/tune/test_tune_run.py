@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from dsa_codegen.records import files as records
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.tune import opening
 from dsa_codegen.tune import run as room
-from dsa_codegen.tune.lock import StudyBusy, take
+from dsa_codegen.tune.lock import Patience, StudyBusy, take
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.plan import Budget, problems
 from dsa_codegen.tune.run import tune
@@ -45,7 +47,7 @@ def go(tmp_path, monkeypatch):
     """Run with an evaluator that needs no GPU; returns the report."""
 
     def run(evaluator=None, **options):
-        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, log: evaluator or InstantGpu(folder=tmp_path / "builds"))
+        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, **how: evaluator or InstantGpu(folder=tmp_path / "builds"))
         options = {"budget": Budget(60.0, TRIALS), "state": tmp_path / ".tune", **options}
         return tune([(OP, SPEC)], options.pop("gpu", H200), tmp_path / "tuned", **options)
 
@@ -155,7 +157,7 @@ KILLED = """
     def slowly(task):
         time.sleep(0.05)
         return timed(landscape(task.candidate.config))
-    room.GpuEvaluator = lambda pool, log: InstantGpu(slowly)
+    room.GpuEvaluator = lambda pool, **how: InstantGpu(slowly)
     here = Path(sys.argv[1])
     room.tune([(OP, SPEC)], H200, here / "tuned", budget=Budget(600.0, 400), state=here / ".tune", notify=lambda p: print(
         sum(study.evaluated for study in p.studies), flush=True))
@@ -247,6 +249,33 @@ def test_a_second_run_touches_nothing_of_the_first(go, one_bucket, tmp_path, fre
 
     assert len(go(notify=second).records) == 1
     assert any(path.name == "kernel.cubin" for path in tried[0])
+
+
+def test_a_second_run_that_waits_goes_on_from_what_the_first_found(go, one_bucket, tmp_path):
+    second, told, threads = InstantGpu(folder=tmp_path / "builds"), [], []
+    patience = Patience(60.0, lambda path: told.append(path.suffix))
+
+    def begin_second(progress):
+        if not threads and progress.studies and progress.studies[0].evaluated >= 4:
+            threads.append(threading.Thread(target=go, args=(second,), kwargs={"patience": patience}))
+            threads[0].start()
+            while not told:
+                time.sleep(0.01)
+
+    first = InstantGpu(folder=tmp_path / "builds")
+    go(first, notify=begin_second)
+    threads[0].join(60)
+    assert told == [".clock"], "said once"
+    assert len(first.judged) == TRIALS and not second.judged
+    assert len(second.finals) == 1
+
+
+def test_waiting_for_one_study_keeps_no_other(tmp_path):
+    held = take(tmp_path / "b.journal")
+    with pytest.raises(StudyBusy, match=r"b\.journal"):
+        Patience(0.3).take_all([tmp_path / "a.journal", tmp_path / "b.journal"])
+    take(tmp_path / "a.journal").release()
+    held.release()
 
 
 def test_where_one_study_is_in_use_none_is_forgotten(go, tmp_path):

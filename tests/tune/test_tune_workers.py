@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsa_codegen.tune import on_gpu
+from dsa_codegen.tune import lane
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
 from dsa_codegen.tune.pool import CompilePool
@@ -63,25 +63,25 @@ def test_what_befalls_the_compiler(tmp_path, shared):
 
 
 def test_what_befalls_the_gpu(tmp_path, shared, monkeypatch):
-    monkeypatch.setattr(on_gpu, "RUN_SECONDS", 2.0)
+    monkeypatch.setattr(lane, "RUN_SECONDS", 2.0)
     study = open_study(tmp_path, seeds=[])
     unruly = [config(block_q=1, block_n=128, splits=splits) for splits in (1, 2, 4, 8)]
     outcomes = collect(shared, study, [*unruly, config()])
     kinds = [outcome.kind for outcome in outcomes]
-    assert kinds == [Kind.LAUNCH_ERROR, Kind.RUN_TIMEOUT, Kind.WORKER_DIED, Kind.LAUNCH_ERROR, Kind.OK]
+    assert kinds == [Kind.LAUNCH_ERROR, Kind.RUN_TIMEOUT, Kind.WORKER_DIED, Kind.CONTEXT_LOST, Kind.OK]
     assert "illegal memory access" in outcomes[3].detail
     assert outcomes[-1].time_us == landscape(config())
-    assert study.counts[Kind.LAUNCH_ERROR] == 2
+    assert study.counts[Kind.LAUNCH_ERROR] == study.counts[Kind.CONTEXT_LOST] == 1
 
 
 def test_only_an_error_that_poisons_costs_a_new_process(tmp_path, shared):
     study = open_study(tmp_path, seeds=[])
     collect(shared, study, [config()])
-    process = shared._worker._process
+    process = shared.lanes[0].worker._process
     collect(shared, study, [config(block_q=1, block_n=128, splits=1)])
-    assert shared._worker._process is process, "out of resources leaves the context whole"
+    assert shared.lanes[0].worker._process is process, "out of resources leaves the context whole"
     collect(shared, study, [config(block_q=1, block_n=128, splits=8)])
-    assert shared._worker._process is not process
+    assert shared.lanes[0].worker._process is not process
 
 
 def test_a_problem_that_cannot_be_set_up_ends_its_study_alone(tmp_path, pool):

@@ -1,0 +1,123 @@
+"""How the command line shows what tuning did: what serves now, what changed and by how much, what failed and how to see it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..invocation import command
+from ..problem.values import describe
+from ..records.files import outranked
+from ..records.record import Record
+from .show import Printer, lines, record_row, records, together
+
+if TYPE_CHECKING:
+    from ..tune.again import Again
+    from ..tune.plan import Missing
+    from ..tune.problem import Problem
+    from ..tune.refresh import Refreshed
+    from ..tune.renewal import Fate
+    from ..tune.run import Report
+
+
+def tuned(report: Report) -> Printer:
+    """What serves each call now, which files changed, which choices a measured record outranks, and what was left out."""
+    fastest: dict[tuple[object, ...], Record] = {}
+    for record in sorted(report.records, key=lambda record: record.time_us.median):
+        fastest.setdefault((record.op, tuple(record.spec.items()), record.bucket), record)
+    chosen = [record for record in report.records if record in fastest.values()]
+    rivals = [outranked(path, record) for record in chosen for path in [_file_of(report, record)]]
+    serving = [rival or record for rival, record in zip(rivals, chosen, strict=True)]
+    changed = {_file_of(report, record) for record in report.records if outranked(_file_of(report, record), record) is None}
+    files = [f"wrote {path}" if path in changed else f"left {path} as it was" for path in report.files]
+    kept = sum(rival is not None for rival in rivals)
+    aside = [f"{kept} of {len(chosen)} choices were not kept: measured records serve those calls, as shown"] if kept else []
+    head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
+    told = lines(_outcomes(report), *_failures(report), *files, *aside)
+    return together(records(serving, head), told, lines(*report.notes, style="yellow"))
+
+
+def _failures(report: Report) -> Iterable[str]:
+    """For each kind of failure its first candidate, and the command that shows it again."""
+    first = {failure.kind: failure for failure in reversed(report.failures)}
+    for failure in first.values():
+        yield f"{failure.kind.value}, the first: {failure.study} {failure.message}"
+        yield f"  again: {command()} tune --again {shlex.quote(failure.again)}"
+
+
+def again(seen: Again) -> Printer:
+    """What a candidate did when it was recorded, and what it does now."""
+    now = f"{seen.now.kind.value}: {seen.now.detail}" if seen.now.detail else seen.now.kind.value
+    time = f" ({seen.now.time_us:.1f} µs)" if seen.now.timing else ""
+    return lines(f"{seen.problem} {seen.config}", f"  was {seen.before.value}, is {now}{time}")
+
+
+def _file_of(report: Report, record: Record) -> Path:
+    return next(path for path in report.files if (path.parent.name, path.stem) == (record.gpu.id, record.op))
+
+
+def missing(problems: Sequence[Missing], again: str, budget: str) -> Printer:
+    """What has no record, why, and the command that gets it."""
+    texts = [f"no record for {each.problem.op.name}, {_sizes_of(each.problem)}: {each.reason}" for each in problems]
+    late = dict.fromkeys(each.problem.op.name for each in problems if not each.failed)
+    again = f"{again} {' '.join(f'--op {name}' for name in late)} --budget {budget}"
+    return lines(*texts, *([f"To get them: {again}"] if late else []), style="yellow")
+
+
+def _sizes_of(problem: Problem) -> str:
+    return f"{problem.spec.id}, {describe(problem.case.sizes.bucket())}"
+
+
+def refreshed(report: Refreshed) -> Printer:
+    """What became of each record, and what is still to do."""
+    counts = Counter(fate.what for fate in report.fates)
+    told = [f"{number} {what}" for what, number in counts.items()] + [f"{report.holding} hold as they are"]
+    head = f"records: {', '.join(told)}, in {report.elapsed_s / 60:.1f} min"
+    left = "What is left serves no call: run this again with that GPU at hand, or with --drop-stale to have it dropped."
+    files = [f"wrote {path}" for path in report.files if path.exists()]
+    return together(
+        lines(*map(_fate, report.fates), head, *files),
+        lines(*([] if report.complete else [left]), style="yellow"),
+    )
+
+
+def _fate(fate: Fate) -> str:
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    times = [f"{each.time_us.median:.1f}" for each in (fate.old, fate.now) if each is not None]
+    took = f", {' → '.join(times)} µs" if fate.now is not None and fate.what != "carried" else ""
+    why = f" ({fate.why})" if fate.why else ""
+    return f"{fate.what}: {record.gpu.id} {record.op} {record.backend}, {describe(record.bucket)}{took}{why}"
+
+
+def fate_row(fate: Fate) -> dict[str, Any]:
+    """One record's fate for JSON; the record is the new one, where there is one."""
+    record = fate.now or fate.old
+    assert record is not None, "a fate is of something"
+    before = fate.old.time_us.median if fate.old else None
+    return {"fate": fate.what, "why": fate.why, "before_us": before, **record_row(record)}
+
+
+def _outcomes(report: Report) -> str:
+    """``candidates: 412 ok, 31 infeasible``."""
+    counts: Counter[str] = Counter()
+    for study in report.studies:
+        counts.update({kind.value: number for kind, number in study.counts.items() if number})
+    return "candidates: " + (", ".join(f"{number} {kind}" for kind, number in counts.most_common()) or "none")
+
+
+def again_row(seen: Again) -> dict[str, Any]:
+    """One candidate's two outcomes for JSON."""
+    time_us = seen.now.time_us if seen.now.timing else None
+    return {
+        "problem": seen.problem,
+        "backend": seen.config.backend,
+        "config": seen.config.to_dict(),
+        "was": seen.before.value,
+        "is": seen.now.kind.value,
+        "detail": seen.now.detail,
+        "time_us": time_us,
+    }

@@ -1,0 +1,88 @@
+"""Faults: candidates that hang, crash, write out of bounds, are wrong, exhaust memory or poison; runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent)])}
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test takes its place")
+
+
+def python(code: str, *arguments: object, seconds: float = 300.0) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def plant(folder: Path, wall_s: float) -> dict:
+    """A run over the planted operation, every fault of which is to be found."""
+    return json.loads(python("import planted; planted.main()", folder, 3, wall_s).splitlines()[-1])
+
+
+REPEATED = """
+import json, sys, planted
+planted.arrange(3.0)
+seen = [planted.repeating.again(name, planted.target()) for name in sys.argv[1:]]
+print(json.dumps([[each.before.value, each.now.kind.value, each.config["fault"]] for each in seen]))
+"""
+
+
+def every_fault_is_found(folder: Path) -> None:
+    """Each fault is counted by its kind, none is chosen, and each can be seen again by what the run printed."""
+    told = plant(folder, 240)
+    expected = json.loads(python("import json, planted; print(json.dumps(planted.EXPECTED))"))
+    assert told["counts"] == {"ok": 8, **dict.fromkeys(expected.values(), 1)}
+    (config,) = told["config"]
+    assert config["fault"] == "none"
+    assert told["elapsed_s"] < 240
+    again = json.loads(python(REPEATED, *(failure["again"] for failure in told["failures"])))
+    assert {(was, now) for was, now, _ in again} == {(kind, kind) for kind in expected.values()}
+    assert {fault: now for _, now, fault in again} == expected
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+def test_every_fault_is_found(tmp_path):
+    every_fault_is_found(tmp_path)
+
+
+@pytest.mark.gpu
+def test_every_fault_is_found_on_the_gpu(tmp_path):
+    every_fault_is_found(tmp_path)
+
+
+def killed(kind: str, folder: Path, times: int, candidates: int) -> None:
+    """A run that was killed so often goes on: nothing told is tried again, nothing is left running."""
+    python("import killed; killed.main()", kind, folder, times, 0.1)
+    told = json.loads((folder / "report").read_text())
+    assert (told["evaluated"], len(told["records"])) == (candidates, 1)
+    begun = [line.split(maxsplit=1) for line in (folder / "log").read_text().splitlines()]
+    tried = Counter(config for _, config in begun)
+    assert len(tried) == candidates
+    assert sum(tried.values()) <= candidates + times, "a kill costs what was under way, no more"
+    end = time.monotonic() + 5
+    while (left := [pid for pid, _ in begun if Path("/proc", pid).exists()]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+
+
+@pytest.mark.slow
+def test_ten_kills_cost_no_more_than_what_was_under_way(tmp_path):
+    killed("fake", tmp_path, 10, 60)
+
+
+@pytest.mark.gpu
+def test_ten_kills_on_the_gpu(tmp_path):
+    killed("planted", tmp_path, 10, 14)
