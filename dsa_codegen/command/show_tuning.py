@@ -12,10 +12,11 @@ from ..invocation import command
 from ..problem.values import describe
 from ..records.files import outranked
 from ..records.record import Record
-from .show import Printer, lines, record_row, records, together
+from .show import Printer, lines, record_row, records, together, values
 
 if TYPE_CHECKING:
     from ..tune.again import Again
+    from ..tune.incumbent import Change
     from ..tune.plan import Missing
     from ..tune.problem import Problem
     from ..tune.refresh import Refreshed
@@ -36,8 +37,34 @@ def tuned(report: Report) -> Printer:
     kept = sum(rival is not None for rival in rivals)
     aside = [f"{kept} of {len(chosen)} choices were not kept: measured records serve those calls, as shown"] if kept else []
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
-    told = lines(_outcomes(report), *_failures(report), *files, *aside)
+    told = lines(_outcomes(report), *_failures(report), *_changes(report), *files, *aside)
     return together(records(serving, head), told, lines(*report.notes, style="yellow"))
+
+
+def _changes(report: Report) -> Iterable[str]:
+    """What took another's place, with the times of both; how many stand as they were, and how far their times moved."""
+    for change in report.changes:
+        if change.before is not None and not change.kept:
+            yield f"changed: {_place(change.now)}: {_before(change)} → {_time(change.now)}, {values(change.now.config)}"
+    kept = [change for change in report.changes if change.kept]
+    moved = [100 * (change.now.time_us.median / change.before.time_us.median - 1) for change in kept if change.before]
+    if moved:
+        yield f"kept: {len(kept)} as they were, their times {min(moved):+.1f} to {max(moved):+.1f} % from what was recorded"
+
+
+def _before(change: Change) -> str:
+    """``3.95 µs (4.02 here)`` of what was replaced."""
+    assert change.before is not None
+    here = f"{change.before_us:.4g} here" if change.before_us is not None else change.why or "not timed here"
+    return f"{_time(change.before)} ({here}), {values(change.before.config)}"
+
+
+def _time(record: Record) -> str:
+    return f"{record.time_us.median:.4g} µs"
+
+
+def _place(record: Record) -> str:
+    return f"{record.gpu.id} {record.op} {record.backend}, {describe(record.bucket)}"
 
 
 def _failures(report: Report) -> Iterable[str]:

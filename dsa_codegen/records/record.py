@@ -76,6 +76,10 @@ class Record:
     """Counts of outcomes, trials, wall seconds and the seed."""
     runners_up: tuple[RunnerUp, ...] = ()
     measured_at: str = ""
+    card: str = ""
+    """The board it was measured on, by its own name; empty where nobody noted it."""
+    eager_us: Timing | None = None
+    """Launched one by one, the host's work included, where that says something else than ``time_us``."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -96,7 +100,8 @@ class Record:
 def entry(record: Record) -> dict[str, Any]:
     """The record's entry in its file, which itself names op and GPU; ``parse`` reads it back."""
     fields = {**asdict(record), "bucket": bucket_to_json(record.bucket)}
-    del fields["op"], fields["gpu"]
+    for name in ("op", "gpu", *(name for name in _LATER if not fields[name])):
+        del fields[name]
     return _rounded(fields)
 
 
@@ -106,11 +111,12 @@ def parse(entry: Any, op: str, gpu: GpuKey) -> Record:
     Raises:
         RecordError: a field is missing, unknown, or has a value that it cannot have.
     """
-    unknown = sorted(set(entry) - _FIELDS.keys()) if isinstance(entry, dict) else [f"a {type(entry).__name__}"]
+    unknown = sorted(set(entry) - _FIELDS.keys() - _LATER.keys()) if isinstance(entry, dict) else [f"a {type(entry).__name__}"]
     if unknown:
         raise RecordError(f"unknown: {', '.join(unknown)}")
     try:
         known = {name: read(entry[name]) for name, read in _FIELDS.items()}
+        known |= {name: read(entry[name]) for name, read in _LATER.items() if name in entry}
     except KeyError as error:
         raise RecordError(f"the field {error} is missing") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -244,3 +250,5 @@ _FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "runners_up": _runners_up,
     "measured_at": _text,
 }
+_LATER: Mapping[str, Callable[[Any], Any]] = {"card": _text, "eager_us": _timing}
+"""Fields that older records lack, and that are left out where there is nothing to say."""

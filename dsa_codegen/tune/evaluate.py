@@ -10,6 +10,7 @@ from types import TracebackType
 from ..kernels.build import Built
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
+from ..proof.timing import Timing
 from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Problem
@@ -101,6 +102,15 @@ class Evaluator(ABC):
     def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
         """Time candidates in turns, for about ``limit_s`` seconds; None where that failed or nothing is measured."""
         return None
+
+    def eager(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Timing]:
+        """Candidates launched one by one, in turns; none where that failed or nothing is measured."""
+        return []
+
+    @property
+    def card(self) -> str:
+        """The name of the board that the finals run on; empty where there is none."""
+        return ""
 
     def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
         """The winner once more on the full workload."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 from ..kernels.render import template_name, template_sha
 from ..kernels.toolchain import versions
 from ..problem.op import Accuracy
+from ..proof.timing import Timing
 from ..records.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
 from .evaluate import Evaluator
 from .finals import Finalist, choose
@@ -18,6 +19,9 @@ from .problem import Problem
 from .space import Candidate
 
 _RUNNERS_UP = 5
+_EAGER = 3  # of a final also launched one by one
+_LONG_US = 500.0  # launching takes 5 to 20 us: of a longer kernel it says nothing
+EAGER_DIFFERS = 0.1  # relative; below it the two say the same
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,16 @@ class Contender:
     candidate: Candidate
     outcome: Outcome
     default: bool
+    standing: bool = False
+    """Whether a record of it serves today."""
+    eager: Timing | None = None
+    """Launched one by one, where that was timed."""
 
     @property
     def finalist(self) -> Finalist:
         """What the choice looks at."""
         assert self.outcome.timing is not None
-        return Finalist(self.candidate.config, self.outcome.timing, self.outcome.smem, self.default)
+        return Finalist(self.candidate.config, self.outcome.timing, self.outcome.smem, self.default, self.standing)
 
 
 C = TypeVar("C", bound=Contender)
@@ -48,7 +56,18 @@ def timed_in_turns(problem: Problem, field: Sequence[C], evaluator: Evaluator, l
         replace(each, outcome=replace(each.outcome, timing=time.timing, policy=time.policy))
         for each, time in zip(field, measured, strict=True)
     ]
-    return timed, True
+    return _also_eager(problem, timed, evaluator), True
+
+
+def _also_eager(problem: Problem, field: list[C], evaluator: Evaluator) -> list[C]:
+    """The fastest few and the default also launched one by one."""
+    ranked = sorted(field, key=lambda each: (each.outcome.time_us, not each.default))
+    if not ranked or ranked[0].outcome.time_us > _LONG_US:
+        return field
+    chosen = [each for each in ranked if each in ranked[:_EAGER] or each.default]
+    times = evaluator.eager(problem, [each.candidate for each in chosen])
+    by_key = {each.candidate.key: time for each, time in zip(chosen, times, strict=False)}
+    return [replace(each, eager=by_key.get(each.candidate.key)) for each in field]
 
 
 def winner_of(
@@ -70,7 +89,12 @@ def winner_of(
 
 
 def record_of(
-    problem: Problem, winner: Contender, field: Sequence[Contender], default_us: float | None, search: Mapping[str, float]
+    problem: Problem,
+    winner: Contender,
+    field: Sequence[Contender],
+    default_us: float | None,
+    search: Mapping[str, float],
+    card: str = "",
 ) -> Record:
     """The winner's record; ``field`` are all contenders of its backend, from which the runners-up come."""
     op, spec, case = problem.op, problem.spec, problem.case
@@ -97,8 +121,15 @@ def record_of(
         accuracy=_accuracy(outcome.accuracy),
         search=search,
         runners_up=tuple(RunnerUp(each.candidate.config.to_dict(), each.outcome.time_us) for each in others[:_RUNNERS_UP]),
+        card=card,
+        eager_us=winner.eager if winner.eager is not None and disagree(outcome.timing, winner.eager) else None,
         measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def disagree(graph: Timing, eager: Timing) -> bool:
+    """Whether launching one by one takes visibly longer, or less, than replaying a graph."""
+    return abs(eager.median / graph.median - 1) > EAGER_DIFFERS
 
 
 def _accuracy(accuracy: Accuracy | None) -> dict[str, float] | None:

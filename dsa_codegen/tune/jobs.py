@@ -17,7 +17,7 @@ from ..problem.op import Accuracy, Outputs
 from ..problem.values import Spec
 from ..proof.fences import STRAY, broken, fenced
 from ..proof.measure import InputSet, Measured, input_sets, measure, nbytes
-from ..proof.timing import COLD, Policy
+from ..proof.timing import COLD, Policy, Timing
 from ..proof.verify import poison, verify
 from .outcome import Kind, Outcome
 from .problem import Entrant, Problem
@@ -25,6 +25,8 @@ from .space import Key
 
 DEVICE = "cuda"
 PROBE = Policy(reps=5, rounds=1, warmup_ms=0.0)
+EAGER = Policy(graph=False, rounds=7, warmup_ms=2.0)
+_EAGER_SECONDS = 0.3  # of device time for all who are launched one by one
 DOMINATED = 2.0  # a probe this many times slower than the best is not timed further
 _ROUND_US = 20_000  # of device time in a round of the search: slow kernels are replayed fewer times
 _KERNELS_LIMIT = 64  # modules that stay loaded: each holds device memory
@@ -85,6 +87,18 @@ def final(problem: Problem, entrants: Sequence[Entrant], limit_s: float) -> list
     """Time the entrants in turns, as the record will state it."""
     variants = [variant_of(problem, entrant) for entrant in entrants]
     return measure(variants, prepared_for(problem).sets, COLD, limit_s=limit_s)
+
+
+def eager(problem: Problem, entrants: Sequence[Entrant]) -> list[Timing]:
+    """Launch the entrants one by one, in turns: what a model without CUDA graphs sees, the host's work included."""
+    variants = [_variant(problem, entrant) for entrant in entrants]
+    measured = measure(variants, _prepared(problem).sets, EAGER, limit_s=_EAGER_SECONDS)
+    return [each.timing for each in measured]
+
+
+def card() -> str:
+    """The name of the board: "NVIDIA H100 80GB HBM3"."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else ""
 
 
 def recheck(problem: Problem, entrant: Entrant, repeats: int = 3) -> Accuracy:

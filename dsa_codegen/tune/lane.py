@@ -12,6 +12,7 @@ from typing import Any
 from ..kernels.build import Built
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
+from ..proof.timing import Timing
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from . import jobs
 from .evaluate import Task
@@ -38,6 +39,8 @@ class Jobs:
     final: Callable[..., list[Measured]] = jobs.final
     recheck: Callable[..., Accuracy] = jobs.recheck
     gate: Callable[..., Outcome] = jobs.gate
+    eager: Callable[..., list[Timing]] = jobs.eager
+    card: Callable[[], str] = jobs.card
 
 
 JOBS = Jobs()

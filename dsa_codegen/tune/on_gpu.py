@@ -5,12 +5,14 @@ Candidates are dealt out to all GPUs of a host that are alike. What is compared 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
+from ..proof.timing import Timing
 from .evaluate import Done, Evaluator, Task
 from .lane import JOBS, PREPARE_SECONDS, Jobs, Lane
 from .outcome import Kind, Outcome
@@ -98,6 +100,14 @@ class GpuEvaluator(Evaluator):
     def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
         entrants = [Entrant(candidate, self.built(candidate)) for candidate in candidates]
         return self._first(self._jobs.final, problem, entrants, limit_s, timeout=PREPARE_SECONDS + FINAL_SECONDS)[0]
+
+    def eager(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Timing]:
+        entrants = [Entrant(candidate, self.built(candidate)) for candidate in candidates]
+        return self._first(self._jobs.eager, problem, entrants, timeout=PREPARE_SECONDS + FINAL_SECONDS)[0] or []
+
+    @functools.cached_property
+    def card(self) -> str:
+        return self._first(self._jobs.card, timeout=PREPARE_SECONDS)[0] or ""
 
     def recheck(self, problem: Problem, candidate: Candidate) -> Accuracy:
         entrant = Entrant(candidate, self.built(candidate))

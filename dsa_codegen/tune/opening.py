@@ -14,6 +14,7 @@ from ..records.explain import nearest
 from ..records.files import read_all
 from ..records.lookup import missing_tool, search_path
 from ..records.record import Record
+from .incumbent import Incumbent, incumbents
 from .journal import Journal
 from .lock import IMPATIENT, Patience
 from .problem import Problem
@@ -30,6 +31,8 @@ class Opened:
     studies: dict[Study, Problem] = field(default_factory=dict)
     defaults: dict[str, Config] = field(default_factory=dict)
     """By the problem's id: what the dispatcher would use untuned."""
+    serving: dict[str, dict[str, Incumbent]] = field(default_factory=dict)
+    """By the problem's id and backend: the measured record that serves it today."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
@@ -83,7 +86,9 @@ class Opener:
         journals = [Journal.of(space, problem.case, self.folder, self.method).path for problem, space, _ in wanted]
         locks = self.patience.take_all(journals)
         for (problem, space, first), lock in zip(wanted, locks, strict=True):
-            opened.studies[self._study(problem, space, first, lock)] = problem
+            held = opened.serving.get(problem.id, {}).get(space.backend)
+            seeds = [first, *([held.config] if held else []), *self._neighbours(problem, space.backend)]
+            opened.studies[self._study(problem, space, seeds, lock)] = problem
 
     def _wanted(self, problem: Problem, opened: Opened) -> Iterator[tuple[Problem, Space, Config]]:
         """The backends of a problem that can be searched, each with its default; the others are noted."""
@@ -96,6 +101,9 @@ class Opener:
         except NoConfig as error:
             opened.note(str(error))
             return
+        if self.measures:
+            others = (folder for folder in search_path().values() if folder != self.tuned)
+            opened.serving[problem.id] = incumbents(problem, [self.tuned, *others])
         for backend in self._backends(problem, opened.defaults[problem.id]):
             lacking = missing_tool(backend)
             if lacking:
@@ -112,14 +120,14 @@ class Opener:
         usual = problem.op.backends if self.measures else (default.backend,)
         return [backend for backend in problem.op.backends if backend in (self.backends or usual)]
 
-    def _study(self, problem: Problem, space: Space, first: Config, lock: filelock.BaseFileLock) -> Study:
+    def _study(self, problem: Problem, space: Space, seeds: Sequence[Config], lock: filelock.BaseFileLock) -> Study:
         return Study(
             space,
             problem.case,
             self.folder,
             method=self.method,
             trials=self.trials,
-            seeds=[first, *self._neighbours(problem, space.backend)],
+            seeds=seeds,
             seed=self.seed,
             fresh=self.fresh,
             lock=lock,
@@ -130,8 +138,9 @@ class Opener:
         folders = sorted({*search_path().values(), self.tuned})
         known = [record for folder in folders for record in read_all(folder, problem.op.name) if record.backend == backend]
         usable = [record for record in known if _accepted(record, problem.op)]
-        near = nearest(usable, problem.spec, problem.case.sizes, problem.gpu, _NEIGHBOURS)
-        return [record.config_for(problem.op) for record in near]
+        near = nearest(usable, problem.spec, problem.case.sizes, problem.gpu, len(usable))
+        distinct = dict.fromkeys(record.config_for(problem.op) for record in near)
+        return list(distinct)[:_NEIGHBOURS]
 
 
 def _accepted(record: Record, op: Op) -> bool:

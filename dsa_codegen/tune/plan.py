@@ -13,6 +13,7 @@ from ..kernels.backends import NAMES
 from ..problem.op import Case, Op
 from ..problem.values import Bucket, Spec
 from ..records.record import Record
+from .incumbent import Change
 from .outcome import Kind
 from .problem import Problem
 from .progress import StudyStatus
@@ -106,6 +107,8 @@ class Report:
     missing: tuple[Missing, ...] = ()
     failures: tuple[Failure, ...] = ()
     """Those that a candidate is to blame for; what is infeasible is none."""
+    changes: tuple[Change, ...] = ()
+    """What each record replaces, with both times."""
 
 
 def problems(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu) -> list[Problem]:

@@ -17,6 +17,7 @@ from ..problem.values import Spec
 from ..records import files as records
 from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
+from .incumbent import Change
 from .keep import keep
 from .ledger import Ledger
 from .lock import IMPATIENT, Patience
@@ -28,7 +29,7 @@ from .plan import OFFLINE, ON_GPU, STATE, Budget, Failure, Missing, Report, chec
 from .pool import CompilePool, cores
 from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
-from .results import contenders, settle
+from .results import Settled, contenders, settle
 from .search import Search
 from .study import Study
 
@@ -103,6 +104,7 @@ class _Run:
     notify: Notify
     opened: Opened = field(default_factory=Opened)
     written: dict[str, list[Record]] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
     phase: str = "search"
 
     def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
@@ -130,10 +132,16 @@ class _Run:
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        missing = tuple(self._missing(problem) for problem in wanted if not self.written.get(problem.id))
+        missing = tuple(self._missing(problem) for problem in wanted if not self._served(problem))
         notes = tuple(self.opened.notes)
         failures = tuple(failure for study in self.opened.studies for failure in _failures(study))
-        return Report(found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing, failures)
+        return Report(
+            found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing, failures, tuple(self.changes)
+        )
+
+    def _served(self, problem: Problem) -> bool:
+        """Whether a record of this run, or one that it left as it was, is the problem's own."""
+        return bool(self.written.get(problem.id) or self.opened.serving.get(problem.id))
 
     def _missing(self, problem: Problem) -> Missing:
         studies = [study for study, of in self.opened.studies.items() if of is problem]
@@ -155,12 +163,11 @@ class _Run:
             problem, studies = waiting[0]
             left_s = self.ledger.deadline(1.0) - time.monotonic()
             limit_s = min(_FINAL_SECONDS, max(0.2, left_s / (2 * len(waiting))))
-            default = self.opened.defaults[problem.id]
-            settled = settle(problem, studies, default, evaluator, seed=self.opener.seed, limit_s=limit_s)
+            settled = self._settle(problem, studies, evaluator, limit_s)
             if evaluator.measures:
-                for _, candidate in settled:
-                    keep(evaluator.built(candidate))
-            self._write(problem, [record for record, _ in settled])
+                for each in settled:
+                    keep(evaluator.built(each.candidate))
+            self._write(problem, settled)
             waiting = waiting[1:]
             self._tell()
         self.phase = "done"
@@ -169,7 +176,8 @@ class _Run:
     def _rebuild(self, evaluator: Evaluator) -> None:
         """Candidates of an earlier run may have to be compiled again before they can run."""
         for problem, studies in self.opened.by_problem():
-            for each in contenders(studies, self.opened.defaults[problem.id]):
+            serving = self.opened.serving.get(problem.id, {})
+            for each in contenders(studies, self.opened.defaults[problem.id], serving):
                 evaluator.pool.request(each.candidate.rendered)
         while evaluator.pool.backlog:
             evaluator.pool.poll()
@@ -180,12 +188,18 @@ class _Run:
         """Interrupted: write what the search has found so far, without a final."""
         for problem, studies in self.opened.by_problem():
             if problem.id not in self.written:
-                settled = settle(problem, studies, self.opened.defaults[problem.id], None, seed=self.opener.seed)
-                self._write(problem, [record for record, _ in settled])
+                self._write(problem, self._settle(problem, studies, None))
 
-    def _write(self, problem: Problem, fresh: list[Record]) -> None:
-        self.written[problem.id] = fresh
-        records.merge(self.folder, fresh)
+    def _settle(
+        self, problem: Problem, studies: Sequence[Study], evaluator: Evaluator | None, limit_s: float = _FINAL_SECONDS
+    ) -> list[Settled]:
+        default, serving = self.opened.defaults[problem.id], self.opened.serving.get(problem.id, {})
+        return settle(problem, studies, default, evaluator, seed=self.opener.seed, limit_s=limit_s, serving=serving)
+
+    def _write(self, problem: Problem, settled: Sequence[Settled]) -> None:
+        self.written[problem.id] = [each.record for each in settled]
+        self.changes += [each.change for each in settled]
+        records.merge(self.folder, self.written[problem.id])
 
     def _tell(self) -> None:
         ledger = self.ledger

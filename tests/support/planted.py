@@ -208,7 +208,11 @@ def gate(*args):
     return _on_cpu(jobs.gate, *args)
 
 
-JOBS = Jobs(prepare, evaluate, final, recheck, gate)
+def eager(*args):
+    return _on_cpu(jobs.eager, *args)
+
+
+JOBS = Jobs(prepare, evaluate, final, recheck, gate, eager)
 
 
 def arrange(hang_s: float) -> None:
@@ -233,6 +237,7 @@ def tune(folder: Path, hang_s: float = 4.0, wall_s: float = 120.0, trials: int =
     """A whole run in a folder of its own; the report."""
     arrange(hang_s)
     os.environ["DSA_CACHE_DIR"] = str(folder / "cache")
+    options.setdefault("processes", 1)
     budget = Budget(wall_s, trials)
     return room.tune([(OP, PlantedSpec())], target(), folder / "tuned", budget=budget, state=folder / ".tune", **options)
 

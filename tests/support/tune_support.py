@@ -28,7 +28,9 @@ CASE = Case(IndexerSizes(4096, 32768), "causal")
 PROBLEM = Problem(OP, SPEC, CASE, H200)
 SPACE = Space(OP, SPEC, "triton", H200)
 DEFAULT = OP.default_config(SPEC, CASE.sizes, H200)
-FAKE = Jobs(tune_jobs.prepare, tune_jobs.evaluate, tune_jobs.final, tune_jobs.recheck, tune_jobs.gate)
+FAKE = Jobs(
+    tune_jobs.prepare, tune_jobs.evaluate, tune_jobs.final, tune_jobs.recheck, tune_jobs.gate, tune_jobs.eager, tune_jobs.card
+)
 
 
 def config(block_q=4, block_n=64, num_warps=4, num_stages=3, splits=1) -> Config:

@@ -41,12 +41,12 @@ print(json.dumps([[each.before.value, each.now.kind.value, each.config["fault"]]
 
 def every_fault_is_found(folder: Path) -> None:
     """Each fault is counted by its kind, none is chosen, and each can be seen again by what the run printed."""
-    told = plant(folder, 240)
+    told = plant(folder, 400)
     expected = json.loads(python("import json, planted; print(json.dumps(planted.EXPECTED))"))
     assert told["counts"] == {"ok": 8, **dict.fromkeys(expected.values(), 1)}
     (config,) = told["config"]
     assert config["fault"] == "none"
-    assert told["elapsed_s"] < 240
+    assert told["elapsed_s"] < 400, "whatever hangs"
     again = json.loads(python(REPEATED, *(failure["again"] for failure in told["failures"])))
     assert {(was, now) for was, now, _ in again} == {(kind, kind) for kind in expected.values()}
     assert {fault: now for _, now, fault in again} == expected
