@@ -190,6 +190,12 @@ def tune(
     drop_stale: Annotated[
         bool, typer.Option("--drop-stale", help="With --refresh: drop what no longer holds and cannot be measured here.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="No search: time the records again; exit code 1 where one has drifted.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="With --check: per cent that a time may move, beyond its spread.", min=0.0, max=100.0)
+    ] = 5.0,
     backend: Backends = None,
     most: Annotated[
         int, typer.Option("--gpus", help="GPUs of this host that share the search, all alike; 0 for all.", min=0)
@@ -205,13 +211,15 @@ def tune(
     from .tune import run
 
     folder = folder or paths.user_records() or paths.shipped_records()
-    _check_tune(context, refresh)
     if again:
         return _again(context, again, as_json)
-    if refresh:
+    _check_tune(context, "--refresh" if refresh else "--check" if check else "")
+    if refresh or check:
         names = [ops.get(name).name for name in op or ()]
         wish = refreshing.Wish(names, "" if gpu == "auto" else gpus.resolve(gpu).id, every, drop_stale)
         seconds = _seconds(budget) if budget else None
+        if check:
+            return _check_records(folder, wish, seconds, tolerance / 100, as_json)
         return _refresh(folder, wish, seconds, as_json)
     target, here = _gpu(gpu), gpus.detect()
     offline = here is None or here.id != target.id
@@ -242,16 +250,23 @@ def tune(
     raise typer.Exit(_exit_code(report))
 
 
-def _check_tune(context: typer.Context, refresh: bool) -> None:
-    """Options of the search and of ``--refresh`` do not mix."""
-    searching, refreshing = ("preset", "spec", "trials", "seed", "fresh", "backend"), ("every", "drop_stale")
-    for name in searching if refresh else refreshing:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option, allowed = f"--{name.replace('_', '-')}", "without" if refresh else "with"
-            raise SpecError(
-                option, context.params[name], f"only {allowed} --refresh, which goes through the records that are there"
-            )
+_OF = {
+    "": ("preset", "spec", "trials", "seed", "fresh", "backend", "most", "wait"),
+    "--refresh": ("refresh", "every", "drop_stale"),
+    "--check": ("check", "tolerance"),
+}
+"""The options of a search, and of what goes through the records that are there."""
+
+
+def _check_tune(context: typer.Context, mode: str) -> None:
+    """Options of the search, of ``--refresh`` and of ``--check`` do not mix."""
+    for of, names in _OF.items():
+        for name in names if of != mode else ():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option = "--gpus" if name == "most" else f"--{name.replace('_', '-')}"
+                allowed = f"only with {of}" if of else f"only without {mode}"
+                raise SpecError(option, context.params[name], f"{allowed}, which goes through the records that are there")
 
 
 def _devices(target: gpus.Gpu, most: int) -> Sequence[str]:
@@ -296,6 +311,19 @@ def _refresh(folder: Path, wish: Any, budget_s: float | None, as_json: bool) -> 
     report = waiting.refreshing(err, lambda tell: refreshing.refresh(folder, here, wish, budget_s=budget_s, tell=tell))
     _print(as_json, show_tuning.refreshed(report), [show_tuning.fate_row(fate) for fate in report.fates])
     raise typer.Exit(130 if report.interrupted else 0 if report.complete else 4)
+
+
+def _check_records(folder: Path, wish: Any, budget_s: float | None, tolerance: float, as_json: bool) -> None:
+    from .tune import check as checking
+
+    here = gpus.detect()
+    if here is None:
+        raise NoGpu("tune --check")
+    report = waiting.refreshing(
+        err, lambda tell: checking.check(folder, here, wish, tolerance=tolerance, budget_s=budget_s, tell=tell), "check"
+    )
+    _print(as_json, show_tuning.checked(report, tolerance), [show_tuning.drift_row(drift) for drift in report.drifts])
+    raise typer.Exit(130 if report.interrupted else 1 if report.drifted else 4 if report.unreached else 0)
 
 
 def _exit_code(report: Any) -> int:

@@ -12,10 +12,11 @@ from ..invocation import command
 from ..problem.values import describe
 from ..records.files import outranked
 from ..records.record import Record
-from .show import Printer, lines, record_row, records, together, values
+from .show import Printer, lines, record_row, records, table, together, values
 
 if TYPE_CHECKING:
     from ..tune.again import Again
+    from ..tune.check import Checked, Drift
     from ..tune.incumbent import Change
     from ..tune.plan import Missing
     from ..tune.problem import Problem
@@ -148,3 +149,32 @@ def again_row(seen: Again) -> dict[str, Any]:
         "detail": seen.now.detail,
         "time_us": time_us,
     }
+
+
+def checked(report: Checked, tolerance: float) -> Printer:
+    """Each record with what it says and what it takes today, those that drifted last."""
+    rows = [_drift(drift) for drift in sorted(report.drifts, key=lambda drift: drift in report.drifted)]
+    columns = ("record", "sizes", "says µs", "now µs", "±", "moved %", "verdict")
+    counts = Counter(drift.what for drift in report.drifts)
+    told = ", ".join(f"{number} {what}" for what, number in counts.items()) or "no record"
+    aside = [f"{report.elsewhere} are of other GPUs"] if report.elsewhere else []
+    late = [f"not timed: {_place(fate.old)}: {fate.why}" for fate in report.unreached if fate.old]
+    title = f"{told} (within {100 * tolerance:g} % or the spread), in {report.elapsed_s / 60:.1f} min"
+    return together(table(title, columns, rows), lines(*aside), lines(*late, style="yellow"))
+
+
+def _drift(drift: Drift) -> tuple[str, ...]:
+    record, now = drift.record, drift.now
+    spread = f"{(now.p80 - now.p20) / 2:.2g}" if now else ""
+    moved = f"{100 * drift.change:+.1f}" if drift.change is not None else ""
+    name = f"{record.gpu.id} {record.op} {record.backend}"
+    times = f"{record.time_us.median:.4g}", f"{now.median:.4g}" if now else ""
+    return name, describe(record.bucket), *times, spread, moved, ": ".join(filter(None, (drift.what, drift.why)))
+
+
+def drift_row(drift: Drift) -> dict[str, Any]:
+    """One record's drift for JSON."""
+    now = drift.now
+    timing = {"median": now.median, "p20": now.p20, "p80": now.p80, "n": now.n} if now else None
+    more = {"verdict": drift.what, "why": drift.why, "now_us": timing, "change": drift.change}
+    return {**record_row(drift.record), **more, "default_now_us": drift.default_us}

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 if TYPE_CHECKING:
     from ..tune.progress import Notify
     from ..tune.progress import Progress as TuneProgress
-    from ..tune.refresh import Refreshed
     from ..tune.run import Report
 
 T = TypeVar("T")
@@ -50,18 +49,18 @@ def tuning(console: Console, run: Callable[[Notify], Report]) -> Report:
         return run(notify)
 
 
-def refreshing(console: Console, run: Callable[[Callable[[int, int], None]], Refreshed]) -> Refreshed:
-    """Run a refresh under a bar of the problems that are done."""
+def refreshing(console: Console, run: Callable[[Callable[[int, int], None]], R], title: str = "refresh") -> R:
+    """Run a refresh, or a check, under a bar of the problems that are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     log = logger(console)
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("refresh", total=None)
+        task = bar.add_task(title, total=None)
 
         def notify(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            log(f"refresh: {done} of {total} problems")
+            log(f"{title}: {done} of {total} problems")
 
-        log("refresh: reading records")
+        log(f"{title}: reading records")
         return run(notify)
 
 

@@ -12,6 +12,11 @@ TIE_MODELLED = 0.25  # the model is no better than that: a default that somebody
 _MAD_OF_SPREAD = 0.4  # for normal noise the median absolute deviation is 0.40 of the distance from p20 to p80
 
 
+def mad_us(timing: Timing) -> float:
+    """Median absolute deviation of a timing's samples, estimated from the percentiles."""
+    return _MAD_OF_SPREAD * (timing.p80 - timing.p20)
+
+
 @dataclass(frozen=True)
 class Finalist:
     """A candidate with the time it took in the final, in which all took turns."""
@@ -26,7 +31,7 @@ class Finalist:
     @property
     def mad_us(self) -> float:
         """Median absolute deviation of its samples, estimated from the percentiles."""
-        return _MAD_OF_SPREAD * (self.timing.p80 - self.timing.p20)
+        return mad_us(self.timing)
 
 
 def tied(finalists: Sequence[Finalist]) -> list[Finalist]:

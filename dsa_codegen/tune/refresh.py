@@ -94,22 +94,30 @@ def refresh(
     """
     require_writable(folder, "folder")
     require_writable(state, "state")
-    return _Refresh(folder, here, wish or Wish(), tell).go(budget_s, processes, state)
+    return Refresh(folder, here, wish or Wish(), tell).go(budget_s, processes, state)
 
 
 @dataclass
-class _Refresh:
+class Refresh:
+    """The records of a folder gone through, compiled ahead, and judged one problem after another.
+
+    Args:
+        aim: what keeps two of the same kind apart.
+    """
+
     folder: Path
     here: Gpu | None
     wish: Wish
     tell: Tell
     report: Refreshed = field(default_factory=Refreshed)
+    aim: str = "refresh"
 
     def go(self, budget_s: float | None, processes: int | None, state: Path) -> Refreshed:
+        """The whole of it."""
         begun = time.monotonic()
         tasks = self._tasks()
         if tasks and self.here is not None:
-            with Ledger(state / self.here.id, ["refresh"], budget_s) as ledger:
+            with Ledger(state / self.here.id, [self.aim], budget_s) as ledger:
                 ledger.restart()
                 self._on(self.here, tasks, ledger, processes or cores(spare=2))
                 ledger.finish()
@@ -170,13 +178,16 @@ class _Refresh:
                     evaluator.pool.poll()
                     time.sleep(_IDLE_SECONDS)
                     continue
-                self._settle(renew(ready, evaluator, drop=self.wish.drop))
+                self._settle(self._judge(ready, evaluator))
                 waiting.remove(ready)
         except KeyboardInterrupt:
             self.report.interrupted = True
         why = "interrupted" if self.report.interrupted else "the budget was spent"
         self._settle([Fate(record, "left", why) for task in waiting for record in task.old])
         self.tell(total, total)
+
+    def _judge(self, task: Task, evaluator: Evaluator) -> list[Fate]:
+        return renew(task, evaluator, drop=self.wish.drop)
 
     def _settle(self, fates: Sequence[Fate]) -> None:
         fresh = [fate.now for fate in fates if fate.now is not None]

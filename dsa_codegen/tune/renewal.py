@@ -9,6 +9,7 @@ from ..errors import NoConfig
 from ..gpu import Gpu
 from ..problem.op import Config
 from ..problem.values import contains
+from ..proof.timing import Timing
 from ..records.lookup import missing_tool
 from ..records.record import Record
 from .evaluate import Evaluator
@@ -96,14 +97,14 @@ def renew(task: Task, evaluator: Evaluator, drop: bool = False, limit_s: float =
     trouble = evaluator.set_up(problem, task.old[0].backend)
     if trouble:
         return [Fate(old, "left", f"the problem cannot be set up: {trouble}") for old in task.old]
-    contest = _Contest(task, evaluator)
+    contest = Contest(task, evaluator)
     if not contest.hold(limit_s):
         return [Fate(old, "left", "the final failed") for old in task.old]
     fates = [contest.fate(old, shipped, drop) for old, shipped in zip(task.old, task.shipped, strict=True)]
     return fates + contest.addition()
 
 
-class _Contest:
+class Contest:
     """The gate and the final of one task, and the winners by backend."""
 
     def __init__(self, task: Task, evaluator: Evaluator) -> None:
@@ -128,7 +129,7 @@ class _Contest:
     def fate(self, old: Record, shipped: Candidate | str, drop: bool) -> Fate:
         """What becomes of a record: it or the default of its backend is written anew, or nothing of it remains."""
         winner = self._winner(old.backend)
-        said = self._verdict(shipped)
+        said = self.verdict(shipped)
         if winner is None:
             outcomes = [self._failures[each.key] for each in self._task.candidates if each.config.backend == old.backend]
             final = drop or all(outcome.kind in _DECIDED for outcome in outcomes)
@@ -172,19 +173,34 @@ class _Contest:
     def _of(self, backend: str) -> list[Contender]:
         return [each for each in self._field if each.candidate.config.backend == backend]
 
-    def _verdict(self, shipped: Candidate | str) -> str:
+    def verdict(self, shipped: Candidate | str) -> str:
         """Why the record's config is out; empty where it is right."""
         if isinstance(shipped, str):
             return shipped
         failure = self._failures.get(shipped.key)
         return f"{failure.kind.value}: {failure.detail}" if failure else ""
 
+    def time_of(self, shipped: Candidate | str) -> Timing | None:
+        """What a record's config took; None where it did not reach the end."""
+        if isinstance(shipped, str):
+            return None
+        return next((each.outcome.timing for each in self._field if each.candidate.key == shipped.key), None)
+
+    @property
+    def default_us(self) -> float | None:
+        """What the problem's own default took; None where it did not reach the end."""
+        default = next(iter(self._task.defaults), None)
+        timing = self.time_of(default) if default is not None else None
+        return timing.median if timing else None
+
+    def is_default(self, shipped: Candidate | str) -> bool:
+        """Whether a record states the problem's own default."""
+        return isinstance(shipped, Candidate) and [shipped.key] == [each.key for each in self._task.defaults[:1]]
+
     def _slower(self, shipped: Candidate | str, winner: Contender) -> str:
         (took,) = (each.outcome.time_us for each in self._field if each.candidate is shipped)
         return f"{took:.1f} µs against the default's {winner.outcome.time_us:.1f}"
 
     def _record(self, winner: Contender, search: dict[str, float]) -> Record:
-        default = next(iter(self._task.defaults), None)
-        times = [each.outcome.time_us for each in self._field if default is not None and each.candidate.key == default.key]
         own = self._of(winner.candidate.config.backend)
-        return record_of(self._problem, winner, own, times[0] if times else None, search)
+        return record_of(self._problem, winner, own, self.default_us, search, self._evaluator.card)

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-TRIALS = 60
+TRIALS = 40
 
 
 def note(*facts: object) -> None:
@@ -60,7 +60,7 @@ def fake(folder: Path):
     room.CompilePool = functools.partial(CompilePool, compile=tune_jobs.compile_well)
     from support import H200
 
-    options = {"budget": Budget(300.0, TRIALS), "state": folder / ".tune", "processes": 1}
+    options = {"budget": Budget(3000.0, TRIALS), "state": folder / ".tune", "processes": 1}
     return room.tune([(OP, SPEC)], H200, folder / "tuned", **options)
 
 
@@ -71,7 +71,7 @@ def on_gpu(folder: Path):
     import planted
 
     planted.JOBS = dataclasses.replace(planted.JOBS, evaluate=planted_evaluate)
-    return planted.tune(folder, hang_s=3.0, wall_s=300.0)
+    return planted.tune(folder, hang_s=3.0, wall_s=3000.0)
 
 
 def once(kind: str, folder: Path) -> None:

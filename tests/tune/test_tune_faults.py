@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS / "support
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test takes its place")
 
 
-def python(code: str, *arguments: object, seconds: float = 300.0) -> str:
+def python(code: str, *arguments: object, seconds: float = 900.0) -> str:
     """What a process of its own prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
@@ -80,7 +80,7 @@ def killed(kind: str, folder: Path, times: int, candidates: int) -> None:
 
 @pytest.mark.slow
 def test_ten_kills_cost_no_more_than_what_was_under_way(tmp_path):
-    killed("fake", tmp_path, 10, 60)
+    killed("fake", tmp_path, 10, 40)
 
 
 @pytest.mark.gpu

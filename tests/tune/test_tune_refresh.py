@@ -9,12 +9,14 @@ import pytest
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import render, template_name, template_sha
 from dsa_codegen.problem.op import Config, exceeds
+from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD, Timing
 from dsa_codegen.records import files as records
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.records.record import GpuKey, Record
 from dsa_codegen.tune import refresh as room
 from dsa_codegen.tune import standing
+from dsa_codegen.tune.check import check
 from dsa_codegen.tune.lock import StudyBusy
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.pool import CompilePool
@@ -265,6 +267,55 @@ def test_one_refresh_at_a_time(go, tmp_path):
 
     evaluator.final = again
     assert fates(go(evaluator)) == ["refreshed"]
+
+
+@pytest.fixture
+def look(tmp_path, monkeypatch):
+    """Check what was put in a folder, with times as ``us`` says; nothing there may change."""
+    for module in (room, standing):
+        monkeypatch.setattr(module, "all_ops", lambda: {OP.name: OP})
+
+    def run(us=landscape, evaluator=None, here=H200, **options):
+        evaluator = evaluator or InstantGpu(folder=tmp_path / "builds")
+        evaluator.final = lambda problem, candidates, limit_s: [
+            Measured(Timing(us(each.config), us(each.config), us(each.config), 10), COLD, 1) for each in candidates
+        ]
+        monkeypatch.setattr(room, "GpuEvaluator", lambda pool, **how: evaluator)
+        before = [path.read_bytes() for path in sorted(tmp_path.glob("tuned/*/*.json"))]
+        report = check(tmp_path / "tuned", here, state=tmp_path / ".tune", **options)
+        assert [path.read_bytes() for path in sorted(tmp_path.glob("tuned/*/*.json"))] == before
+        return report
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("good", "default", "what"),
+    [(50.0, 60.0, "holds"), (52.4, 60.0, "holds"), (52.6, 60.0, "slower"), (47.0, 60.0, "faster"), (50.0, 49.0, "overtaken")],
+)
+def test_a_check_tells_how_far_a_record_has_drifted(look, tmp_path, good, default, what):
+    put(tmp_path, make(time_us=Timing(50.0, 50.0, 50.0, 10)))
+    report = look({GOOD: good, DEFAULT: default}.__getitem__)
+    (drift,) = report.drifts
+    assert (drift.what, drift.now.median, drift.default_us) == (what, good, default)
+    assert bool(report.drifted) is (what in ("slower", "overtaken"))
+
+
+def test_a_spread_is_no_drift(look, tmp_path):
+    put(tmp_path, make(time_us=Timing(50.0, 45.0, 55.0, 10)))
+    assert [drift.what for drift in look({GOOD: 57.0, DEFAULT: 90.0}.__getitem__).drifts] == ["holds"]
+
+
+def test_a_check_finds_what_is_wrong_void_or_elsewhere(look, tmp_path):
+    put(tmp_path, make(), make(gpu=resolve("H20")))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    evaluator.wrong = {GOOD}
+    report = look(evaluator=evaluator)
+    assert [(drift.what, drift.why) for drift in report.drifted] == [("wrong", "mismatch: 3 values outside tolerance")]
+    assert report.elsewhere == 1
+    put(tmp_path, make(config={**GOOD.to_dict(), "block_q": 3}))
+    assert [drift.what for drift in look().drifted] == ["void"]
+    assert [fate.why for fate in look(budget_s=1e-9).unreached] == ["the budget was spent"]
 
 
 def test_a_process_of_its_own_gates_and_times(tmp_path):
