@@ -91,8 +91,8 @@ def final(problem: Problem, entrants: Sequence[Entrant], limit_s: float) -> list
 
 def eager(problem: Problem, entrants: Sequence[Entrant]) -> list[Timing]:
     """Launch the entrants one by one, in turns: what a model without CUDA graphs sees, the host's work included."""
-    variants = [_variant(problem, entrant) for entrant in entrants]
-    measured = measure(variants, _prepared(problem).sets, EAGER, limit_s=_EAGER_SECONDS)
+    variants = [variant_of(problem, entrant) for entrant in entrants]
+    measured = measure(variants, prepared_for(problem).sets, EAGER, limit_s=_EAGER_SECONDS)
     return [each.timing for each in measured]
 
 

@@ -25,7 +25,7 @@ from ..proof.stopwatch import CudaStopwatch, Run
 from ..records.record import GpuKey
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from . import jobs
-from .on_gpu import POISONED, PREPARE_SECONDS, RUN_SECONDS
+from .lane import POISONED, PREPARE_SECONDS, RUN_SECONDS
 from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Entrant, Problem
