@@ -15,8 +15,6 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from ..kernels import backends
-from ..kernels.render import template_name, template_sha
 from ..problem.op import Case
 from ..problem.values import bucket_to_json
 from ..records.record import GpuKey
@@ -47,14 +45,14 @@ def _identity(space: Space, case: Case, method: str) -> Mapping[str, Any]:
         "bucket": bucket_to_json(case.sizes.bucket()),
         "case": case.id,
         "gpu": GpuKey.of(space.gpu).__dict__,
-        "template": template_sha(template_name(space.op, space.backend)),
+        "template": space.template,
         "choices": {parameter.name: list(parameter.choices) for parameter in space.table},
-        "toolchain": backends.get(space.backend).toolchain(),
+        "toolchain": dict(space.toolchain),
         "method": method,
     }
 
 
-def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
+def open_study(path: Path, name: str) -> optuna.Study:
     """The study that the journal at ``path`` holds, or a new one; a journal that cannot be read is put aside.
 
     The caller keeps other processes away from it.
@@ -62,14 +60,13 @@ def open_study(path: Path, name: str, seed: int, trials: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # a killed process's; Optuna would wait 30 s for it
     _cut_off(path)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(16, trials // 4)))
     try:
-        return _create(path, name, sampler)
+        return _create(path, name)
     except (ValueError, KeyError, TypeError) as error:  # json's errors are ValueErrors
         aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
         path.rename(aside)
         warnings.warn(f"{path} cannot be read ({error}); kept as {aside.name}, the study begins anew", stacklevel=2)
-        return _create(path, name, sampler)
+        return _create(path, name)
 
 
 def read_study(path: Path) -> optuna.Study:
@@ -93,8 +90,9 @@ def _cut_off(path: Path) -> None:
             path.write_bytes(whole)
 
 
-def _create(path: Path, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+def _create(path: Path, name: str) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    sampler = optuna.samplers.RandomSampler()  # never asked: every trial is enqueued with all its parameters
     return optuna.create_study(
         storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
     )

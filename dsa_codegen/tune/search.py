@@ -21,18 +21,25 @@ class Search:
     Args:
         studies: by the problem they are of; studies of one operation, spec and backend share compilations and finds.
         on_change: called after every outcome and a few times a second.
+        clock: what the deadline is read from.
     """
 
-    def __init__(self, studies: Mapping[Study, Problem], evaluator: Evaluator, on_change: Callable[[], None]) -> None:
-        self._problems, self._evaluator, self._on_change = studies, evaluator, on_change
+    def __init__(
+        self,
+        studies: Mapping[Study, Problem],
+        evaluator: Evaluator,
+        on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._problems, self._evaluator, self._on_change, self._clock = studies, evaluator, on_change, clock
         self._told = 0.0
         self._by_space: dict[Space, list[Study]] = {}
         for study in studies:
             self._by_space.setdefault(study.space, []).append(study)
 
     def run(self, deadline: float) -> None:
-        """Search until every study is exhausted or ``time.monotonic()`` passes the deadline."""
-        while time.monotonic() < deadline:
+        """Search until every study is exhausted or the clock passes the deadline."""
+        while self._clock() < deadline:
             asked = self._feed()
             done = self._evaluator.poll()
             for each in done:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..gpu import Gpu
-from ..kernels.render import Rendered, render
+from ..kernels import backends
+from ..kernels.render import Rendered, render, template_name, template_sha
 from ..problem.op import Config, Op, Parameter, Violation
 from ..problem.values import Bucket, Scalar, Spec
 
@@ -59,6 +60,16 @@ class Space:
     def table(self) -> tuple[Parameter, ...]:
         """The parameters with their ordered choices."""
         return self.op.parameters(self.backend)
+
+    @property
+    def template(self) -> str:
+        """The template's hash."""
+        return template_sha(template_name(self.op, self.backend))
+
+    @property
+    def toolchain(self) -> Mapping[str, str]:
+        """Versions of what compiles it."""
+        return backends.get(self.backend).toolchain()
 
     @property
     def size(self) -> int:

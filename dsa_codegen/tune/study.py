@@ -1,8 +1,7 @@
 """Study: the search of one problem with one backend, as an Optuna study that a journal keeps, so that a kill loses nothing.
 
-Ask and tell. What is infeasible is told with graded constraints and costs no time; what is a candidate already seen is told
-its old outcome; seeds come first, then in turn a neighbour of the best and a proposal of the sampler, or, where the feasible
-set is small enough, all of it.
+Ask and tell. Seeds come first, the default before all others; then, where the trials are enough for all feasible candidates,
+all of them, else what ``proposals`` holds for the most promising. What is a candidate already seen is told its old outcome.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import filelock
 import optuna
 from optuna.trial import TrialState
 
-from ..problem.op import Case, Config, Violation
+from ..problem.op import Case, Config
 from ..problem.values import describe
 from .journal import Journal, open_study
 from .lock import take
 from .outcome import Kind, Outcome
+from .proposals import Proposals
 from .space import Candidate, Key, Space
 
-_FREE_ASKS = 24  # infeasible or repeated proposals in one ask: each takes the sampler about 10 ms
-_CONVERGED = 20  # repeats in a row: the sampler has nothing new to say
+_FREE_ASKS = 24  # repeated proposals in one ask: each takes the sampler about 10 ms
 
 
 class Study:
@@ -65,8 +64,7 @@ class Study:
         self.spent_s = 0.0
         self.failure = ""
         self._pending: dict[Key, optuna.Trial] = {}
-        self._repeats = 0
-        self._turn = 0
+        self._dry = False
         self._best: Outcome | None = None
         journal = Journal.of(space, case, folder, method)
         self.path = journal.path
@@ -74,7 +72,8 @@ class Study:
         if fresh:
             self.path.unlink(missing_ok=True)
         sampler_seed = seed + int(journal.digest, 16) % 2**31
-        self._study = open_study(self.path, f"{self.label} {journal.digest}", sampler_seed, trials)
+        self._proposals = Proposals(space, sampler_seed)
+        self._study = open_study(self.path, f"{self.label} {journal.digest}")
         self._study.set_user_attr("identity", journal.identity)
         self._study.set_user_attr("case", {"sizes": case.sizes.to_dict(), "distribution": case.distribution})
         self._restore()
@@ -82,7 +81,6 @@ class Study:
         self.suggest(seeds)
         self.begun = not self._first
         """Whether the first seed, the default, was asked for; without it no find is known to be worth a record."""
-        self._near: deque[Config] = deque()
         self._rest = self._everything(random.Random(sampler_seed))
 
     @property
@@ -105,9 +103,7 @@ class Study:
         """Whether there is nothing more to ask for."""
         if self.evaluated >= self.trials or self.failure:
             return True
-        if self._rest is None:
-            return self._repeats >= _CONVERGED
-        return not (self._first or self._near or self._rest)
+        return not (self._first or self._rest) if self._rest is not None else self._dry and not self._first
 
     @property
     def best(self) -> Outcome | None:
@@ -121,10 +117,7 @@ class Study:
         candidate = self.space.candidate(config)
         if self.knows(candidate.key):
             return None
-        self._study.enqueue_trial(self.space.encode(config))
-        trial = self._study.ask()
-        self.space.suggest(trial)
-        self._pending[candidate.key] = trial
+        self._begin(candidate, self._enqueued(config))
         return candidate
 
     def ask(self) -> Candidate | None:
@@ -132,23 +125,20 @@ class Study:
         for _ in range(_FREE_ASKS):
             if self.exhausted:
                 return None
-            trial = self._next_trial()
-            config = self.space.suggest(trial)
-            violations = self.space.violations(config)
-            if violations:
-                self._refuse(trial, violations)
-                continue
+            config = self._next()
+            if config is None:
+                return None
+            trial = self._enqueued(config)
             candidate = self.space.candidate(config)
             if candidate.key in self._pending:
-                # No outcome yet: FAIL is the one state that the sampler does not look at.
+                # No outcome yet: FAIL is the one state that no sampler looks at.
+                self._proposals.drop(candidate.config)
                 self._study.tell(trial, state=TrialState.FAIL)
             elif candidate.key in self.seen:
-                self._conclude(trial, self.seen[candidate.key][1])
+                self._conclude(trial, candidate, self.seen[candidate.key][1])
             else:
-                self._repeats = 0
-                self._pending[candidate.key] = trial
+                self._begin(candidate, trial)
                 return candidate
-            self._repeats += 1
         return None
 
     def tell(self, candidate: Candidate, outcome: Outcome) -> bool:
@@ -158,20 +148,18 @@ class Study:
             self.failure = outcome.detail
             self._study.tell(trial, state=TrialState.FAIL)
             return False
-        self._conclude(trial, outcome)
+        self._conclude(trial, candidate, outcome)
         improved = self._note(candidate, outcome, trial.number)
         if improved:
-            self._near.extendleft(self.space.neighbours(candidate.config))
+            self._proposals.add(self.space.neighbours(candidate.config))  # those that a sample of a large space has left out
         return improved
 
     def reject(self, candidate: Candidate, outcome: Outcome) -> None:
         """Take back an OK that a later check does not bear out; for the journal that is one more trial."""
         self.counts[Kind.OK] -= 1
-        self._study.enqueue_trial(self.space.encode(candidate.config))
-        trial = self._study.ask()
+        trial = self._enqueued(candidate.config)
         self._note(candidate, outcome, trial.number)
-        self.space.suggest(trial)
-        self._conclude(trial, outcome)
+        self._conclude(trial, candidate, outcome)
 
     def suggest(self, configs: Iterable[Config]) -> None:
         """Try these configs next: what another study of the same code has found."""
@@ -205,28 +193,28 @@ class Study:
         self._pending.clear()
         self._lock.release()
 
-    def _next_trial(self) -> optuna.Trial:
-        self._turn += 1
-        if self._first:
-            queue, self.begun = self._first, True
-        elif self._near and (self._turn % 2 or self._rest == deque()):
-            queue = self._near
-        else:
-            queue = self._rest or deque()
-        if queue:
-            self._study.enqueue_trial(self.space.encode(queue.popleft()))
-        return self._study.ask()
+    def _begin(self, candidate: Candidate, trial: optuna.Trial) -> None:
+        self._pending[candidate.key] = trial
+        self._proposals.begin(candidate.config)
 
-    def _refuse(self, trial: optuna.Trial, violations: Sequence[Violation]) -> None:
-        excess: dict[str, float] = {}
-        for violation in violations:
-            excess[violation.name] = max(violation.excess, excess.get(violation.name, 0.0))
-        for name, value in excess.items():
-            trial.set_constraint(name, value)
-        self.counts[Kind.INFEASIBLE] += 1
-        self._study.tell(trial, state=TrialState.PRUNED)
+    def _next(self) -> Config | None:
+        self.begun = self.begun or bool(self._first)
+        queue = self._first or self._rest
+        if queue or self._rest is not None:
+            return queue.popleft() if queue else None
+        config = self._proposals.next()
+        self._dry = config is None
+        return config
 
-    def _conclude(self, trial: optuna.Trial, outcome: Outcome) -> None:
+    def _enqueued(self, config: Config) -> optuna.Trial:
+        """A trial of this config; the ranges never change, as Optuna requires."""
+        self._study.enqueue_trial(self.space.encode(config))
+        trial = self._study.ask()
+        self.space.suggest(trial)
+        return trial
+
+    def _conclude(self, trial: optuna.Trial, candidate: Candidate, outcome: Outcome) -> None:
+        self._proposals.learn(candidate.config, outcome.time_us if outcome.ok else None)
         trial.set_user_attr("outcome", outcome.to_json())
         if outcome.ok:
             self._study.tell(trial, outcome.time_us)
@@ -256,10 +244,9 @@ class Study:
                 candidate = self.space.candidate(self.space.decode(trial.params))
                 outcome = Outcome.from_json(trial.user_attrs["outcome"])
                 found[candidate.key] = candidate, outcome, trial.number  # the last word counts
-            elif trial.state is TrialState.PRUNED:
-                self.counts[Kind.INFEASIBLE] += 1
-        for each in found.values():
-            self._note(*each)
+        for candidate, outcome, number in found.values():
+            self._note(candidate, outcome, number)
+            self._proposals.learn(candidate.config, outcome.time_us if outcome.ok else None)
 
     def _everything(self, order: random.Random) -> deque[Config] | None:
         """All candidates in a random order, one config each, where the trials are enough for them; else None."""

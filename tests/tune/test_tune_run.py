@@ -31,7 +31,7 @@ from dsa_codegen.tune.run import tune
 from support import H200
 from toy import OP
 from tune_jobs import landscape, timed
-from tune_support import CASE, DEFAULT, SPEC, InstantGpu, open_study
+from tune_support import CASE, DEFAULT, SPEC, InstantGpu
 
 TRIALS = 8
 
@@ -322,16 +322,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_search(go, one_buck
     with pytest.raises(InputError, match="tuned is not a folder"):
         go(evaluator)
     assert not evaluator.judged and not (tmp_path / ".tune").exists()
-
-
-def test_a_journal_is_not_blamed_for_the_sampler(one_bucket, tmp_path):
-    """Whatever the sampler refuses is no damage of the file."""
-    study = open_study(tmp_path)
-    study.close()
-    before = study.path.read_bytes()
-    with pytest.raises(ValueError, match=r"[Ss]eed"):
-        open_study(tmp_path, seed=2**40)
-    assert study.path.read_bytes() == before and len(list(study.path.parent.glob("*.journal*"))) == 1
 
 
 def test_what_the_budget_did_not_reach_is_named(go):

@@ -1,0 +1,114 @@
+"""Proposals: which of the feasible configs to try next, by what is known of all that were tried.
+
+Every feasible config is asked about, so that none is proposed twice, and none that cannot be built. What is under way counts
+as if it were as fast as is expected of it: so the proposals that a machine with many compilers wants at once lie apart.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..problem.op import Config, Parameter
+from .space import Space
+from .surrogate import Array, Surrogate
+
+LIMIT = 4000
+"""Configs that are asked about; of more feasible ones so many, drawn at random, with the neighbours of the best."""
+_DRAWS = 40_000  # points of a space too large to list, from which feasible ones are taken
+_FIRST = 6  # configs that lie apart, before what is known of them says where to look
+_SLOWEST = 4.0  # times the best: what is slower, or fails, tells no more than that
+
+
+class Proposals:
+    """The configs of a space that were not tried yet, and which of them is the most promising."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space, self._order = space, random.Random(seed)
+        self._scales = [_scale(parameter) for parameter in space.table]
+        self._configs: list[Config] = []
+        self._points: list[list[float]] = []
+        self._number: dict[Config, int] = {}
+        self._values: dict[int, float | None] = {}
+        self._under_way: set[int] = set()
+        self._dropped: set[int] = set()
+        self._surrogate = Surrogate(len(space.table))
+        self.add(self._some(space.feasible()))
+
+    def add(self, configs: Iterable[Config]) -> None:
+        """Further feasible configs."""
+        for config in configs:
+            if config not in self._number:
+                self._number[config] = len(self._configs)
+                self._configs.append(config)
+                self._points.append([scale[config[p.name]] for p, scale in zip(self._space.table, self._scales, strict=True)])
+
+    def begin(self, config: Config) -> None:
+        """A config is under way."""
+        self.add([config])
+        self._under_way.add(self._number[config])
+
+    def learn(self, config: Config, time_us: float | None) -> None:
+        """What became of a config: its time, or None where it failed."""
+        self.add([config])
+        number = self._number[config]
+        self._under_way.discard(number)
+        self._values[number] = time_us
+
+    def forget(self, config: Config) -> None:
+        """A config is not under way any more, and nothing was learned."""
+        self._under_way.discard(self._number[config])
+
+    def drop(self, config: Config) -> None:
+        """Never propose a config: it is the same code as one that is under way."""
+        self.add([config])
+        self._dropped.add(self._number[config])
+
+    def next(self) -> Config | None:
+        """The most promising config that is neither known nor under way; None where there is none."""
+        closed = self._under_way | self._dropped | self._values.keys()
+        open_numbers = [number for number in range(len(self._configs)) if number not in closed]
+        if not open_numbers:
+            return None
+        points = np.array(self._points)
+        known = [time_us for time_us in self._values.values() if time_us is not None]
+        few = len(self._values) + len(self._under_way) < _FIRST or not known
+        merits = self._distances(points, open_numbers) if few else self._merits(points, open_numbers, min(known))
+        return self._configs[open_numbers[int(np.argmax(merits))]]
+
+    def _merits(self, points: Array, open_numbers: Sequence[int], best_us: float) -> Array:
+        """The improvement that is expected of each, in shares of the best."""
+        floor = math.log(best_us)
+        values = [min(math.log(us / best_us), math.log(_SLOWEST)) if us else math.log(_SLOWEST) for us in self._values.values()]
+        self._surrogate.fit(points[list(self._values)], np.array(values) + floor)
+        if self._under_way:
+            self._surrogate.imagine(points[sorted(self._under_way)])
+        return self._surrogate.predict(points[open_numbers]).improvement(floor)
+
+    def _distances(self, points: Array, open_numbers: Sequence[int]) -> Array:
+        """Little is known yet: how far each is from all that were begun, by chance where that is alike."""
+        chance = np.array([self._order.random() for _ in open_numbers])
+        taken = sorted({*self._under_way, *self._values})
+        if not taken:
+            return chance
+        apart: Array = np.abs(points[open_numbers][:, None, :] - points[taken][None, :, :]).sum(axis=2).min(axis=1)
+        return apart + 0.5 * chance
+
+    def _some(self, feasible: Sequence[Config] | None) -> Sequence[Config]:
+        if feasible is None:
+            drawn = dict.fromkeys(self._at_random() for _ in range(_DRAWS))
+            feasible = [config for config in drawn if self._space.fits(config)]
+        return self._order.sample(feasible, LIMIT) if len(feasible) > LIMIT else feasible
+
+    def _at_random(self) -> Config:
+        return Config.of(self._space.backend, **{p.name: self._order.choice(p.choices) for p in self._space.table})
+
+
+def _scale(parameter: Parameter) -> Mapping[Any, float]:
+    """A parameter's values on [0, 1], by size and not in the order of its choices, which begin with the default."""
+    ordered = sorted(parameter.choices) if not isinstance(parameter.choices[0], str) else parameter.choices
+    return {choice: number / max(len(ordered) - 1, 1) for number, choice in enumerate(ordered)}
