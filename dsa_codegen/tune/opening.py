@@ -18,8 +18,9 @@ from .incumbent import Incumbent, incumbents
 from .journal import Journal
 from .lock import IMPATIENT, Patience
 from .problem import Problem
+from .shelf import Shelf
 from .space import Space
-from .study import Study
+from .study import FILES, Study
 
 _NEIGHBOURS = 3  # tuned configs of near problems that a search begins with
 
@@ -61,6 +62,7 @@ class Opener:
     Args:
         folder: of the journals, ``.tune/<gpu>``.
         tuned: of the records that the run will write; those that are there are seeds.
+        shelf: where trials are kept.
         backends: only these; empty means all, or, where nothing is measured, the default's: no model compares compilers.
     """
 
@@ -73,6 +75,7 @@ class Opener:
     fresh: bool = False
     backends: Sequence[str] = ()
     patience: Patience = IMPATIENT
+    shelf: Shelf = FILES
 
     def open(self, problems: Sequence[Problem], opened: Opened) -> None:
         """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them.
@@ -131,6 +134,7 @@ class Opener:
             seed=self.seed,
             fresh=self.fresh,
             lock=lock,
+            shelf=self.shelf,
         )
 
     def _neighbours(self, problem: Problem, backend: str) -> list[Config]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .problem import Problem
 from .replay import METHOD, Clock, ReplayEvaluator, SweptSpace
 from .results import contenders
 from .search import Search
+from .shelf import Memory
 from .study import Study
 from .sweep import Sweep
 
@@ -117,16 +117,12 @@ def _run(sweep: Sweep, case: int, seed: int, trials: int) -> Run:
     space, swept, clock = SweptSpace.of(sweep, case), sweep.cases[case], Clock()
     problem = Problem(sweep.op, sweep.spec, swept.case, space.gpu)
     evaluator = ReplayEvaluator(sweep, case, seed, clock)
-    with tempfile.TemporaryDirectory(prefix="dsa-replay-") as folder:
-        seeds = [swept.default]
-        study = Study(space, swept.case, Path(folder), method=METHOD, trials=trials, seeds=seeds, seed=seed)
-        try:
-            Search({study: problem}, evaluator, lambda: None, clock).run(float("inf"))
-            field, _ = timed_in_turns(problem, contenders([study], swept.default), evaluator, FINAL_S)
-            winner = winner_of(problem, field, evaluator, lambda found, outcome: None)
-            ((fastest, _),) = study.fastest(1)
-        finally:
-            study.close()
+    seeds = [swept.default]
+    study = Study(space, swept.case, Path(), method=METHOD, trials=trials, seeds=seeds, seed=seed, shelf=Memory())
+    Search({study: problem}, evaluator, lambda: None, clock).run(float("inf"))
+    field, _ = timed_in_turns(problem, contenders([study], swept.default), evaluator, FINAL_S)
+    winner = winner_of(problem, field, evaluator, lambda found, outcome: None)
+    ((fastest, _),) = study.fastest(1)
     assert winner is not None, "the default is right"
     config = winner.candidate.config
     time_us = swept.time_us(sweep.number[config])

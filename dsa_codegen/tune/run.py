@@ -31,7 +31,8 @@ from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
 from .results import Settled, contenders, settle
 from .search import Search
-from .study import Study
+from .shelf import Database
+from .study import FILES, Study
 
 _FINAL_SECONDS = 2.0  # of device time for a problem's final, at most; less where the budget is nearly spent
 
@@ -50,6 +51,7 @@ def tune(
     fresh: bool = False,
     devices: Sequence[str] = ("",),
     patience: Patience = IMPATIENT,
+    storage: str = "",
     notify: Notify = lambda progress: None,
 ) -> Report:
     """Tune; go on where an earlier run with the same ``state`` left off.
@@ -64,6 +66,7 @@ def tune(
         devices: GPUs that candidates are dealt out to, as ``CUDA_VISIBLE_DEVICES`` calls them (``gpu.alike``); finals are
             held on the first. By default the current device alone.
         patience: with other runs that use the same studies; what they find, this one goes on from.
+        storage: the URL of a database that keeps the trials, for several machines; by default files below ``state`` do.
         notify: called with the progress several times a second.
 
     Raises:
@@ -73,6 +76,7 @@ def tune(
     """
     budget = budget or (OFFLINE if offline else ON_GPU)
     check(budget, seed, processes, backends, folder, state)
+    shelf = Database(storage) if storage else FILES
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
     ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
@@ -92,6 +96,7 @@ def tune(
                 fresh,
                 tuple(backends),
                 patience,
+                shelf,
             )
             return _Run(folder, opener, ledger, notify).go(chosen, evaluator)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -17,13 +18,16 @@ from optuna.trial import TrialState
 
 from ..problem.op import Case, Config
 from ..problem.values import describe
-from .journal import Journal, open_study
-from .lock import take
+from .journal import Journal
 from .outcome import Kind, Outcome
 from .proposals import Proposals
+from .shelf import Files, Shelf
 from .space import Candidate, Key, Space
 
 _FREE_ASKS = 24  # repeated proposals in one ask: each takes the sampler about 10 ms
+_IN_FLIGHT, _AT_ONCE = 4, 6  # candidates under way: a sixth of the trials, and four at least
+_STALE_S = 600.0  # a trial that another machine began so long ago is taken to be lost with it
+FILES = Files()
 
 
 class Study:
@@ -37,6 +41,7 @@ class Study:
         seeds: configs to begin with, the default first.
         fresh: begin anew, whatever an earlier run found.
         lock: the journal's, where the caller holds it already; released by ``close``.
+        shelf: where trials are kept; by default in a file below ``folder``.
 
     Raises:
         StudyBusy: another process has it open.
@@ -54,6 +59,7 @@ class Study:
         seed: int = 0,
         fresh: bool = False,
         lock: filelock.BaseFileLock | None = None,
+        shelf: Shelf = FILES,
     ) -> None:
         self.space, self.case, self.trials = space, case, trials
         self.counts: Counter[Kind] = Counter()
@@ -68,12 +74,14 @@ class Study:
         self._best: Outcome | None = None
         journal = Journal.of(space, case, folder, method)
         self.path = journal.path
-        self._lock = lock or take(self.path)
+        self._lock = lock or shelf.lock(journal)
+        name = f"{self.label} {journal.digest}"
         if fresh:
-            self.path.unlink(missing_ok=True)
-        sampler_seed = seed + int(journal.digest, 16) % 2**31
-        self._proposals = Proposals(space, sampler_seed)
-        self._study = open_study(self.path, f"{self.label} {journal.digest}")
+            shelf.forget(journal, name)
+        order = seed + int(journal.digest, 16) % 2**31
+        self._proposals = Proposals(space, order)
+        self._study, self._shared = shelf.open(journal, name), shelf.shared
+        self._noted: set[int] = set()
         self._study.set_user_attr("identity", journal.identity)
         self._study.set_user_attr("case", {"sizes": case.sizes.to_dict(), "distribution": case.distribution})
         self._restore()
@@ -81,7 +89,7 @@ class Study:
         self.suggest(seeds)
         self.begun = not self._first
         """Whether the first seed, the default, was asked for; without it no find is known to be worth a record."""
-        self._rest = self._everything(random.Random(sampler_seed))
+        self._rest = self._everything(random.Random(order))
 
     @property
     def label(self) -> str:
@@ -97,6 +105,11 @@ class Study:
     def in_flight(self) -> int:
         """Candidates asked for and not told yet."""
         return len(self._pending)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many candidates are under way that a further one would be chosen without knowing of enough others."""
+        return self.in_flight >= max(_IN_FLIGHT, self.trials // _AT_ONCE)
 
     @property
     def exhausted(self) -> bool:
@@ -122,6 +135,8 @@ class Study:
 
     def ask(self) -> Candidate | None:
         """The next candidate to evaluate, or None where this ask found none (ask again unless ``exhausted``)."""
+        if self._shared:
+            self._restore(own=False)
         for _ in range(_FREE_ASKS):
             if self.exhausted:
                 return None
@@ -214,6 +229,7 @@ class Study:
         return trial
 
     def _conclude(self, trial: optuna.Trial, candidate: Candidate, outcome: Outcome) -> None:
+        self._noted.add(trial.number)
         self._proposals.learn(candidate.config, outcome.time_us if outcome.ok else None)
         trial.set_user_attr("outcome", outcome.to_json())
         if outcome.ok:
@@ -234,19 +250,33 @@ class Study:
             return True
         return False
 
-    def _restore(self) -> None:
-        """Take over what earlier runs found; trials that a dead run left open are released, as the sampler avoids them."""
+    def _restore(self, own: bool = True) -> None:
+        """Take over what earlier runs found, or other machines; trials that a dead run left open are released.
+
+        Args:
+            own: whether nobody else is at work on the study, or has begun what is open recently.
+        """
         found: dict[Key, tuple[Candidate, Outcome, int]] = {}
         for trial in self._study.get_trials(deepcopy=False):
+            if trial.number in self._noted:
+                continue
             if trial.state is TrialState.RUNNING:
-                self._study.tell(trial.number, state=TrialState.FAIL)
-            elif trial.state.is_finished() and "outcome" in trial.user_attrs:
-                candidate = self.space.candidate(self.space.decode(trial.params))
-                outcome = Outcome.from_json(trial.user_attrs["outcome"])
-                found[candidate.key] = candidate, outcome, trial.number  # the last word counts
+                if own and not self._alive(trial):
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state.is_finished():
+                self._noted.add(trial.number)
+                if "outcome" in trial.user_attrs:
+                    candidate = self.space.candidate(self.space.decode(trial.params))
+                    outcome = Outcome.from_json(trial.user_attrs["outcome"])
+                    found[candidate.key] = candidate, outcome, trial.number  # the last word counts
         for candidate, outcome, number in found.values():
             self._note(candidate, outcome, number)
             self._proposals.learn(candidate.config, outcome.time_us if outcome.ok else None)
+
+    def _alive(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether another machine may be at work on a trial."""
+        begun = trial.datetime_start
+        return self._shared and begun is not None and (datetime.now() - begun).total_seconds() < _STALE_S
 
     def _everything(self, order: random.Random) -> deque[Config] | None:
         """All candidates in a random order, one config each, where the trials are enough for them; else None."""

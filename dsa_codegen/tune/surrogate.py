@@ -16,8 +16,8 @@ Array = NDArray[np.float64]
 
 _LENGTHS = (0.15, 0.35, 0.8, 2.0, 8.0)
 """How far along a parameter's range (1 is all of it) times are alike; 8: the parameter does not matter."""
-_NOISE = 1e-2
-"""Of the variance: what two visits of one config differ by, and what the parameters do not explain."""
+_NOISES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Shares of the variance: what two visits of one config differ by, and what the parameters do not explain."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Surrogate:
 
     def __init__(self, width: int) -> None:
         self._lengths = np.full(width, _LENGTHS[2])
+        self._noise = _NOISES[2]
 
     def fit(self, points: Array, values: Array) -> None:
         """Take over the values of ``[configs, parameters]`` points, every parameter scaled to [0, 1]."""
@@ -51,13 +52,14 @@ class Surrogate:
         self._points, self._targets = points, values - self._level
         for parameter in range(len(self._lengths)):
             self._lengths[parameter] = max(_LENGTHS, key=lambda length: self._likelihood(parameter, length))
-        self._factor, self._weights, self._scale = self._solve(self._lengths)
+        self._noise = max(_NOISES, key=self._likelihood_of_noise)
+        self._factor, self._weights, self._scale = self._solve(self._lengths, self._noise)
 
     def imagine(self, points: Array) -> None:
         """Take the values expected of these points for known: nothing more is expected to be learned there."""
         expected = self.predict(points).mean - self._level
         self._points, self._targets = np.vstack([self._points, points]), np.concatenate([self._targets, expected])
-        self._factor, self._weights, _ = self._solve(self._lengths)
+        self._factor, self._weights, _ = self._solve(self._lengths, self._noise)
 
     def predict(self, points: Array) -> Posterior:
         """What is expected of points."""
@@ -69,13 +71,19 @@ class Surrogate:
     def _likelihood(self, parameter: int, length: float) -> float:
         lengths = self._lengths.copy()
         lengths[parameter] = length
-        factor, _, scale = self._solve(lengths)
+        return self._likelihood_of(lengths, self._noise)
+
+    def _likelihood_of_noise(self, noise: float) -> float:
+        return self._likelihood_of(self._lengths, noise)
+
+    def _likelihood_of(self, lengths: Array, noise: float) -> float:
+        factor, _, scale = self._solve(lengths, noise)
         return -0.5 * len(self._targets) * math.log(scale) - float(np.log(np.diag(factor)).sum())
 
-    def _solve(self, lengths: Array) -> tuple[Array, Array, float]:
+    def _solve(self, lengths: Array, noise: float) -> tuple[Array, Array, float]:
         """Cholesky factor of the correlations, weights of the points, and the variance that fits best."""
-        correlations = _kernel(self._points, self._points, lengths) + _NOISE * np.eye(len(self._points))
-        factor = np.linalg.cholesky(correlations)
+        correlations: Array = _kernel(self._points, self._points, lengths) + noise * np.eye(len(self._points))
+        factor: Array = np.asarray(np.linalg.cholesky(correlations), dtype=np.float64)
         half = np.linalg.solve(factor, self._targets)
         weights = np.linalg.solve(factor.T, half)
         # Two pseudo-observations of a spread of 20 %: with few configs known the variance is not taken to be tiny.
