@@ -30,6 +30,8 @@ def step(study, count=1):
     told = []
     for _ in range(count):
         candidate = study.ask()
+        if candidate is None:  # others have tried the rest
+            break
         study.tell(candidate, timed(landscape(candidate.config)))
         told.append(candidate)
     return told
