@@ -77,9 +77,7 @@ class Search:
 
     def _neediest(self) -> Study | None:
         """The study to ask next: one that has not tried its default, else the one that has had the least time."""
-        free = (
-            self._evaluator.free
-        )  # then the next is not chosen by what is under way
+        free = self._evaluator.free  # then the next is not chosen by what is under way
         open_studies = [study for study in self._problems if not study.exhausted and (free or not study.full)]
         return min(open_studies, key=lambda study: (study.begun, self._claim(study), study.evaluated), default=None)
 
