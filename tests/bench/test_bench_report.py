@@ -181,6 +181,8 @@ def test_a_peer_that_is_not_there_is_told_once():
     gone = {"FlashInfer": "flashinfer is not installed", "FlashMLA": "failed: it cannot be launched"}
     rows = [row(SMALL, 5.0, {}, gone), row(SMALL, 5.0, {"DeepGEMM": 6.0}, {"DeepGEMM": "deep_gemm is not installed"})]
     assert labels.absent(rows) == {"FlashInfer": "flashinfer is not installed"}, "DeepGEMM has a time elsewhere"
+    rows[0]["notes"]["CUB"] = "flashinfer is not installed"
+    assert list(labels.absent_by_reason(rows).values()) == [["FlashInfer", "CUB"]]
     assert labels.notes(rows[0]) == {"FlashMLA": "failed: it cannot be launched"}
     assert labels.best_peer(rows[0]) == "FlashMLA: failed: it cannot be launched"
 

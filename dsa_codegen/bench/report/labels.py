@@ -157,5 +157,13 @@ def absent(rows: Sequence[Row]) -> dict[str, str]:
     return {name: note for name, note in told.items() if name not in ran}
 
 
+def absent_by_reason(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The same, those of one reason together."""
+    found: dict[str, list[str]] = {}
+    for name, note in absent(rows).items():
+        found.setdefault(note, []).append(name)
+    return found
+
+
 def _is_absence(note: str) -> bool:
     return note.endswith(_ABSENT) or re.match(r"\S+ (cannot be (imported|loaded)|has no )", note) is not None
