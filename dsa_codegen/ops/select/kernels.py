@@ -158,11 +158,9 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         splits, triton = config["splits"], config.backend == "triton"
         programs = min(rows, 4 * gpu.sms)
         stride = (scores.stride(0),) if triton else ()
-        pages: tuple[int, ...] = ()
-        if table is not None:
-            pages = (table.stride(0), rows // len(table)) if triton else (spec.page,)
+        pages = (table.stride(0), rows // len(table)) if triton and table is not None else ()
         if config["scheme"] == "row" and not triton:
-            return (Launch("select_row", (rows, 1, 1), (*window, *tables, chosen, limit, *pages)),)
+            return (Launch("select_row", (rows, 1, 1), (*window, *tables, chosen, limit)),)
         pools = scores.new_empty(
             programs if config["scheme"] == "row" else rows, splits, POOL_HEAD + 2 * config["capacity"], dtype=torch.int32
         )
