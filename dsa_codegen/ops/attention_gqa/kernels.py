@@ -1,0 +1,152 @@
+"""Kernels of sparse grouped-query attention (Triton): tiles of gathered keys and values, against a KV head's query heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...gpu import Gpu
+from ...kernels.waves import until_done
+from ...problem.checks import pieces, step
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Scalar, next_power_of_two
+from .problem import AttentionGqaSizes, AttentionGqaSpec
+
+_COMBINE_S = 16  # parts of a step of `combine`: all its loads are in flight at once
+_PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
+    """See the module's first lines."""
+
+    backends = ("triton",)
+    budgeted = True
+
+    def parameters(self, backend: str) -> tuple[Parameter, ...]:
+        return (
+            Parameter("block_h", (16, 32, 64, 128), "rows of a product: heads of a KV head for each row that shares, padded"),
+            Parameter("block_n", (64, 32, 128), "tokens gathered per step"),
+            Parameter("num_stages", (2, 3, 4, 5), "stages of the loop: a tile in flight takes two, for entries and tokens"),
+            Parameter("num_warps", (4, 2, 8), "warps per block"),
+            Parameter("splits", _SPLITS, "blocks that share a row's tiles", launch_only=True),
+        )
+
+    def constraints(self, spec: AttentionGqaSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        block_h, block_n, warps = config["block_h"], config["block_n"], config["num_warps"]
+        yield from exceeds("padded heads", block_h, max(16, 2 * spec.share * spec.group - 1))
+        yield from exceeds("rows that share", spec.share, block_h)
+        k_block, v_block = _padded(spec)
+        # The output's accumulator and a tile's scores lie in registers.
+        yield from exceeds("accumulator registers", block_h * v_block / (32 * warps), 128)
+        yield from exceeds("score registers", block_h * block_n / (32 * warps), 64)
+        if block_h < 64 or not 90 <= gpu.capability < 120:  # mma.sync: its operands pass through registers
+            yield from exceeds("tile registers", block_n * max(k_block, v_block) / (32 * warps), 256)
+            yield from exceeds("tokens per warp", 8 * warps, block_n)
+        else:
+            yield from exceeds("warps of a group", 4, warps)
+        yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
+
+    def guesses(self, spec: AttentionGqaSpec, sizes: AttentionGqaSizes, gpu: Gpu) -> Iterable[Config]:
+        few = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4, splits=1)
+        rows = spec.share * spec.group
+        first = few.replace(block_h=min(64, next_power_of_two(max(rows, 16))))
+        for config in (first, first.replace(block_n=32), few, few.replace(block_n=32), few.replace(block_n=32, num_stages=2)):
+            yield config.replace(splits=_splits(spec, config, sizes, gpu))
+
+    def derived(self, spec: AttentionGqaSpec, config: Config) -> dict[str, Scalar]:
+        k_block, v_block = _padded(spec)
+        return {
+            "k_block": k_block,
+            "v_block": v_block,
+            "heads_b": _heads(spec, config),
+            "head_blocks": _head_blocks(spec, config),
+            "list_block": next_power_of_two(spec.topk) if spec.share > 1 else 0,
+            "combine_s": _COMBINE_S,
+        }
+
+    def launches(
+        self, spec: AttentionGqaSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
+    ) -> Sequence[Launch]:
+        q, k, v, table = (inputs[name] for name in ("q", "k", "v", "page_table"))
+        out, lse = outputs["out"], outputs["lse"]
+        rows, tokens = len(q), len(k) if table is None else table.shape[1] * spec.page
+        if not rows:
+            return ()
+        if not tokens or not len(k) or not spec.topk:
+            out.zero_()
+            lse.fill_(-math.inf)
+            return ()
+        bundles = -(-rows // spec.share)
+        splits = max(1, min(config["splits"], _PARTIAL_BYTES // (4 * spec.d_v * rows * spec.heads)))
+        parts = rows * spec.heads * splits if splits > 1 else 0
+        partial_out = torch.empty(parts, spec.d_v, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        before, lists, strides = _lists(spec, inputs, bundles, tokens)
+        optional = [inputs[name] for name in ("ends", "page_table", "sink") if inputs[name] is not None]
+        tensors = (q, k, v, *lists, *optional, out, lse, partial_out, partial_lse)
+        scalars = (rows, tokens, spec.topk, pieces(q, 0), pieces(q, 1), *_places(k), *_places(v), *strides)
+        if table is not None:
+            scalars += (pieces(k, 0), pieces(v, 0), len(k), step(table, 0), rows // len(table))
+        grid = (bundles * spec.kv_heads * _head_blocks(spec, config) * splits, 1, 1)
+        main = Launch("attention_gqa", grid, (*tensors, *scalars, splits, inputs["sm_scale"]))
+        if splits == 1:
+            return (*before, main)
+        sink = () if inputs["sink"] is None else (inputs["sink"],)
+        return (*before, main, Launch("combine", (rows * spec.heads, 1, 1), (*sink, partial_out, partial_lse, out, lse, splits)))
+
+
+def _lists(
+    spec: AttentionGqaSpec, inputs: Inputs, bundles: int, tokens: int
+) -> tuple[tuple[Launch, ...], tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """(what is launched before, the lists' tensors, their strides): the lists as they came, or those of rows that share, joined."""
+    lists, lengths = inputs["indices"], inputs["lengths"]
+    given = (lists,) if lengths is None else (lists, lengths)
+    strides = step(lists, 0), step(lists, 1)
+    if spec.share == 1:
+        return (), given, strides
+    shape = bundles, spec.kv_heads, spec.share * spec.topk
+    unions, members, counts = lists.new_empty(shape), lists.new_empty(shape), lists.new_empty(shape[:2])
+    args = (*given, unions, members, counts, len(lists), -(-tokens // spec.block), spec.topk, *strides)
+    return (Launch("unite", (bundles * spec.kv_heads, 1, 1), args),), (unions, members, counts), ()
+
+
+def _places(rows: torch.Tensor) -> tuple[int, int]:
+    """Pieces of 16 bytes from one token to the next, and from one head to the next."""
+    return pieces(rows, rows.dim() - 3), pieces(rows, rows.dim() - 2)
+
+
+def _padded(spec: AttentionGqaSpec) -> tuple[int, int]:
+    """Channels of a key and of a value, as products take them."""
+    return next_power_of_two(spec.d_qk), next_power_of_two(spec.d_v)
+
+
+def _heads(spec: AttentionGqaSpec, config: Config) -> int:
+    """Heads that a block takes of each row."""
+    return max(1, int(config["block_h"]) // spec.share)
+
+
+def _head_blocks(spec: AttentionGqaSpec, config: Config) -> int:
+    return -(-spec.group // _heads(spec, config))
+
+
+def _splits(spec: AttentionGqaSpec, config: Config, sizes: AttentionGqaSizes, gpu: Gpu) -> int:
+    """The number that ends soonest, in units of a tile: whole waves of blocks, each with a start, and joining the parts."""
+    blocks = -(-max(1, sizes.rows) // spec.share) * spec.kv_heads * _head_blocks(spec, config)
+    tiles = -(-spec.topk * spec.block // config["block_n"])
+    resident = gpu.sms * max(1, gpu.smem_per_sm // (_smem(spec, config, gpu) + 1024))
+
+    def duration(splits: int) -> float:
+        joining = 1 + splits / 16 if splits > 1 else 0
+        return until_done(blocks, resident, tiles, 0, splits, start=1.5) + joining
+
+    return min((splits for splits in _SPLITS if splits <= max(tiles, 1)), key=duration)
+
+
+def _smem(spec: AttentionGqaSpec, config: Config, gpu: Gpu) -> int:
+    """Bytes of shared memory per block: queries, keys and values in flight, weights."""
+    block_h, block_n, stages = config["block_h"], config["block_n"], config["num_stages"]
+    k_block, v_block = _padded(spec)
+    return 2 * block_h * (k_block + block_n) + max(1, stages - 1) * 2 * block_n * (k_block + v_block) + 2048
