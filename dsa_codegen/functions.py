@@ -1,7 +1,7 @@
 """The operations as functions: what a model calls. CUDA tensors run tuned kernels, CPU tensors the reference.
 
 Every function raises InputError, naming the argument, before anything is launched, or SpecError, naming the field, where a
-size or option is one that no kernel serves (12 heads of the indexer, topk 10). "No token" is -1 or any index at or beyond
+size or option is one that no kernel serves (12 heads of the indexer, topk 5000). "No token" is -1 or any index at or beyond
 the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
 the sizes in question, and all but ``indexer_logits_chunks``, which is a
 loop of the host around one of them, are traced by ``torch.compile``. Surroundings change nothing: neither the default dtype nor
@@ -11,7 +11,7 @@ NaN stays where it is: a NaN key or scale gives NaN scores of its token, which `
 a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a
 token gives 0 and -inf, whatever it holds.
 
-Five functions take ``sms``: the SMs that the call's grid is made for, all of the GPU's where it is None. Kernels whose blocks
+Seven functions take ``sms``: the SMs that the call's grid is made for, all of the GPU's where it is None. Kernels whose blocks
 stay until all is done then leave the other SMs to whatever runs beside them (a collective on another stream); kernels with a
 block for each piece of work only share it out for so many. It changes no result but the rounding of sums that are split
 otherwise.
@@ -46,6 +46,10 @@ _sparse_attention = direct("sparse_attention")
 _sparse_attention_into = direct("sparse_attention_into")
 _sparse_attention_paged = direct("sparse_attention_paged")
 _sparse_attention_paged_into = direct("sparse_attention_paged_into")
+_sparse_attention_gqa = direct("sparse_attention_gqa")
+_sparse_attention_gqa_into = direct("sparse_attention_gqa_into")
+_sparse_attention_gqa_paged = direct("sparse_attention_gqa", k="k_cache", v="v_cache")
+_sparse_attention_gqa_paged_into = direct("sparse_attention_gqa_into", k="k_cache", v="v_cache")
 _quantize_q = direct("quantize", source="q")
 _quantize_k = direct("quantize", source="k")
 _store_k = direct("quantize_paged", source="k")
@@ -211,7 +215,7 @@ def select(
     Args:
         scores: fp32 or bf16 [rows, columns], at most 2^30 columns; rows may be strided.
         ends: int32 [rows].
-        topk: 64 to 4096.
+        topk: 1 to 4096.
         starts: int32 [rows]; 0 where absent.
         page_table: int32 [requests, max_pages]; with it the result holds physical slots (block · page + offset), and
             rows / requests consecutive rows share a request.
@@ -319,16 +323,109 @@ def sparse_attention_paged(
     return out, lse
 
 
+def sparse_attention_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    block: int = 1,
+    ends: Tensor | None = None,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    share: int = 1,
+    sms: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sparse grouped-query attention: the query heads of a KV head attend to that head's own list of tokens, or of blocks.
+
+    Args:
+        q: bf16 [queries, heads, d]; heads 1 to 128, d 16 to 256 in steps of 16 (kernels pad it to a power of two). Query head h
+            reads KV head ``h // (heads / kv_heads)``. On the CPU also fp32, and fp64 computed in fp64, as k, v and out then.
+        k, v: bf16 [tokens, kv_heads, d] and [tokens, kv_heads, d_v]; kv_heads divides heads, d_v as d. Any strides between
+            tokens and between heads, multiples of 8 elements.
+        indices: int32 or int64 [queries, kv_heads, topk], invalid ones anywhere; one list for all KV heads is ``expand``-ed.
+        sm_scale: factor of the scores, usually d^-0.5.
+        block: tokens that an entry stands for, a power of two up to 256: entry b is tokens b · block to (b + 1) · block.
+        ends: int32 [queries]; tokens at and beyond it do not count, which is how the block of a query's own token stays causal.
+        lengths: int32 [queries, kv_heads]; only so many entries of a list count.
+        sink: fp32 [heads], a logit that joins the softmax's denominator; lse stays as it is.
+        out, lse: where to write the results, shaped like them and contiguous; new tensors where absent.
+        share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same entries, gather their union together,
+            where that makes no more than 64 rows of heads and lists have up to 128 entries (else fewer do, or none). Any lists
+            give right results.
+        sms: as in ``indexer_logits``.
+
+    Returns:
+        out bf16 [queries, heads, d_v] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
+    """
+    arguments = (q, k, v, _as_int32(indices), sm_scale, block, ends, None, lengths, sink, share)
+    if out is None and lse is None:
+        return _sparse_attention_gqa(*arguments, sms=sms)
+    out, lse = _results(q, out, lse, v.shape[-1])
+    _sparse_attention_gqa_into(*arguments, out, lse, sms=sms)
+    return out, lse
+
+
+def sparse_attention_gqa_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    page_table: Tensor,
+    sm_scale: float,
+    *,
+    block: int = 1,
+    ends: Tensor | None = None,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    share: int = 1,
+    sms: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention_gqa`` of the newest queries of every sequence over paged caches of keys and of values.
+
+    Args:
+        q: bf16 [batch, next_n, heads, d].
+        k_cache, v_cache: bf16 [blocks, page, kv_heads, d] and [blocks, page, kv_heads, d_v], page 1 to 1024; heads may lie
+            outside of a page's tokens (``cache.transpose(1, 2)`` of [blocks, kv_heads, page, d]).
+        indices: int32 or int64 [batch, next_n, kv_heads, topk]: tokens, or blocks of tokens, of the sequence, not slots.
+        page_table: int32 [batch, max_pages], the block of the caches that holds each page; tokens of a negative one are none.
+        sm_scale, block, sink, sms: as there.
+        ends: int32 [batch, next_n], tokens that each query sees.
+        lengths: int32 [batch, next_n, kv_heads].
+        out, lse: as there, shaped like the results.
+        share: as there; queries of one sequence share.
+
+    Returns:
+        out bf16 [batch, next_n, heads, d_v] and lse fp32 [batch, next_n, heads].
+    """
+    checks.rows("q", q, (None, None, None, None), checks.floating(q))
+    checks.rows("indices", indices, (*q.shape[:2], None, None), (torch.int32, torch.int64), like=q, whole=False)
+    flat = (None if given is None else given.flatten(0, 1) for given in (ends, lengths))
+    placed = _as_int32(indices).flatten(0, 1), sm_scale, block, next(flat), page_table, next(flat)
+    arguments = (q.flatten(0, 1), k_cache, v_cache, *placed, sink, share)
+    if out is None and lse is None:
+        out, lse = _sparse_attention_gqa_paged(*arguments, sms=sms)
+        return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+    out, lse = _results(q, out, lse, v_cache.shape[-1])
+    _sparse_attention_gqa_paged_into(*arguments, out.view(-1, *out.shape[2:]), lse.view(-1, lse.shape[2]), sms=sms)
+    return out, lse
+
+
 def _as_int32(indices: Tensor) -> Tensor:
     """The indices as int32. What int32 cannot hold is no token, and stays none at its ends."""
     narrow = getattr(indices, "dtype", None) is torch.int64
     return indices.clamp(-1, 2**31 - 1).int() if narrow else indices
 
 
-def _results(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor, out: Tensor | None, lse: Tensor | None, d_v: int = _D_V) -> tuple[Tensor, Tensor]:
     """Buffers for what the caller brought none for; the operator checks those that came."""
     rows = q.shape[:-1]
-    out = q.new_empty(*rows, _D_V) if out is None else out
+    out = q.new_empty(*rows, d_v) if out is None else out
     return out, q.new_empty(rows, dtype=torch.float32) if lse is None else lse
 
 

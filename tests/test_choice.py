@@ -124,7 +124,7 @@ def refuse(*args, **options):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"topk": 10}, SpecError),
+        ({"topk": 0}, SpecError),
         ({"topk": "64"}, "topk"),
         ({"keep_first": 60, "keep_recent": 9}, SpecError),
         ({"max_bytes": None}, "max_bytes"),
@@ -146,7 +146,7 @@ def test_mistakes_are_named_before_a_launch(change, named, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"topk": 10}, SpecError),
+        ({"topk": 0}, SpecError),
         ({"slots": 1}, "slots"),
         ({"starts": torch.zeros(10, dtype=torch.int32)}, "starts"),
         ({"out": torch.empty(10, TOPK, dtype=torch.int32)}, "out"),

@@ -17,7 +17,7 @@ def fast_topk_v2(score: Tensor, lengths: Tensor, topk: int, row_starts: Tensor |
     Args:
         score: fp32 or bf16 [rows, columns].
         lengths: int32 [rows].
-        topk: 64 to 4096.
+        topk: 1 to 4096.
         row_starts: int32 [rows]; 0 where absent.
 
     Returns:

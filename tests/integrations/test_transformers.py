@@ -269,7 +269,7 @@ def test_gradients_are_refused():
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"index_topk": 10}, "topk"),
+        ({"index_topk": 5000}, "topk"),
         ({"index_n_heads": 12}, "heads"),
         ({"kv_lora_rank": 520}, "kv_lora_rank"),
         ({"index_head_dim": 48}, "head_dim"),

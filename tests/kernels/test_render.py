@@ -14,10 +14,9 @@ from dsa_codegen import ops
 from dsa_codegen.kernels import render
 from dsa_codegen.ops.indexer import OP as INDEXER
 from dsa_codegen.ops.indexer import IndexerSpec
-from dsa_codegen.problem import presets
 from dsa_codegen.problem.op import Config
 
-from support import H200
+from support import H200, of_preset
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
@@ -39,9 +38,8 @@ def test_golden(name, op, spec, config):
 
 
 def everything():
-    model = presets.preset("deepseek-v3.2")
     for op in ops.all_ops().values():
-        for spec in op.specs(model):
+        for spec in of_preset(op, "deepseek-v3.2"):
             for backend in op.backends:
                 yield pytest.param(op, spec, op.seed_config(spec, backend, H200), id=f"{op.name}-{spec.id}-{backend}")
 

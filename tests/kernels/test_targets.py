@@ -9,7 +9,7 @@ from dsa_codegen.errors import NoConfig
 from dsa_codegen.gpu import resolve
 from dsa_codegen.problem import presets
 
-from support import assert_compiles
+from support import assert_compiles, of_preset
 
 GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]
 SMALL_SPILL = 64  # bytes; a spill of this size costs less than the smaller tile that would avoid it
@@ -22,7 +22,7 @@ def test_the_default_compiles(op, gpu):
     target = resolve(gpu)
     if target.capability < op.min_capability:
         pytest.skip(f"{op.name} needs FP8 arithmetic (sm_{op.min_capability})")
-    for spec in op.specs(presets.preset("deepseek-v3.2"))[:1]:
+    for spec in of_preset(op, "deepseek-v3.2")[:1]:
         sizes = op.workloads(spec)[0].sizes
         assert_compiles(op, spec, op.default_config(spec, sizes, target), target, spills=SMALL_SPILL)
 
@@ -41,7 +41,7 @@ def test_defaults_break_no_constraint(name, gpu):
 @pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
 def test_every_backend_has_a_default_of_its_own(op):
     gpu = resolve("h200")
-    for spec in op.specs(presets.preset("deepseek-v3.2")):
+    for spec in of_preset(op, "deepseek-v3.2"):
         for case in op.workloads(spec):
             for backend in op.backends:
                 config = op.default_config(spec, case.sizes, gpu, backend)

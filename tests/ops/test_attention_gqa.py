@@ -93,7 +93,7 @@ def test_a_planted_error_is_caught(name):
     assert not OP.check(BLOCKS, inputs, wrong, reference).passed
 
 
-ORDER = "q k v indices sm_scale block ends page_table lengths sink share".split()
+ORDER = ["q", "k", "v", "indices", "sm_scale", "block", "ends", "page_table", "lengths", "sink", "share"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,14 @@ def test_spec_refuses(field, value):
 
 @pytest.mark.parametrize(
     ("asked", "joined"),
-    [((4, 16, 16, 0), 4), ((4, 32, 16, 0), 2), ((4, 16, 129, 0), 1), ((4, 16, 16, 2), 2), ((4, 16, 16, 1), 1), ((1, 1, 1, 4), 1)],
+    [
+        ((4, 16, 16, 0), 4),
+        ((4, 32, 16, 0), 2),
+        ((4, 16, 129, 0), 1),
+        ((4, 16, 16, 2), 2),
+        ((4, 16, 16, 1), 1),
+        ((1, 1, 1, 4), 1),
+    ],
 )
 def test_as_many_rows_share_as_can(asked, joined):
     assert sharing(*asked) == joined

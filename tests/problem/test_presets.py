@@ -11,7 +11,8 @@ from dsa_codegen import Layer, ops
 from dsa_codegen.errors import InputError, SpecError, UnknownName
 from dsa_codegen.problem import presets
 
-NAMES = ["deepseek-v3.2", "deepseek-v3.2-tp8", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5-tp8", "tiny"]
+NAMES = ["deepseek-v3.2", "deepseek-v3.2-tp8", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5-tp8"]
+NAMES += ["minimax-m3", "qwen4-exp", "tiny", "tiny-gqa"]
 
 
 def test_the_models_people_run_are_there():
@@ -26,14 +27,19 @@ def test_round_trip_through_a_file(name, tmp_path):
     assert presets.load(path) == model
 
 
+GROUPED = {"attention_gqa", "select"}
+"""What models of grouped queries call."""
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_operation_serves_every_preset(name):
-    for op in ops.all_ops().values():
-        assert op.specs(presets.preset(name)), op.name
+def test_every_operation_of_its_kind_of_attention_serves_a_preset(name):
+    model = presets.preset(name)
+    served = {name for name, op in ops.all_ops().items() if op.specs(model)}
+    assert served == (GROUPED if model.attention == "gqa" else set(ops.all_ops()) - {"attention_gqa"})
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(UnknownName, match=r"glm-5-tp8, tiny"):
+    with pytest.raises(UnknownName, match=r"qwen4-exp, tiny"):
         presets.preset("glm5")
 
 
@@ -91,7 +97,7 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
     """Prefill and the index keys' cache are served, and whoever decodes is told."""
     model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    assert served == set(ops.all_ops()) - {"attention_paged", "resolve"}
+    assert served == set(ops.all_ops()) - {"attention_paged", "attention_gqa", "resolve"}
     assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
     with pytest.raises(InputError, match="kv_layout: none"):
         Layer(model).decode(*[torch.zeros(1)] * 7, 1)
@@ -121,7 +127,7 @@ def test_fields_of_grouped_queries_are_refused_by_name(changes, words, tmp_path)
 
 def test_a_model_of_grouped_queries_has_no_layer_of_latents(tmp_path):
     model = presets.load(written(tmp_path, **GROUPS))
-    assert not [name for name, op in ops.all_ops().items() if "gqa" not in name and name != "select" and op.specs(model)]
+    assert {name for name, op in ops.all_ops().items() if op.specs(model)} == GROUPED
     with pytest.raises(InputError, match="attention 'gqa'"):
         Layer(model)
 

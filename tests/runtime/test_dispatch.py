@@ -13,13 +13,12 @@ from dsa_codegen.errors import BuildError, CaptureError, InputError, NoGpu
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import render
 from dsa_codegen.ops.indexer import OP, IndexerSizes, IndexerSpec
-from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config, Launch
 from dsa_codegen.runtime import dispatch, torch_ops
 
 from fake_gpu import FakeGpu
-from support import H200, arguments
+from support import H200, arguments, of_preset
 
 SPEC = IndexerSpec(8, 64)
 CASE = Case(IndexerSizes(5, 40), "ragged")
@@ -58,7 +57,7 @@ def test_torch_compile_traces_the_operator():
     assert torch.equal(compiled(*inputs.values()), eager)
 
 
-PAIRS = [(op, spec) for op in ops.all_ops().values() for spec in op.options(op.specs(presets.preset("tiny"))[-1])[:2]]
+PAIRS = [(op, spec) for op in ops.all_ops().values() for spec in op.options(of_preset(op)[-1])[:2]]
 every_operation = pytest.mark.parametrize(("op", "spec"), PAIRS, ids=lambda value: getattr(value, "id", None) or value.name)
 
 

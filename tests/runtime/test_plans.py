@@ -18,13 +18,12 @@ from dsa_codegen import functions, ops
 from dsa_codegen.errors import DsaError, InputError, SpecError
 from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.ops import indexer_paged, select
-from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, guards, plans, torch_ops
 
 from plans_support import SPLIT, Seen, gpu, told, without_plans
-from support import H200, arguments
+from support import H200, arguments, of_preset
 
 pytestmark = [pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"), pytest.mark.usefixtures("fresh_dispatch")]
 
@@ -386,7 +385,7 @@ def test_compiled_calls_trace_the_operator(planned):
 
 @pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
 def test_cpu_tensors_go_to_the_reference_every_time(op):
-    spec = op.specs(presets.preset("tiny"))[-1]
+    spec = of_preset(op)[-1]
     args = arguments(op, spec, op.inputs(spec, op.cases(spec)[0], Draw(3)))
     for _ in range(3):
         torch_ops.direct(op.function)(*args)

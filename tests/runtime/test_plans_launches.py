@@ -13,12 +13,11 @@ from dsa_codegen.errors import NoConfig
 from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.ops import select
 from dsa_codegen.ops.attention import AttentionSpec
-from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.runtime import dispatch, torch_ops
 
 from plans_support import SPLIT, Seen, gpu, told, without_plans
-from support import H200, arguments
+from support import H200, arguments, of_preset
 
 pytestmark = [pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"), pytest.mark.usefixtures("fresh_dispatch")]
 
@@ -31,7 +30,7 @@ def problems() -> list[Any]:
     found = []
     for op in ops.all_ops().values():
         models = ("glm-5", "deepseek-v3.2") if op.name == "attention" else ("glm-5",)  # clusters are for 128 heads
-        bases = [base for name in models for base in op.specs(presets.preset(name))]
+        bases = [base for name in models for base in of_preset(op, name)]
         specs = [other for base in bases for other in op.options(base)] + ([SHARED] if op.name == "attention" else [])
         for spec in dict.fromkeys(specs):
             guesses = [config for case in op.cases(spec) for config in op.guesses(spec, case.sizes, H200)]

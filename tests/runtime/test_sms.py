@@ -16,7 +16,7 @@ from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, torch_ops
 
 from plans_support import Seen, gpu
-from support import arguments
+from support import arguments, of_preset
 
 H100 = resolve("H100")
 BUDGETED = {op.name: op for op in ops.all_ops().values() if op.budgeted}
@@ -78,7 +78,7 @@ def test_blocks_that_stay_leave_the_other_sms_free(name):
 def test_one_sm_is_enough_to_launch(name):
     """Every template's default, whatever its grid is made of."""
     op = BUDGETED[name]
-    for spec in op.options(op.specs(presets.preset("tiny"))[-1])[:2]:
+    for spec in op.options(of_preset(op)[-1])[:2]:
         for case in op.cases(spec):
             config = op.default_config(spec, case.sizes, H100)
             case = op.within_reach(spec, config, case)

@@ -20,6 +20,7 @@ from dsa_codegen.runtime import dispatch, guards
 from support import H200
 
 _NAMES = {"quantize": ("_quantize_q", "_quantize_k"), "quantize_paged": ("_store_k", "_store_kv")}
+_NAMES["sparse_attention_gqa"] = ("_sparse_attention_gqa", "_sparse_attention_gqa_paged")
 """What the public functions call an operator that serves several of them."""
 
 

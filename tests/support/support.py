@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsa_codegen.gpu import Gpu, resolve
 from dsa_codegen.kernels import build, render
 from dsa_codegen.kernels.backends import triton
 from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.problem import presets
 from dsa_codegen.problem.op import Case, Config, Inputs, Op, Outputs
 from dsa_codegen.problem.values import Spec
 from dsa_codegen.proof.verify import interpret, poison
@@ -25,11 +26,16 @@ H200 = resolve("H200")
 FURTHER = pytest.mark.slow
 """Of compilations that take nvcc 6 to 20 s each: one of each kind runs everywhere, the further ones with ``-m slow``."""
 _TRAINING = {name for name, op in ops.all_ops().items() if op.training}
-UNMEASURED = _TRAINING - {"attention_backward"}
+UNMEASURED = _TRAINING - {"attention_backward"} | {"attention_gqa"}
 """Operations that nothing has been measured of yet."""
 UNMEASURED_H100 = set(ops.all_ops()) - {"gather_paged", "quantize", "quantize_paged", "select"}
 """Without records of the H100's own."""
 SPILLS_OF = (3, 6)  # the Triton that the templates were tuned with; each compiler allocates registers in its own way
+
+
+def of_preset(op: Op, name: str = "tiny") -> Sequence[Spec]:
+    """The operation's specs of a preset, or of a small one of grouped queries where it is of use to those alone."""
+    return op.specs(presets.preset(name)) or op.specs(presets.preset("tiny-gqa"))
 
 
 def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:

@@ -70,7 +70,7 @@ def test_launch_parameters_count():
 
 
 @pytest.mark.parametrize("name", ops.all_ops())
-@pytest.mark.parametrize("model", ["deepseek-v3.2", "deepseek-v4-pro", "tiny"])
+@pytest.mark.parametrize("model", ["deepseek-v3.2", "deepseek-v4-pro", "minimax-m3", "tiny"])
 def test_every_operation_can_be_planned_without_memory(name, model):
     op = ops.get(name)
     for spec in op.specs(preset(model)):

@@ -67,9 +67,7 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
             "combine_s": _COMBINE_S,
         }
 
-    def launches(
-        self, spec: AttentionGqaSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
-    ) -> Sequence[Launch]:
+    def launches(self, spec: AttentionGqaSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         q, k, v, table = (inputs[name] for name in ("q", "k", "v", "page_table"))
         out, lse = outputs["out"], outputs["lse"]
         rows, tokens = len(q), len(k) if table is None else table.shape[1] * spec.page
@@ -95,7 +93,11 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
         if splits == 1:
             return (*before, main)
         sink = () if inputs["sink"] is None else (inputs["sink"],)
-        return (*before, main, Launch("combine", (rows * spec.heads, 1, 1), (*sink, partial_out, partial_lse, out, lse, splits)))
+        return (
+            *before,
+            main,
+            Launch("combine", (rows * spec.heads, 1, 1), (*sink, partial_out, partial_lse, out, lse, splits)),
+        )
 
 
 def _lists(

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import GQA, Model
 from ...problem.values import Sizes, Spec
 
 SCORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +48,7 @@ class SelectSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_range("topk", 64, 4096)
+        self.require_range("topk", 1, 4096)
         self.require_in("scores", SCORES)
         self.require_in("output", OUTPUTS)
         self.require_range("page", 1, 65536)
@@ -85,8 +85,8 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
 
     def specs(self, model: Model) -> Sequence[SelectSpec]:
-        if model.attention != MLA:
-            return ()
+        if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
+            return (SelectSpec(model.topk // model.block, starts=False),)
         return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
 
     def bind(self, *args: Any) -> tuple[SelectSpec, SelectSizes, Inputs]:
