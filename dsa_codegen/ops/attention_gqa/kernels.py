@@ -92,18 +92,14 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
         main = Launch("attention_gqa", grid, (*tensors, *scalars, splits, inputs["sm_scale"]))
         if splits == 1:
             return (*before, main)
-        sink = () if inputs["sink"] is None else (inputs["sink"],)
-        return (
-            *before,
-            main,
-            Launch("combine", (rows * spec.heads, 1, 1), (*sink, partial_out, partial_lse, out, lse, splits)),
-        )
+        joined = [tensor for tensor in (inputs["sink"], partial_out, partial_lse, out, lse) if tensor is not None]
+        return (*before, main, Launch("combine", (rows * spec.heads, 1, 1), (*joined, splits)))
 
 
 def _lists(
     spec: AttentionGqaSpec, inputs: Inputs, bundles: int, tokens: int
 ) -> tuple[tuple[Launch, ...], tuple[torch.Tensor, ...], tuple[int, ...]]:
-    """(what is launched before, the lists' tensors, their strides): the lists as they came, or those of rows that share, joined."""
+    """(what is launched before, lists, their strides): those that came, or those of rows that share, joined."""
     lists, lengths = inputs["indices"], inputs["lengths"]
     given = (lists,) if lengths is None else (lists, lengths)
     strides = step(lists, 0), step(lists, 1)

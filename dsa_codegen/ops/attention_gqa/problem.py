@@ -1,10 +1,10 @@
 """Sparse grouped-query attention: the heads of a KV head attend to that head's own list of tokens, or of blocks of tokens.
 
-``s[h,t] = sm_scale · q[h] · k[t, h // group]``, ``out[h] = Σ_t softmax(s[h])[t] · v[t, h // group]`` over the tokens t of the list
-of (row, KV head), ``lse[h] = ln Σ_t exp(s[h,t])`` (MiniMax-M3 and Qwen4-Exp, as transformers states them). An entry b of a list
-stands for tokens b · block to (b + 1) · block, as far as they lie before the row's end; an entry below 0 or beyond stands for
-none, and one that is listed twice counts twice. With a sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is.
-Keys and values lie in rows, or in pages of a cache that a table names for each request.
+``s[h,t] = sm_scale · q[h] · k[t, h // group]``, ``out[h] = Σ_t softmax(s[h])[t] · v[t, h // group]`` over the tokens t of the
+list of (row, KV head), ``lse[h] = ln Σ_t exp(s[h,t])`` (MiniMax-M3 and Qwen4-Exp, as transformers states them). An entry b of a
+list stands for tokens b · block to (b + 1) · block, as far as they lie before the row's end; an entry below 0 or beyond stands
+for none, and one that is listed twice counts twice. With a sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as
+it is. Keys and values lie in rows, or in pages of a cache that a table names for each request.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _spoiled(draw: Draw, indices: Tensor, blocks: int) -> Tensor:
 
 
 def _pages(spec: AttentionGqaSpec, case: Case[AttentionGqaSizes], draw: Draw) -> tuple[tuple[int, ...], Tensor]:
-    """(shape of a cache, int32 [requests, max_pages]): two rows share a request where they are even; ragged: some pages absent."""
+    """(shape of a cache, int32 [requests, max_pages]); ragged: two rows share a request, and some pages are absent."""
     rows = case.sizes.rows
     ragged = case.distribution == "ragged"
     joined = max(spec.share, 2 if ragged else 1)
