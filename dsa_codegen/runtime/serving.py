@@ -51,6 +51,7 @@ class Limits:
             "indexer_paged": {"batch": self.max_batch, "context": self.max_context},
             "select-slots": {"rows": decoded, "columns": self.max_context},
             "attention_paged": {"batch": self.max_batch},
+            "attention_gqa": {"rows": rows},
             "resolve": {"rows": decoded},
         }
 
