@@ -19,6 +19,8 @@ STAGES = (
     "attention_prefill",
     "attention_prefill_paged",
     "attention_decode",
+    "gqa_prefill",
+    "gqa_decode",
     "layer_prefill",
     "layer_decode",
     "engine_prefill",
@@ -26,7 +28,7 @@ STAGES = (
     "attention_backward",
     "indexer_backward",
 )
-KEYS = ("tokens", "rows", "queries", "batch", "next_n", "context", "heads", "head_dim", "k", "page")
+KEYS = ("tokens", "rows", "queries", "batch", "next_n", "context", "heads", "kv_heads", "head_dim", "k", "block", "page")
 """The keys of a shape, in the order in which they are shown."""
 SUITES = ("core", "distributions", "flashmla", "deepgemm")
 """core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
@@ -201,6 +203,26 @@ def _attention_decode() -> Iterator[BenchCase]:
             yield one(148, 2, heads, "flashmla", k=16384, head_dim=head_dim)
 
 
+def _grouped() -> Iterator[BenchCase]:
+    minimax = {"heads": 64, "kv_heads": 4, "head_dim": 128, "k": 2048, "block": 128}
+    qwen = {"heads": 16, "kv_heads": 2, "head_dim": 256, "k": 2048, "block": 4}
+
+    def prefill(model: Mapping[str, int], queries: int, context: int, lists: str = "random") -> BenchCase:
+        return case("gqa_prefill", lists, {"queries": queries, "context": context, **model})
+
+    def decode(model: Mapping[str, int], batch: int, page: int) -> BenchCase:
+        return case("gqa_decode", "random", {"batch": batch, "next_n": 1, "context": 32768, "page": page, **model})
+
+    for lists in ("random", LOCAL):
+        yield prefill(minimax, 4096, 32768, lists)
+    yield prefill(minimax, 4096, 131072)
+    yield prefill(minimax, 512, 32768)
+    yield prefill(qwen, 4096, 32768)
+    for batch in (64, 8, 1):
+        yield decode(minimax, batch, 128)
+    yield decode(qwen, 64, 64)
+
+
 def _layer() -> Iterator[BenchCase]:
     for heads in (128, 16):
         prefill = {"queries": 4096, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048}
@@ -226,7 +248,7 @@ def _training() -> Iterator[BenchCase]:
 
 def all_cases() -> list[BenchCase]:
     """Every case, stage by stage, the headline of a stage first."""
-    attention = (_attention_prefill, _attention_prefill_paged, _attention_decode)
+    attention = (_attention_prefill, _attention_prefill_paged, _attention_decode, _grouped)
     makers = (_prologues, _indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))

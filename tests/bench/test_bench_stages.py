@@ -14,6 +14,7 @@ from dsa_codegen.problem.draw import Draw
 
 _INDEX = {"heads": 8, "head_dim": 64}
 _DECODE = {"batch": 2, "next_n": 2, "context": 192, "page": 64}
+_GROUPS = {"heads": 4, "kv_heads": 2, "head_dim": 32}
 SMALL = [
     case("index_prologue", "placed", {"tokens": 5, "page": 64, **_INDEX}),
     case("latent_prologue", "placed", {"tokens": 5, "head_dim": 576, "page": 64}),
@@ -35,6 +36,9 @@ SMALL = [
     case("attention_backward", "in order", {"queries": 3, "context": 20, "heads": 4, "head_dim": 576, "k": 8}),
     case("indexer_backward", "causal", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576, "k": 8}),
     case("indexer_backward", "whole windows", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576}),
+    case("gqa_prefill", "random", {"queries": 3, "context": 192, "k": 64, "block": 16, **_GROUPS}),
+    case("gqa_prefill", "local", {"queries": 6, "context": 192, "k": 64, "block": 16, **_GROUPS}),
+    case("gqa_decode", "random", {**_DECODE, "k": 64, "block": 16, "page": 32, **_GROUPS}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
     case("engine_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
@@ -72,6 +76,17 @@ def test_a_prologue_of_plain_operations_does_the_same(each):
         spec.cache.unpack(inputs["cache"], stored), spec.cache.unpack(reference["cache"], stored), strict=True
     ):
         torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=0.02)
+
+
+@pytest.mark.parametrize("each", [each for each in SMALL if each.stage.startswith("gqa")], ids=lambda each: each.id)
+def test_gathered_blocks_give_the_same(each):
+    """And so do the requests that every peer of grouped queries is asked for."""
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(1, "cpu"))
+    *_, peer = load(["dsa_codegen.bench.peers.unfused"])
+    prepared = peer.prepare(each, inputs)
+    accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), stage.reference(each, inputs), exact=False)
+    assert accuracy.passed, accuracy.detail
 
 
 def test_a_selection_is_judged_by_its_scores():

@@ -24,6 +24,7 @@ PEERS = {
     "select": "fast_topk",
     "index": "DeepGEMM + fast_topk",
     "attention": "FlashMLA",
+    "gqa": "PyTorch (gathered, SDPA)",
     "layer": "DeepGEMM + fast_topk + FlashMLA",
     "engine": "DeepGEMM + fast_topk + FlashMLA",
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .base import Peer
 
-_HELPERS = ("base", "dense", "libraries")
+_HELPERS = ("base", "dense", "libraries", "listed_pages")
 
 
 def sources() -> tuple[str, ...]:

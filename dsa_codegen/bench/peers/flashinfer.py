@@ -15,6 +15,7 @@ from ..cases import BenchCase
 from ..stage import Prepared, Run
 from .base import Peer
 from .libraries import imported, needs_gpu
+from .listed_pages import requests_of, serves
 
 _D_V = 512
 _WORKSPACE = 128 << 20  # bytes, as its documentation recommends
@@ -94,6 +95,33 @@ class FlashInferMla(Peer):
         return Prepared(self.name, _attend(inputs["q"], inputs["kv"], inputs["indices"], inputs["sm_scale"]), _named)
 
 
+class FlashInferGrouped(Peer):
+    """Its decode over pages: every KV head of every query is a request, every block that it lists a page."""
+
+    name = "FlashInfer, blocks as pages"
+    stages = ("gqa_prefill", "gqa_decode")
+    distributions = ("flashinfer-python",)
+
+    def available(self) -> str | None:
+        return reason()
+
+    def build_key(self, case: BenchCase) -> Hashable | None:
+        return self.name, case["head_dim"]
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if not serves(case):
+            return None
+        library: Any = imported("flashinfer")
+        x, shape = requests_of(case, inputs), inputs["q"].shape
+        requests, entries = x.pages.shape
+        ends = torch.arange(0, (requests + 1) * entries, entries, dtype=torch.int32, device=x.q.device)
+        lengths = torch.full((requests,), case["block"], dtype=torch.int32, device=x.q.device)  # of a last page
+        wrapper = library.BatchDecodeWithPagedKVCacheWrapper(_workspace(x.q.device), "NHD", use_tensor_cores=True)
+        kinds = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "sm_scale": inputs["sm_scale"]}
+        wrapper.plan(ends, x.pages.flatten(), lengths, x.q.shape[1], 1, case["head_dim"], case["block"], **kinds)
+        return Prepared(self.name, lambda: wrapper.run(x.q, (x.k, x.v)), lambda out: {"out": out.view(shape)})
+
+
 def _attend(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
     library: Any = imported("flashinfer")
     queries, heads, d = q.shape
@@ -123,4 +151,5 @@ PEERS = (
     FlashInferTopk("FlashInfer (deterministic)", True, deterministic=True),
     FlashInferTopk("CUB (lowest index)", True, "cub", tie_break=_LOWEST_INDEX),
     FlashInferMla(),
+    FlashInferGrouped(),
 )

@@ -10,9 +10,11 @@ from ...problem.op import Inputs
 from ..cases import BenchCase
 from ..stage import Prepared, Run
 from .base import Peer
+from .listed_pages import requests_of, serves
 
 _PAIRS = 1 << 23  # of query and token in the indexer: 64 heads of them take 6 ms on an H100
-_GATHERED = {"attention_prefill": 1 << 20, "attention_decode": 1 << 14}  # latent vectors at once: 1.2 GB, or 8 sequences
+_GATHERED = {"attention_prefill": 1 << 20, "attention_decode": 1 << 14, "gqa": 1 << 21}
+"""Latent vectors at once, 1.2 GB, or 8 sequences; keys, 0.5 GB."""
 _D_V = 512
 
 
@@ -51,6 +53,34 @@ def _decode(inputs: Inputs) -> Run:
     return run
 
 
+class GatheredSdpa(Peer):
+    """Keys and values of the listed blocks copied together, then ``scaled_dot_product_attention``; some queries at a time."""
+
+    name = "PyTorch (gathered, SDPA)"
+    stages = ("gqa_prefill", "gqa_decode")
+    distributions = ("torch",)
+
+    def available(self) -> str | None:
+        return None
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if not serves(case):
+            return None
+        x, shape, scale = requests_of(case, inputs), inputs["q"].shape, inputs["sm_scale"]
+        step = max(1, _GATHERED["gqa"] // case["k"])
+
+        def part(rows: slice) -> Tensor:
+            pages = x.pages[rows]
+            k, v = (cache[pages].flatten(1, 2).transpose(1, 2) for cache in (x.k, x.v))
+            # The heads of a KV head are rows of one product: nothing is repeated.
+            return torch.nn.functional.scaled_dot_product_attention(x.q[rows, None], k, v, scale=scale)
+
+        def run() -> Tensor:
+            return torch.cat([part(slice(first, first + step)) for first in range(0, len(x.q), step)])
+
+        return Prepared(self.name, run, lambda out: {"out": out.reshape(shape)})
+
+
 class Unfused(Peer):
     """See the module's first lines."""
 
@@ -74,4 +104,4 @@ class Unfused(Peer):
         return Prepared(self.name, run, lambda out: {"out": out})
 
 
-PEERS = (Unfused(),)
+PEERS = (Unfused(), GatheredSdpa())

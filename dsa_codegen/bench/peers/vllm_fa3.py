@@ -10,6 +10,7 @@ from ..cases import BenchCase
 from ..stage import Prepared, Run
 from .base import Peer
 from .libraries import loaded, needs_gpu
+from .listed_pages import requests_of, serves
 
 LIBRARY = "vllm_flash_attn/_vllm_fa3_C.*so"
 _D_V = 512
@@ -34,20 +35,42 @@ class Fa3(Peer):
         return Prepared(self.name, run, lambda results: {"out": results[0]})
 
 
+class Fa3Grouped(Peer):
+    """Every KV head of every query is a request, every block that it lists a page."""
+
+    name = "FA3 (vLLM), blocks as pages"
+    stages = ("gqa_prefill", "gqa_decode")
+    distributions = ("vllm",)
+
+    def available(self) -> str | None:
+        return needs_gpu(90) or loaded("vllm", LIBRARY, "vllm")
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if not serves(case):
+            return None
+        x, shape = requests_of(case, inputs), inputs["q"].shape
+        run = _call(x.q, x.k, x.v, None, x.pages, case["k"], inputs["sm_scale"])
+        return Prepared(self.name, run, lambda results: {"out": results[0].view(shape)})
+
+
 def _attend(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
-    queries, topk = len(q), indices.shape[2]
     nope, rope = q[..., :_D_V].contiguous(), q[..., _D_V:].contiguous()
     value, key = kv[:, None, :, :_D_V], kv[:, None, :, _D_V:]
-    each = torch.arange(queries + 1, dtype=torch.int32, device=q.device)
-    lengths = torch.full((queries,), topk, dtype=torch.int32, device=q.device)
-    pages, attend = indices.flatten(1), torch.ops._vllm_fa3_C.fwd.default
+    return _call(rope, key, value, nope, indices.flatten(1), indices.shape[2], sm_scale)
+
+
+def _call(q: Tensor, key: Tensor, value: Tensor, qv: Tensor | None, pages: Tensor, tokens: int, sm_scale: float) -> Run:
+    """One query a request, each of so many tokens."""
+    each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    lengths = torch.full((len(q),), tokens, dtype=torch.int32, device=q.device)
+    attend = torch.ops._vllm_fa3_C.fwd.default
     new = (None, None)  # keys and values
-    used = (each, None, None, None, lengths, 1, topk)  # queries, keys and new keys by request; used queries and keys; longest
+    used = (each, None, None, None, lengths, 1, tokens)  # queries, keys and new keys by request; used queries and keys; longest
     paged = (pages, None, None, None, None, None)  # table, batches, padding, rotary cosines, sines and lengths
     scales = (None, None, None, sm_scale)
     masked = (True, _NO_WINDOW, _NO_WINDOW, 0.0, True)  # causal: with one query at the end of its request nothing is cut off
     rest = (None, 0, None, 0, None, 1, 0, None)  # schedule, splits, packing, margin, sinks, ranks
-    return lambda: attend(rope, key, value, *new, nope, None, *used, *paged, *scales, *masked, *rest)
+    return lambda: attend(q, key, value, *new, qv, None, *used, *paged, *scales, *masked, *rest)
 
 
-PEERS = (Fa3(),)
+PEERS = (Fa3(), Fa3Grouped())

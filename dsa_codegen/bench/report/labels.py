@@ -23,6 +23,8 @@ TITLES = {
     "attention_prefill": "Sparse attention, prefill",
     "attention_prefill_paged": "Sparse attention, prefill over the FP8 cache",
     "attention_decode": "Sparse attention, decode",
+    "gqa_prefill": "Sparse grouped-query attention, prefill",
+    "gqa_decode": "Sparse grouped-query attention, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
     "engine_prefill": "Engine step, prefill",
@@ -63,6 +65,7 @@ def shape(row: Row) -> str:
         words.append(f"batch {of['batch']}, {tokens(of['context'])}")
         words += [f"next_n {of['next_n']}"] if of.get("next_n", 1) > 1 else []
     words += [f"{of['heads']} heads"] if "heads" in of else []
+    words += [f"{of['kv_heads']} KV heads, blocks of {of['block']}"] if "kv_heads" in of else []
     words += [f"k {of['k']}"] if of.get("k", 2048) != 2048 else []
     words += [f"d {of['head_dim']}"] if of.get("head_dim", 576) not in (128, 576) else []
     distribution: str = row["distribution"]
