@@ -37,6 +37,7 @@ from .command import doctor as diagnosis
 from .command import generate as generation
 from .command import ours, prebuild, show, show_tuning, verification, waiting
 from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
+from .integrations import configs
 from .invocation import command
 from .kernels import backends
 from .ops import needs
@@ -503,6 +504,30 @@ def explain(
         state = f"--spec {spec}" if spec else f"--preset {preset}"
         printers.append(show.lines(f"Tune it: {command()} tune --gpu {target.id} --op {op} {state}"))
     _print(as_json, show.together(*printers), rows)
+
+
+@app.command("spec")
+def write_spec(
+    from_hf: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--from-hf", help="The config.json of a Hugging Face checkpoint.", metavar="FILE"),
+    ] = None,
+    preset: Preset = "",
+    name: Annotated[str, typer.Option(help="The model's name; its model_type where absent.")] = "",
+    out_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="A YAML file to write, instead of printing.", parser=_place, metavar="FILE"),
+    ] = None,
+) -> None:
+    """State a model as YAML, for --spec: one that a Hugging Face config describes, or a preset to begin with."""
+    if bool(from_hf) == bool(preset):
+        raise typer.BadParameter("name one of --from-hf and --preset")
+    model = configs.read(from_hf, name) if from_hf else presets.preset(preset)
+    text = presets.dump(model)
+    if out_file is None:
+        print(text, end="")
+    else:
+        out_file.write_text(text)
 
 
 @app.command()
