@@ -338,6 +338,7 @@ def sparse_attention_gqa(
     lse: Tensor | None = None,
     share: int = 1,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sparse grouped-query attention: the query heads of a KV head attend to that head's own list of tokens, or of blocks.
 
@@ -357,11 +358,13 @@ def sparse_attention_gqa(
             where that makes no more than 64 rows of heads and lists have up to 128 entries (else fewer do, or none). Any lists
             give right results.
         sms: as in ``indexer_logits``.
+        batch_invariant: as there; then none share, and a row's tiles are not shared out either.
 
     Returns:
         out bf16 [queries, heads, d_v] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
-    arguments = (q, k, v, _as_int32(indices), sm_scale, block, ends, None, lengths, sink, share)
+    invariant = batch_invariant or invariance.always()
+    arguments = (q, k, v, _as_int32(indices), sm_scale, block, ends, None, lengths, sink, share, invariant)
     if out is None and lse is None:
         return _sparse_attention_gqa(*arguments, sms=sms)
     out, lse = _results(q, out, lse, v.shape[-1])
@@ -385,6 +388,7 @@ def sparse_attention_gqa_paged(
     lse: Tensor | None = None,
     share: int = 1,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_gqa`` of the newest queries of every sequence over paged caches of keys and of values.
 
@@ -394,7 +398,7 @@ def sparse_attention_gqa_paged(
             outside of a page's tokens (``cache.transpose(1, 2)`` of [blocks, kv_heads, page, d]).
         indices: int32 or int64 [batch, next_n, kv_heads, topk]: tokens, or blocks of tokens, of the sequence, not slots.
         page_table: int32 [batch, max_pages], the block of the caches that holds each page; tokens of a negative one are none.
-        sm_scale, block, sink, sms: as there.
+        sm_scale, block, sink, sms, batch_invariant: as there.
         ends: int32 [batch, next_n], tokens that each query sees.
         lengths: int32 [batch, next_n, kv_heads].
         out, lse: as there, shaped like the results.
@@ -407,7 +411,7 @@ def sparse_attention_gqa_paged(
     checks.rows("indices", indices, (*q.shape[:2], None, None), (torch.int32, torch.int64), like=q, whole=False)
     flat = (None if given is None else given.flatten(0, 1) for given in (ends, lengths))
     placed = _as_int32(indices).flatten(0, 1), sm_scale, block, next(flat), page_table, next(flat)
-    arguments = (q.flatten(0, 1), k_cache, v_cache, *placed, sink, share)
+    arguments = (q.flatten(0, 1), k_cache, v_cache, *placed, sink, share, batch_invariant or invariance.always())
     if out is None and lse is None:
         out, lse = _sparse_attention_gqa_paged(*arguments, sms=sms)
         return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])

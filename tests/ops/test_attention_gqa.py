@@ -93,7 +93,7 @@ def test_a_planted_error_is_caught(name):
     assert not OP.check(BLOCKS, inputs, wrong, reference).passed
 
 
-ORDER = ["q", "k", "v", "indices", "sm_scale", "block", "ends", "page_table", "lengths", "sink", "share"]
+ORDER = ["q", "k", "v", "indices", "sm_scale", "block", "ends", "page_table", "lengths", "sink", "share", "batch_invariant"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ ORDER = ["q", "k", "v", "indices", "sm_scale", "block", "ends", "page_table", "l
     ],
 )
 def test_call_refuses(argument, value):
-    given = {**OP.inputs(PAGED, RAGGED, Draw(0)), "share": 1, argument: value}
+    given = {**OP.inputs(PAGED, RAGGED, Draw(0)), "share": 1, "batch_invariant": False, argument: value}
     with pytest.raises(InputError, match=f"^{argument}"):
         OP.bind(*(given[name] for name in ORDER))
 

@@ -17,6 +17,7 @@ from dsa_codegen.kernels.build import build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import AttentionSpec
+from dsa_codegen.ops.attention_gqa import AttentionGqaSpec
 from dsa_codegen.ops.attention_paged import AttentionPagedSpec, turns
 from dsa_codegen.ops.index_prologue import IndexPrologueSpec
 from dsa_codegen.ops.indexer import IndexerSpec
@@ -37,6 +38,7 @@ SPECS = {
     "indexer_paged": IndexerPagedSpec(8, 64, next_n=2, clean=True, batch_invariant=True),
     "indexer_paged_bf16": IndexerPagedSpec(8, 32, page=32, scores="bf16", clean=True, batch_invariant=True),
     "attention": AttentionSpec(5, 576, 96, lengths=True, sink=True, batch_invariant=True),
+    "attention_gqa": AttentionGqaSpec(6, 2, 64, 32, 5, 16, ends=True, lengths=True, sink=True, batch_invariant=True),
     "attention_paged": AttentionPagedSpec(3, 128, lengths=True, extra_topk=64, batch_invariant=True),
     "index_prologue": IndexPrologueSpec(8, 64, hadamard=True, batch_invariant=True),
     "latent_prologue": LatentPrologueSpec("v32", 512, norm="nope", batch_invariant=True),
@@ -45,6 +47,7 @@ SIZES = {
     "indexer": {"queries": 21, "context": 100},
     "indexer_paged": {"batch": 7, "context": 130},
     "attention": {"queries": 9, "tokens": 333},
+    "attention_gqa": {"rows": 9, "tokens": 150},
     "attention_paged": {"batch": 7, "next_n": 1, "tokens": 300},
     "index_prologue": {"tokens": 13},
     "latent_prologue": {"tokens": 13},
@@ -105,6 +108,9 @@ SAME_ORDER = {
     "attention_paged": [
         Config.of("triton", block_h=16, block_n=32, num_stages=stages, num_warps=4, dequantize="bits", splits=1)
         for stages in (2, 3)
+    ],
+    "attention_gqa": [
+        Config.of("triton", block_h=16, block_n=64, num_stages=stages, num_warps=4, splits=1) for stages in (2, 3)
     ],
     "index_prologue": [Config.of("triton", block_h=block_h, block_t=1, num_warps=1) for block_h in (8, 2)],
     "latent_prologue": [Config.of("triton", block_t=4, num_warps=4)],
@@ -252,6 +258,7 @@ ROWS_ON_A_GPU = {
     "indexer": {"queries": 1200, "context": 3000},
     "indexer_paged": {"batch": 70, "context": 9000},
     "attention": {"queries": 300, "tokens": 5000},
+    "attention_gqa": {"rows": 300, "tokens": 5000},
     "attention_paged": {"batch": 70, "next_n": 2, "tokens": 70000},
     "index_prologue": {"tokens": 600},
     "latent_prologue": {"tokens": 600},

@@ -17,6 +17,7 @@ BY_ROW = {
     "indexer": ("q", "weights", "starts", "ends"),
     "indexer_paged": ("q", "weights", "lengths", "page_table"),
     "attention": ("q", "indices", "lengths"),
+    "attention_gqa": ("q", "indices", "ends", "lengths", "page_table"),
     "attention_paged": ("q", "indices", "lengths", "extra_indices", "extra_lengths"),
     "index_prologue": ("q", "weights", "k", "positions", "slots"),
     "latent_prologue": ("latent", "positions", "slots"),

@@ -49,12 +49,18 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
             yield from exceeds("warps of a group", 4, warps)
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
+    def order(self, spec: AttentionGqaSpec, config: Config) -> str | None:
+        """A row's list tile by tile, in as many parts as the config says; a union of lists is in its neighbours' order."""
+        shape = ("block_h", "block_n", "num_warps", "splits")
+        return None if spec.share > 1 else "-".join(str(config[name]) for name in shape)
+
     def guesses(self, spec: AttentionGqaSpec, sizes: AttentionGqaSizes, gpu: Gpu) -> Iterable[Config]:
         few = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4, splits=1)
         rows = spec.share * spec.group
         first = few.replace(block_h=min(64, next_power_of_two(max(rows, 16))))
         for config in (first, first.replace(block_n=32), few, few.replace(block_n=32), few.replace(block_n=32, num_stages=2)):
-            yield config.replace(splits=_splits(spec, config, sizes, gpu))
+            # One part of a batch-invariant row: how many a single one wants, thousands have no memory for.
+            yield config.replace(splits=1 if spec.batch_invariant else _splits(spec, config, sizes, gpu))
 
     def derived(self, spec: AttentionGqaSpec, config: Config) -> dict[str, Scalar]:
         k_block, v_block = _padded(spec)

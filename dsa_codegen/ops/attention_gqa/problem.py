@@ -58,6 +58,8 @@ class AttentionGqaSpec(Spec):
     sink: bool = False
     share: int = 1
     """So many neighbouring rows gather the union of their lists together; results are the same."""
+    batch_invariant: bool = False
+    """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,23 +96,24 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
     function = "sparse_attention_gqa"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor indices, float sm_scale, int block=1, Tensor? ends=None, "
-        "Tensor? page_table=None, Tensor? lengths=None, Tensor? sink=None, int share=1) -> (Tensor, Tensor)"
+        "Tensor? page_table=None, Tensor? lengths=None, Tensor? sink=None, int share=1, "
+        "bool batch_invariant=False) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse")
     spec_type = AttentionGqaSpec
     sizes_type = AttentionGqaSizes
-    minor = frozenset({"page", "ends", "lengths", "sink"})
+    minor = frozenset({"page", "ends", "lengths", "sink", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[AttentionGqaSpec]:
         if model.attention != GQA:
             return ()
         channels, entries = model.d_nope + model.d_rope, model.topk // model.block
         shape = model.heads, model.kv_heads, channels, channels, entries, model.block
-        rows = AttentionGqaSpec(*shape, ends=True, sink=model.attn_sink)
+        rows = AttentionGqaSpec(*shape, ends=True, sink=model.attn_sink, batch_invariant=model.invariant)
         return (rows,) if model.kv_layout == NO_CACHE else (rows, replace(rows, page=model.page))
 
     def bind(self, *args: Any) -> tuple[AttentionGqaSpec, AttentionGqaSizes, Inputs]:
-        q, k, v, indices, sm_scale, block, ends, page_table, lengths, sink, share, *brought = args
+        q, k, v, indices, sm_scale, block, ends, page_table, lengths, sink, share, invariant, *brought = args
         q = checks.rows("q", q, (None, None, None), checks.floating(q))
         rows, heads, d_qk = q.shape
         places = (None,) if page_table is None else (None, None)
@@ -135,8 +138,9 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
         buffers = check_buffers(self.buffers, brought, (rows, heads), v.shape[-1], q)
         options = ends is not None, lengths is not None, sink is not None
         topk = indices.shape[2]
+        share = 1 if invariant else share  # a union of lists would be added up in an order that the neighbours decide
         joined = sharing(share, heads // kv_heads, topk, 0 if page_table is None else rows // max(page_table.shape[0], 1))
-        spec = AttentionGqaSpec(heads, kv_heads, d_qk, v.shape[-1], topk, block, page, *options, joined)
+        spec = AttentionGqaSpec(heads, kv_heads, d_qk, v.shape[-1], topk, block, page, *options, joined, invariant)
         inputs = {"q": q, "k": k, "v": v, "indices": indices, "sm_scale": sm_scale, "ends": ends}
         inputs |= {"page_table": page_table, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionGqaSizes(rows, tokens), inputs
@@ -163,7 +167,8 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
         }
 
     def reference(self, spec: AttentionGqaSpec, inputs: Inputs) -> Outputs:
-        step = max(1, _GATHERED // (spec.kv_heads * spec.topk * spec.block * spec.d_qk or 1))
+        # Products of one shape add up in one order.
+        step = 1 if spec.batch_invariant else max(1, _GATHERED // (spec.kv_heads * spec.topk * spec.block * spec.d_qk or 1))
         firsts = range(0, max(len(inputs["q"]), 1), step)
         parts = [_attend(spec, inputs, slice(first, first + step)) for first in firsts]
         return {name: torch.cat([part[name] for part in parts]) for name in self.buffers}
@@ -194,7 +199,7 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
         bare = replace(spec, ends=False, lengths=False, sink=False)
         full = replace(spec, ends=True, lengths=True, sink=True)
         tokens = replace(full, block=1, topk=spec.topk * spec.block)
-        share = sharing(SHARES[-1], spec.group, spec.topk, 0)
+        share = 1 if spec.batch_invariant else sharing(SHARES[-1], spec.group, spec.topk, 0)
         return tuple(dict.fromkeys((spec, bare, full, tokens, replace(full, share=share))))
 
     def workloads(self, spec: AttentionGqaSpec) -> Sequence[Case[AttentionGqaSizes]]:
