@@ -409,14 +409,19 @@ def sparse_attention_gqa_paged(
     """
     checks.rows("q", q, (None, None, None, None), checks.floating(q))
     checks.rows("indices", indices, (*q.shape[:2], None, None), (torch.int32, torch.int64), like=q, whole=False)
-    flat = (None if given is None else given.flatten(0, 1) for given in (ends, lengths))
-    placed = _as_int32(indices).flatten(0, 1), sm_scale, block, next(flat), page_table, next(flat)
-    arguments = (q.flatten(0, 1), k_cache, v_cache, *placed, sink, share, batch_invariant or invariance.always())
+    ends = None if ends is None else checks.tensor("ends", ends, q.shape[:2], torch.int32, like=q).flatten()
+    if lengths is not None:
+        lengths = checks.tensor("lengths", lengths, (*q.shape[:2], None), torch.int32, like=q).flatten(0, 1)
+    listed, invariant = _as_int32(indices).flatten(0, 1), batch_invariant or invariance.always()
+    cached = q.flatten(0, 1), k_cache, v_cache, listed, sm_scale, block, ends, page_table
+    arguments = (*cached, lengths, sink, share, invariant)
     if out is None and lse is None:
-        out, lse = _sparse_attention_gqa_paged(*arguments, sms=sms)
-        return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+        flat = _sparse_attention_gqa_paged(*arguments, sms=sms)
+        return flat[0].unflatten(0, q.shape[:2]), flat[1].unflatten(0, q.shape[:2])
     out, lse = _results(q, out, lse, v_cache.shape[-1])
-    _sparse_attention_gqa_paged_into(*arguments, out.view(-1, *out.shape[2:]), lse.view(-1, lse.shape[2]), sms=sms)
+    checks.tensor("out", out, (*q.shape[:3], v_cache.shape[-1]), q.dtype, like=q)
+    checks.tensor("lse", lse, q.shape[:3], torch.float32, like=q)
+    _sparse_attention_gqa_paged_into(*arguments, out.flatten(0, 1), lse.flatten(0, 1), sms=sms)
     return out, lse
 
 

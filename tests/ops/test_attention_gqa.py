@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
+import dsa_codegen as dsa
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.attention_gqa import OP, AttentionGqaSizes, AttentionGqaSpec
 from dsa_codegen.ops.attention_gqa.problem import sharing
@@ -29,7 +29,9 @@ def config(spec: AttentionGqaSpec, **changes) -> Config:
     return SMALL.replace(block_h=32 if spec.share > 1 else 16, **changes)
 
 
-@pytest.mark.parametrize(("spec", "splits"), [*itertools.product(SPECS, (1, 3))], ids=lambda value: getattr(value, "id", value))
+@pytest.mark.parametrize(
+    ("spec", "splits"), [*((spec, 1) for spec in SPECS), (PAGED, 3)], ids=lambda value: getattr(value, "id", value)
+)
 def test_matches_the_reference(interpreter, spec, splits):
     assert_matches_reference(interpreter, OP, spec, config(spec, splits=splits), RAGGED)
 
@@ -73,6 +75,59 @@ def test_pages_hold_what_rows_hold():
         flat |= {name: paged[name][row : row + 1] for name in ("q", "indices", "ends", "lengths")}
         alone = OP.reference(replace(spec, page=0), flat)
         torch.testing.assert_close(found["out"][row : row + 1], alone["out"])
+
+
+def paged(**changes):
+    """Arguments of the paged function, of two sequences with two new queries each."""
+    inputs = OP.inputs(replace(PAGED, share=2), Case(AttentionGqaSizes(4, 150), "random"), Draw(3))
+    rows = {name: inputs[name].unflatten(0, (2, 2)) for name in ("q", "indices", "ends", "lengths")}
+    given = {"k_cache": inputs["k"], "v_cache": inputs["v"], **rows, **{name: inputs[name] for name in ("page_table", "sink")}}
+    return inputs, {**given, "sm_scale": inputs["sm_scale"], "block": 64, **changes}
+
+
+def test_the_paged_function_is_the_formula_over_pages():
+    inputs, given = paged()
+    wanted = OP.reference(PAGED, inputs)
+    buffers = {"out": torch.empty(2, 2, 6, 32).bfloat16(), "lse": torch.empty(2, 2, 6)}
+    for options in ({}, {"share": 2}, buffers, {"out": buffers["out"]}, {"batch_invariant": True}):
+        out, lse = dsa.sparse_attention_gqa_paged(**given, **options)
+        torch.testing.assert_close(out.flatten(0, 1), wanted["out"].bfloat16())
+        torch.testing.assert_close(lse.flatten(0, 1), wanted["lse"])
+        assert options.get("out") is None or out is options["out"]
+    heads_outside = given["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    longs = {**given, "k_cache": heads_outside, "indices": given["indices"].long()}
+    torch.testing.assert_close(dsa.sparse_attention_gqa_paged(**longs)[1].flatten(0, 1), wanted["lse"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("q", torch.zeros(4, 6, 32, dtype=torch.bfloat16)),
+        ("k_cache", torch.zeros(7, 64, 4, 32, dtype=torch.bfloat16)),
+        ("v_cache", torch.zeros(7, 48, 3, 32, dtype=torch.bfloat16)),
+        ("indices", torch.zeros(2, 3, 3, 4, dtype=torch.int32)),
+        ("ends", torch.zeros(4, dtype=torch.int32)),
+        ("lengths", torch.zeros(2, 2, dtype=torch.int32)),
+        ("page_table", torch.zeros(3, 3, dtype=torch.int32)),
+        ("out", torch.zeros(2, 2, 6, 64, dtype=torch.bfloat16)),
+        ("lse", torch.zeros(4, 6)),
+    ],
+)
+def test_the_paged_function_refuses(argument, value):
+    with pytest.raises(InputError, match=f"^{argument}:"):
+        dsa.sparse_attention_gqa_paged(**paged(**{argument: value})[1])
+
+
+def test_one_list_for_all_heads_is_read_as_it_lies():
+    inputs = OP.inputs(replace(BLOCKS, kv_heads=1, heads=6), RAGGED, Draw(0))
+    k, v = (inputs[name].expand(-1, 2, -1).contiguous() for name in ("k", "v"))
+    given = {"block": 32, "ends": inputs["ends"]}
+    listed = inputs["indices"].expand(-1, 2, -1)
+    assert not listed.stride(1)
+    q = inputs["q"].repeat(1, 2, 1)
+    out, _ = dsa.sparse_attention_gqa(q, k, v, listed, inputs["sm_scale"], **given)
+    alone, _ = dsa.sparse_attention_gqa(inputs["q"], k[:, :1], v[:, :1], inputs["indices"], inputs["sm_scale"], **given)
+    torch.testing.assert_close(out, alone.repeat(1, 2, 1))
 
 
 def test_an_entry_that_is_listed_twice_counts_twice():

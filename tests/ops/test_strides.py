@@ -17,6 +17,7 @@ from dsa_codegen.kernels.build import build, folder_of
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import AttentionSizes, AttentionSpec
+from dsa_codegen.ops.attention_gqa import AttentionGqaSizes, AttentionGqaSpec
 from dsa_codegen.ops.attention_paged import AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.ops.indexer import OP as INDEXER
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
@@ -103,10 +104,11 @@ WIDE = {
     "indexer_paged": (IndexerPagedSpec(8, 32, next_n=2, clean=True), IndexerPagedSizes(2, 90), "ragged"),
     "quantize": (QuantizeSpec(32, 8, "fp32"), QuantizeSizes(5), "normal"),
     "attention": (AttentionSpec(20, 576, 70, lengths=True), AttentionSizes(4, 90), "ragged"),
+    "attention_gqa": (AttentionGqaSpec(4, 2, 32, 32, 3, 32, page=32, ends=True), AttentionGqaSizes(4, 90), "ragged"),
     "attention_paged": (AttentionPagedSpec(5, 20, page=61), AttentionPagedSizes(2, 2, 130), "ragged"),
 }
 """For each operation a spec, sizes and a distribution; its rows of q, keys, weights and lists come as parts of wider ones."""
-PARTS = ("q", "k", "kv", "source", "weights", "indices")
+PARTS = ("q", "k", "v", "kv", "source", "weights", "indices")
 SAMPLED = Config.of(
     "tilelang",
     **{"scheme": "row", "capacity": 256, "threads": 256, "vectors": 1, "bins_log2": 10, "sample_vectors": 1, "whole": False},
@@ -120,6 +122,7 @@ TRITON = {
     ),
     "quantize": Config.of("triton", block_t=16, num_warps=4),
     "attention": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
+    "attention_gqa": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4, splits=2),
     "attention_paged": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=2),
 }
 

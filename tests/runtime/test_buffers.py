@@ -11,6 +11,7 @@ import dsa_codegen as dsa
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError
 from dsa_codegen.ops.attention import AttentionSizes, AttentionSpec
+from dsa_codegen.ops.attention_gqa import AttentionGqaSizes, AttentionGqaSpec
 from dsa_codegen.ops.attention_paged import AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.ops.select import SelectSizes, SelectSpec
 from dsa_codegen.problem.draw import Draw
@@ -22,6 +23,7 @@ from support import arguments
 
 SPECS = {
     "attention": (AttentionSpec(4, 576, 8, lengths=True, max_logits=True), AttentionSizes(3, 20)),
+    "attention_gqa": (AttentionGqaSpec(4, 2, 16, 32, 3, 16, sink=True), AttentionGqaSizes(3, 50)),
     "attention_paged": (AttentionPagedSpec(4, 9, extra_topk=5, sink=True), AttentionPagedSizes(2, 2, 70)),
     "select": (SelectSpec(64), SelectSizes(3, 200)),
 }
