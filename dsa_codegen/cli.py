@@ -528,6 +528,7 @@ def write_spec(
         print(text, end="")
     else:
         out_file.write_text(text)
+        out.print(f"{model.name}: {out_file}", highlight=False)
 
 
 @app.command()

@@ -11,7 +11,7 @@ NaN stays where it is: a NaN key or scale gives NaN scores of its token, which `
 a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a
 token gives 0 and -inf, whatever it holds.
 
-Seven functions take ``sms``: the SMs that the call's grid is made for, all of the GPU's where it is None. Kernels whose blocks
+Five functions take ``sms``: the SMs that the call's grid is made for, all of the GPU's where it is None. Kernels whose blocks
 stay until all is done then leave the other SMs to whatever runs beside them (a collective on another stream); kernels with a
 block for each piece of work only share it out for so many. It changes no result but the rounding of sums that are split
 otherwise.
@@ -337,7 +337,6 @@ def sparse_attention_gqa(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     share: int = 1,
-    sms: int | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sparse grouped-query attention: the query heads of a KV head attend to that head's own list of tokens, or of blocks.
@@ -357,8 +356,7 @@ def sparse_attention_gqa(
         share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same entries, gather their union together,
             where that makes no more than 64 rows of heads and lists have up to 128 entries (else fewer do, or none). Any lists
             give right results.
-        sms: as in ``indexer_logits``.
-        batch_invariant: as there; then none share, and a row's tiles are not shared out either.
+        batch_invariant: as in ``indexer_logits``; then none share, and a row's tiles are not shared out either.
 
     Returns:
         out bf16 [queries, heads, d_v] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
@@ -366,9 +364,9 @@ def sparse_attention_gqa(
     invariant = batch_invariant or invariance.always()
     arguments = (q, k, v, _as_int32(indices), sm_scale, block, ends, None, lengths, sink, share, invariant)
     if out is None and lse is None:
-        return _sparse_attention_gqa(*arguments, sms=sms)
+        return _sparse_attention_gqa(*arguments)
     out, lse = _results(q, out, lse, v.shape[-1])
-    _sparse_attention_gqa_into(*arguments, out, lse, sms=sms)
+    _sparse_attention_gqa_into(*arguments, out, lse)
     return out, lse
 
 
@@ -387,7 +385,6 @@ def sparse_attention_gqa_paged(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     share: int = 1,
-    sms: int | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_gqa`` of the newest queries of every sequence over paged caches of keys and of values.
@@ -398,7 +395,7 @@ def sparse_attention_gqa_paged(
             outside of a page's tokens (``cache.transpose(1, 2)`` of [blocks, kv_heads, page, d]).
         indices: int32 or int64 [batch, next_n, kv_heads, topk]: tokens, or blocks of tokens, of the sequence, not slots.
         page_table: int32 [batch, max_pages], the block of the caches that holds each page; tokens of a negative one are none.
-        sm_scale, block, sink, sms, batch_invariant: as there.
+        sm_scale, block, sink, batch_invariant: as there.
         ends: int32 [batch, next_n], tokens that each query sees.
         lengths: int32 [batch, next_n, kv_heads].
         out, lse: as there, shaped like the results.
@@ -416,12 +413,12 @@ def sparse_attention_gqa_paged(
     cached = q.flatten(0, 1), k_cache, v_cache, listed, sm_scale, block, ends, page_table
     arguments = (*cached, lengths, sink, share, invariant)
     if out is None and lse is None:
-        flat = _sparse_attention_gqa_paged(*arguments, sms=sms)
+        flat = _sparse_attention_gqa_paged(*arguments)
         return flat[0].unflatten(0, q.shape[:2]), flat[1].unflatten(0, q.shape[:2])
     out, lse = _results(q, out, lse, v_cache.shape[-1])
     checks.tensor("out", out, (*q.shape[:3], v_cache.shape[-1]), q.dtype, like=q)
     checks.tensor("lse", lse, q.shape[:3], torch.float32, like=q)
-    _sparse_attention_gqa_paged_into(*arguments, out.flatten(0, 1), lse.flatten(0, 1), sms=sms)
+    _sparse_attention_gqa_paged_into(*arguments, out.flatten(0, 1), lse.flatten(0, 1))
     return out, lse
 
 

@@ -107,7 +107,7 @@ def test_bad_arguments_are_refused_before_and_after_good_ones(monkeypatch):
         ((values, ends[:2], 64), InputError),
         ((values, ends.long(), 64), InputError),
         ((values.double(), ends, 64), InputError),
-        ((values, ends, 10), SpecError),
+        ((values, ends, 5000), SpecError),
         ((values.to("meta"), ends, 64), InputError),
         ((values.to_sparse(), ends, 64), Exception),
     ]

@@ -23,7 +23,6 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
     """See the module's first lines."""
 
     backends = ("triton",)
-    budgeted = True
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         return (
