@@ -178,6 +178,9 @@ def tune(
     op: OpNames = None,
     budget: Annotated[str, typer.Option(help="Wall time, interrupted runs included: 90s, 1h; 10m, without the GPU 4m.")] = "",
     trials: Annotated[int, typer.Option(help="Candidates per study at most; 48, without the GPU 24.", min=0, max=10**6)] = 0,
+    effort: Annotated[
+        str, typer.Option(help="quick: a minute, what the model needs most; normal; thorough: an hour. Budgets are by these.")
+    ] = "normal",
     seed: Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)] = 0,
     folder: Annotated[
         Optional[Path],  # noqa: UP045
@@ -208,6 +211,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
+    from .tune import effort as efforts
     from .tune import refresh as refreshing
     from .tune import run
 
@@ -225,7 +229,8 @@ def tune(
     target, here = _gpu(gpu), gpus.detect()
     offline = here is None or here.id != target.id
     target = target if here is None or offline else here  # with the limits that the device has
-    usual = run.OFFLINE if offline else run.ON_GPU
+    chosen = efforts.effort(effort)
+    usual = chosen.budget(offline)
     limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
     report = waiting.tuning(
         err,
@@ -234,6 +239,7 @@ def tune(
             target,
             folder,
             budget=limits,
+            effort=chosen,
             offline=offline,
             backends=_backends(backend or (), op or ()),
             seed=seed,
@@ -252,7 +258,7 @@ def tune(
 
 
 _OF = {
-    "": ("preset", "spec", "trials", "seed", "fresh", "backend", "most", "wait"),
+    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait"),
     "--refresh": ("refresh", "every", "drop_stale"),
     "--check": ("check", "tolerance"),
 }

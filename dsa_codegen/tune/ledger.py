@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from .lock import IMPATIENT, Patience
+from .stock import trim
 
 _SAVE_EVERY_S = 2.0
 
 
 class Ledger:
-    """The clock of a run, its builds and the log of its workers, in ``.tune/<gpu>/`` under the aim's digest.
+    """The clock of a run and the log of its workers, in ``.tune/<gpu>/`` under the aim's digest, and the builds of all runs.
 
-    Clock and builds go when the run is over; the log stays, for whoever wants to know why candidates failed. A ledger is
-    entered before anything of it is used, by one process at a time.
+    The clock goes when the run is over; the log stays, for whoever wants to know why candidates failed, and so do builds within
+    a limit. A ledger is entered before anything of it is used, by one process at a time.
 
     Args:
         aim: what identifies the run: problems, backends, method.
@@ -32,7 +32,7 @@ class Ledger:
         self._patience = patience
         digest = hashlib.sha256("\n".join(aim).encode()).hexdigest()[:12]
         self._path = folder / f"{digest}.clock"
-        self.builds = folder / f"{digest}.builds"
+        self.builds = folder / "builds"
         self.log = folder / f"{digest}.log"
         self.budget_s = budget_s
         self.earlier_s = 0.0
@@ -79,13 +79,13 @@ class Ledger:
             os.replace(temporary, self._path)
 
     def finish(self) -> None:
-        """The run is over: its losers are of no further use, and the next one has a budget of its own."""
+        """The run is over: the next one has a budget of its own."""
         self._path.unlink(missing_ok=True)
-        shutil.rmtree(self.builds, ignore_errors=True)
+        trim(self.builds)
 
     def restart(self) -> None:
         """Begin anew, as if nothing had been spent."""
-        self.finish()
+        self._path.unlink(missing_ok=True)
         self.log.unlink(missing_ok=True)
         self.earlier_s = 0.0
 

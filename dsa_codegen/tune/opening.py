@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Opener:
         folder: of the journals, ``.tune/<gpu>``.
         tuned: of the records that the run will write; those that are there are seeds.
         shelf: where trials are kept.
+        narrow: only the backends of the default and of the nearest records.
         backends: only these; empty means all, or, where nothing is measured, the default's: no model compares compilers.
     """
 
@@ -76,6 +77,7 @@ class Opener:
     backends: Sequence[str] = ()
     patience: Patience = IMPATIENT
     shelf: Shelf = FILES
+    narrow: bool = False
 
     def open(self, problems: Sequence[Problem], opened: Opened) -> None:
         """Open a study for every problem and backend that this GPU and this machine can serve; ``opened`` grows by them.
@@ -120,7 +122,9 @@ class Opener:
             yield problem, Space(op, problem.spec, backend, gpu, problem.case.sizes.bucket()), first
 
     def _backends(self, problem: Problem, default: Config) -> list[str]:
-        usual = problem.op.backends if self.measures else (default.backend,)
+        usual: Collection[str] = problem.op.backends if self.measures else (default.backend,)
+        if self.narrow and not self.backends:
+            usual = {default.backend, *(record.backend for record in self._nearest(problem)[:_NEIGHBOURS])}
         return [backend for backend in problem.op.backends if backend in (self.backends or usual)]
 
     def _study(self, problem: Problem, space: Space, seeds: Sequence[Config], lock: filelock.BaseFileLock) -> Study:
@@ -139,12 +143,16 @@ class Opener:
 
     def _neighbours(self, problem: Problem, backend: str) -> list[Config]:
         """Configs of the nearest records that the operation still accepts."""
-        folders = sorted({*search_path().values(), self.tuned})
-        known = [record for folder in folders for record in read_all(folder, problem.op.name) if record.backend == backend]
-        usable = [record for record in known if _accepted(record, problem.op)]
-        near = nearest(usable, problem.spec, problem.case.sizes, problem.gpu, len(usable))
+        near = (record for record in self._nearest(problem) if record.backend == backend)
         distinct = dict.fromkeys(record.config_for(problem.op) for record in near)
         return list(distinct)[:_NEIGHBOURS]
+
+    def _nearest(self, problem: Problem) -> list[Record]:
+        """All records that the operation still accepts, the nearest first."""
+        folders = sorted({*search_path().values(), self.tuned})
+        known = [record for folder in folders for record in read_all(folder, problem.op.name)]
+        usable = [record for record in known if _accepted(record, problem.op)]
+        return nearest(usable, problem.spec, problem.case.sizes, problem.gpu, len(usable))
 
 
 def _accepted(record: Record, op: Op) -> bool:

@@ -14,6 +14,7 @@ from ..kernels.build import Built, build
 from ..kernels.render import Rendered
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from .outcome import Kind, Outcome
+from .stock import used
 
 COMPILE_SECONDS = 60.0
 
@@ -29,7 +30,7 @@ class CompilePool:
     """Compiles sources in ``size`` processes that see no GPU.
 
     Args:
-        cache: the build cache of the tuning run, apart from the user's, so that the losers can be removed in one go.
+        cache: the build cache of tuning runs, apart from the user's, so that losers can go; builds found there are used.
         compile: the job; another one for tests.
         log: what the compilers print is appended to it.
     """
@@ -78,7 +79,9 @@ class CompilePool:
         """Collect what has finished and start what waits."""
         for worker in [worker for worker in self._running if worker.ready()]:
             rendered, since = self._running.pop(worker)
-            self.results[rendered.sha] = _result(worker)
+            self.results[rendered.sha] = result = _result(worker)
+            if isinstance(result, Built):
+                used(result.folder)
             self.seconds[rendered.sha] = time.monotonic() - since
         self._start()
 

@@ -15,9 +15,11 @@ from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
+from ..records.lookup import search_path
 from ..records.record import GpuKey, Record
+from .effort import NORMAL, Effort, most_needed
 from .evaluate import Evaluator
-from .incumbent import Change
+from .incumbent import Change, incumbents
 from .keep import keep
 from .ledger import Ledger
 from .lock import IMPATIENT, Patience
@@ -25,7 +27,7 @@ from .offline import ModelEvaluator
 from .on_gpu import GpuEvaluator
 from .opening import Opened, Opener
 from .outcome import Kind
-from .plan import OFFLINE, ON_GPU, STATE, Budget, Failure, Missing, Report, check, problems
+from .plan import STATE, Budget, Failure, Missing, Report, check, problems
 from .pool import CompilePool, cores
 from .problem import Problem
 from .progress import Notify, Progress, StudyStatus
@@ -43,6 +45,7 @@ def tune(
     folder: Path,
     *,
     budget: Budget | None = None,
+    effort: Effort = NORMAL,
     offline: bool = False,
     backends: Sequence[str] = (),
     processes: int | None = None,
@@ -57,7 +60,8 @@ def tune(
     """Tune; go on where an earlier run with the same ``state`` left off.
 
     Args:
-        budget: by default ``plan.ON_GPU`` or ``plan.OFFLINE``.
+        budget: by default the effort's.
+        effort: of ``effort.EFFORTS``; a quick one searches only what the model needs most.
         folder: the records are merged into ``<folder>/<gpu>/<op>.json``.
         offline: rank compiled candidates by the model, without a GPU; records say "modelled".
         backends: only these; by default all, offline the one that each operation prefers.
@@ -74,11 +78,15 @@ def tune(
         RecordError: a file of records there cannot be read; nothing is started.
         InputError, UnknownName: an argument is out of its range, or a folder cannot be written; nothing is touched.
     """
-    budget = budget or (OFFLINE if offline else ON_GPU)
+    budget = budget or effort.budget(offline)
     check(budget, seed, processes, backends, folder, state)
     shelf = Database(storage) if storage else FILES
     chosen = problems(wanted, gpu)
-    aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu"]
+    aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu", *_named(effort)]
+    notes = []
+    if effort.narrow:
+        every, chosen = chosen, most_needed(chosen, lambda problem: _is_served(problem, folder))
+        notes.append(f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record")
     ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
     with (
         ledger,
@@ -97,8 +105,19 @@ def tune(
                 tuple(backends),
                 patience,
                 shelf,
+                effort.narrow,
             )
-            return _Run(folder, opener, ledger, notify).go(chosen, evaluator)
+            return _Run(folder, opener, ledger, notify, Opened(notes=notes)).go(chosen, evaluator)
+
+
+def _named(effort: Effort) -> list[str]:
+    """What tells the aim of a narrow run from others'; it does not change while records come in."""
+    return [effort.name] if effort.narrow else []
+
+
+def _is_served(problem: Problem, folder: Path) -> bool:
+    """Whether a measured record of its own, of the folder or shipped, serves a problem."""
+    return bool(incumbents(problem, [folder, *search_path().values()]))
 
 
 @dataclass

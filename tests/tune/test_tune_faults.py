@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent)])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent), *sys.path])}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test takes its place")
 
 
@@ -39,28 +40,29 @@ print(json.dumps([[each.before.value, each.now.kind.value, each.config["fault"]]
 """
 
 
-def every_fault_is_found(folder: Path) -> None:
-    """Each fault is counted by its kind, none is chosen, and each can be seen again by what the run printed."""
+def every_fault_is_found(folder: Path, kinds: Sequence[str]) -> None:
+    """Each fault is counted by its kind, none is chosen, and these can be seen again by what the run printed."""
     told = plant(folder, 400)
     expected = json.loads(python("import json, planted; print(json.dumps(planted.EXPECTED))"))
     assert told["counts"] == {"ok": 8, **dict.fromkeys(expected.values(), 1)}
     (config,) = told["config"]
     assert config["fault"] == "none"
     assert told["elapsed_s"] < 400, "whatever hangs"
-    again = json.loads(python(REPEATED, *(failure["again"] for failure in told["failures"])))
-    assert {(was, now) for was, now, _ in again} == {(kind, kind) for kind in expected.values()}
-    assert {fault: now for _, now, fault in again} == expected
+    shown = [failure["again"] for failure in told["failures"] if failure["kind"] in kinds]
+    again = json.loads(python(REPEATED, *shown))
+    assert sorted(was for was, _, _ in again) == sorted(now for _, now, _ in again) == sorted(kinds)
+    assert {(fault, now) for _, now, fault in again} <= expected.items()
 
 
 @WITHOUT_GPU
 @pytest.mark.slow
 def test_every_fault_is_found(tmp_path):
-    every_fault_is_found(tmp_path)
+    every_fault_is_found(tmp_path, ["out_of_bounds", "mismatch", "out_of_memory"])
 
 
 @pytest.mark.gpu
 def test_every_fault_is_found_on_the_gpu(tmp_path):
-    every_fault_is_found(tmp_path)
+    every_fault_is_found(tmp_path, ["out_of_bounds", "context_lost"])
 
 
 def killed(kind: str, folder: Path, times: int, candidates: int) -> None:

@@ -14,7 +14,7 @@ from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD, Timing
 from dsa_codegen.records import files as records
 from dsa_codegen.records.record import entry, parse
-from dsa_codegen.tune import opening
+from dsa_codegen.tune import opening, standing
 from dsa_codegen.tune import run as room
 from dsa_codegen.tune.field import Contender, record_of
 from dsa_codegen.tune.outcome import Kind, Outcome
@@ -33,6 +33,7 @@ GOOD, OTHER = config(block_q=2), config(num_stages=4)
 def go(tmp_path, monkeypatch):
     """Tune one bucket, each candidate's time as ``us`` says; the report."""
     monkeypatch.setattr(type(OP), "workloads", lambda self, spec: [CASE])
+    monkeypatch.setattr(standing, "all_ops", lambda: {OP.name: OP})
     monkeypatch.setattr(opening, "search_path", dict)  # no shipped record has a word in it
 
     def run(us=landscape, fast=None, fails=(), **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -15,17 +16,19 @@ from pathlib import Path
 import pytest
 
 from dsa_codegen import paths
-from dsa_codegen.errors import DsaError, InputError, RecordError
+from dsa_codegen.errors import DsaError, InputError, RecordError, UnknownName
 from dsa_codegen.gpu import resolve
-from dsa_codegen.ops.indexer import IndexerSpec
-from dsa_codegen.problem.op import Accuracy
+from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
+from dsa_codegen.problem.op import Accuracy, Case
 from dsa_codegen.records import files as records
 from dsa_codegen.records.lookup import lookup
-from dsa_codegen.tune import opening
+from dsa_codegen.tune import opening, standing, stock
 from dsa_codegen.tune import run as room
+from dsa_codegen.tune.effort import EFFORTS, NORMAL, QUICK, THOROUGH, effort, most_needed
 from dsa_codegen.tune.lock import Patience, StudyBusy, take
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.plan import Budget, problems
+from dsa_codegen.tune.pool import CompilePool
 from dsa_codegen.tune.run import tune
 
 from support import H200
@@ -46,6 +49,8 @@ def one_bucket(monkeypatch):
 def go(tmp_path, monkeypatch):
     """Run with an evaluator that needs no GPU; returns the report."""
 
+    monkeypatch.setattr(standing, "all_ops", lambda: {OP.name: OP})
+    monkeypatch.setattr(room, "search_path", dict)
     monkeypatch.setattr(opening, "search_path", dict)  # the shipped records of such kernels are not at stake
 
     def run(evaluator=None, **options):
@@ -211,12 +216,56 @@ def test_an_earlier_record_is_a_seed(go, one_bucket, tmp_path):
     assert [task.candidate.config for task in evaluator.judged[:2]] == [DEFAULT, record.config_for(OP)]
 
 
-def test_losers_are_removed_and_the_winner_is_kept(go, one_bucket, tmp_path):
-    state = tmp_path / ".tune" / "h200"
-    evaluator = InstantGpu(folder=state / "elsewhere")
+def test_the_winner_is_kept_and_losers_within_a_limit(go, one_bucket, tmp_path, monkeypatch):
+    """The next run, of whatever aim, finds the builds; what is over the limit and was not used of late goes."""
+    builds = tmp_path / ".tune" / "h200" / "builds"
+    evaluator = InstantGpu(folder=builds)
     (record,) = go(evaluator).records
     assert (paths.cache() / record.source_sha[:32]).is_dir()
-    assert not list(state.glob("*.builds")) and not list(state.glob("*.clock"))
+    assert len(list(builds.iterdir())) >= 1 and not list(builds.parent.glob("*.clock"))
+    pools = []
+    monkeypatch.setattr(room, "CompilePool", lambda gpu, cache, size, **how: pools.append(cache) or CompilePool(gpu, cache, 1))
+    go(evaluator, backends=("triton",), fresh=True)
+    assert pools == [builds] and list(builds.iterdir())
+
+
+def test_builds_that_were_used_last_stay(tmp_path):
+    for number in range(4):
+        (tmp_path / f"build{number}").mkdir()
+        (tmp_path / f"build{number}" / "kernel.cubin").write_bytes(bytes(1000))
+        os.utime(tmp_path / f"build{number}", (number, number))
+    stock.used(tmp_path / "build0")  # by a run that is under way
+    stock.trim(tmp_path, limit=2000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build0", "build3"]
+    stock.used(tmp_path / "build3")
+    stock.trim(tmp_path, limit=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build0", "build3"], "both were used within the hour"
+
+
+def test_a_quick_effort_keeps_to_what_is_needed_most(go, tmp_path):
+    """The dearest call of each kind; another one where that has a record."""
+    first, second = go(effort=QUICK), go(effort=QUICK)
+    (one,), (two,) = first.records, second.records
+    assert one.sizes == {"queries": 4096, "context": 32768} and two.sizes == {"queries": 4096, "context": 8192}
+    assert first.notes == ("effort quick: 1 of 4 calls, the dearest of each kind without a record",)
+    assert first.missing == ()
+
+
+def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():
+    wanted = problems([(OP, SPEC)], H200)
+    cost = {problem.id: OP.cost(SPEC, problem.case).limit_us(H200) for problem in wanted}
+    other = dataclasses.replace(wanted[0], spec=IndexerSpec(8, 32), case=Case(IndexerSizes(8, 64), "causal"))
+    assert [problem.id for problem in most_needed([*wanted, other], lambda problem: False)] == [max(cost, key=cost.get)]
+    assert most_needed([other], lambda problem: True) == [other], "where everything is served, all is"
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+def test_every_effort_has_budgets(name):
+    chosen = effort(name)
+    assert chosen.budget(offline=True).trials < chosen.budget(offline=False).trials
+    assert QUICK.on_gpu.wall_s == 60 < NORMAL.on_gpu.wall_s == 600 < THOROUGH.on_gpu.wall_s
+    with pytest.raises(UnknownName, match="quick, normal, thorough"):
+        effort("enough")
 
 
 def test_an_unreadable_file_stops_the_run_before_it_begins(go, tmp_path):

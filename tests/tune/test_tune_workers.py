@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsa_codegen.kernels.build import Built
 from dsa_codegen.tune import lane
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
@@ -16,7 +17,7 @@ from dsa_codegen.tune.pool import CompilePool
 import tune_jobs as fake
 from support import H200
 from tune_jobs import landscape
-from tune_support import FAKE, config, open_study
+from tune_support import FAKE, SPACE, config, open_study
 
 ANY = SimpleNamespace(id="any")  # the jobs here do not look at the problem
 
@@ -92,6 +93,31 @@ def test_a_problem_that_cannot_be_set_up_ends_its_study_alone(tmp_path, pool):
     assert outcome.fatal
     assert "no room for the inputs" in study.failure
     assert study.exhausted
+
+
+def test_compilers_run_beside_each_other(tmp_path):
+    """Each waits for the other, ahead of whatever uses them; a source that is asked for twice is compiled once."""
+    first, second = (SPACE.candidate(config(num_stages=stages)).rendered for stages in (2, 3))
+    with CompilePool(H200, tmp_path, 2, compile=fake.compile_together, deadline_s=60.0) as pool:
+        assert [pool.request(each) for each in (first, second, first)] == [True, True, False]
+        while pool.backlog:
+            pool.poll()
+            time.sleep(0.01)
+    assert all(isinstance(result, Built) for result in pool.results.values()) and len(pool.results) == 2
+
+
+def test_candidates_are_dealt_out_to_the_gpus_and_finals_are_held_on_one(tmp_path, pool, monkeypatch):
+    """Two devices that are not there: each waits for the other's candidate, so that neither can do all the work."""
+    monkeypatch.setenv("TUNE_TEST_FOLDER", str(tmp_path))
+    study = open_study(tmp_path, seeds=[])
+    jobs = dataclasses.replace(FAKE, evaluate=fake.evaluate_together, final=fake.final_somewhere)
+    with GpuEvaluator(pool, jobs, devices=("0", "1")) as evaluator:
+        outcomes = collect(evaluator, study, [config(num_stages=stages) for stages in (4, 5)])
+        candidates = [SPACE.candidate(config(num_stages=stages)) for stages in (4, 5)]
+        assert len(evaluator.final(ANY, candidates, 1.0)) == 2
+    assert all(outcome.ok for outcome in outcomes)
+    assert sorted(path.name for path in tmp_path.glob("device-*")) == ["device-0", "device-1"]
+    assert [path.name for path in tmp_path.glob("final-*")] == ["final-0"]
 
 
 def test_one_compilation_serves_every_launch(tmp_path, shared):
