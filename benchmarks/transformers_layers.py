@@ -192,6 +192,15 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['tokens']:6d} {row['attention']:13s} {times}  chunk {row['chunk']}{apart}"
 
 
+def rounded(value: Any) -> Any:
+    """Numbers of four digits, wherever they lie."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,7 +228,7 @@ def main() -> None:
         "rows": rows,
     }
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{gpu.id}.json").write_text(json.dumps(written, indent=1) + "\n")
+    (asked.out / f"{gpu.id}.json").write_text(json.dumps(rounded(written), indent=1) + "\n")
 
 
 if __name__ == "__main__":
