@@ -6,7 +6,7 @@
 The operations are functions (``indexer_logits``, ``select``, ``sparse_attention``, …); ``Layer`` chains them.
 """
 
-from . import ops, train
+from . import ops, quality, train
 from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
@@ -53,6 +53,7 @@ __all__ = [
     "ops",
     "override",
     "preset",
+    "quality",
     "quantize_index_k",
     "quantize_index_q",
     "reset",

@@ -31,11 +31,13 @@ from . import gpu as gpus
 from . import ops, paths
 from .bench import command as benchmark
 from .bench import comparison, installed, printing, results
+from .bench import quality as qualities
+from .bench import report as reports
 from .bench.campaign import Campaign
 from .bench.peers.libraries import PEER_FOLDER
+from .command import choices, ours, prebuild, show, show_tuning, verification, waiting
 from .command import doctor as diagnosis
 from .command import generate as generation
-from .command import ours, prebuild, show, show_tuning, verification, waiting
 from .errors import BuildError, DsaError, NoGpu, SpecError, ToolMissing, UnknownName
 from .integrations import configs
 from .invocation import command
@@ -51,7 +53,7 @@ from .worker import Worker
 OFFLINE_GPU = "h200"
 """What ``--gpu auto`` means where there is no GPU and the command can work without one; the GPU with shipped records."""
 
-DOCUMENTS = ("README.md", "docs/performance-{gpu}.md")
+DOCUMENTS = ("README.md", "docs/performance-{gpu}.md", "docs/quality.md")
 """What holds tables of measured times, between markers."""
 _MARKED = "A document whose marked tables are written anew; may be repeated. Otherwise README.md and docs/performance-GPU.md."
 
@@ -469,6 +471,54 @@ def report(
     documents = readme or [Path(name.format(gpu=shown)) for name in DOCUMENTS]
     written = benchmark.write_report(folder, page, documents, shown, Path(".tune"))
     show.lines(*written)(out)
+
+
+@app.command()
+def quality(
+    activations: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="A file of a layer's activations (quality.save); otherwise random ones.", parser=_place, metavar="FILE"
+        ),
+    ] = None,
+    preset: Preset = "deepseek-v3.2",
+    spec: SpecFile = None,
+    context: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Tokens of context; may be repeated. Otherwise the longest of the file; 4096, or 131072 on a GPU."),
+    ] = None,
+    k: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(
+            "--k", help="Tokens that a query chooses; may be repeated. Otherwise from an eighth of topk to all of it."
+        ),
+    ] = None,
+    queries: Annotated[int, typer.Option(help="The last queries of each context.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="Write the rows below this folder, for report.", parser=_place, metavar="FOLDER"),
+    ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the longest context by k (needs matplotlib).", parser=_place, metavar="FILE.svg"),
+    ] = None,
+    commit: Annotated[str, typer.Option(help="What the rows say they were measured at.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what choosing k tokens costs: recall, captured attention mass, error of the output; beside a sliding window."""
+    contexts, model, where = context or [], _model(preset, spec), choices.device_of(device)
+    of = choices.activations(activations, model, contexts, queries, seed, where)
+    found = choices.rows(of, contexts, k or [], queries, seed, None if activations else model.topk)
+    plain = [row.to_dict() for row in found]
+    if out_dir is not None:
+        what = gpus.resolve("auto").name if where == "cuda" else "CPU"
+        facts = {"date": results.now(), "commit": commit or results.commit(), "device": what}
+        err.print(f"wrote {qualities.write(out_dir, found, facts)}", style="dim")
+    if plot is not None:
+        plot.write_text(reports.method.standalone(plain))
+    _print(as_json, show.quality(found), plain)
 
 
 @app.command("list")

@@ -14,6 +14,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 8, 1, 1, (130, 30, 20), rate=4e-3, keys=8, length=128, index_dim=32),
-    "small": Size(128, 8, 2, 8, (500, 300, 200), rate=2e-3, keys=32),
+    "small": Size(128, 8, 2, 8, (400, 250, 150), rate=2e-3, keys=32),
 }
 
 
@@ -141,6 +142,16 @@ class Block(nn.Module):
         return out, dsa.train.indexer_loss(q, kv, lse, *indexer, SCALE, indices=chosen)
 
     @torch.no_grad()
+    def activations(self, x: Tensor, batch: Batch, name: str) -> dsa.quality.Activations:
+        """Of the first text, for ``dsa quality``."""
+        rows, length = self.before(x)[: self.size.length], self.size.length
+        position, dtype = batch.position[:length], torch.bfloat16 if x.is_cuda else torch.float32
+        q = rotated(self.ask(rows).view(length, self.size.heads, LATENT), position, ROPE).to(dtype)
+        kv = rotated(self.latent_norm(self.latent(rows)), position, ROPE)[:, None].to(dtype)
+        windows = batch.starts[:length], batch.ends[:length]
+        return dsa.quality.Activations(q, kv, *self.indexer(rows, position, dtype), *windows, SCALE, name=name)
+
+    @torch.no_grad()
     def recall(self, x: Tensor, batch: Batch) -> Tensor:
         """(attention's mass in the indexer's choice, in the best choice): over queries that have a choice."""
         rows, dtype = self.before(x), torch.bfloat16 if x.is_cuda else torch.float32
@@ -194,6 +205,14 @@ class Model(nn.Module):
         found, best = torch.stack(masses).sum(0).tolist()
         return found / best
 
+    @torch.no_grad()
+    def activations(self, batch: Batch, name: str) -> dsa.quality.Activations:
+        """Of the last layer."""
+        x = self.embed(batch.tokens) + self.embed_before(batch.before)
+        for block in self.blocks[:-1]:
+            x, _ = block(x, batch, "dense")
+        return self.blocks[-1].activations(x, batch, name)
+
     def indexers(self) -> list[nn.Parameter]:
         """What the warm-up trains."""
         return [each for block in self.blocks for each in block.indexer.parameters()]
@@ -211,6 +230,7 @@ class Curves:
     language: dict[str, list[float]] = field(default_factory=dict)
     indexer: list[float] = field(default_factory=list)
     recall: list[tuple[int, float]] = field(default_factory=list)
+    activations: dict[str, dsa.quality.Activations] = field(default_factory=dict)
 
 
 def train(
@@ -259,9 +279,11 @@ def run(size: Size, device: str, seed: int) -> tuple[dict[str, float], Curves]:
     train(model, texts, "dense", dense, model.others(), note("dense"))
     untrained = model.recall(probe)
     curves.recall.append((dense, untrained))
+    curves.activations["untrained"] = model.activations(probe, "small model, untrained indexer")
     passed[0] = dense
     train(model, texts, "warm-up", warm_up, model.indexers(), note("warm-up"))
     fitted, passed[0] = model.recall(probe), dense + warm_up
+    curves.activations["fitted"] = model.activations(probe, "small model, fitted indexer")
     rival = copy.deepcopy(model)
     train(model, batches(size, device, seed + 1000), "sparse", sparse, list(model.parameters()), note("sparse"))
     train(rival, batches(size, device, seed + 1000), "dense", sparse, rival.others(), note("dense, as long"))
@@ -316,10 +338,15 @@ def main() -> None:
     parser.add_argument("device", nargs="?", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="", help="where to draw the curves (needs matplotlib)")
+    parser.add_argument("--activations", type=Path, help="a folder for those of the last layer, which `dsa quality` reads")
     arguments = parser.parse_args()
     found, curves = run(SIZES[arguments.size], arguments.device, arguments.seed)
     if arguments.plot:
         draw(curves, SIZES[arguments.size], arguments.plot)
+    if arguments.activations:
+        arguments.activations.mkdir(parents=True, exist_ok=True)
+        for name, each in curves.activations.items():
+            dsa.quality.save(each, arguments.activations / f"{name}.pt")
     print(json.dumps({name: round(value, 4) for name, value in found.items()}, indent=1))
 
 

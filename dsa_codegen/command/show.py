@@ -17,6 +17,7 @@ from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
+from ..quality import Row as Choice
 from ..records.explain import Difference
 from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
@@ -59,6 +60,19 @@ def together(*printers: Printer) -> Printer:
             printer(console)
 
     return show
+
+
+def quality(rows: Sequence[Choice]) -> Printer:
+    """What each choice is worth, by context and k."""
+    columns = ("choice", "# k", "# recall", "# hits", "# mass", "# error", "# overlap")
+    body: list[Sequence[str]] = []
+    for context in sorted({row.context for row in rows}):
+        body.append((f"{context} tokens",))
+        for row in (row for row in rows if row.context == context):
+            shares = (row.recall, row.hits, row.mass, row.error)
+            overlap = "" if row.overlap is None else f"{row.overlap:.3f}"
+            body.append((row.choice, str(row.k), *(f"{share:.3f}" for share in shares), overlap))
+    return table(f"What a choice costs: {rows[0].data}", columns, body)
 
 
 def lines(*texts: str, style: str = "") -> Printer:

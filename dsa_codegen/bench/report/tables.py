@@ -106,7 +106,7 @@ def context(found: Sequence[Mapping[str, Any]]) -> str:
     """Time and memory of each method over the context, and from where on the sparse layer is faster than dense attention."""
     cells = {(row["context"], row["method"]): row for row in found}
     body = [
-        (labels.tokens(size), *(_time_and_memory(cells.get((size, method), {})) for method in METHODS))
+        (labels.tokens(size), *(time_and_memory(cells.get((size, method), {})) for method in METHODS))
         for size in sorted({row["context"] for row in found})
     ]
     table = markdown(("context", "dense", "sliding window", "sparse (whole layer)"), body, right=(1, 2, 3))
@@ -116,7 +116,8 @@ def context(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{table}\n\nSparse is faster from about {labels.tokens(round(crossing / 1024) * 1024)} tokens of context on."
 
 
-def _time_and_memory(row: Mapping[str, Any]) -> str:
+def time_and_memory(row: Mapping[str, Any]) -> str:
+    """Of one method at one context, or why there is neither."""
     if not row.get("us"):
         return row.get("note", "–")
     memory = f", {row['bytes'] / 1e9:.2g} GB" if row["bytes"] else ""

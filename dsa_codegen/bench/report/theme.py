@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 ROLES = ("ink", "muted", "grid", "ours", "peer", "other", "limit", "paper", *(f"series{n}" for n in range(1, 7)))
 COLOURS = {role: f"#0{number:x}0{number:x}0{number:x}" for number, role in enumerate(ROLES, start=1)}
+_LIGHT = {
+    **{"paper": "#ffffff", "ink": "#1c2126", "muted": "#6b747d", "grid": "#e3e6e8", "ours": "#0b6bcb", "peer": "#c5cbd0"},
+    **{"other": "#e6e9ec", "limit": "#c2410c", "series1": "#0b6bcb", "series2": "#c2410c", "series3": "#2f855a"},
+    **{"series4": "#8b3fb5", "series5": "#9a7b00", "series6": "#0e7c86"},
+}
 WIDTH = 4.0
 """Inches; at 72 units per inch somewhat less than a phone's width, so that text is a little larger there than stated here."""
 _FONT = 8.5
@@ -63,6 +68,13 @@ def drawn(draw: Callable[[], Figure], name: str, title: str) -> str:
         figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.03, metadata={"Date": None})
         plt.close(figure)
     return _themed(text.getvalue(), name, title)
+
+
+def standalone(picture: str) -> str:
+    """An inline picture as a file of its own, in the page's light colours."""
+    style = "".join(f"--{role}:{colour};" for role, colour in _LIGHT.items())
+    head = picture.replace("<svg", f'<svg style="background:{_LIGHT["paper"]};{style}font-family:sans-serif"', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}'
 
 
 def _themed(svg: str, name: str, title: str) -> str:
