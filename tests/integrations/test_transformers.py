@@ -16,7 +16,7 @@ from transformers import masking_utils
 
 import dsa_codegen as dsa
 from dsa_codegen.errors import InputError, SpecError, ToolMissing, UnknownName
-from dsa_codegen.integrations.transformers import choose, disable, enable, families, windows
+from dsa_codegen.integrations.transformers import capture, choose, disable, enable, families, windows
 from dsa_codegen.integrations.transformers.switch import is_enabled
 from dsa_codegen.problem.compare import similarity_gap
 
@@ -323,6 +323,41 @@ def test_a_step_is_traced_whole():
     with torch.no_grad():
         whole = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
         torch.testing.assert_close(whole, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("deepseek_v32", 0), ("deepseek_v32", -1), ("glm_moe_dsa", 0)])
+def test_what_is_captured_is_what_a_layer_attends_with(kind, layer):
+    """Chosen anew and attended to anew, it gives the tokens and the output of the layer itself."""
+    model = enable(copy.deepcopy(model_of(kind)))
+    attention = [each.self_attn for each in model.model.layers if each.self_attn.indexer is not None][layer]
+    given = {}
+    chosen = attention.indexer.forward
+    attention.indexer.forward = lambda *args, **named: given.setdefault("chosen", chosen(*args, **named))
+    hook = attention.o_proj.register_forward_pre_hook(lambda module, args: given.setdefault("out", args[0]))
+    found = capture(model, prompts(LENGTH, 0)[0][:1], layer)
+    hook.remove()
+    assert found.context == LENGTH
+    own = dsa.index_select(
+        found.index_q, found.index_k, None, found.index_weights, found.starts, found.ends, TOPK, scores="bf16"
+    )
+    assert torch.equal(own, given["chosen"][0])
+    out, _ = dsa.sparse_attention(found.q, found.kv, own[:, None].contiguous(), found.sm_scale, sink=found.sink)
+    up = attention.kv_b_proj.weight.unflatten(0, (found.q.shape[1], -1))[:, attention.qk_nope_head_dim :]
+    values = torch.einsum("qhl,hvl->qhv", out[..., : up.shape[-1]], up)
+    torch.testing.assert_close(values.flatten(1), given["out"][0], rtol=1e-4, atol=1e-5)
+    (row,) = dsa.quality.measure(found.until(LENGTH, 8), [TOPK], ["fp8"])
+    assert 0 < row.recall < 1 and row.overlap > 0.9
+
+
+def test_capture_says_what_it_wants():
+    model = copy.deepcopy(model_of("deepseek_v32"))
+    ids = prompts(LENGTH, 0)[0]
+    with pytest.raises(InputError, match=r"^model.*enable"):
+        capture(model, ids[:1])
+    enable(model)
+    for arguments, name in (((ids[0],), "input_ids"), ((ids[:1], 9), "layer")):
+        with pytest.raises(InputError, match=f"^{name}"):
+            capture(model, *arguments)
 
 
 @pytest.mark.gpu

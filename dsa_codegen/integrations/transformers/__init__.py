@@ -8,6 +8,7 @@ the indexer (``choose``), attention over the cached latents, which are never exp
 query (``windows``).
 """
 
+from .capture import capture
 from .switch import disable, enable
 
-__all__ = ["disable", "enable"]
+__all__ = ["capture", "disable", "enable"]

@@ -63,9 +63,7 @@ def forward(
     assert indices is not None
     sink = None if s_aux is None else s_aux.float()
     kv, chosen = _rows(key, value, indices)
-    down, up = module.kv_b_proj.weight.unflatten(0, (query.shape[1], -1)).split(
-        [module.qk_nope_head_dim, module.v_head_dim], dim=1
-    )
+    down, up = halves(module, query.shape[1])
     step = max(1, _ROWS // len(query))
     parts = [
         _attend(query[:, :, first : first + step], kv, chosen[:, first : first + step], down, up, scaling, sink)
@@ -77,12 +75,28 @@ def forward(
 def _attend(query: Tensor, kv: Tensor, chosen: Tensor, down: Tensor, up: Tensor, scaling: float, sink: Tensor | None) -> Tensor:
     """Some queries of every sequence: into the latent space, attend, and out of it."""
     batch, heads, length, _ = query.shape
-    nope, rank = down.shape[1:]
-    plain = torch.einsum("bhqn,hnl->bqhl", query[..., :nope], down)
-    pieces = [*_widened(plain, D_V), *_widened(query[..., nope:].transpose(1, 2), _D_ROPE)]
-    latent = torch.cat(pieces, dim=-1).flatten(0, 1)
+    rank, latent = down.shape[-1], absorbed(query, down).flatten(0, 1)
     out, _ = functions.sparse_attention(latent, kv, chosen.flatten(0, 1)[:, None].contiguous(), scaling, sink=sink)
     return torch.einsum("bqhl,hvl->bqhv", out.view(batch, length, heads, -1)[..., :rank], up)
+
+
+def absorbed(query: Tensor, down: Tensor) -> Tensor:
+    """Queries [batch, heads, queries, nope + rotary] in the latent space, [batch, queries, heads, 576]."""
+    nope = down.shape[1]
+    plain = torch.einsum("bhqn,hnl->bqhl", query[..., :nope], down)
+    return torch.cat([*_widened(plain, D_V), *_widened(query[..., nope:].transpose(1, 2), _D_ROPE)], dim=-1)
+
+
+def halves(module: Any, heads: int) -> tuple[Tensor, Tensor]:
+    """``kv_b_proj``'s two parts: [heads, nope, latent], absorbed into queries, and [heads, v, latent], applied to outputs."""
+    weight: Tensor = module.kv_b_proj.weight.unflatten(0, (heads, -1))
+    down, up = weight.split([module.qk_nope_head_dim, module.v_head_dim], dim=1)
+    return down, up
+
+
+def whole_rows(key: Tensor, value: Tensor) -> Tensor:
+    """Latents [batch, 1, tokens, 576] of what ``latents`` gave."""
+    return torch.cat([*_widened(key, D_V), *_widened(value, _D_ROPE)], dim=-1)
 
 
 def _widened(channels: Tensor, width: int) -> list[Tensor]:
@@ -108,8 +122,7 @@ def _rows(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         chosen = own + numbers * (length * topk)
     else:
         chosen = indices + numbers * tokens
-    rows = torch.cat([*_widened(key, D_V), *_widened(value, _D_ROPE)], dim=-1)
-    return rows.flatten(0, 2)[:, None], torch.where(absent, -1, chosen)
+    return whole_rows(key, value).flatten(0, 2)[:, None], torch.where(absent, -1, chosen)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, window: Tensor, scaling: float) -> Tensor:

@@ -33,8 +33,7 @@ def forward(indexer: Any, rule: Rule, hidden_states: Tensor, *args: Any, **named
     Arguments are those of the models: ``q_resid`` (not of all), rotary cosines and sines, the mask, positions, the cache,
     which some versions call ``past_key_values`` and others ``cache``.
     """
-    names = ("position_embeddings", "attention_mask", "position_ids", "cache")
-    given = dict(zip(names if rule.family.of_hidden else ("q_resid", *names), args, strict=False)) | named
+    given = named_arguments(rule.family, args, named)
     cache = given.get("cache", given.get("past_key_values"))
     with torch.no_grad():
         rotation, position = given["position_embeddings"], given.get("position_ids")
@@ -46,6 +45,12 @@ def forward(indexer: Any, rule: Rule, hidden_states: Tensor, *args: Any, **named
             return _everything(window, rule.topk)
         queries = families.queries(rule.family, indexer, hidden_states, given.get("q_resid"), rotation, position)
         return _chosen(rule, queries, keys, families.weights(indexer, hidden_states), window)
+
+
+def named_arguments(family: Family, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an indexer's ``forward`` behind the hidden states, by name."""
+    names = ("position_embeddings", "attention_mask", "position_ids", "cache")
+    return dict(zip(names if family.of_hidden else ("q_resid", *names), args, strict=False)) | named
 
 
 def _window(mask: object, hidden_states: Tensor) -> Tensor:

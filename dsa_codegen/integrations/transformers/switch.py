@@ -7,8 +7,9 @@ expansion of latents and for the attention function.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -57,11 +58,11 @@ def enable(model: nn.Module, *, scores: str = "bf16", dense_below: int | None = 
     checks.one_of("scores", scores, PRECISIONS)
     checks.check_kind("dense_below", dense_below, "Optional[int]")
     _register()
-    layers = list(_layers(model))
-    for layer in layers:
+    found = list(layers(model))
+    for layer in found:
         _check(layer)
     disable(model)
-    for layer in layers:
+    for layer in found:
         _enable(layer, scores, dense_below)
     return model
 
@@ -80,7 +81,7 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layers(model: nn.Module) -> Iterator[Any]:
+def layers(model: nn.Module) -> Iterator[Any]:
     """The attention modules that choose tokens, or reuse another's choice."""
     found = [module for module in model.modules() if families.family_of(module) and _is_sparse(module)]
     if not found:
@@ -145,6 +146,18 @@ def _register() -> None:
         raise ToolMissing(f"transformers 5.17 or newer (this is {transformers.__version__})", remedy)
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend.forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, windows.windows)
+
+
+@contextlib.contextmanager
+def attending_by(function: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, enabled models attend by another function than ``attend.forward``."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, function)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend.forward)
 
 
 def is_enabled(model: nn.Module) -> bool:
