@@ -220,13 +220,13 @@ def write_report(folder: Path, out: Path, documents: Sequence[Path], gpu_id: str
     empty = dict.fromkeys((*cases.STAGES, "measured", "headlines", "summary", "host", "context", "ceilings", "quality"), "")
     named |= report.method.quality_tables(folder)
     lines = [f"wrote {page}"]
-    method = report.method.write(folder, out.with_name("method.html"))
-    if method is not None:
-        lines.append(f"wrote {method}")
     for document in documents:
         if document.exists():
             changed = report.update(document, {**empty, **named})
             lines.append(f"{document}: {', '.join(changed)} rewritten" if changed else f"{document}: up to date")
+    method = report.method.write(folder, out.with_name("method.html"))
+    if method is not None:
+        lines.append(f"wrote {method}")
     return lines
 
 
