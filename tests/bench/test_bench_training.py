@@ -12,7 +12,7 @@ from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.bench.training import causal_lists
 from dsa_codegen.problem.draw import Draw
 
-CASE = case("attention_backward", "causal", {"queries": 5, "context": 20, "heads": 4, "head_dim": 576, "k": 32})
+CASE = case("attention_backward", "causal", {"queries": 5, "context": 40, "heads": 4, "head_dim": 576, "k": 32})
 PEER = tilelang_examples.PEERS[0]
 
 
@@ -53,11 +53,20 @@ def test_the_example_is_called_as_it_wants_and_agrees(example):
     assert torch.equal(inputs["indices"] < 0, inputs["indices"] == -1), "the case's own lists stay as they are"
 
 
+def test_absent_tokens_become_different_ones_behind_the_query(example):
+    lists = stage_of(CASE.stage).inputs(CASE, Draw(1))["indices"]
+    made = tilelang_examples._behind(lists, CASE["context"])
+    query = torch.arange(len(lists))[:, None, None]
+    absent = lists < 0
+    assert torch.equal(made[~absent], lists[~absent]) and (made > query)[absent].all() and made.max() < CASE["context"]
+    assert all(len(set(row[here].tolist())) == int(here.sum()) for row, here in zip(made, absent, strict=True))
+
+
 def test_without_a_folder_the_peer_says_how_to_name_one(monkeypatch):
     monkeypatch.delenv(PEER_FOLDER, raising=False)
     assert "--peer-folder" in PEER.available()
 
 
 def test_other_forms_are_not_the_examples(example):
-    in_order = case("attention_backward", "in order", dict(CASE.shape))
-    assert PEER.prepare(in_order, {}) is None
+    for other in (("in order", {}), ("causal", {"context": 20}), ("causal", {"head_dim": 512})):
+        assert PEER.prepare(case("attention_backward", other[0], {**dict(CASE.shape), **other[1]}), {}) is None
