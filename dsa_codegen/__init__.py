@@ -7,9 +7,11 @@ The operations are functions (``indexer_logits``, ``select``, ``sparse_attention
 """
 
 from . import ops, quality, train
+from .adaptive import Adaptive
 from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
+    adapt,
     gather_index_k,
     gather_kv,
     index_prologue,
@@ -34,11 +36,13 @@ from .problem.presets import Model, load, preset
 from .runtime.dispatch import Untuned, call, chosen, override, reset, stats, warmup
 
 __all__ = [
+    "Adaptive",
     "Attended",
     "DsaError",
     "Layer",
     "Model",
     "Untuned",
+    "adapt",
     "call",
     "chosen",
     "gather_index_k",

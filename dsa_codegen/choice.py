@@ -10,12 +10,15 @@ rounded in another order, and a choice among scores that differ by no more than 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import functions
+from .adaptive import Adaptive
+from .errors import InputError
 from .ops.indexer import OP as INDEXER
 from .ops.indexer_paged import OP as INDEXER_PAGED
 from .ops.logits import LOGITS, chunk_rows
@@ -50,6 +53,8 @@ def index_select(
     scores: str = "fp8",
     sms: int | None = None,
     batch_invariant: bool = False,
+    adaptive: Adaptive | None = None,
+    chosen_lengths: Tensor | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits``: the topk tokens of each query's window that its indexer scores highest.
 
@@ -60,6 +65,8 @@ def index_select(
         out: int32 [queries, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [queries, topk], where to write the score of each chosen token, -inf where there is none.
         sms, batch_invariant: as in ``indexer_logits``.
+        adaptive: topk is "at most": a rule by which each query takes as many as its scores are worth.
+        chosen_lengths: int32 [queries], where to write how many each takes; with a rule, and then needed.
 
     Returns:
         int32 [queries, topk] as ``select`` returns it: tokens in ascending order, or slots.
@@ -72,6 +79,7 @@ def index_select(
     _, sizes, _ = INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, False, None, scores, False)
     queries = sizes.queries
     _check_buffers(q, (queries, rule.topk), out, chosen_scores)
+    _check_adaptive(adaptive, chosen_lengths, (queries,), q)
     # Rows of no columns: every other argument of the selection is checked by it.
     nothing = q.new_empty(queries, 0, dtype=LOGITS[logits])
     SELECT.bind(nothing, ends, topk, starts, page_table, page, keep_first, keep_recent)
@@ -83,6 +91,9 @@ def index_select(
         parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
         written = None if chosen_scores is None else chosen_scores[rows]
         made = functions.indexer_logits(*parts, **options)
+        if adaptive is not None and chosen_lengths is not None:
+            buffers = chosen_lengths[rows], out, written
+            return _adapted(made, ends[rows], starts[rows], table, rule, adaptive.of_rows(rows), buffers, sms)
         return _choose(made, ends[rows], starts[rows], table, rule, out, written, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
@@ -116,6 +127,8 @@ def index_select_paged(
     scores: str = "fp8",
     sms: int | None = None,
     batch_invariant: bool = False,
+    adaptive: Adaptive | None = None,
+    chosen_lengths: Tensor | None = None,
 ) -> Tensor:
     """``select`` of ``indexer_logits_paged``: the same over paged caches. May be captured in a CUDA graph.
 
@@ -128,6 +141,8 @@ def index_select_paged(
         out: int32 [batch, next_n, topk], contiguous, where to write the result; a new tensor where absent.
         chosen_scores: fp32 [batch, next_n, topk], where to write the score of each chosen token, -inf where there is none.
         sms, batch_invariant: as in ``indexer_logits``.
+        adaptive: as in ``index_select``; numbers of each query are [batch, next_n].
+        chosen_lengths: int32 [batch, next_n], where to write how many each query takes; with a rule, and then needed.
 
     Returns:
         int32 [batch, next_n, topk]. Slots of pages that the table states as absent are -1, tokens of them have the score -inf.
@@ -146,6 +161,7 @@ def index_select_paged(
     if starts is not None:
         checks.tensor("starts", starts, (batch, next_n), torch.int32, like=q)
     _check_buffers(q, (batch, next_n, rule.topk), out, chosen_scores)
+    _check_adaptive(adaptive, chosen_lengths, (batch, next_n), q)
 
     options: dict[str, Any] = {"score": score, "logits": logits, "scores": scores, "sms": sms}
     options["batch_invariant"] = batch_invariant
@@ -159,6 +175,9 @@ def index_select_paged(
             ends = ends.clamp(max=pages.shape[1] * rule.page)
         written = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
         flat = None if out is None else out.flatten(0, 1)
+        if adaptive is not None and chosen_lengths is not None:
+            buffers = chosen_lengths[rows].flatten(), flat, written
+            return _adapted(made, ends, begins, pages if slots else None, rule, adaptive.of_rows(own), buffers, sms)
         return _choose(made, ends, begins, pages if slots else None, rule, flat, written, sms)
 
     fitting = chunk_rows(max_bytes, batch * next_n, max_context, logits) // max(next_n, 1)
@@ -249,6 +268,44 @@ def _choose(
     scores.copy_(_scores_at(logits, tokens))
     chosen = tokens if table is None else slots_of(tokens, table, rule.page)
     return chosen if out is None else out.copy_(chosen)
+
+
+def _check_adaptive(adaptive: Adaptive | None, chosen_lengths: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
+    """The rule's numbers, and a buffer for lengths with a rule and none without."""
+    if adaptive is not None:
+        adaptive.checked(math.prod(shape))
+        checks.tensor("chosen_lengths", chosen_lengths, shape, torch.int32, like=q)
+    elif chosen_lengths is not None:
+        allowed = "None without an adaptive rule: every list is as long as its window, up to topk"
+        raise InputError("chosen_lengths", "a tensor", allowed)
+
+
+def _adapted(
+    logits: Tensor,
+    ends: Tensor,
+    starts: Tensor | None,
+    table: Tensor | None,
+    rule: SelectSpec,
+    adaptive: Adaptive,
+    buffers: tuple[Tensor, Tensor | None, Tensor | None],
+    sms: int | None,
+) -> Tensor:
+    """Select tokens from one chunk's logits, and take as many of them as they are worth.
+
+    Args:
+        buffers: where to write lengths, and tokens or slots, and scores where these are wanted.
+    """
+    if table is not None:
+        ends = ends.clamp(max=table.shape[1] * rule.page)
+    windows: dict[str, Any] = {"starts": starts, "keep_first": rule.keep_first, "keep_recent": rule.keep_recent}
+    tokens = functions.select(logits, ends, rule.topk, **windows, sms=sms)
+    paging: dict[str, Any] = {"page_table": table, "page": rule.page, "chosen_scores": True}
+    made = functions.adapt(logits, tokens, ends, **windows, **paging, **adaptive.options())
+    lengths, out, scores = buffers
+    lengths.copy_(made[1])
+    if scores is not None:
+        scores.copy_(made[2])
+    return made[0] if out is None else out.copy_(made[0])
 
 
 def _scores_at(logits: Tensor, tokens: Tensor) -> Tensor:

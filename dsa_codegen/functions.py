@@ -58,6 +58,7 @@ _gather_paged = direct("gather_paged")
 _index_prologue = direct("index_prologue")
 _store_latent = direct("store_latent")
 _resolve = direct("resolve")
+_adapt = direct("adapt")
 
 
 def indexer_logits(
@@ -231,6 +232,50 @@ def select(
         return _select(*arguments, sms=sms)
     _select_into(*arguments, out, sms=sms)
     return out
+
+
+def adapt(
+    scores: Tensor,
+    chosen: Tensor,
+    ends: Tensor,
+    *,
+    starts: Tensor | None = None,
+    page_table: Tensor | None = None,
+    page: int = 64,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    min_score: float | Tensor | None = None,
+    mass: float | Tensor | None = None,
+    mass_of: str = "window",
+    mass_scale: float = 1.0,
+    counts: Tensor | None = None,
+    chosen_scores: bool = False,
+) -> tuple[Tensor, ...]:
+    """Of each row's choice as many tokens as its scores are worth: the longest beginning of the order that all rules allow.
+
+    The order is that of choice: what is kept, then the highest score first, ties to the lowest token, NaN last.
+
+    Args:
+        scores: fp32 or bf16 [rows, columns], what ``chosen`` was chosen from.
+        chosen: int32 [rows, topk], tokens as ``select`` gives them, not slots.
+        ends, starts, keep_first, keep_recent: as in ``select``; what is kept there is kept here.
+        page_table, page: as in ``select``; with a table the result holds slots.
+        min_score: only tokens whose score is at least so high; for all rows, or fp32 [rows].
+        mass: the fewest tokens whose share of ``Σ exp(mass_scale · score)`` reaches so much, more than 0 and at most 1; for all
+            rows, or fp32 [rows].
+        mass_of: "window" for a share of all scores of the row's window, "chosen" of those in ``chosen`` alone, which reads
+            nothing else.
+        counts: int32 [rows], each row's own k.
+        chosen_scores: also return the scores of what is taken.
+
+    Returns:
+        tokens or slots int32 [rows, topk] in ascending order of tokens, -1 behind the last, and lengths int32 [rows], how many
+        they are, which ``sparse_attention`` takes; then fp32 [rows, topk], -inf behind the last, where scores are asked for. A
+        weight below 2^-32 of the highest counts as none; so do those of -inf and NaN.
+    """
+    minimum, share = ((None, each) if isinstance(each, Tensor) else (each, None) for each in (min_score, mass))
+    windows = ends, starts, page_table, page, keep_first, keep_recent
+    return tuple(_adapt(scores, chosen, *windows, *minimum, *share, mass_of, mass_scale, counts, chosen_scores))
 
 
 def sparse_attention(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from . import choice, functions
-from .distributed.modes import Alone, DecodeStep, PrefillStep
+from .adaptive import Adaptive
+from .adaptive import calls as adaptive_calls
+from .distributed.modes import Alone, DataParallel, DecodeStep, PrefillStep
 from .errors import InputError
 from .problem import checks
 from .problem.caches import kv_layout
@@ -41,6 +43,8 @@ class Layer:
         batch_invariant: a row's choice, out and lse have the same bits whatever the batch, the chunk and the records; as a
             model says it that states ``batch_invariant``. With ``ContextParallel`` out and lse of decode are sums over ranks,
             hence other bits with other numbers of ranks.
+        adaptive: topk is "at most": each query attends to as many tokens as this rule gives it, one for all queries. Not with
+            ``TensorParallel``, ``ContextParallel`` or gathered results of ``DataParallel``.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Layer:
         *,
         parallel: Alone | None = None,
         batch_invariant: bool = False,
+        adaptive: Adaptive | None = None,
     ) -> None:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
@@ -64,6 +69,7 @@ class Layer:
         self.parallel = Alone() if parallel is None else parallel
         checks.check_kind("batch_invariant", batch_invariant, "bool")
         self.model = model = replace(model, batch_invariant=batch_invariant or model.invariant)
+        self.adaptive = _checked_rule(adaptive, self.parallel)
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
         self._options: dict[str, Any] = {"score": model.score, "max_bytes": logits_bytes, "batch_invariant": model.invariant}
         self._kv_bytes = 0 if model.kv_layout == NO_CACHE else kv_layout(model.kv_layout, model.page).bytes_per_token
@@ -79,6 +85,7 @@ class Layer:
         starts: Tensor,
         ends: Tensor,
         sink: Tensor | None = None,
+        chosen_lengths: Tensor | None = None,
     ) -> Attended:
         """Attend from every query to the topk tokens that its indexer scores highest.
 
@@ -90,6 +97,7 @@ class Layer:
             index_k, index_k_scale: e4m3 [tokens, index_head_dim] and fp32 [tokens], from ``quantize_index_k``.
             starts, ends: int32 [queries], each query's window.
             sink: fp32 [heads] where the model has sinks (``attn_sink``), else None.
+            chosen_lengths: int32 [queries], where to write how many tokens each query chose under an adaptive rule.
 
         Returns:
             out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
@@ -102,7 +110,8 @@ class Layer:
             checks.tensor(name, value, (len(q),), torch.int32, like=q, inner_contiguous=True)
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
         scored = index_q, index_weights, index_k, index_k_scale, starts.contiguous(), ends.contiguous()
-        step = PrefillStep(q, kv, *scored, self.model.topk, self.sm_scale, sink, self._options)
+        options = self._with(chosen_lengths, ends)
+        step = PrefillStep(q, kv, *scored, self.model.topk, self.sm_scale, sink, options)
         return Attended(*self.parallel.prefill(step))
 
     def decode(
@@ -116,6 +125,7 @@ class Layer:
         page_table: Tensor,
         max_context: int,
         sink: Tensor | None = None,
+        chosen_lengths: Tensor | None = None,
     ) -> Attended:
         """Attend from the newest queries of every sequence to the topk tokens of its paged caches. Safe in a CUDA graph.
 
@@ -128,6 +138,7 @@ class Layer:
             page_table: int32 [batch, max_pages].
             max_context: at least the longest length; fixed while a graph is in use.
             sink: as in ``prefill``.
+            chosen_lengths: the same, int32 [batch, next_n].
 
         Returns:
             out bf16 [batch, next_n, heads, 512], lse fp32 [batch, next_n, heads], chosen int32 [batch, next_n, topk] (slots).
@@ -142,8 +153,16 @@ class Layer:
         checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q)
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
         scored = flat_q.view(index_q.shape), flat_weights, index_cache, lengths, page_table, max_context
-        step = DecodeStep(q, kv_cache, *scored, self.model.topk, self.sm_scale, self.model.page, sink, self._options)
+        options = self._with(chosen_lengths, lengths)
+        step = DecodeStep(q, kv_cache, *scored, self.model.topk, self.sm_scale, self.model.page, sink, options)
         return Attended(*self.parallel.decode(step))
+
+    def _with(self, chosen_lengths: Tensor | None, like: Tensor) -> dict[str, Any]:
+        """Options of ``index_select``; under a rule with a buffer for the lengths of lists."""
+        if self.adaptive is None and chosen_lengths is None:
+            return self._options
+        made = torch.empty_like(like, memory_format=torch.contiguous_format) if chosen_lengths is None else chosen_lengths
+        return {**self._options, "adaptive": self.adaptive, "chosen_lengths": made}
 
     def warmup(
         self,
@@ -175,7 +194,9 @@ class Layer:
             NoGpu, CaptureError, BuildError: see ``dsa_codegen.warmup``.
         """
         limits = Limits(max_queries, max_batch, max_context, next_n)
-        return dispatch.warmup([*calls(self.model, limits), *self.parallel.further(self.model, limits)], processes)
+        further = [] if self.adaptive is None else adaptive_calls(self.adaptive, self.model, limits)
+        wanted = [*calls(self.model, limits), *self.parallel.further(self.model, limits), *further]
+        return dispatch.warmup(wanted, processes)
 
     def _check(self, dims: int, q: Tensor, index_q: Tensor, index_weights: Tensor, sink: Tensor | None) -> None:
         """Other heads than the model's would be served, by kernels that nobody tuned or warmed up."""
@@ -204,3 +225,20 @@ class Layer:
         page = check_cache(name, cache, bytes_per_token)
         if page != self.model.page:
             raise InputError(name, f"pages of {page} tokens", f"{self.model.page}, as {self.model.name} states")
+
+
+def _checked_rule(adaptive: object, parallel: Alone) -> Adaptive | None:
+    """The rule, where one rank knows all scores of its rows and no rank wants another's lists."""
+    if adaptive is None:
+        return None
+    if not isinstance(adaptive, Adaptive):
+        raise InputError("adaptive", repr(adaptive), "an Adaptive, or None")
+    for name in ("min_score", "mass", "counts"):
+        if isinstance(getattr(adaptive, name), Tensor):
+            raise InputError(f"adaptive.{name}", "a tensor", "a number for all queries; index_select takes one for each")
+    gathers = type(parallel) is not Alone and not (type(parallel) is DataParallel and parallel.counts is None)
+    if gathers:
+        raise InputError(
+            "adaptive", "a rule", f"None with {type(parallel).__name__}, whose ranks exchange lists of topk entries"
+        )
+    return adaptive

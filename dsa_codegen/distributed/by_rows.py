@@ -45,7 +45,7 @@ def index_select_by_rows(
         checks.check_kind(name, value, "Tensor")
     for name, window in (("starts", starts), ("ends", ends)):
         checks.tensor(name, window, (len(q),), torch.int32, like=q)
-    for name in {"page_table", "page", "out", "chosen_scores"} & set(options):
+    for name in {"page_table", "page", "out", "chosen_scores", "adaptive", "chosen_lengths"} & set(options):
         raise InputError(name, "an argument", "none: choices are gathered as tokens, into memory of their own")
     limits = balanced_bounds(keys_seen(starts, ends, len(k)), world) if bounds is None else list(bounds)
     own = _own(limits, rank, world, len(q))
@@ -88,7 +88,7 @@ def index_select_paged_by_rows(
         checks.check_kind(name, value, "Tensor")
         if len(value) != rows:
             raise InputError(name, f"{len(value)} rows", f"{rows}, by {batch} sequences of lengths")
-    for name in {"out", "chosen_scores"} & set(options):
+    for name in {"out", "chosen_scores", "adaptive", "chosen_lengths"} & set(options):
         raise InputError(name, "an argument", "none: choices are gathered into memory of their own")
     limits = [batch * each // world for each in range(world + 1)] if bounds is None else list(bounds)
     own = _own(limits, rank, world, batch)

@@ -94,10 +94,12 @@ class Alone:
 
     def _attend(self, step: PrefillStep, chosen: Tensor) -> Results:
         options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        options["lengths"] = step.options.get("chosen_lengths")
         return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, **options), chosen)
 
     def _attend_paged(self, step: DecodeStep, chosen: Tensor) -> Results:
         options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        options["lengths"] = step.options.get("chosen_lengths")
         return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, **options), chosen)
 
 
