@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -60,6 +61,8 @@ class AdaptKernels(Kernels[AdaptSpec, AdaptSizes]):
         table = inputs["page_table"]
         paging = (1, 0, 0, 1) if table is None else (rows // len(table), table.shape[1], table.stride(0), inputs["page"])
         kept = (inputs["keep_first"], inputs["keep_recent"])
-        rule = (inputs["min_score"], inputs["mass"], inputs["mass_scale"])
+        # A threshold that is NaN stands below every score.
+        least, share = inputs["min_score"], inputs["mass"]
+        rule = (math.nan if least is None else least, 1.0 if share is None else share, inputs["mass_scale"])
         args = (scores, chosen, *windows, *optional, *partial, *outputs.values(), *sizes, *kept, *rule, splits, *paging)
         return (*before, Launch("adapt", (rows, 1, 1), args))

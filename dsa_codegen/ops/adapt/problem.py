@@ -112,8 +112,8 @@ class AdaptProblem(Problem[AdaptSpec, AdaptSizes]):
         inputs["counts"] = None if counts is None else checks.tensor("counts", counts, (rows,), torch.int32, like=scores)
         checks.one_of("mass_of", mass_of, MASS_OF)
         _check_rule(min_score, min_scores, mass, masses, mass_scale)
-        scalars = {"min_score": math.nan if min_score is None else min_score, "mass": 1.0 if mass is None else mass}
-        inputs |= {"keep_first": keep_first, "keep_recent": keep_recent, **scalars, "mass_scale": mass_scale}
+        inputs |= {"keep_first": keep_first, "keep_recent": keep_recent, "min_score": min_score, "mass": mass}
+        inputs |= {"mass_of": mass_of, "mass_scale": mass_scale}
         named = "none" if mass is None and masses is None else mass_of
         given = {"masses": masses is not None, "min_scores": min_scores is not None, "counts": counts is not None}
         output = "tokens" if page_table is None else "slots"
@@ -135,10 +135,11 @@ class AdaptProblem(Problem[AdaptSpec, AdaptSizes]):
             "chosen": SELECT.reference(chosen, {**drawn, "ends": ends, "page_table": None})["chosen"],
             "page": chosen.page,
             **kept,
-            "min_score": 1.0 if ragged else math.nan,
+            "min_score": 1.0 if ragged and not spec.min_scores else None,
             "min_scores": draw.normal(rows) if spec.min_scores else None,
-            "mass": 0.6,
+            "mass": 0.6 if spec.mass != "none" and not spec.masses else None,
             "masses": draw.uniform(rows) if spec.masses else None,
+            "mass_of": "window" if spec.mass == "none" else spec.mass,
             "mass_scale": 1.7,
             "counts": draw.integers(-2, spec.topk + 9, rows) if spec.counts else None,
         }
@@ -237,11 +238,12 @@ def _lengths(spec: AdaptSpec, inputs: Inputs, factor: float = 1.0) -> Tensor:
     _, rank, score, kept = _ranked(inputs)
     there = ~rank.isneginf()
     most = there.sum(1)
-    floor = (
-        inputs["min_scores"].double() if spec.min_scores else torch.full_like(most, inputs["min_score"], dtype=torch.float64)
-    )
-    high = floor.isnan()[:, None] | (score >= floor[:, None]) | kept
-    most = torch.minimum(most, (there & high).sum(1))
+    if spec.min_scores or inputs["min_score"] is not None:
+        rows = (
+            score.new_full((len(score),), inputs["min_score"] or 0.0) if inputs["min_scores"] is None else inputs["min_scores"]
+        )
+        floor = rows.double()[:, None]
+        most = torch.minimum(most, (there & ((score >= floor) | floor.isnan() | kept)).sum(1))
     if spec.counts:
         most = torch.minimum(most, inputs["counts"].clamp(min=0))
     if spec.mass != "none":
