@@ -25,7 +25,7 @@ _LOOKS = {
     "window": ("series3", "-"),
     "random": ("muted", (0, (1, 2))),
 }
-_PANELS = (("recall", "recall of attention's top k"), ("mass", "attention mass captured"), ("error", "error of the output"))
+_PANELS = (("recall", "recall"), ("mass", "mass captured"), ("error", "error of the output"))
 
 Quality = Mapping[str, Any]
 
