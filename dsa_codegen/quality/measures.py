@@ -20,6 +20,8 @@ from .rankings import CHOICES, Ranked, ranks
 _BYTES = 1 << 26
 """Of scores in memory at a time; five orders and what sorting needs take twenty times as much."""
 
+_ALIGNED_ROWS = 4  # kernels read windows of 4 bytes that lie on 16-byte addresses
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,7 +96,7 @@ def _check(of: object, ks: Sequence[int], choices: Sequence[str]) -> None:
 
 def _parts(of: Activations) -> Iterator[tuple[slice, Activations]]:
     """Some queries at a time."""
-    step = max(1, _BYTES // (4 * max(len(of.kv), 1)))
+    step = max(_ALIGNED_ROWS, _BYTES // (4 * max(len(of.kv), 1)) // _ALIGNED_ROWS * _ALIGNED_ROWS)
     for first in range(0, len(of.q), step):
         rows = slice(first, min(first + step, len(of.q)))
         cut = {name: getattr(of, name)[rows] for name in ("q", "index_q", "index_weights", "starts", "ends")}
