@@ -210,6 +210,17 @@ def tune(
     again: Annotated[
         str, typer.Option(help="No search: try one candidate once more that failed.", metavar="JOURNAL:TRIAL")
     ] = "",
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="A database that keeps the trials, for several machines: postgresql://user@host/name.", metavar="URL"
+        ),
+    ] = "",
+    replay: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="No GPU: search a sweep (scripts/sweep.py) with many seeds, and say what is lost.", metavar="FILE"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="With --replay: searches of each case.", min=1, max=1000)] = 20,
     as_json: Json = False,
 ) -> None:
     """Search for the fastest kernels. Without that GPU candidates are compiled for it and ranked by a model."""
@@ -220,6 +231,8 @@ def tune(
     folder = folder or paths.user_records() or paths.shipped_records()
     if again:
         return _again(context, again, as_json)
+    if replay:
+        return _replay(context, replay, seeds, trials, as_json)
     _check_tune(context, "--refresh" if refresh else "--check" if check else "")
     if refresh or check:
         names = [ops.get(name).name for name in op or ()]
@@ -246,6 +259,7 @@ def tune(
             backends=_backends(backend or (), op or ()),
             seed=seed,
             fresh=fresh,
+            storage=storage,
             patience=_patience(wait),
             devices=[""] if offline else _devices(target, most),
             notify=notify,
@@ -260,7 +274,7 @@ def tune(
 
 
 _OF = {
-    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait"),
+    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait", "storage"),
     "--refresh": ("refresh", "every", "drop_stale"),
     "--check": ("check", "tolerance"),
 }
@@ -303,6 +317,18 @@ def _again(context: typer.Context, name: str, as_json: bool) -> None:
         seen = repeating.again(name, here)
     _print(as_json, show_tuning.again(seen), [show_tuning.again_row(seen)])
     raise typer.Exit(0 if seen.now.ok else 1)
+
+
+def _replay(context: typer.Context, files: Sequence[Path], seeds: int, trials: int, as_json: bool) -> None:
+    from .tune import regret, sweep
+    from .tune.plan import ON_GPU
+
+    _alone(context, "--replay", ("replay", "seeds", "trials", "as_json"))
+    cases = [(each, number) for each in map(sweep.read, files) for number in range(len(each.cases))]
+    runs = [(*case, seed) for case in cases for seed in range(seeds)]
+    found = waiting.progress(err, "replay", runs, lambda run: regret.search(*run, trials=trials or ON_GPU.trials))
+    losses = [regret.regret(*case, found[n * seeds : (n + 1) * seeds]) for n, case in enumerate(cases)]
+    _print(as_json, show_tuning.regrets(losses), [show_tuning.regret_row(each) for each in losses])
 
 
 def _alone(context: typer.Context, option: str, besides: Sequence[str]) -> None:

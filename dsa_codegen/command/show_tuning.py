@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..tune.plan import Missing
     from ..tune.problem import Problem
     from ..tune.refresh import Refreshed
+    from ..tune.regret import Regret
     from ..tune.renewal import Fate
     from ..tune.run import Report
 
@@ -178,3 +179,39 @@ def drift_row(drift: Drift) -> dict[str, Any]:
     timing = {"median": now.median, "p20": now.p20, "p80": now.p80, "n": now.n} if now else None
     more = {"verdict": drift.what, "why": drift.why, "now_us": timing, "change": drift.change}
     return {**record_row(drift.record), **more, "default_now_us": drift.default_us}
+
+
+def regrets(found: Sequence[Regret]) -> Printer:
+    """What searches lose against trying everything, by case of a sweep."""
+    return lines(*(line for each in found for line in _regret(each)))
+
+
+def _regret(each: Regret) -> Iterable[str]:
+    count, lost = len(each.runs), [f"{100 * share:.2f} %" for share in (each.mean, each.p90, each.losses[-1])]
+    same, top1, flips = (round(share * count) for share in (each.same, each.top1, each.flips))
+    trials = max(run.trials for run in each.runs)
+    yield f"{each.label} on {each.sweep.gpu.id}: {each.configs} configs, the best {each.best_us:.4g} µs"
+    yield (
+        f"  {trials} trials lose {lost[0]} on average, {lost[1]} in nine of ten, {lost[2]} at worst "
+        f"(the default {100 * each.of(each.default_us):.2f} %)"
+    )
+    yield f"  of {count} seeds {same} end with the best or a tie, {top1} with the best; {flips} finals overruled the search"
+
+
+def regret_row(each: Regret) -> dict[str, Any]:
+    """One case's for JSON; shares, not per cent."""
+    return {
+        "gpu": each.sweep.gpu.id,
+        "searched": each.label,
+        "configs": each.configs,
+        "best_us": each.best_us,
+        "best": each.best.to_dict(),
+        "default": each.of(each.default_us),
+        "mean": each.mean,
+        "p90": each.p90,
+        "worst": each.losses[-1],
+        "same_or_tied": each.same,
+        "top1": each.top1,
+        "flips": each.flips,
+        "runs": [{"config": run.config.to_dict(), "time_us": run.time_us, "trials": run.trials} for run in each.runs],
+    }

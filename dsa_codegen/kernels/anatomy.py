@@ -38,6 +38,7 @@ KINDS: Mapping[str, Sequence[str]] = {
     "branch": ("BRA", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "BREAK", "WARPSYNC", "JMP"),
 }
 """Kinds of instruction by the first part of their names; whatever is in none of them is integer arithmetic ("integer")."""
+_MIXED = ("mma", "float", "load", "shared", "shared_atomic", "exchange", "barrier", "branch")
 _KIND = {opcode: kind for kind, opcodes in KINDS.items() for opcode in opcodes}
 
 _SECTION = re.compile(r"^//-+ \.text\.(\S+)")
@@ -61,6 +62,13 @@ class Anatomy:
     def total(self, kind: str) -> int:
         """Instructions of a kind at any depth."""
         return sum(each.get(kind, 0) for each in self.counts)
+
+    @property
+    def mix(self) -> dict[str, int]:
+        """How many instructions there are, in loops, in loops within loops, and of some kinds: what a ranking looks at."""
+        by_depth = [sum(each.values()) for each in self.counts]
+        kinds = {kind: self.total(kind) for kind in _MIXED}
+        return {"all": sum(by_depth), "loops": sum(by_depth[1:]), "nested": sum(by_depth[2:]), **kinds}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..proof.timing import Timing
-from . import model
+from . import ranking
 from .evaluate import Done, Evaluator, Task
 from .outcome import Kind, Outcome
 
@@ -11,7 +11,7 @@ from .outcome import Kind, Outcome
 class ModelEvaluator(Evaluator):
     """One compilation serves every size bucket: judging it for one more takes milliseconds."""
 
-    method = f"modelled-{model.VERSION}"
+    method = f"modelled-{ranking.VERSION}"
     search_share = 0.97
     measures = False
     free = True
@@ -22,9 +22,8 @@ class ModelEvaluator(Evaluator):
 
     def _judge(self, task: Task) -> Outcome:
         problem, built = task.problem, self.built(task.candidate)
-        microseconds = model.modelled_us(
-            problem.op, problem.spec, task.candidate.config, problem.case, problem.gpu, built.resources
-        )
+        config = task.candidate.config
+        microseconds = ranking.estimate_us(problem.op, problem.spec, config, problem.case, problem.gpu, built)
         smem = max(usage.smem for usage in built.resources.values())
         if microseconds == float("inf"):
             return Outcome(Kind.LAUNCH_ERROR, smem=smem, detail=f"a block does not fit an SM of {problem.gpu.name}")

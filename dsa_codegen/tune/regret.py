@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from .shelf import Memory
 from .study import Study
 from .sweep import Sweep
 
-SEEDS = 20
 FINAL_S = 2.0
 
 
@@ -47,7 +46,7 @@ class Regret:
     best: Config
     best_us: float
     band_us: float
-    """What is no slower is as good as the best: within 1 % of it, or two median absolute deviations of its visits."""
+    """What is no slower is as good as the best, by the rule of finals: within 1 %, or two median absolute deviations."""
     default_us: float
 
     @property
@@ -95,17 +94,11 @@ class Regret:
         return sum(run.flipped for run in self.runs) / len(self.runs)
 
 
-def regret(
-    sweep: Sweep, case: int, seeds: Sequence[int], trials: int = ON_GPU.trials, tell: Callable[[], None] = lambda: None
-) -> Regret:
-    """Search a sweep's case once for each seed."""
+def regret(sweep: Sweep, case: int, runs: Sequence[Run]) -> Regret:
+    """What searches of a sweep's case ended with, beside its best."""
     swept = sweep.cases[case]
     times = {e.config: us for n, e in enumerate(sweep.entries) if (us := swept.time_us(n)) is not None}
     best = min(times, key=lambda config: times[config])
-    runs = []
-    for seed in seeds:
-        runs.append(_run(sweep, case, seed, trials))
-        tell()
     visits = swept.results[sweep.number[best]]
     assert isinstance(visits, tuple)
     mad = statistics.median(abs(each - times[best]) for each in visits)
@@ -113,7 +106,8 @@ def regret(
     return Regret(sweep, case, tuple(runs), best, times[best], band_us, times[swept.default])
 
 
-def _run(sweep: Sweep, case: int, seed: int, trials: int) -> Run:
+def search(sweep: Sweep, case: int, seed: int, *, trials: int = ON_GPU.trials) -> Run:
+    """One search of a sweep's case, as a run of that budget does it, and its final."""
     space, swept, clock = SweptSpace.of(sweep, case), sweep.cases[case], Clock()
     problem = Problem(sweep.op, sweep.spec, swept.case, space.gpu)
     evaluator = ReplayEvaluator(sweep, case, seed, clock)

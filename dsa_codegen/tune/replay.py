@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..gpu import GPUS, Gpu
-from ..kernels.anatomy import Anatomy, Dissected
 from ..kernels.build import Built
 from ..kernels.render import Rendered
 from ..problem.op import Accuracy, Config, Parameter, Violation
@@ -139,8 +138,7 @@ class ReplayedPool(CompilePool):
         source = self._sources[rendered.sha]
         if source.failure:
             return Outcome(Kind(source.failure))
-        anatomies = {name: Anatomy(tuple(counts), 0) for name, counts in source.counts.items()}
-        return Dissected(rendered, self._gpu, Path(), source.resources, anatomies)
+        return Built(rendered, self._gpu, Path(), source.resources)
 
 
 class ReplayEvaluator(Evaluator):

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..gpu import Gpu
+from ..kernels.build import build
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
 from ..records.lookup import search_path
 from ..records.record import GpuKey, Record
+from . import ranking
 from .effort import NORMAL, Effort, most_needed
 from .evaluate import Evaluator
 from .incumbent import Change, incumbents
@@ -88,9 +90,10 @@ def tune(
         every, chosen = chosen, most_needed(chosen, lambda problem: _is_served(problem, folder))
         notes.append(f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record")
     ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
+    size = processes or cores(spare=0 if offline else 1 + len(devices))
     with (
         ledger,
-        CompilePool(gpu, ledger.builds, processes or cores(spare=0 if offline else 1 + len(devices)), log=ledger.log) as pool,
+        CompilePool(gpu, ledger.builds, size, compile=ranking.compile if offline else build, log=ledger.log) as pool,
     ):
         evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
         with evaluator:

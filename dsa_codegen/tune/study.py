@@ -25,7 +25,6 @@ from .shelf import Files, Shelf
 from .space import Candidate, Key, Space
 
 _FREE_ASKS = 24  # repeated proposals in one ask: each takes the sampler about 10 ms
-_IN_FLIGHT, _AT_ONCE = 4, 6  # candidates under way: a sixth of the trials, and four at least
 _STALE_S = 600.0  # a trial that another machine began so long ago is taken to be lost with it
 FILES = Files()
 
@@ -105,11 +104,6 @@ class Study:
     def in_flight(self) -> int:
         """Candidates asked for and not told yet."""
         return len(self._pending)
-
-    @property
-    def full(self) -> bool:
-        """Whether so many candidates are under way that a further one would be chosen without knowing of enough others."""
-        return self.in_flight >= max(_IN_FLIGHT, self.trials // _AT_ONCE)
 
     @property
     def exhausted(self) -> bool:

@@ -33,8 +33,8 @@ class Source:
     """Seconds that the compiler took, beside others that ran at once."""
     resources: Mapping[str, Resources] = field(default_factory=dict)
     """By kernel; empty where it does not compile."""
-    counts: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
-    """By kernel: instructions by depth of loops and by kind (``kernels.anatomy``)."""
+    mix: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By kernel: how many instructions of which kind (``kernels.anatomy``)."""
     failure: str = ""
     """The kind of failure, where there is no build."""
 
@@ -111,6 +111,7 @@ def _text(sweep: Sweep) -> str:
         "gpu": asdict(sweep.gpu),
         "toolchain": dict(sweep.toolchain),
         "measured_at": sweep.measured_at,
+        "mix": next((list(mix) for source in sweep.sources for mix in source.mix.values()), []),
     }
     table = [{"name": p.name, "choices": list(p.choices), "launch_only": p.launch_only} for p in sweep.table]
     cases = [
@@ -145,7 +146,7 @@ def _plain(result: Times | str | None) -> list[float] | str | None:
 
 def _source_row(source: Source) -> list[Any]:
     kernels = {
-        name: [usage.registers, usage.spills, usage.smem, usage.threads, *source.counts.get(name, ())]
+        name: [usage.registers, usage.spills, usage.smem, usage.threads, *source.mix.get(name, {}).values()]
         for name, usage in source.resources.items()
     }
     return [round(source.compile_s, 2), source.failure or kernels]
@@ -177,15 +178,15 @@ def _parse(values: Mapping[str, Any]) -> Sweep:
         values["toolchain"],
         values["measured_at"],
         table,
-        tuple(map(_source, values["sources"])),
+        tuple(_source(row, values["mix"]) for row in values["sources"]),
         tuple(Entry(config(row[:width]), row[width]) for row in rows),
         cases,
     )
 
 
-def _source(row: Sequence[Any]) -> Source:
+def _source(row: Sequence[Any], mix: Sequence[str]) -> Source:
     seconds, kernels = row
     if isinstance(kernels, str):
         return Source(seconds, failure=kernels)
     resources = {name: Resources(*values[:4]) for name, values in kernels.items()}
-    return Source(seconds, resources, {name: tuple(values[4:]) for name, values in kernels.items() if values[4:]})
+    return Source(seconds, resources, {name: dict(zip(mix, values[4:], strict=False)) for name, values in kernels.items()})

@@ -254,9 +254,9 @@ class _Sweeper:
         built, seconds = self.pool.results.get(sha), self.pool.seconds.get(sha, 0.0)
         if not isinstance(built, Built):
             return Source(seconds, failure=built.kind.value if built else "not compiled")
-        return Source(seconds, built.resources, _counts(built))
+        return Source(seconds, built.resources, _mix(built))
 
 
-def _counts(built: Built) -> Mapping[str, Sequence[Mapping[str, int]]]:
+def _mix(built: Built) -> Mapping[str, Mapping[str, int]]:
     anatomies = built.anatomies if isinstance(built, anatomy.Dissected) else {}
-    return {name: each.counts for name, each in anatomies.items()}
+    return {name: each.mix for name, each in anatomies.items()}
