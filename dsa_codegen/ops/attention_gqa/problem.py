@@ -264,7 +264,8 @@ def _pages(spec: AttentionGqaSpec, case: Case[AttentionGqaSizes], draw: Draw) ->
     rows = case.sizes.rows
     ragged = case.distribution == "ragged"
     joined = max(spec.share, 2 if ragged else 1)
-    requests = rows // joined if rows % joined == 0 else rows
+    others = min(rows, 1) if spec.share > 1 else rows  # rows of one request share, whatever their number
+    requests = others if rows % joined else rows // joined
     pages = -(-case.sizes.tokens // spec.page)
     table = draw.permutation(requests * pages + 1)[: requests * pages].view(requests, pages).int()
     if ragged:
