@@ -28,9 +28,7 @@ class AttentionGqaKernels(Kernels[AttentionGqaSpec, AttentionGqaSizes]):
         return (
             Parameter("block_h", (16, 32, 64, 128), "rows of a product: heads of a KV head for each row that shares, padded"),
             Parameter("block_n", (64, 32, 128), "tokens gathered per step"),
-            Parameter(
-                "num_stages", (3, 2, 4, 5, 7), "stages of the loop: tiles in flight, half of them for their tokens' numbers"
-            ),
+            Parameter("num_stages", (3, 2, 4, 5, 7), "stages of the loop; tokens' numbers take half of them"),
             Parameter("num_warps", (4, 2, 8), "warps per block"),
             Parameter("splits", _SPLITS, "blocks that share a row's tiles", launch_only=True),
         )
