@@ -16,6 +16,7 @@ from .problem import AttentionGqaSizes, AttentionGqaSpec
 
 _COMBINE_S = 16  # parts of a step of `combine`: all its loads are in flight at once
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
+_MANY_WAVES = 4  # of whole blocks, which end evenly enough
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -141,6 +142,8 @@ def _splits(spec: AttentionGqaSpec, config: Config, sizes: AttentionGqaSizes, gp
     blocks = -(-max(1, sizes.rows) // spec.share) * spec.kv_heads * _head_blocks(spec, config)
     tiles = -(-spec.topk * spec.block // config["block_n"])
     resident = gpu.sms * max(1, gpu.smem_per_sm // (_smem(spec, config, gpu) + 1024))
+    if blocks >= _MANY_WAVES * resident:
+        return 1
 
     def duration(splits: int) -> float:
         joining = 1 + splits / 16 if splits > 1 else 0
