@@ -1,7 +1,7 @@
 """The operations as functions: what a model calls. CUDA tensors run tuned kernels, CPU tensors the reference.
 
 Every function raises InputError, naming the argument, before anything is launched, or SpecError, naming the field, where a
-size or option is one that no kernel serves (12 heads of the indexer, topk 5000). "No token" is -1 or any index at or beyond
+size or option is one that no kernel serves (65 heads of the indexer, topk 5000). "No token" is -1 or any index at or beyond
 the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
 the sizes in question, and all but ``indexer_logits_chunks``, which is a
 loop of the host around one of them, are traced by ``torch.compile``. Surroundings change nothing: neither the default dtype nor
@@ -32,10 +32,11 @@ from torch import Tensor
 
 from . import invariance, ops
 from .errors import InputError
-from .ops.attention.problem import D_V as _D_V
 from .ops.logits import chunk_rows, row_bytes
 from .problem import checks
-from .problem.presets import KV_LAYOUTS
+from .problem.channels import D_V
+from .problem.kv_layouts import KV_LAYOUTS
+from .problem.paged import D_ROPE
 from .runtime.torch_ops import direct
 
 _indexer_logits = direct("indexer_logits")
@@ -80,7 +81,7 @@ def indexer_logits(
     """Lightning indexer, prefill: ``Σ_j w[t,j] · ReLU(q[t,j] · k[s] · k_scale[s])`` for the tokens s of query t's window.
 
     Args:
-        q: e4m3 [queries, heads, head_dim]; heads 8, 16, 32 or 64, head_dim 32, 64 or 128.
+        q: e4m3 [queries, heads, head_dim]; heads 1 to 64, head_dim 32 to 256 in steps of 16 (docs/shapes.md: what is padded).
         k: e4m3 [tokens, head_dim].
         k_scale: fp32 [tokens]; None where nothing is quantised.
         weights: fp32 [queries, heads], with the scale of q, head_dim^-0.5 and heads^-0.5 folded in (``quantize_index_q``).
@@ -290,15 +291,16 @@ def sparse_attention(
     lse: Tensor | None = None,
     max_logits: Tensor | None = None,
     share: int = 1,
+    d_v: int = D_V,
     sms: int | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
     Args:
-        q: bf16 [queries, heads, d]; heads 1 to 128, d 576 (512 + 64 rotary) or 512. On the CPU also fp32, and fp64 computed
-            in fp64: kv has the dtype of q then, and so has out.
-        kv: bf16 [tokens, 1, d]; the first 512 channels are the value.
+        q: bf16 [queries, heads, d]; heads 1 to 128, d from ``d_v`` to d_v + 128 in steps of 16. On the CPU also fp32, and fp64
+            computed in fp64: kv has the dtype of q then, and so has out.
+        kv: bf16 [tokens, 1, d]; the first ``d_v`` channels are the value.
         indices: int32 or int64 [queries, 1, topk], invalid ones anywhere. Kernels read int32: int64 is narrowed first, which
             reads and writes them once more (4096 × 2048 of them are 100 MB).
         sm_scale: factor of the scores, usually d^-0.5.
@@ -309,17 +311,18 @@ def sparse_attention(
             its own, so that nobody else pays for it.
         share: 1, 2 or 4: so many neighbouring queries, whose lists hold mostly the same tokens, gather their union together,
             where the heads are few enough (2 up to 16 heads, 4 up to 8; else fewer do). Any lists give right results.
+        d_v: 64 to 512 in steps of 16: 512 of DeepSeek-V3.2 (d 576) and V4 (d 512), 128 of A.X-K2 (d 160).
         sms: as in ``indexer_logits``.
         batch_invariant: as there; then none share.
 
     Returns:
-        out bf16 [queries, heads, 512] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
+        out bf16 [queries, heads, d_v] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
     invariant = batch_invariant or invariance.always()
-    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share, invariant)
+    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share, invariant, d_v)
     if out is None and lse is None and max_logits is None:
         return _sparse_attention(*arguments, sms=sms)
-    out, lse = _results(q, out, lse)
+    out, lse = _results(q, out, lse, d_v)
     _sparse_attention_into(*arguments, out, lse, max_logits, sms=sms)
     return out, lse
 
@@ -337,34 +340,45 @@ def sparse_attention_paged(
     extra_lengths: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    layout: str | None = None,
+    d_v: int = D_V,
+    d_rope: int | None = None,
+    scale: float = 1.0,
     sms: int | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sparse MLA, decode: as ``sparse_attention``, over a paged FP8 cache, or over two of them at once.
+    """Sparse MLA, decode: as ``sparse_attention``, over a paged cache, FP8 or BF16, or over two of them at once.
 
     Args:
         q: bf16 [batch, next_n, heads, d].
         cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token; page 1 to 1024. Scales lie
-            below 2^40, latents hence below 2^48: beyond, results are NaN or infinite, never another number.
+            below 2^40, latents hence below 2^48: beyond, results are NaN or infinite, never another number. With ``layout`` a
+            cache of that one: bf16 [blocks, page, 1, d], or uint8 rows.
         indices: int32 or int64 [batch, next_n, topk], physical slots (block · page + offset), invalid ones anywhere.
         sm_scale, lengths, sink: as in ``sparse_attention``; lengths is int32 [batch, next_n] or [batch].
         extra_cache, extra_indices, extra_lengths: a second pool, which one softmax attends to together with the first
             (DeepSeek-V4: a window of recent tokens beside the chosen ones): a cache of the same layout with its own page,
             lists of its own length, and lengths of its own where there are any.
         out, lse: as in ``sparse_attention``.
+        layout: of the caches; absent, "v32" of 576 channels and "v4" of 512. Others hold any channels: "bf16", and the FP8 rows
+            that docs/shapes.md lists ("fp8_fp32_128", "fp8_ue8m0_32", …).
+        d_v: as in ``sparse_attention``.
+        d_rope: of FP8 rows all of whose channels are value, how many of the last ones are bf16; else d - d_v are.
+        scale: of a cache of layout "fp8_tensor", whose values share one.
         sms: as in ``indexer_logits``.
         batch_invariant: as there; a row's entries are then shared out to so many blocks whatever the batch.
 
     Returns:
-        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads].
+        out bf16 [batch, next_n, heads, d_v] and lse fp32 [batch, next_n, heads].
     """
     listed = None if extra_indices is None else _as_int32(extra_indices)
     extra, invariant = (extra_cache, listed, extra_lengths), batch_invariant or invariance.always()
     arguments = (q, cache, _as_int32(indices), sm_scale, lengths, sink, *extra, invariant)
+    stored = layout or "", d_v, -1 if d_rope is None else d_rope, scale
     if out is None and lse is None:
-        return _sparse_attention_paged(*arguments, sms=sms)
-    out, lse = _results(q, out, lse)
-    _sparse_attention_paged_into(*arguments, out, lse, sms=sms)
+        return _sparse_attention_paged(*arguments, *stored, sms=sms)
+    out, lse = _results(q, out, lse, d_v)
+    _sparse_attention_paged_into(*arguments, *stored, out, lse, sms=sms)
     return out, lse
 
 
@@ -473,7 +487,7 @@ def _as_int32(indices: Tensor) -> Tensor:
     return indices.clamp(-1, 2**31 - 1).int() if narrow else indices
 
 
-def _results(q: Tensor, out: Tensor | None, lse: Tensor | None, d_v: int = _D_V) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor, out: Tensor | None, lse: Tensor | None, d_v: int = D_V) -> tuple[Tensor, Tensor]:
     """Buffers for what the caller brought none for; the operator checks those that came."""
     rows = q.shape[:-1]
     out = q.new_empty(*rows, d_v) if out is None else out
@@ -511,33 +525,50 @@ def store_index_k(k: Tensor, slots: Tensor, cache: Tensor, *, power_of_two: bool
     A slot is block · page + offset; one outside the cache (-1) is skipped. Of rows with the same slot the last is stored,
     whole. More than 1024 rows take 4 bytes of scratch memory for every slot of the cache.
     """
-    _store_k(k, None, slots, cache, "index_k", power_of_two)
+    _store_k(k, None, slots, cache, "index_k", power_of_two, 1.0)
 
 
 def store_kv(
-    nope: Tensor, rope: Tensor, slots: Tensor, cache: Tensor, *, layout: str = "v32", power_of_two: bool = False
+    nope: Tensor,
+    rope: Tensor | None,
+    slots: Tensor,
+    cache: Tensor,
+    *,
+    layout: str = "v32",
+    power_of_two: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """Quantise latent vectors into their slots [tokens] of a paged KV cache; slots as in ``store_index_k``.
 
     Args:
-        nope: bf16 [tokens, 512] ("v32") or [tokens, 448] ("v4"), quantised in groups of 128 or 64 channels.
-        rope: bf16 [tokens, 64], stored as it is.
-        layout: "v32" (656 bytes a token) or "v4" (584); the latter has power-of-two scales only.
+        nope: bf16 [tokens, 512] ("v32") or [tokens, 448] ("v4"), quantised in groups of 128 or 64 channels; of other layouts 16
+            to 512 channels in steps of their groups, or of 16.
+        rope: bf16 [tokens, 64], stored as it is; of other layouts 0 to 128 channels in steps of 16, None for none.
+        layout: "v32" (656 bytes a token), "v4" (584), "bf16" (nothing is quantised), or one of docs/shapes.md ("fp8_ue8m0_64");
+            those with ue8m0 scales, "v4" too, have power-of-two scales only.
+        scale: of a cache of layout "fp8_tensor", whose values share one: what lies beyond 448 of it becomes 448 of it.
     """
     checks.one_of("layout", layout, KV_LAYOUTS)
-    _store_kv(nope, rope, slots, cache, layout, True if layout == "v4" else power_of_two)
+    _store_kv(nope, rope, slots, cache, layout, power_of_two, scale)
 
 
 def gather_index_k(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys of the indexer at ``slots`` [tokens]: e4m3 [tokens, head_dim] and fp32 scales; zeros at invalid slots."""
-    keys, scales = _gather_paged(cache, slots, "index_k")
+    keys, scales = _gather_paged(cache, slots, "index_k", D_ROPE, 1.0)
     return keys, scales
 
 
-def gather_kv(cache: Tensor, slots: Tensor, *, layout: str = "v32") -> Tensor:
-    """Latent vectors at ``slots`` [tokens], dequantised: bf16 [tokens, 576] ("v32") or [tokens, 512] ("v4")."""
+def gather_kv(cache: Tensor, slots: Tensor, *, layout: str = "v32", d_rope: int = D_ROPE, scale: float = 1.0) -> Tensor:
+    """Latent vectors at ``slots`` [tokens], dequantised: bf16 [tokens, 576] ("v32"), [tokens, 512] ("v4"), …
+
+    Invalid slots give zeros.
+
+    Args:
+        layout, scale: as in ``store_kv``.
+        d_rope: channels that stay bf16, of FP8 rows; their others follow from the bytes of a token.
+    """
     checks.one_of("layout", layout, KV_LAYOUTS)
-    (latent,) = _gather_paged(cache, slots, layout)
+    (latent,) = _gather_paged(cache, slots, layout, d_rope, scale)
     return latent
 
 
@@ -547,8 +578,8 @@ def index_prologue(
     k: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
+    cos_sin: Tensor | None,
+    positions: Tensor | None,
     slots: Tensor,
     cache: Tensor,
     *,
@@ -567,14 +598,15 @@ def index_prologue(
         weights: fp32 or bf16 [tokens, heads], not scaled; rows may be strided.
         k: bf16 [tokens, head_dim]; rows may be strided.
         norm_weight, norm_bias: fp32 or bf16 [head_dim], the LayerNorm of k; both None for keys that come normalised.
-        cos_sin: fp32 [positions, d_rope], d_rope / 2 cosines and as many sines of each position; d_rope 16 to head_dim.
+        cos_sin: fp32 [positions, d_rope], d_rope / 2 cosines and as many sines of each position; d_rope 16 to 128 in steps of
+            16, at most head_dim. None, with positions, where no channel is rotary.
         positions: int64 [tokens]; a token whose position the table does not have is NaN.
         slots: int32 or int64 [tokens], where k is stored; as in ``store_index_k``.
         cache: uint8 [blocks, page, 1, head_dim + 4].
         eps: added to the variance of the norm.
         rotary: "half_split" (channel i is paired with i + d_rope / 2; DeepSeek-V3.2) or "interleaved" (2i with 2i + 1; GLM-5).
         rope_first: whether the rotary channels are the first ones of a row, or the last.
-        hadamard: multiply q and k by the Hadamard matrix / sqrt(head_dim) before they are quantised.
+        hadamard: multiply q and k by the Hadamard matrix / sqrt(head_dim) before they are quantised; head_dim a power of two.
         power_of_two: round scales up to a power of two (ue8m0).
         batch_invariant: see the module's first lines.
 
@@ -589,8 +621,8 @@ def index_prologue(
 def store_latent(
     latent: Tensor,
     norm_weight: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
+    cos_sin: Tensor | None,
+    positions: Tensor | None,
     slots: Tensor,
     cache: Tensor,
     *,
@@ -599,21 +631,22 @@ def store_latent(
     rotary: str = "interleaved",
     power_of_two: bool = False,
     batch_invariant: bool = False,
+    scale: float = 1.0,
 ) -> None:
-    """RMSNorm of latent vectors, rotary position of their last 64 channels, and their slots of a paged KV cache, in one launch.
+    """RMSNorm of latent vectors, rotary position of their last channels, and their slots of a paged KV cache, in one launch.
 
     Args:
-        latent: bf16 [tokens, 576] ("v32"), [tokens, 512] ("v4") or either ("bf16"), as the down projection gives it.
+        latent: bf16 [tokens, 576] ("v32"), [tokens, 512] ("v4") or what another layout holds, as the down projection gives it.
         norm_weight: fp32 or bf16, of the channels without position (512 or 448) or of all of them; None for no norm.
-        cos_sin, positions, eps, rotary: as in ``index_prologue``, with d_rope 64.
+        cos_sin, positions, eps, rotary: as in ``index_prologue``; d_rope is 64 in "v32" and "v4".
         slots: int32 or int64 [tokens]; as in ``store_index_k``.
-        cache: of the layout: "v32" and "v4" as in ``store_kv``; "bf16" is bf16 [blocks, page, 1, 576 or 512], rows as they are.
-        power_of_two: of "v32"; "v4" has power-of-two scales only.
+        cache: of the layout, as in ``store_kv``.
+        layout, power_of_two, scale: as in ``store_kv``.
         batch_invariant: see the module's first lines.
     """
-    checks.one_of("layout", layout, (*KV_LAYOUTS, "bf16"))
+    checks.one_of("layout", layout, KV_LAYOUTS)
     placed = cos_sin, positions, slots, cache
-    options = eps, layout, rotary, True if layout == "v4" else power_of_two, batch_invariant or invariance.always()
+    options = eps, layout, rotary, power_of_two, batch_invariant or invariance.always(), scale
     _store_latent(latent, norm_weight, *placed, *options)
 
 

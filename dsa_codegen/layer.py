@@ -15,8 +15,8 @@ from .adaptive import calls as adaptive_calls
 from .distributed.modes import Alone, DataParallel, DecodeStep, PrefillStep
 from .errors import InputError
 from .problem import checks
-from .problem.caches import kv_layout
-from .problem.paged import check_cache
+from .problem.kv_layouts import KvPlainLayout
+from .problem.paged import FIXED, check_cache, check_plain_rows
 from .problem.presets import MLA, NO_CACHE, Model
 from .runtime import dispatch
 from .runtime.serving import Limits, calls
@@ -72,7 +72,12 @@ class Layer:
         self.adaptive = _checked_rule(adaptive, self.parallel)
         self.sm_scale = (model.d_nope + model.d_rope) ** -0.5
         self._options: dict[str, Any] = {"score": model.score, "max_bytes": logits_bytes, "batch_invariant": model.invariant}
-        self._kv_bytes = 0 if model.kv_layout == NO_CACHE else kv_layout(model.kv_layout, model.page).bytes_per_token
+        kept = {"keep_first": model.keep_first, "keep_recent": model.keep_recent}
+        self._options |= {name: tokens for name, tokens in kept.items() if tokens}
+        self._stored: dict[str, Any] = {"d_v": model.d_v}
+        if model.kv_layout not in (NO_CACHE, *FIXED):
+            tail = model.kv_layout == "bf16"
+            self._stored |= {"layout": model.kv_layout, "d_rope": model.d_qk - model.d_v if tail else model.d_rope}
 
     def prefill(
         self,
@@ -100,7 +105,7 @@ class Layer:
             chosen_lengths: int32 [queries], where to write how many tokens each query chose under an adaptive rule.
 
         Returns:
-            out bf16 [queries, heads, 512], lse fp32 [queries, heads], chosen int32 [queries, topk].
+            out bf16 [queries, heads, d_v], lse fp32 [queries, heads], chosen int32 [queries, topk].
         """
         self._check(3, q, index_q, index_weights, sink)
         checks.rows("index_k", index_k, (None, self.model.index_head_dim), checks.FP8, like=q)
@@ -111,7 +116,7 @@ class Layer:
         index_q, index_weights = functions.quantize_index_q(index_q, index_weights)
         scored = index_q, index_weights, index_k, index_k_scale, starts.contiguous(), ends.contiguous()
         options = self._with(chosen_lengths, ends)
-        step = PrefillStep(q, kv, *scored, self.model.topk, self.sm_scale, sink, options)
+        step = PrefillStep(q, kv, *scored, self.model.topk, self.sm_scale, sink, options, {"d_v": self.model.d_v})
         return Attended(*self.parallel.prefill(step))
 
     def decode(
@@ -141,20 +146,25 @@ class Layer:
             chosen_lengths: the same, int32 [batch, next_n].
 
         Returns:
-            out bf16 [batch, next_n, heads, 512], lse fp32 [batch, next_n, heads], chosen int32 [batch, next_n, topk] (slots).
+            out bf16 [batch, next_n, heads, d_v], lse fp32 [batch, next_n, heads], chosen int32 [batch, next_n, topk] (slots).
         """
         if self.model.kv_layout == NO_CACHE:
             raise InputError("kv_cache", "a tensor", f"a model with a paged KV cache; {self.model.name} states kv_layout: none")
         self._check(4, q, index_q, index_weights, sink)
-        self._check_page("kv_cache", kv_cache, self._kv_bytes)
-        self._check_page("index_cache", index_cache, self.model.index_head_dim + 4)
+        layout = self.model.cache
+        if isinstance(layout, KvPlainLayout):
+            self._check_page("kv_cache", check_plain_rows("kv_cache", kv_cache, layout.width, torch.bfloat16, q))
+        else:
+            self._check_page("kv_cache", check_cache("kv_cache", kv_cache, layout.bytes_per_token))
+        self._check_page("index_cache", check_cache("index_cache", index_cache, self.model.index_head_dim + 4))
         if len(kv_cache) != len(index_cache):
             raise InputError("kv_cache", f"{len(kv_cache)} blocks", f"{len(index_cache)}, as index_cache has")
         checks.tensor("lengths", lengths, tuple(index_q.shape[:2]), torch.int32, like=q)
         flat_q, flat_weights = functions.quantize_index_q(index_q.flatten(0, 1), index_weights.flatten(0, 1))
         scored = flat_q.view(index_q.shape), flat_weights, index_cache, lengths, page_table, max_context
         options = self._with(chosen_lengths, lengths)
-        step = DecodeStep(q, kv_cache, *scored, self.model.topk, self.sm_scale, self.model.page, sink, options)
+        last = self.model.page, sink, options, self._stored
+        step = DecodeStep(q, kv_cache, *scored, self.model.topk, self.sm_scale, *last)
         return Attended(*self.parallel.decode(step))
 
     def _with(self, chosen_lengths: Tensor | None, like: Tensor) -> dict[str, Any]:
@@ -220,9 +230,8 @@ class Layer:
             came, wanted = ("a tensor", "None") if sink is not None else ("None", f"fp32 [{model.heads}]")
             raise InputError("sink", came, f"{wanted}, as {model.name} states attn_sink: {str(model.attn_sink).lower()}")
 
-    def _check_page(self, name: str, cache: Tensor, bytes_per_token: int) -> None:
+    def _check_page(self, name: str, page: int) -> None:
         """The selection makes slots of the model's page: in a cache of other pages they would name other tokens."""
-        page = check_cache(name, cache, bytes_per_token)
         if page != self.model.page:
             raise InputError(name, f"pages of {page} tokens", f"{self.model.page}, as {self.model.name} states")
 

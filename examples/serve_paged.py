@@ -14,7 +14,7 @@ import sys
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen.problem.caches import kv_layout
+from dsa_codegen.problem.kv_layouts import kv_layout
 
 BATCH, PAGES, STEPS = 2, 4, 3
 

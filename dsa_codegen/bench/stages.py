@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import functions, ops
 from ..ops.attention.problem import sharing
-from ..problem.caches import kv_layout, tokens_of
+from ..problem.caches import tokens_of
 from ..problem.draw import Draw
+from ..problem.kv_layouts import kv_layout
 from ..problem.op import Accuracy, Case, Inputs, Op, Outputs
 from ..problem.values import Sizes, Spec
 from . import agreement

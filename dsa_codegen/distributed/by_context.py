@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import choice, functions
 from ..problem import checks
+from ..problem.channels import D_V
 from .deal import Deal
 from .gather import gather_rows
 
@@ -28,6 +29,7 @@ def prefill_by_context(
     *,
     group: Any = None,
     sink: Tensor | None = None,
+    d_v: int = D_V,
     sms: int | None = None,
     batch_invariant: bool = False,
     **options: Any,
@@ -41,7 +43,7 @@ def prefill_by_context(
         q, index_q, index_weights, starts, ends: the rank's rows, as in ``sparse_attention`` and ``index_select``; windows count
             in tokens of the whole step.
         kv, index_k, index_k_scale: the same rows' latents and keys.
-        topk, sm_scale, sink: as there.
+        topk, sm_scale, sink, d_v: as there.
         deal: which rows each rank has, the same on every rank.
         group: a process group; torch's default group where absent.
         sms: what scoring and selection are given while the latents travel; all where absent.
@@ -49,7 +51,7 @@ def prefill_by_context(
         options: score, logits, keep_first, keep_recent, max_bytes of ``index_select``.
 
     Returns:
-        out bf16 [rows, heads, 512], lse fp32 [rows, heads] and chosen int32 [rows, topk], tokens of the whole step.
+        out bf16 [rows, heads, d_v], lse fp32 [rows, heads] and chosen int32 [rows, topk], tokens of the whole step.
 
     Raises:
         InputError: before any collective, where this rank's arguments do not fit together or the deal.
@@ -63,6 +65,6 @@ def prefill_by_context(
     chosen = choice.index_select(
         index_q, k, k_scale, index_weights, starts, ends, topk, sms=sms, batch_invariant=batch_invariant, **options
     )
-    last: dict[str, Any] = {"sink": sink, "batch_invariant": batch_invariant}
+    last: dict[str, Any] = {"sink": sink, "d_v": d_v, "batch_invariant": batch_invariant}
     out, lse = functions.sparse_attention(q, latents.wait()[0], chosen[:, None], sm_scale, **last)
     return out, lse, chosen

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import choice, functions
 from ..errors import InputError
 from ..problem import checks
+from ..problem.channels import D_V
 from .candidates import merge_ascending, merge_choices
 from .gather import exchanged, gathered_together, place
 from .outputs import merge_attention
@@ -78,13 +79,16 @@ def sparse_attention_by_position(
     group: Any = None,
     sink: Tensor | None = None,
     own_heads: bool = False,
+    layout: str | None = None,
+    d_v: int = D_V,
+    d_rope: int | None = None,
     sms: int | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_paged`` over such a cache: each rank attends to its own of the chosen, outputs are merged by lse.
 
     Args:
-        q, sm_scale, sink, sms: as in ``sparse_attention_paged``, the same on every rank.
+        q, sm_scale, sink, layout, d_v, d_rope, sms: as in ``sparse_attention_paged``, the same on every rank.
         cache, page_table: the rank's own part, with its pages of ``page`` tokens.
         chosen: int32 [batch, next_n, topk], tokens of the sequence, from ``index_select_by_position``.
         shard, group: as there.
@@ -93,7 +97,7 @@ def sparse_attention_by_position(
         batch_invariant: as there, for one number of ranks and one shard: each rank's part is a sum of its own.
 
     Returns:
-        out bf16 [batch, next_n, heads, 512] and lse fp32 [batch, next_n, heads], the same on every rank; with own_heads
+        out bf16 [batch, next_n, heads, d_v] and lse fp32 [batch, next_n, heads], the same on every rank; with own_heads
         heads / world of them, of each rank its own.
     """
     rank, world = place(group)
@@ -104,9 +108,8 @@ def sparse_attention_by_position(
     held = shard.offset, shard.stride, shard.block, shard.tokens
     slots, counts = functions.resolve_own(chosen.flatten(0, 1), page_table, page, held)
     own = slots.view(batch, next_n, topk), counts.view(batch, next_n)
-    out, lse = functions.sparse_attention_paged(
-        q, cache, own[0], sm_scale, lengths=own[1], sms=sms, batch_invariant=batch_invariant
-    )
+    stored: dict[str, Any] = {"layout": layout, "d_v": d_v, "d_rope": d_rope, "batch_invariant": batch_invariant}
+    out, lse = functions.sparse_attention_paged(q, cache, own[0], sm_scale, lengths=own[1], sms=sms, **stored)
     if own_heads:
         heads = q.shape[-2] // world
         parts = out.unflatten(2, (world, heads)).movedim(2, 0), lse.unflatten(2, (world, heads)).movedim(2, 0)

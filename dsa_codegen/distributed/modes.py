@@ -40,6 +40,8 @@ class PrefillStep(NamedTuple):
     sink: Tensor | None
     options: dict[str, Any]
     """Of ``index_select``."""
+    stored: dict[str, Any]
+    """Of ``sparse_attention``: which channels are the value."""
 
     @property
     def scored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
@@ -64,6 +66,8 @@ class DecodeStep(NamedTuple):
     sink: Tensor | None
     options: dict[str, Any]
     """Of ``index_select_paged``."""
+    stored: dict[str, Any]
+    """Of ``sparse_attention_paged``: channels and layout of the cache."""
 
     @property
     def scored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
@@ -93,12 +97,12 @@ class Alone:
         return iter(())
 
     def _attend(self, step: PrefillStep, chosen: Tensor) -> Results:
-        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"], **step.stored}
         options["lengths"] = step.options.get("chosen_lengths")
         return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, **options), chosen)
 
     def _attend_paged(self, step: DecodeStep, chosen: Tensor) -> Results:
-        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"]}
+        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"], **step.stored}
         options["lengths"] = step.options.get("chosen_lengths")
         return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, **options), chosen)
 
@@ -154,7 +158,7 @@ class ContextParallel(Alone):
 
     def prefill(self, step: PrefillStep) -> Results:
         """The rank's rows; windows count in tokens of the whole step."""
-        arguments: dict[str, Any] = {"group": self.group, "sink": step.sink, "sms": self.sms, **step.options}
+        arguments: dict[str, Any] = {"group": self.group, "sink": step.sink, "sms": self.sms, **step.stored, **step.options}
         first = step.q, step.kv, step.index_q, step.index_weights, step.index_k, step.index_k_scale
         return prefill_by_context(
             *first, step.starts, step.ends, step.topk, step.sm_scale, self._deal(len(step.q)), **arguments
@@ -166,7 +170,7 @@ class ContextParallel(Alone):
         shard = self.shard or Shard.interleaved(rank, world, step.page)
         chosen = index_select_by_position(*step.scored, shard, group=self.group, **step.options)
         more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink, "own_heads": self.own_heads}
-        more["batch_invariant"] = step.options["batch_invariant"]
+        more |= {"batch_invariant": step.options["batch_invariant"], **step.stored}
         parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
         return (*sparse_attention_by_position(*parts, **more), chosen)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import choice
 from ..errors import InputError
 from ..problem import checks
-from ..problem.caches import IndexKLayout, kv_layout
+from ..problem.caches import IndexKLayout
+from ..problem.kv_layouts import kv_layout
 from ..problem.presets import Model
 from . import step as steps
 from .step import Step

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..problem import checks
+
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ROW_ALIGNMENT = 128  # elements of a row of logits
 
@@ -31,6 +33,16 @@ def chunk_rows(budget: int, queries: int, columns: int, dtype: str) -> int:
     """
     fitting = max(budget, 0) // max(row_bytes(columns, dtype), 1)
     return queries if fitting >= queries else fitting // 4 * 4
+
+
+def whole_weights(heads: int) -> bool:
+    """Whether rows of so many fp32 weights are whole pieces of 16 bytes, which kernels then count instead of elements."""
+    return heads % 4 == 0
+
+
+def weight_stride(weights: Tensor) -> int:
+    """From one row of weights to the next: in pieces of 16 bytes where rows are whole ones, else in elements."""
+    return checks.pieces(weights, 0) if whole_weights(weights.shape[1]) else checks.step(weights, 0)
 
 
 def _stride(columns: int) -> int:

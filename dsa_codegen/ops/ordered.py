@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem.checks import FP8
+from ..problem.values import next_power_of_two
 from .logits import exact
 
 _PRODUCTS = 1 << 24  # that are held at once
@@ -36,9 +37,9 @@ def scores(q: Tensor, k: Tensor, k_scale: Tensor | None, weights: Tensor, score:
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, d] · b [m, d] -> [n, m]; d is a power of two."""
+    """a [n, d] · b [m, d] -> [n, m]; zeros make d a power of two."""
     if a.dtype is FP8 and b.dtype is FP8:
-        # Products of e4m3 are multiples of 2^-18 below 2^18: 128 of them are exact in 53 bits, in any order.
+        # Products of e4m3 are multiples of 2^-18 below 2^18: 256 of them are exact in 53 bits, in any order.
         return a.double() @ b.double().T
     a, b = exact(a), exact(b)
     step = max(1, _PRODUCTS // max(b.numel(), 1))
@@ -48,6 +49,9 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
 
 def _halved(terms: Tensor) -> Tensor:
     """Sums over the last dimension: the first half and the second are added, until one is left."""
+    width = terms.shape[-1]
+    if width & (width - 1):
+        terms = torch.nn.functional.pad(terms, (0, next_power_of_two(width) - width))
     while terms.shape[-1] > 1:
         low, high = terms.chunk(2, -1)
         terms = low + high

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ..gpu import Gpu
-from ..problem.caches import Layout
+from ..problem.kv_layouts import Layout
 from ..problem.op import Config, Kernels, Parameter, Violation
-from ..problem.paged import LAYOUTS, SLOTS, WIDTHS, layout_of, template_names
+from ..problem.paged import D_ROPE, LAYOUTS, ROPES, SLOTS, WIDTHS, layout_of, template_names
 from ..problem.values import Scalar, Spec
 from . import rows
 
@@ -23,6 +23,8 @@ class PagedRowsSpec(Spec):
     """Channels that are quantised: head_dim of the index keys, d_nope of a KV cache."""
     page: int = 64
     slots: str = "i32"
+    d_rope: int = field(default=D_ROPE, kw_only=True)
+    """Channels behind them that stay bf16 (no matter for index keys)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,11 +32,12 @@ class PagedRowsSpec(Spec):
         self.require_in("width", WIDTHS[self.layout])
         self.require_range("page", 1, 1024)
         self.require_in("slots", SLOTS)
+        self.require_in("d_rope", ROPES[self.layout])
 
     @property
     def cache(self) -> Layout:
         """How a block of the cache is laid out."""
-        return layout_of(self.layout, self.page, self.width)
+        return layout_of(self.layout, self.page, self.width, self.d_rope)
 
 
 R = TypeVar("R", bound=PagedRowsSpec)

@@ -17,13 +17,13 @@ from ..errors import InputError
 from ..problem import checks, quantization
 from ..problem.draw import Draw
 from ..problem.op import Accuracy, Config, Violation
-from ..problem.values import Scalar
+from ..problem.values import Scalar, next_power_of_two
 from . import rows
 
 STYLES = ("half_split", "interleaved")
 NORM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORM_NAMES = {dtype: name for name, dtype in NORM_DTYPES.items()}
-D_ROPES = (16, 32, 64, 128)
+D_ROPES = tuple(range(16, 129, 16))
 _POSITIONS = 50  # of the tables that are drawn
 _SLACK = 2e-5
 """What fp32 sums in another order may move a value by, as a share of its row's largest."""
@@ -31,11 +31,13 @@ _E4M3_STEP = 2.0**-9  # between the least numbers of e4m3
 _E4M3_BITS = 3  # of a mantissa
 
 
-def check_positions(cos_sin: object, positions: object, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Check a table [positions, d_rope] and int64 positions [tokens]."""
+def check_positions(cos_sin: object, positions: object, tokens: int, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Check a table [positions, d_rope] and int64 positions [tokens]; both None where no channel is rotary."""
+    if cos_sin is None and positions is None:
+        return None, None
     table = checks.tensor("cos_sin", cos_sin, (None, None), torch.float32, like=like)
     if table.shape[1] not in D_ROPES or not table.shape[0]:
-        allowed = f"shape [1 or more, {' or '.join(map(str, D_ROPES))}]"
+        allowed = f"shape [1 or more, {D_ROPES[0]} to {D_ROPES[-1]} in steps of 16]"
         raise InputError("cos_sin", f"shape {list(table.shape)}", allowed)
     return table, checks.tensor("positions", positions, (tokens,), torch.int64, like=like)
 
@@ -59,8 +61,10 @@ def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor, style: str) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
-def draw_positions(draw: Draw, tokens: int, d_rope: int) -> tuple[Tensor, Tensor]:
-    """(a table as rotary embeddings make it, positions that it has)."""
+def draw_positions(draw: Draw, tokens: int, d_rope: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(a table as rotary embeddings make it, positions that it has); none of no channels."""
+    if not d_rope:
+        return None, None
     rates = 10000.0 ** (-torch.arange(0, d_rope, 2, device=draw.device) / d_rope)
     angles = torch.arange(_POSITIONS, device=draw.device)[:, None] * rates
     return torch.cat((angles.cos(), angles.sin()), 1), draw.integers(0, _POSITIONS, tokens, dtype=torch.int64)
@@ -76,8 +80,18 @@ def draw_rows(draw: Draw, tokens: int, *shape: int) -> Tensor:
 
 def template_names(d_rope: int, width: int, first: int) -> dict[str, Scalar]:
     """What a template must know of ``d_rope`` rotary channels in a row of ``width``, the first of which is ``first``."""
-    half = d_rope // 2
-    return {"half": half, "d_angles": d_rope, "parts": width // half, "rope_part": first // half}
+    half = d_rope // 2 or width
+    lanes = min(half & -half, width & -width)  # a power of two that divides both
+    parts, span, rope_part = width // lanes, half // lanes, first // lanes
+    return {
+        "half": lanes,
+        "d_angles": d_rope,
+        "parts": next_power_of_two(parts),
+        "rope_part": rope_part,
+        "in_row": parts,
+        "span": span,
+        "paired_by_bit": span == 1 and rope_part % 2 == 0,
+    }
 
 
 def later(config: Config) -> int:
@@ -91,7 +105,7 @@ def fits_registers(config: Config, count: int, width: int) -> Iterable[Violation
 
 
 def compare_quantised(
-    name: str, values: Tensor, scales: Tensor, exact: Tensor, group: int, power_of_two: bool, slack: float = _SLACK
+    name: str, values: Tensor, scales: Tensor, exact: Tensor, group: int, power_of_two: bool, shared: float | None = None
 ) -> Accuracy:
     """Whether e4m3 rows are roundings of ``exact`` with the scales that belong to it.
 
@@ -102,7 +116,11 @@ def compare_quantised(
         values: e4m3 [rows, channels].
         scales: fp32 [rows, channels // group].
         exact: fp32 [rows, channels].
+        shared: the scale of all groups, where they have none of their own: beyond 448 of it there is nothing.
     """
+    slack = _SLACK
+    if shared is not None:
+        exact = exact.clamp(-448 * shared, 448 * shared)
     grouped = exact.unflatten(-1, (-1, group))
     stored = values.float().unflatten(-1, (-1, group))
     broken = ~grouped.isfinite().all(-1)
@@ -111,7 +129,8 @@ def compare_quantised(
         return Accuracy(False, math.inf, math.inf, f"{name}: other groups are not finite than the reference's")
     largest = grouped.abs().amax(-1)
     low, high = (
-        quantization.quantize_groups(grouped * factor, group, power_of_two)[1][..., 0] for factor in (1 - slack, 1 + slack)
+        quantization.quantize_groups(grouped * factor, group, power_of_two, shared)[1][..., 0]
+        for factor in (1 - slack, 1 + slack)
     )
     scaled = (scales >= low * (1 - slack)) & (scales <= high * (1 + slack))
     step = _step(stored) * scales.unsqueeze(-1)

@@ -1,8 +1,8 @@
-"""The FP8 cache layouts that serving engines store: where each field of a token lies, pack, unpack, slot arithmetic.
+"""The cache layouts that serving engines store: where each field of a token lies, pack, unpack, slot arithmetic.
 
-A cache is a uint8 tensor whose first dimension counts blocks (pages). A token is named by its physical slot,
-``block * page + offset``; -1 or any slot at or past ``blocks * page`` means "no token". Kernels, references and tests
-take the byte offsets from here, so that they cannot disagree.
+An FP8 cache is a uint8 tensor, one of rows as they are a bf16 tensor, whose first dimension counts blocks (pages). A token is
+named by its physical slot, ``block * page + offset``; -1 or any slot at or past ``blocks * page`` means "no token". Kernels,
+references and tests take the byte offsets from here, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, SpecError, UnknownName
+from ..errors import InputError, SpecError
 from .quantization import e8m0_decode, e8m0_encode
 
 
@@ -99,12 +99,35 @@ class IndexKLayout(CacheLayout):
 class KvLayout(CacheLayout):
     """A latent KV cache: e4m3 channels with a scale per group, then rotary channels in bf16; ``d_v`` of them are the value."""
 
-    name: ClassVar[str]
-    d_nope: ClassVar[int]
-    d_rope: ClassVar[int] = 64
-    d_v: ClassVar[int] = 512
-    group: ClassVar[int]
-    """Channels that share a scale."""
+    @property
+    @abstractmethod
+    def stored_scales(self) -> str:
+        """How scales are stored: "fp32", "e8m0" (powers of two), or "none" where the whole cache shares one."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What specs and functions call it."""
+
+    @property
+    @abstractmethod
+    def d_nope(self) -> int:
+        """Channels that are quantised."""
+
+    @property
+    @abstractmethod
+    def d_rope(self) -> int:
+        """Channels behind them that stay bf16."""
+
+    @property
+    @abstractmethod
+    def d_v(self) -> int:
+        """Channels, the first ones, that are the value."""
+
+    @property
+    @abstractmethod
+    def group(self) -> int:
+        """Channels that share a scale."""
 
     @property
     def groups(self) -> int:
@@ -140,16 +163,21 @@ class KvLayout(CacheLayout):
 
     def unpack(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e4m3 nope [..., d_nope], fp32 scales [..., groups] and bf16 rope [..., d_rope] of valid ``slots`` [...]."""
+        rope = _gather(self, cache, slots, self.rope)
         return (
             _gather(self, cache, slots, self.nope).view(torch.float8_e4m3fn),
             self.decode(_gather(self, cache, slots, self.scales)),
-            _gather(self, cache, slots, self.rope).view(torch.bfloat16),
+            rope.view(torch.bfloat16) if self.d_rope else rope.bfloat16(),  # no bytes have no strides to be divided
         )
 
-    def dequantize(self, cache: Tensor, slots: Tensor) -> Tensor:
-        """fp32 latent [..., d_nope + d_rope] of valid ``slots`` [...]: nope × scale, then rope."""
+    def dequantize(self, cache: Tensor, slots: Tensor, scale: float = 1.0) -> Tensor:
+        """fp32 latent [..., d_nope + d_rope] of valid ``slots`` [...]: nope × scale, then rope.
+
+        Args:
+            scale: of the whole cache, where it has no others.
+        """
         nope, scales, rope = self.unpack(cache, slots)
-        dequantized = nope.float().reshape(*scales.shape, self.group) * scales.unsqueeze(-1)
+        dequantized = nope.float().reshape(*scales.shape, self.group) * (scales * scale).unsqueeze(-1)
         return torch.cat((dequantized.flatten(-2), rope.float()), dim=-1)
 
 
@@ -158,7 +186,10 @@ class KvV32Layout(KvLayout):
     """Latent KV "v3.2", 656 B per token: 512 e4m3 (nope), 4 fp32 scales (one per 128), 64 bf16 (rope)."""
 
     name: ClassVar[str] = "v32"
+    stored_scales: ClassVar[str] = "fp32"
     d_nope: ClassVar[int] = 512
+    d_rope: ClassVar[int] = 64
+    d_v: ClassVar[int] = 512
     group: ClassVar[int] = 128
     bytes_per_token: ClassVar[int] = 656
 
@@ -190,7 +221,10 @@ class KvV4Layout(KvLayout):
     """
 
     name: ClassVar[str] = "v4"
+    stored_scales: ClassVar[str] = "e8m0"
     d_nope: ClassVar[int] = 448
+    d_rope: ClassVar[int] = 64
+    d_v: ClassVar[int] = 512
     group: ClassVar[int] = 64
     bytes_per_token: ClassVar[int] = 584
 
@@ -223,21 +257,6 @@ class KvV4Layout(KvLayout):
 
     def decode(self, stored: Tensor) -> Tensor:
         return e8m0_decode(stored)
-
-
-Layout = IndexKLayout | KvV32Layout | KvV4Layout
-_KV_LAYOUTS: dict[str, type[KvLayout]] = {cls.name: cls for cls in (KvV32Layout, KvV4Layout)}
-
-
-def kv_layout(name: str, page: int = 64) -> KvLayout:
-    """The KV layout called ``name`` ("v32" or "v4").
-
-    Raises:
-        UnknownName: there is no layout of that name.
-    """
-    if name not in _KV_LAYOUTS:
-        raise UnknownName("KV cache layout", name, _KV_LAYOUTS)
-    return _KV_LAYOUTS[name](page)
 
 
 def split_slots(slots: Tensor, page: int) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from . import checks
-from .caches import IndexKLayout, KvV4Layout, KvV32Layout, Layout
+from .caches import Field, IndexKLayout, KvV4Layout, KvV32Layout
+from .channels import INDEX_WIDTHS, MOST, MOST_TAIL, STEP
 from .draw import Draw
+from .kv_layouts import KV_LAYOUTS, ROW_SCALES, KvPlainLayout, Layout, kv_layout
 from .values import Scalar, next_power_of_two
 
-LAYOUTS = ("index_k", "v32", "v4")
-WIDTHS: dict[str, tuple[int, ...]] = {"index_k": (32, 64, 128), "v32": (KvV32Layout.d_nope,), "v4": (KvV4Layout.d_nope,)}
-"""For each layout, how many channels of a token may be quantised."""
+LAYOUTS = ("index_k", *KV_LAYOUTS)
+WIDTHS: dict[str, tuple[int, ...]] = {
+    "index_k": INDEX_WIDTHS,
+    "v32": (KvV32Layout.d_nope,),
+    "v4": (KvV4Layout.d_nope,),
+    **{name: tuple(range(group or STEP, MOST + 1, group or STEP)) for name, (_, group) in ROW_SCALES.items()},
+    "bf16": tuple(range(STEP, MOST + MOST_TAIL + 1, STEP)),
+}
+"""For each layout, how many channels of a token may be quantised; of rows as they are, how many there are without position."""
+ROPES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(LAYOUTS, tuple(range(0, MOST_TAIL + 1, STEP))),
+    "v32": (64,),
+    "v4": (64,),
+}
+"""For each layout, how many channels behind them stay bf16; no matter for index keys, which have none."""
+FIXED = ("v32", "v4")
+"""Layouts with channels of their own."""
+D_ROPE = 64
+"""Of them, unless a spec says otherwise."""
 SLOTS = {"i32": torch.int32, "i64": torch.int64}
 SLOT_NAMES = {dtype: name for name, dtype in SLOTS.items()}
 
@@ -23,16 +42,32 @@ _ALIGNMENT = 16  # bytes; kernels move 16 at a time
 _FLAT_PAGES = tuple(1 << power for power in range(11))
 
 
-def layout_of(name: str, page: int, width: int) -> Layout:
+def layout_of(name: str, page: int, width: int, d_rope: int = D_ROPE) -> Layout:
     """The layout of that name; ``width`` is head_dim of the index keys, d_nope of a KV cache."""
     if name == "index_k":
         return IndexKLayout(page, width)
-    return KvV4Layout(page) if name == "v4" else KvV32Layout(page)
+    return kv_layout(name, page, width, d_rope)
 
 
 def group_of(layout: Layout) -> int:
     """Channels that share a scale."""
-    return layout.head_dim if isinstance(layout, IndexKLayout) else layout.group
+    if isinstance(layout, IndexKLayout):
+        return layout.head_dim
+    return width_of(layout) if isinstance(layout, KvPlainLayout) else layout.group
+
+
+def width_of(layout: Layout) -> int:
+    """Channels that are quantised, or stored in front of the rotary ones."""
+    return layout.head_dim if isinstance(layout, IndexKLayout) else layout.d_nope
+
+
+def scales_of(layout: Layout) -> str:
+    """How scales are stored: "fp32", "e8m0", "tensor" (one of the whole cache, which the caller keeps), or "none"."""
+    if isinstance(layout, IndexKLayout):
+        return "fp32"
+    if isinstance(layout, KvPlainLayout):
+        return "none"
+    return "tensor" if layout.stored_scales == "none" else layout.stored_scales
 
 
 def rope_of(layout: Layout) -> int:
@@ -45,27 +80,40 @@ def pack(layout: Layout, cache: Tensor, slots: Tensor, values: Tensor, scales: T
     if isinstance(layout, IndexKLayout):
         layout.pack(cache, slots, values, scales[:, 0])
     else:
-        assert rope is not None
+        assert not isinstance(layout, KvPlainLayout)
+        rope = values.new_empty(len(values), 0, dtype=torch.bfloat16) if rope is None else rope
         layout.pack(cache, slots, values, scales, rope)
 
 
 def template_names(layout: Layout, width: int) -> dict[str, Scalar]:
     """What a template must know of a layout: groups, and base and stride of every field."""
-    groups = width // group_of(layout)
+    shared = group_of(layout)
+    group = tile_of(shared)
+    groups = width // group
     names: dict[str, Scalar] = {
-        "group": group_of(layout),
+        "group": group,
         "groups": groups,
         "groups_padded": next_power_of_two(groups),
+        "shared": shared // group,
         "d_rope": rope_of(layout),
-        "scales": "e8m0" if isinstance(layout, KvV4Layout) else "fp32",
+        "rope_padded": next_power_of_two(max(rope_of(layout), 1)),
+        "scales": scales_of(layout),
     }
     if isinstance(layout, IndexKLayout):
         fields = {"values": layout.keys, "scales": layout.scale}
+    elif isinstance(layout, KvPlainLayout):
+        stride = layout.bytes_per_token
+        fields = {"values": Field(0, stride, 2 * width), "scales": Field(0, 0, 0), "rope": Field(2 * width, stride, 0)}
     else:
         fields = {"values": layout.nope, "scales": layout.scales, "rope": layout.rope}
     for name, field in fields.items():
         names |= {f"{name}_base": field.base, f"{name}_stride": field.stride}
     return names
+
+
+def tile_of(shared: int) -> int:
+    """Channels of a group in a kernel's tile, a power of two: those that share a scale, or as many of them as divide them."""
+    return shared & -shared
 
 
 def divider(page: int) -> tuple[int, int]:
@@ -107,8 +155,13 @@ def check_plain_cache(name: str, value: object, q: Tensor) -> int:
     Raises:
         InputError: names the argument, what came and what is allowed.
     """
-    head_dim = q.shape[-1]
-    cache = checks.tensor(name, value, (None, None, 1, head_dim), q.dtype, like=q, inner_contiguous=True)
+    return check_plain_rows(name, value, q.shape[-1], q.dtype, q)
+
+
+def check_plain_rows(name: str, value: object, head_dim: int | None, dtype: torch.dtype, like: Tensor | None = None) -> int:
+    """The same of a cache whose rows have ``head_dim`` channels, any number where it is None, of this dtype."""
+    cache = checks.tensor(name, value, (None, None, 1, head_dim), dtype, like=like, inner_contiguous=True)
+    head_dim = cache.shape[3]
     page = cache.shape[1]
     if page > 1 and cache.stride(1) != head_dim:
         raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {head_dim} between tokens)")
@@ -139,6 +192,33 @@ def _page_by_bytes(bytes_per_token: int) -> dict[int, int]:
     if bytes_per_token == KvV4Layout.bytes_per_token:
         sizes |= {KvV4Layout(page).page_bytes: page for page in _FLAT_PAGES}
     return sizes
+
+
+def check_scale(layout: Layout, scale: float) -> dict[str, float]:
+    """The scale that a whole cache shares, as an input of an operation; nothing for layouts that store theirs.
+
+    Raises:
+        InputError: it is not positive, or came for a layout that stores its own.
+    """
+    if scales_of(layout) == "tensor":
+        if not 0 < scale < math.inf:
+            raise InputError("scale", scale, "a positive number")
+        return {"scale": scale}
+    if scale != 1.0:
+        raise InputError("scale", scale, "1.0: only caches of layout 'fp8_tensor' share one")
+    return {}
+
+
+def widths(layout: str) -> str:
+    """The channels that a layout may have, in words."""
+    known = WIDTHS[layout]
+    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]} in steps of {known[1] - known[0]}"
+
+
+def untouched(cache: Tensor) -> Tensor:
+    """A cache as it was: one byte, or number, everywhere; its last block is named by no slot."""
+    bits = cache.contiguous().view(torch.int16 if cache.dtype == torch.bfloat16 else torch.uint8)
+    return torch.full_like(bits, int(bits[-1].flatten()[-1])).view(cache.dtype)
 
 
 def check_slots(slots: object, tokens: int | None, like: Tensor) -> Tensor:

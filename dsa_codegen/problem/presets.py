@@ -13,10 +13,10 @@ import yaml
 
 from .. import invariance
 from ..errors import SpecError, UnknownName
-from .caches import kv_layout
+from . import channels
+from .kv_layouts import KV_LAYOUTS, AnyKvLayout, kv_layout, require_kv_channels
 from .values import Value
 
-KV_LAYOUTS = ("v32", "v4")
 NO_CACHE = "none"
 """The layout of a model that has no paged KV cache: it prefills, and does not decode."""
 SCORES = ("weighted_relu", "relu_bias")
@@ -46,7 +46,8 @@ class Model(Value):
     topk: int
     """Tokens that each query attends to."""
     kv_layout: str = "v32"
-    """Layout of the paged FP8 KV cache: "v32" (656 B a token, 512 + 64 channels), "v4" (584 B, 448 + 64), or "none"."""
+    """Layout of the paged KV cache: "v32" (656 B a token, 512 + 64 channels), "v4" (584 B, 448 + 64), "bf16", one of the FP8
+    rows that hold any channels ("fp8_ue8m0_64": see ``kv_layouts.KvRowsLayout``), or "none"."""
     page: int = 64
     """Tokens per page of the paged caches."""
     score: str = "weighted_relu"
@@ -63,6 +64,12 @@ class Model(Value):
     """Tokens that an entry of a list stands for: a query of "gqa" attends to topk / block blocks of neighbouring tokens."""
     batch_invariant: bool = False
     """Whether a row's results have the same bits whatever other rows, chunks, ranks and records there are."""
+    d_v: int = channels.D_V
+    """Channels of a token that are its value: ``d_nope`` of them, or all (rotary position inside the value, DeepSeek-V4)."""
+    keep_first: int = 0
+    """So many tokens at a window's start are always chosen (attention sinks; LongCat); they count among the ``topk``."""
+    keep_recent: int = 0
+    """So many tokens at a window's end are always chosen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,11 +80,13 @@ class Model(Value):
         self.require_in("kv_heads", (1,))
         self.require_in("block", (1,))
         self.require_range("heads", 1, 128)
-        self.require_in("d_nope", (448, 512))
-        self.require_in("d_rope", (0, 64))
-        self.require_in("index_heads", (8, 16, 32, 64))
-        self.require_in("index_head_dim", (32, 64, 128))
+        self.require_range("d_nope", channels.STEP, channels.MOST, channels.STEP)
+        self.require_range("d_rope", 0, channels.MOST_TAIL, channels.STEP)
+        self.require_range("index_heads", 1, channels.MOST_INDEX_HEADS)
+        self.require_in("index_head_dim", channels.INDEX_WIDTHS)
         self.require_range("topk", 64, 4096)
+        self.require_range("keep_first", 0, self.topk)
+        self.require_range("keep_recent", 0, self.topk - self.keep_first)
         self.require_in("kv_layout", (*KV_LAYOUTS, NO_CACHE))
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
@@ -108,17 +117,36 @@ class Model(Value):
         """Whether its specs are batch invariant: because it says so, or because all calls of the process are."""
         return self.batch_invariant or invariance.always()
 
+    @property
+    def d_qk(self) -> int:
+        """Channels of queries and tokens."""
+        return self.d_nope + self.d_rope
+
+    @property
+    def rope_in_value(self) -> bool:
+        """Whether the rotary channels are part of the value."""
+        return self.d_rope > 0 and self.d_v == self.d_qk
+
+    @property
+    def cache(self) -> AnyKvLayout:
+        """How a block of the KV cache is laid out.
+
+        Raises:
+            UnknownName: the model has none.
+        """
+        return kv_layout(self.kv_layout, self.page, self.d_nope, self.d_rope, self.d_v)
+
     def _require_channels(self) -> None:
         """Fields that are possible one by one and contradict each other together are refused here, not at the first call."""
-        if self.kv_layout == NO_CACHE:
-            if self.d_nope + self.d_rope not in (512, 576):
-                raise SpecError("Model.d_rope", self.d_rope, "64, where d_nope is 448: attention takes 512 or 576 channels")
-            return
-        layout = kv_layout(self.kv_layout)
-        for field, stored in (("d_nope", layout.d_nope), ("d_rope", layout.d_rope)):
-            if getattr(self, field) != stored:
-                others = f"with kv_layout: {self.kv_layout}; kv_layout: {NO_CACHE} is a model without a paged KV cache"
-                raise SpecError(f"Model.{field}", getattr(self, field), f"{stored} {others}")
+        if self.kv_layout != NO_CACHE:
+            try:
+                require_kv_channels(self.kv_layout, self.d_nope, self.d_rope)
+            except SpecError as error:
+                raise error.inside("Model", f"kv_layout: {NO_CACHE} is a model without a paged KV cache") from None
+        self.require_range("d_v", channels.LEAST, channels.MOST, channels.STEP)
+        if self.d_v not in (self.d_nope, self.d_qk):
+            allowed = f"{self.d_nope}, the channels without position, or {self.d_qk}, all of a token's"
+            raise SpecError("Model.d_v", self.d_v, allowed)
 
 
 class _Loader(yaml.SafeLoader):

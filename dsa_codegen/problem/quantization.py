@@ -12,11 +12,16 @@ SMALLEST_AMAX = 1e-4
 """Floor of a group's largest magnitude when its scale is chosen, so that a group of zeros has a finite scale."""
 
 
-def quantize_groups(values: Tensor, group: int, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_groups(
+    values: Tensor, group: int, power_of_two: bool = False, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """e4m3 values [..., d] and fp32 scales [..., d // group] with ``values ≈ e4m3 * scale``.
 
     A scale is the group's largest magnitude over 448, or the next power of two above (what e8m0 can state). A group with a NaN
     is NaN, scale and all; one with an infinity has an infinite scale, hence is NaN once it is multiplied out.
+
+    Args:
+        scale: of all groups, in place of their own; what lies beyond 448 of it becomes 448 of it.
     """
     grouped = values.float().unflatten(-1, (values.shape[-1] // group, group))
     largest = grouped.abs().amax(-1).clamp_min(SMALLEST_AMAX)
@@ -26,6 +31,8 @@ def quantize_groups(values: Tensor, group: int, power_of_two: bool = False) -> t
         rounded = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
         scales = torch.where(scales.isnan(), scales, rounded)
     scales = scales.masked_fill(scales.isnan(), math.nan)  # one NaN, as the kernels store it
+    if scale is not None:
+        scales = torch.full_like(scales, scale)
     quantized = (grouped / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
     quantized = quantized.masked_fill(quantized.isnan(), math.nan)  # without a sign
     return quantized.flatten(-2).to(torch.float8_e4m3fn), scales

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import functions
 from ..choice import index_select
-from ..ops.attention.problem import D_V
+from ..errors import InputError
+from ..problem import channels
 from .indexer import indexer_loss
 from .sparse import sparse_attention
 
@@ -134,21 +135,21 @@ def run_fused_absorbed_sparse_attention(
     v_channels: int,
     topk_length: Tensor | None = None,
 ) -> Tensor | None:
-    """Sparse MLA with gradients, bf16 [queries, batch, heads, 512], or None.
+    """Sparse MLA with gradients, bf16 [queries, batch, heads, v_channels], or None.
 
     Args:
         query: bf16 [queries, batch, heads, d]; key: bf16 [tokens, batch, 1, d].
         topk_indices: [batch, queries, topk], invalid ones anywhere.
         topk_length: [batch, queries]; only so many entries of a list count.
     """
-    if not _attention_served(query, key) or v_channels != D_V:
+    if not _attention_served(query, key, v_channels):
         return None
     lengths = [None] * query.shape[1] if topk_length is None else topk_length.int().contiguous()
     parts = []
     for i in range(query.shape[1]):
         lists = functions._as_int32(topk_indices[i].contiguous())[:, None]
         q, kv = query[:, i].contiguous(), key[:, i].contiguous()
-        parts.append(sparse_attention(q, kv, lists, softmax_scale, lengths=lengths[i])[0])
+        parts.append(sparse_attention(q, kv, lists, softmax_scale, lengths=lengths[i], d_v=v_channels)[0])
     return torch.stack(parts, 1)
 
 
@@ -163,7 +164,7 @@ def _loss(q: Tensor, k: Tensor, weights: Tensor, query: Tensor, key: Tensor, sm_
     """The sum of one sequence's losses."""
     query, key, lists = query.detach().contiguous(), key.detach().contiguous(), lists[:, None].contiguous()
     with torch.no_grad():
-        lse = functions.sparse_attention(query, key, lists, sm_scale)[1]
+        lse = functions.sparse_attention(query, key, lists, sm_scale, d_v=min(query.shape[-1], channels.D_V))[1]
     return len(q) * indexer_loss(query, key, lse, q, k, weights, sm_scale, indices=lists)
 
 
@@ -171,11 +172,18 @@ def _indexer_served(q: Tensor, k: Tensor, weights: Tensor, topk: int, use_relu: 
     shapes = q.dim() == 4 and k.dim() == 3 and weights.dim() == 3 and k.shape[1] == weights.shape[1] == q.shape[1]
     if not (use_relu and shapes and q.dtype is k.dtype is torch.bfloat16):
         return False
-    return q.shape[2] in (8, 16, 32, 64) and q.shape[3] in (32, 64, 128) and 64 <= topk <= 4096
+    return q.shape[2] <= channels.MOST_INDEX_HEADS and q.shape[3] in channels.INDEX_WIDTHS and 64 <= topk <= 4096
 
 
-def _attention_served(query: Tensor, key: Tensor) -> bool:
+def _attention_served(query: Tensor, key: Tensor, d_v: int = 0) -> bool:
+    """Whether kernels take these channels, d_v of them the value; as many as may be where only scores are wanted."""
     shapes = query.dim() == key.dim() == 4 and query.shape[1] == key.shape[1] and key.shape[2] == 1
     if not (shapes and query.dtype is key.dtype is torch.bfloat16):
         return False
-    return query.shape[3] == key.shape[3] and query.shape[3] in (D_V, D_V + 64) and query.shape[2] <= 128
+    if query.shape[3] != key.shape[3] or query.shape[2] > 128:
+        return False
+    try:
+        channels.check("query", query.shape[3], d_v or min(query.shape[3], channels.D_V))
+    except InputError:
+        return False
+    return True

@@ -9,8 +9,8 @@ import torch
 
 from dsa_codegen.compat import flash_mla
 from dsa_codegen.errors import InputError
-from dsa_codegen.problem.caches import kv_layout
 from dsa_codegen.problem.compare import ATTENTION, LSE, close
+from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.quantization import quantize_groups
 
 INF = math.inf

@@ -12,8 +12,8 @@ from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.latent_prologue import OP, LatentPrologueSizes, LatentPrologueSpec
 from dsa_codegen.problem import presets
-from dsa_codegen.problem.caches import kv_layout
 from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.op import Case, Config
 
 from support import H200, arguments, assert_compiles, assert_matches_reference, run_interpreted

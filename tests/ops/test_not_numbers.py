@@ -17,8 +17,9 @@ from dsa_codegen.ops.attention_paged import AttentionPagedSpec
 from dsa_codegen.ops.indexer import IndexerSpec
 from dsa_codegen.ops.indexer_paged import IndexerPagedSizes, IndexerPagedSpec
 from dsa_codegen.ops.quantize import QuantizeSpec
-from dsa_codegen.problem.caches import IndexKLayout, KvV32Layout, as_pages, kv_layout
+from dsa_codegen.problem.caches import IndexKLayout, KvV32Layout, as_pages
 from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch
 

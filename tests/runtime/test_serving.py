@@ -9,7 +9,8 @@ import torch
 
 import dsa_codegen as dsa
 from dsa_codegen.errors import InputError
-from dsa_codegen.problem.caches import IndexKLayout, kv_layout
+from dsa_codegen.problem.caches import IndexKLayout
+from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.presets import Model
 from dsa_codegen.runtime import dispatch
 

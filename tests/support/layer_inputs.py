@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen.problem.caches import IndexKLayout, kv_layout
+from dsa_codegen.problem.caches import IndexKLayout
 from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.presets import Model
 
 TINY = dsa.preset("tiny")

@@ -12,7 +12,8 @@ from torch import Tensor
 from ... import choice, functions
 from ...distributed import ContextParallel, Deal, Shard, TensorParallel, balanced_bounds, gather_rows
 from ...layer import Layer
-from ...problem.caches import IndexKLayout, kv_layout
+from ...problem.caches import IndexKLayout
+from ...problem.kv_layouts import kv_layout
 from ...problem.presets import Model
 from .cases import Case
 

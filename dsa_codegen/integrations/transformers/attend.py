@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import functions
 from ...errors import InputError
-from ...ops.attention.problem import D_V
+from ...problem.channels import D_V
 
 _D_ROPE = 64
 _ROWS = 4096

@@ -16,10 +16,10 @@ from torch import nn
 
 from ...errors import InputError, SpecError, ToolMissing, UnknownName
 from ...ops.attention import AttentionSpec
-from ...ops.attention.problem import D_V
 from ...ops.indexer import IndexerSpec
 from ...ops.select import SelectSpec
 from ...problem import checks
+from ...problem.channels import D_V
 from ...problem.presets import PRECISIONS
 from . import attend, choose, families, windows
 

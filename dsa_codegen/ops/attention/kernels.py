@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
+from ...problem.channels import D_V, padded, padded_to
 from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
-from .problem import D_V, AttentionSizes, AttentionSpec, sharing
+from .problem import AttentionSizes, AttentionSpec, sharing
 
 _SPECIALISED_THREADS = 384  # one group of 128 gathers, one scores, one adds up
 # The configs to try in turn: the first without a violation is the default. The specialised pipeline pads to 64 heads and still
@@ -74,11 +75,17 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         return (*tile, stages, Parameter("threads", (128, 256, _SPECIALISED_THREADS), "threads per block"), pipeline)
 
     def constraints(self, spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend != "triton" and (spec.d_v != D_V or spec.d_qk not in (D_V, D_V + 64)):
+            reason = f"channels: {spec.d_qk} of {spec.d_v} are served by the Triton template, the others take 512 + 64 or 512"
+            yield Violation("channels", 1.0, reason)
+            return
         if config.backend == "cuda":
             yield from _cuda_constraints(spec, config, gpu)
             return
         if config.backend == "triton":
-            yield from _triton_constraints(spec, config)
+            # The output's accumulator lies in registers; beyond 128 of 255 (block_h 64 on 4 warps) 1160 bytes spill.
+            values = config["block_h"] * padded_to(spec.d_v) / (32 * config["num_warps"])
+            yield from exceeds("accumulator registers", values, 128)
         else:
             yield from _tilelang_constraints(spec, config, gpu)
         # A block that serves no head at all would only cost time.
@@ -106,8 +113,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if config.backend == "cuda":
             return _cuda_derived(spec, config)
         values: dict[str, Scalar] = {
-            "d_v": D_V,
-            "d_tail": spec.d_qk - D_V,
+            "d_tail": spec.d_qk - spec.d_v,
+            "padded_v": padded_to(spec.d_v),
+            "padded_tail": padded_to(spec.d_qk - spec.d_v),
             "head_blocks": _head_blocks(spec, config),
         }
         if config.backend == "tilelang":
@@ -220,7 +228,6 @@ def _chunks(spec: AttentionSpec) -> int:
 
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {
-        "d_v": D_V,
         "threads": _CUDA_THREADS,
         "producer_registers": 3 * _REGISTERS - 2 * config["consumer_registers"],
         "smem": _cuda_smem(spec, config),
@@ -243,11 +250,6 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     return {**values, "design": "few", **few}
 
 
-def _triton_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    # The output's accumulator lies in registers; beyond 128 of 255 (block_h 64 on 4 warps) 1160 bytes spill.
-    yield from exceeds("accumulator registers", config["block_h"] * D_V / (32 * config["num_warps"]), 128)
-
-
 def _tilelang_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("capability", 1.0, f"capability: the TileLang template is Hopper's, {gpu.name} is sm_{gpu.capability}")
@@ -267,7 +269,8 @@ def _tilelang_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iter
 def _smem(spec: AttentionSpec, config: Config, gpu: Gpu) -> int:
     """Bytes of shared memory per block, as the compilers report them, and up to 4 KB more."""
     block_h, block_n, stages = config["block_h"], config["block_n"], config["num_stages"]
-    q, tile, weights = 2 * block_h * spec.d_qk, 2 * block_n * spec.d_qk, 2 * block_h * block_n
+    width = padded(spec.d_qk, spec.d_v)
+    q, tile, weights = 2 * block_h * width, 2 * block_n * width, 2 * block_h * block_n
     small = 4096
     if config.backend == "tilelang":
         if _specialised(config):  # the weights take the tails' place, which is there without a tail too

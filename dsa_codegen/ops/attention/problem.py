@@ -1,6 +1,6 @@
 """Sparse MLA, prefill: every query attends to its own list of tokens; all heads share one latent vector per token.
 
-``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :512]``,
+``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :d_v]``,
 ``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode). With a sink, ``exp(sink[h])``
 joins the softmax's denominator; lse stays as it is. An index of -1 or >= the number of tokens means "no token".
 """
@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks
+from ...problem import channels, checks
+from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, Model
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 from ..logits import exact
-
-D_V = 512
-"""Channels of a token that are also its value: 512 + 64 (V3.2), 512 + 0, and all of 448 + 64 (V4)."""
 
 SHARES = (1, 2, 4)
 """Of how many neighbouring queries lists may be joined."""
@@ -39,7 +37,7 @@ class AttentionSpec(Spec):
 
     heads: int
     d_qk: int
-    """Channels of queries and tokens: 576, or 512 where every channel is also value."""
+    """Channels of queries and tokens: ``d_v``, and up to 128 that are key only."""
     topk: int
     lengths: bool = False
     """Whether only the first ``lengths[query]`` entries of a list count."""
@@ -50,11 +48,13 @@ class AttentionSpec(Spec):
     """So many neighbouring queries gather the union of their lists together, where a kernel can; results are the same."""
     batch_invariant: bool = False
     """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
+    d_v: int = D_V
+    """Channels of a token, the first ones, that are also its value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_range("heads", 1, 128)
-        self.require_in("d_qk", (D_V, D_V + 64))
+        channels.require(self)
         self.require_range("topk", 1, 1 << 20)
         self.require_in("share", SHARES)
 
@@ -77,7 +77,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     function = "sparse_attention"
     schema = (
         "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
-        "int share=1, bool batch_invariant=False) -> (Tensor, Tensor)"
+        "int share=1, bool batch_invariant=False, int d_v=512) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse", "max_logits")
     spec_type = AttentionSpec
@@ -87,13 +87,14 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def specs(self, model: Model) -> Sequence[AttentionSpec]:
         if model.attention != MLA:
             return ()
-        options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}
-        return (AttentionSpec(model.heads, model.d_nope + model.d_rope, model.topk, **options),)
+        options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant, "d_v": model.d_v}
+        return (AttentionSpec(model.heads, model.d_qk, model.topk, **options),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
-        q, kv, indices, sm_scale, lengths, sink, share, invariant, *brought = args
+        q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, *brought = args
         q = checks.rows("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
+        channels.check("q", d_qk, d_v)
         kv = checks.rows("kv", kv, (None, 1, d_qk), q.dtype, like=q)
         indices = checks.rows("indices", indices, (queries, 1, None), torch.int32, like=q, whole=False)
         tokens, topk = kv.shape[0], indices.shape[2]
@@ -104,10 +105,10 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         check_scale(sm_scale)
         if share not in SHARES:
             raise InputError("share", str(share), "1, 2 or 4")
-        buffers = check_buffers(self.buffers, brought, (queries, heads), D_V, q)
+        buffers = check_buffers(self.buffers, brought, (queries, heads), d_v, q)
         share = 1 if invariant else share  # a union of lists would be added up in an order that the neighbours decide
         options = (lengths is not None, sink is not None, "max_logits" in buffers, sharing(heads, share), invariant)
-        spec = AttentionSpec(heads, d_qk, topk, *options)
+        spec = AttentionSpec(heads, d_qk, topk, *options, d_v)
         inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
         return spec, AttentionSizes(queries, tokens), inputs
 
@@ -121,7 +122,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         q = draw.normal(queries, spec.heads, spec.d_qk, dtype=torch.bfloat16, scale=10.0)
         kv = draw.normal(tokens, 1, spec.d_qk, dtype=torch.bfloat16, scale=0.1)
         if case.distribution == "steep":
-            _make_steep(draw, kv)
+            _make_steep(draw, kv, spec.d_v)
         return {
             "q": q,
             "kv": kv,
@@ -134,12 +135,12 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def reference(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
         q = inputs["q"]
         step = 1 if spec.batch_invariant else _CHUNK  # products of one shape add up in one order
-        parts = [_attend(inputs, slice(first, first + step)) for first in range(0, max(len(q), 1), step)]
+        parts = [_attend(inputs, slice(first, first + step), spec.d_v) for first in range(0, max(len(q), 1), step)]
         names = self.buffers if spec.max_logits else self.buffers[:2]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def allocate(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
-        return attended(inputs, inputs["q"].shape[:2], D_V, spec.max_logits)
+        return attended(inputs, inputs["q"].shape[:2], spec.d_v, spec.max_logits)
 
     def check(self, spec: AttentionSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         return compare_attended(outputs, reference)
@@ -147,9 +148,9 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def cost(self, spec: AttentionSpec, case: Case[AttentionSizes]) -> Cost:
         queries, tokens = case.sizes.queries, case.sizes.tokens
         chosen = min(spec.topk, tokens)
-        flops = 2 * queries * spec.heads * chosen * (spec.d_qk + D_V)
+        flops = 2 * queries * spec.heads * chosen * (spec.d_qk + spec.d_v)
         rows = min(tokens, queries * chosen)
-        results = queries * spec.heads * (2 * D_V + 4)
+        results = queries * spec.heads * (2 * spec.d_v + 4)
         return Cost(flops, 2 * spec.d_qk * (queries * spec.heads + rows) + 4 * queries * spec.topk + results, "bf16")
 
     def cases(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
@@ -204,13 +205,13 @@ def _spoiled(draw: Draw, indices: Tensor, tokens: int) -> Tensor:
     return spoiled
 
 
-def _make_steep(draw: Draw, kv: Tensor) -> None:
+def _make_steep(draw: Draw, kv: Tensor, d_v: int) -> None:
     """A token's channels that are key only times 1, 30 or 300: maxima rise by hundreds within a row."""
     steps = torch.tensor([1.0, 30.0, 300.0], dtype=kv.dtype, device=kv.device)
-    kv[..., D_V:] *= steps[draw.integers(0, 3, len(kv), 1, 1).long()]
+    kv[..., d_v:] *= steps[draw.integers(0, 3, len(kv), 1, 1).long()]
 
 
-def _attend(inputs: Inputs, rows: slice) -> Outputs:
+def _attend(inputs: Inputs, rows: slice, d_v: int) -> Outputs:
     """What some queries get, in fp32, or in fp64 where they came so."""
     q, kv, chosen = exact(inputs["q"][rows]), inputs["kv"][:, 0], inputs["indices"][rows, 0].long()
     valid = (chosen >= 0) & (chosen < len(kv))
@@ -223,5 +224,5 @@ def _attend(inputs: Inputs, rows: slice) -> Outputs:
     lse = scores.logsumexp(-1)
     total = lse if inputs["sink"] is None else torch.logaddexp(lse, inputs["sink"].expand_as(lse))
     weights = torch.exp(scores - total[..., None]).masked_fill(~valid[:, None], 0.0)
-    out = torch.einsum("qhk,qkd->qhd", weights, latent[..., :D_V])
+    out = torch.einsum("qhk,qkd->qhd", weights, latent[..., :d_v])
     return {"out": out, "lse": lse, "max_logits": scores.amax(-1)}

@@ -5,7 +5,7 @@ With ``s[h,i] = sm_scale · q[h] · kv[i]``, ``total[h] = ln(Σ_i exp(s[h,i]) + 
 
     ds[h,i] = p[h,i] · (do[h] · v[i] - delta[h]) + dlse[h] · exp(s[h,i] - lse[h])
     dq[h]   = sm_scale · Σ_i ds[h,i] · kv[i]
-    dkv[i] += sm_scale · Σ_h ds[h,i] · q[h],   dkv[i, :512] += Σ_h p[h,i] · do[h]
+    dkv[i] += sm_scale · Σ_h ds[h,i] · q[h],   dkv[i, :d_v] += Σ_h p[h,i] · do[h]
     dsink[h] = -Σ_queries exp(sink[h] - total[h]) · delta[h]
 
 A sink weighs on the softmax but has no value: it is a token whose value is 0, so its ``do · v`` is 0.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.problem import D_V
+from ...problem.channels import D_V
 from ..inverse_lists import listed
 
 _CHUNK = 64  # queries at a time: their tokens are gathered
@@ -35,14 +35,20 @@ class Gradients(NamedTuple):
 
 
 def attend(
-    q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, lengths: Tensor | None = None, sink: Tensor | None = None
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    lengths: Tensor | None = None,
+    sink: Tensor | None = None,
+    d_v: int = D_V,
 ) -> tuple[Tensor, Tensor]:
-    """(out [queries, heads, 512], lse [queries, heads]) in the dtype of ``q``."""
-    out, lse = q.new_zeros(*q.shape[:2], D_V), q.new_full(q.shape[:2], -math.inf)
+    """(out [queries, heads, d_v], lse [queries, heads]) in the dtype of ``q``."""
+    out, lse = q.new_zeros(*q.shape[:2], d_v), q.new_full(q.shape[:2], -math.inf)
     for rows, valid, latent in _gathered(q, kv, indices, lengths):
         score = _scores(q[rows], latent, valid, sm_scale)
         lse[rows] = score.logsumexp(-1)
-        out[rows] = torch.einsum("qhk,qkd->qhd", _softmax(score, _total(lse[rows], sink)), latent[..., :D_V])
+        out[rows] = torch.einsum("qhk,qkd->qhd", _softmax(score, _total(lse[rows], sink)), latent[..., :d_v])
     return out, lse
 
 
@@ -59,19 +65,19 @@ def gradients(
     sink: Tensor | None = None,
 ) -> Gradients:
     """The formulas above, in the dtype of ``q``, from the forward's results ``out`` and ``lse`` and their gradients."""
-    delta = (out * do).sum(-1)
+    delta, d_v = (out * do).sum(-1), do.shape[-1]
     total = _total(lse, sink)
     dq, dkv = torch.zeros_like(q), torch.zeros_like(kv)
     for rows, valid, latent in _gathered(q, kv, indices, lengths):
         score = _scores(q[rows], latent, valid, sm_scale)
         p = _softmax(score, total[rows])
-        ds = p * (torch.einsum("qhd,qkd->qhk", do[rows], latent[..., :D_V]) - delta[rows, :, None])
+        ds = p * (torch.einsum("qhd,qkd->qhk", do[rows], latent[..., :d_v]) - delta[rows, :, None])
         if dlse is not None:
             ds += dlse[rows, :, None] * _softmax(score, lse[rows])
         ds *= sm_scale
         dq[rows] = torch.einsum("qhk,qkd->qhd", ds, latent)
         added = torch.einsum("qhk,qhd->qkd", ds, q[rows])
-        added[..., :D_V] += torch.einsum("qhk,qhd->qkd", p, do[rows])
+        added[..., :d_v] += torch.einsum("qhk,qhd->qkd", p, do[rows])
         dkv[:, 0].index_add_(0, indices[rows, 0][valid].long(), added[valid])
     dsink = None if sink is None else -(torch.exp(sink - total) * delta).sum(0)
     return Gradients(dq, dkv, dsink)

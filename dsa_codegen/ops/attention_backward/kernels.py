@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...gpu import Gpu
+from ...problem.channels import padded_to
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
-from ..attention.problem import D_V
 from .problem import AttentionBackwardSizes, AttentionBackwardSpec
 
 _WEIGHT_BYTES = 1 << 29
@@ -79,8 +79,10 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
 
     def derived(self, spec: AttentionBackwardSpec, config: Config) -> dict[str, Scalar]:
         return {
-            "d_v": D_V,
-            "d_tail": spec.d_qk - D_V,
+            "d_tail": spec.d_qk - spec.d_v,
+            "padded_v": padded_to(spec.d_v),
+            "padded_tail": padded_to(spec.d_qk - spec.d_v),
+            "score_masked": spec.d_v % int(config["score_d"]) != 0,
             "padded": _padded(spec),
             "few_heads": _padded(spec) <= _FEW_HEADS,
             "score_tiles": -(-spec.topk // int(config["score_n"])),

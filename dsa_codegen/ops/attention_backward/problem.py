@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...problem import checks, compare
+from ...problem import channels, checks, compare
+from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, Model
 from ...problem.values import Spec
 from ..attention import OP as FORWARD
-from ..attention.problem import D_V, AttentionSizes, AttentionSpec
+from ..attention.problem import AttentionSizes, AttentionSpec
 from ..inverse_lists import check_lists, inverse_lists
 from ..logits import exact
 from . import formulas
@@ -38,11 +39,13 @@ class AttentionBackwardSpec(Spec):
     """Whether lse has a gradient too, as where parts of an attention are merged by it."""
     deterministic: bool = False
     """Whether a token's gradient is added up in a fixed order."""
+    d_v: int = D_V
+    """As in the forward."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_range("heads", 1, 128)
-        self.require_in("d_qk", (D_V, D_V + 64))
+        channels.require(self)
         self.require_range("topk", 1, 1 << 16)
 
 
@@ -69,30 +72,32 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
     def specs(self, model: Model) -> Sequence[AttentionBackwardSpec]:
         if model.attention != MLA:
             return ()
-        return (AttentionBackwardSpec(model.heads, model.d_nope + model.d_rope, model.topk, sink=model.attn_sink),)
+        return (AttentionBackwardSpec(model.heads, model.d_qk, model.topk, sink=model.attn_sink, d_v=model.d_v),)
 
     def repeatable(self, spec: AttentionBackwardSpec) -> bool:
         return spec.deterministic
 
     def bind(self, *args: Any) -> tuple[AttentionBackwardSpec, AttentionBackwardSizes, Inputs]:
         q, kv, indices, sm_scale, out, lse, do, dlse, lengths, sink, order, offsets = args
-        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1, False)
+        checks.check_kind("out", out, "Tensor")
+        d_v = out.shape[-1] if out.dim() else 0
+        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1, False, d_v)
         q, kv, indices = inputs["q"], inputs["kv"], inputs["indices"]
         (queries, heads, d_qk), topk = q.shape, indices.shape[2]
         for name, value in (("out", out), ("do", do)):
-            checks.tensor(name, value, (queries, heads, D_V), q.dtype, like=q)
+            checks.tensor(name, value, (queries, heads, d_v), q.dtype, like=q)
         checks.tensor("lse", lse, (queries, heads), torch.float32, like=q)
         if dlse is not None:
             checks.tensor("dlse", dlse, (queries, heads), torch.float32, like=q)
         check_lists(order, offsets, q, topk, kv.shape[0])
         spec = AttentionBackwardSpec(
-            heads, d_qk, topk, lengths is not None, sink is not None, dlse is not None, order is not None
+            heads, d_qk, topk, lengths is not None, sink is not None, dlse is not None, order is not None, d_v
         )
         given = {"out": out, "lse": lse, "do": do, "dlse": dlse, "order": order, "offsets": offsets}
         return spec, AttentionBackwardSizes(sizes.queries, sizes.tokens), {**inputs, **given}
 
     def inputs(self, spec: AttentionBackwardSpec, case: Case[AttentionBackwardSizes], draw: Draw) -> Inputs:
-        forward = AttentionSpec(spec.heads, spec.d_qk, spec.topk, spec.lengths, spec.sink)
+        forward = AttentionSpec(spec.heads, spec.d_qk, spec.topk, spec.lengths, spec.sink, d_v=spec.d_v)
         given = FORWARD.inputs(forward, Case(AttentionSizes(case.sizes.queries, case.sizes.tokens), case.distribution), draw)
         rows = case.sizes.queries, spec.heads
         attended = FORWARD.allocate(forward, given)
@@ -102,7 +107,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
             **given,
             "out": attended["out"].bfloat16(),
             "lse": attended["lse"],
-            "do": draw.normal(*rows, D_V, dtype=torch.bfloat16),
+            "do": draw.normal(*rows, spec.d_v, dtype=torch.bfloat16),
             "dlse": draw.normal(*rows) if spec.lse_gradient else None,
             **_drawn_lists(spec, case, given, draw),
         }
@@ -126,9 +131,9 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
         """Five products: scores, their gradient, dq, and the two that dkv is the sum of."""
         queries, tokens = case.sizes.queries, case.sizes.tokens
         chosen = min(spec.topk, tokens)
-        flops = 2 * queries * spec.heads * chosen * (3 * spec.d_qk + 2 * D_V)
+        flops = 2 * queries * spec.heads * chosen * (3 * spec.d_qk + 2 * spec.d_v)
         rows = min(tokens, queries * chosen)
-        per_query = 2 * spec.heads * (2 * spec.d_qk + 2 * D_V) + 4 * spec.topk
+        per_query = 2 * spec.heads * (2 * spec.d_qk + 2 * spec.d_v) + 4 * spec.topk
         return Cost(flops, queries * per_query + 2 * spec.d_qk * (rows + tokens), "bf16")
 
     def cases(self, spec: AttentionBackwardSpec) -> Sequence[Case[AttentionBackwardSizes]]:

@@ -8,21 +8,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..attention.problem import D_V
+from ...problem.channels import D_V
 from ..logits import exact
 
 BYTES = 1 << 28
 """Of fp32 scores that are in memory at a time."""
 
 
-def attend(q: Tensor, kv: Tensor, sm_scale: float, starts: Tensor, ends: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out [queries, heads, 512], lse [queries, heads]) in fp32, or in fp64 where ``q`` and ``kv`` came so."""
+def attend(
+    q: Tensor, kv: Tensor, sm_scale: float, starts: Tensor, ends: Tensor, sink: Tensor | None, d_v: int = D_V
+) -> tuple[Tensor, Tensor]:
+    """(out [queries, heads, d_v], lse [queries, heads]) in fp32, or in fp64 where ``q`` and ``kv`` came so."""
     q, kv = exact(q), exact(kv)
-    out, lse = q.new_zeros(*q.shape[:2], D_V), q.new_full(q.shape[:2], -math.inf)
+    out, lse = q.new_zeros(*q.shape[:2], d_v), q.new_full(q.shape[:2], -math.inf)
     for rows, tokens, seen in chunks(q, len(kv), starts, ends):
         score = scores(q[rows], kv[tokens, 0], seen, sm_scale)
         lse[rows] = score.logsumexp(-1)
-        out[rows] = torch.einsum("qhk,kd->qhd", softmax(score, with_sink(lse[rows], sink)), kv[tokens, 0, :D_V])
+        out[rows] = torch.einsum("qhk,kd->qhd", softmax(score, with_sink(lse[rows], sink)), kv[tokens, 0, :d_v])
     return out, lse
 
 

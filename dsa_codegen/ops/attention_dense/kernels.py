@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
+from ...problem.channels import padded, padded_to
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
-from ..attention.problem import D_V
 from .problem import AttentionDenseSizes, AttentionDenseSpec
 
 _WIDE = Config.of("triton", block_m=64, block_n=64, num_stages=2, num_warps=8)
@@ -30,14 +30,15 @@ class AttentionDenseKernels(Kernels[AttentionDenseSpec, AttentionDenseSizes]):
 
     def constraints(self, spec: AttentionDenseSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         # The output's accumulator lies in registers, as in the sparse kernel.
-        yield from exceeds("accumulator registers", config["block_m"] * D_V / (32 * config["num_warps"]), 128)
+        yield from exceeds("accumulator registers", config["block_m"] * padded_to(spec.d_v) / (32 * config["num_warps"]), 128)
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
     def guesses(self, spec: AttentionDenseSpec, sizes: AttentionDenseSizes, gpu: Gpu) -> Iterable[Config]:
         return (_WIDE, _NARROW, _NARROW.replace(block_m=32), _NARROW.replace(block_m=16, num_warps=4, num_stages=1))
 
     def derived(self, spec: AttentionDenseSpec, config: Config) -> dict[str, Scalar]:
-        return {"d_v": D_V, "d_tail": spec.d_qk - D_V}
+        tail = spec.d_qk - spec.d_v
+        return {"d_tail": tail, "padded_v": padded_to(spec.d_v), "padded_tail": padded_to(tail)}
 
     def launches(
         self, spec: AttentionDenseSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu
@@ -58,7 +59,8 @@ class AttentionDenseKernels(Kernels[AttentionDenseSpec, AttentionDenseSizes]):
 def _smem(spec: AttentionDenseSpec, config: Config, gpu: Gpu) -> int:
     """Bytes of shared memory: rows and tiles in flight; beside them on other GPUs than Hopper weights, on Blackwell copies."""
     block_m, block_n = config["block_m"], config["block_n"]
-    own = 2 * block_m * spec.d_qk + 2 * block_n * spec.d_qk * config["num_stages"]
+    width = padded(spec.d_qk, spec.d_v)
+    own = 2 * block_m * width + 2 * block_n * width * config["num_stages"]
     if 90 <= gpu.capability < 100:
         return int(own) + 1024
     return int(own) + 2 * block_m * block_n + 4096 + (64 * 1024 if 100 <= gpu.capability < 120 else 0)

@@ -1,6 +1,6 @@
 """Dense MLA over windows, with lse: what the indexer's warm-up learns from, and what sparse attention is compared with.
 
-``out[h] = Σ_s softmax(sm_scale · q[h] · kv[s]) · kv[s, :512]`` over the tokens s of each query's window [start, end). Windows
+``out[h] = Σ_s softmax(sm_scale · q[h] · kv[s]) · kv[s, :d_v]`` over the tokens s of each query's window [start, end). Windows
 state causal batches, packed sequences and a rank's part of a context.
 """
 
@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...problem import checks
+from ...problem import channels, checks
+from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, Model
 from ...problem.values import Spec
 from ..attended import attended, check_scale, compare_attended
-from ..attention.problem import D_V, AttentionSizes
+from ..attention.problem import AttentionSizes
 from . import formulas
 
 
@@ -29,11 +30,13 @@ class AttentionDenseSpec(Spec):
     heads: int
     d_qk: int
     sink: bool = False
+    d_v: int = D_V
+    """Channels of a token, the first ones, that are also its value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_range("heads", 1, 128)
-        self.require_in("d_qk", (D_V, D_V + 64))
+        channels.require(self)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
     name = "attention_dense"
     summary = "Dense MLA with lse: every query attends to all tokens of its window, all heads sharing one latent vector."
     function = "dense_attention"
-    schema = "(Tensor q, Tensor kv, float sm_scale, Tensor starts, Tensor ends, Tensor? sink=None) -> (Tensor, Tensor)"
+    schema = (
+        "(Tensor q, Tensor kv, float sm_scale, Tensor starts, Tensor ends, Tensor? sink=None, int d_v=512) -> (Tensor, Tensor)"
+    )
     spec_type = AttentionDenseSpec
     sizes_type = AttentionDenseSizes
     minor = frozenset({"sink"})
@@ -56,12 +61,13 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
     def specs(self, model: Model) -> Sequence[AttentionDenseSpec]:
         if model.attention != MLA:
             return ()
-        return (AttentionDenseSpec(model.heads, model.d_nope + model.d_rope, model.attn_sink),)
+        return (AttentionDenseSpec(model.heads, model.d_qk, model.attn_sink, model.d_v),)
 
     def bind(self, *args: Any) -> tuple[AttentionDenseSpec, AttentionDenseSizes, Inputs]:
-        q, kv, sm_scale, starts, ends, sink = args
+        q, kv, sm_scale, starts, ends, sink, d_v = args
         q = checks.tensor("q", q, (None, None, None), checks.floating(q))
         queries, heads, d_qk = q.shape
+        channels.check("q", d_qk, d_v)
         kv = checks.tensor("kv", kv, (None, 1, d_qk), q.dtype, like=q)
         starts = checks.tensor("starts", starts, (queries,), torch.int32, like=q)
         ends = checks.tensor("ends", ends, (queries,), torch.int32, like=q)
@@ -69,7 +75,7 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
             sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
         inputs = {"q": q, "kv": kv, "sm_scale": sm_scale, "starts": starts, "ends": ends, "sink": sink}
-        return AttentionDenseSpec(heads, d_qk, sink is not None), AttentionDenseSizes(queries, kv.shape[0]), inputs
+        return AttentionDenseSpec(heads, d_qk, sink is not None, d_v), AttentionDenseSizes(queries, kv.shape[0]), inputs
 
     def inputs(self, spec: AttentionDenseSpec, case: Case[AttentionDenseSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.tokens
@@ -88,11 +94,11 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
         }
 
     def reference(self, spec: AttentionDenseSpec, inputs: Inputs) -> Outputs:
-        names = ("q", "kv", "sm_scale", "starts", "ends", "sink")
-        return dict(zip(("out", "lse"), formulas.attend(*(inputs[name] for name in names)), strict=True))
+        given = {name: inputs[name] for name in ("q", "kv", "sm_scale", "starts", "ends", "sink")}
+        return dict(zip(("out", "lse"), formulas.attend(**given, d_v=spec.d_v), strict=True))
 
     def allocate(self, spec: AttentionDenseSpec, inputs: Inputs) -> Outputs:
-        return attended(inputs, inputs["q"].shape[:2], D_V)
+        return attended(inputs, inputs["q"].shape[:2], spec.d_v)
 
     def check(self, spec: AttentionDenseSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         return compare_attended(outputs, reference)
@@ -101,7 +107,9 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
         queries, tokens = case.sizes.queries, case.sizes.tokens
         pairs = queries * tokens - queries * (queries - 1) // 2
         rows = queries * spec.heads
-        return Cost(2 * pairs * spec.heads * (spec.d_qk + D_V), 2 * spec.d_qk * (rows + tokens) + rows * (2 * D_V + 4), "bf16")
+        return Cost(
+            2 * pairs * spec.heads * (spec.d_qk + spec.d_v), 2 * spec.d_qk * (rows + tokens) + rows * (2 * spec.d_v + 4), "bf16"
+        )
 
     def cases(self, spec: AttentionDenseSpec) -> Sequence[Case[AttentionDenseSizes]]:
         sizes = ((1, 1), (5, 97), (3, 0), (0, 40))

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...gpu import Gpu
 from ...kernels.waves import until_done
-from ...problem.caches import KvLayout, KvV4Layout
+from ...problem.channels import padded_to
 from ...problem.checks import pieces, step
+from ...problem.kv_layouts import AnyKvLayout, KvPlainLayout
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
-from ...problem.paged import divider
+from ...problem.paged import FIXED, divider, group_of, scales_of, tile_of
 from ...problem.values import Scalar
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
@@ -54,6 +55,10 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             if gpu.capability != 90:
                 reason = f"capability: the Gluon template is Hopper's, {gpu.name} is sm_{gpu.capability}"
                 yield Violation("capability", 1.0, reason)
+            if spec.kv_layout not in FIXED:
+                reason = f"layout: the Gluon template reads v32 and v4, Triton's {spec.kv_layout}"
+                yield Violation("layout", 1.0, reason)
+                return
             if spec.extra_topk:
                 yield Violation("second pool", 1.0, "second pool: the Gluon template gathers from one cache, Triton's from two")
             yield from exceeds("smem", _gluon_smem(spec), gpu.smem_per_block, " B")
@@ -62,9 +67,11 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             yield from exceeds("capability for e4m3 conversion", 89, gpu.capability)
         yield from exceeds("padded heads", config["block_h"], max(16, 2 * spec.heads - 1))
         # Accumulator and tile lie in registers: beyond 256 of their values per thread they spill on every architecture.
-        values = (config["block_h"] + config["block_n"]) * spec.layout.d_v / (32 * config["num_warps"])
+        values = (config["block_h"] + config["block_n"]) * _padded(spec) / (32 * config["num_warps"])
         yield from exceeds("values per thread", values, 256)
-        if isinstance(spec.layout, KvV4Layout) and not _warpgroups(config, gpu):
+        if spec.kv_layout == "bf16" and config["dequantize"] != "bits":
+            yield Violation("dequantize", 1.0, "dequantize: bits; there is nothing to dequantize in bf16 rows")
+        if (spec.kv_layout == "v4" or spec.rope_in_value) and not _warpgroups(config, gpu):
             yield from exceeds("heads per block of the v4 layout", config["block_h"], 16)  # at 32, 440 bytes spill
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
@@ -90,21 +97,28 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     def derived(self, spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         layout = spec.layout
         names: dict[str, Scalar] = {
+            "general": spec.general,
+            "scales": scales_of(layout),
             "d_nope": layout.d_nope,
             "d_rope": layout.d_rope,
             "d_v": layout.d_v,
-            "group": layout.group,
-            "power_of_two": isinstance(layout, KvV4Layout),
-            "nope_base": layout.nope.base,
-            "rope_base": layout.rope.base,
-            "token_stride": layout.nope.stride,
-            "scales_stride": layout.scales.stride,
+            **_places(layout),
             "head_blocks": _head_blocks(spec, config),
             "combine_d": _COMBINE_D,
             "combine_s": _COMBINE_S,
         }
+        if spec.general:
+            shared = group_of(layout)
+            group = tile_of(shared)
+            names |= {
+                "group": group,
+                "shared": shared // group,
+                "groups": layout.d_nope // group,
+                "nope_padded": padded_to(layout.d_nope),
+                "rope_padded": padded_to(layout.d_rope),
+            }
         if config.backend == "gluon":
-            chunks = [f"acc{chunk}" for chunk in range(layout.d_v // layout.group)]
+            chunks = [f"acc{chunk}" for chunk in range(layout.d_v // group_of(layout))]
             half = len(chunks) // 2
             names |= {"left": ", ".join(chunks[:half]), "right": ", ".join(chunks[half:])}
             names |= {"combine_s": _GLUON_PARTS, "block_h": _GLUON_TILE, "block_n": _GLUON_TILE, **_GLUON_REGISTERS}
@@ -133,7 +147,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         blocks = _head_blocks(spec, config) * rows
         whole, splits = 0, min(config["splits"], most)
         last: tuple[int, ...] = ()
-        combined = (rows * spec.heads, d_v // _COMBINE_D, 1)
+        combined = (rows * spec.heads, -(-d_v // _COMBINE_D), 1)
         if config.backend == "gluon":
             whole, splits = (0, splits) if splits else _shared_out(spec, blocks, gpu)
             combined, last = ((blocks - whole) * min(spec.heads, _GLUON_TILE), 1, 1), (whole,)
@@ -143,8 +157,17 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         sink = (inputs["sink"],) if spec.sink else ()
         (listed, places), *extra = pools
         strides = (pieces(q, dimension) for dimension in range(3))
+        shared = (inputs["scale"],) if "scale" in inputs else ()
         tensors = (q, *listed, *sink, *(tensor for more, _ in extra for tensor in more), out, lse, partial_out, partial_lse)
-        scalars = (*places, *(value for _, more in extra for value in more), next_n, *strides, splits, inputs["sm_scale"])
+        scalars = (
+            *places,
+            *(value for _, more in extra for value in more),
+            next_n,
+            *strides,
+            splits,
+            inputs["sm_scale"],
+            *shared,
+        )
         main = Launch("attention_paged", (whole + (blocks - whole) * splits, 1, 1), (*tensors, *scalars, *last))
         if splits == 1:
             return (main,)
@@ -158,12 +181,13 @@ def _fixed_splits(spec: AttentionPagedSpec) -> int:
     return max(splits for splits in _SPLITS if splits <= max(1, tiles // _INVARIANT_TILES))
 
 
-def _pool(inputs: Inputs, layout: KvLayout, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _pool(inputs: Inputs, layout: AnyKvLayout, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """What a kernel takes of a pool: its tensors; its slots, pages and lists in numbers."""
     cache, indices, lengths = (inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths"))
     rows_per_length = indices.shape[1] if lengths is not None and lengths.dim() == 1 else 1
     tensors = (cache, indices) if lengths is None else (cache, indices, lengths)
-    page = (layout.page, *divider(layout.page), layout.scales.base)
+    scales_base = 0 if isinstance(layout, KvPlainLayout) else layout.scales.base
+    page = (layout.page, *divider(layout.page), scales_base)
     listed = (indices.shape[2], step(indices, 0), step(indices, 1), rows_per_length)
     return tensors, (len(cache) * layout.page, cache.stride(0), *page, *listed)
 
@@ -216,7 +240,10 @@ def _warpgroups(config: Config, gpu: Gpu) -> bool:
 def _smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
     """Bytes of shared memory per block, as the compiler reports them, and up to 1 KB more."""
     layout, block_h, block_n = spec.layout, config["block_h"], config["block_n"]
-    v4 = isinstance(layout, KvV4Layout)
+    if spec.general:
+        return _general_smem(spec, config, gpu)
+    assert not isinstance(layout, KvPlainLayout)
+    v4 = spec.kv_layout == "v4"
     q = 2 * block_h * (layout.d_nope + layout.d_rope)
     entry = layout.d_v + 2 * layout.d_rope + layout.scales.width + 12  # a tile in flight, and its slots
     if _warpgroups(config, gpu):
@@ -226,6 +253,44 @@ def _smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
     # The results change their layout through the same memory.
     results = 4 * layout.d_v * block_h if _warpgroups(config, gpu) or block_h == 16 else 0
     return max(q + block_n * entry + 256, results)
+
+
+def _general_smem(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> int:
+    """The same of any channels: queries, tiles in flight as they are stored, and the tile that is multiplied."""
+    layout, block_h, block_n = spec.layout, config["block_h"], config["block_n"]
+    plain = isinstance(layout, KvPlainLayout)
+    width, rope = padded_to(layout.d_nope), padded_to(layout.d_rope)
+    stored = (2 if plain else 1) * width + 2 * rope
+    scales = 0 if isinstance(layout, KvPlainLayout) else 4 * padded_to(layout.groups)
+    flight = (stored + scales + 12) * (config["num_stages"] if plain else 1)
+    own = 2 * (width + rope) if not plain or not _warpgroups(config, gpu) else 0
+    entry = flight + own + (0 if _warpgroups(config, gpu) else 2 * block_h)
+    return int(max(2 * block_h * (width + rope) + block_n * entry + 1024, 4 * (width + rope) * block_h))
+
+
+def _padded(spec: AttentionPagedSpec) -> int:
+    """Channels of the value in a kernel's tiles."""
+    if not spec.general:
+        return spec.layout.d_v
+    return padded_to(spec.layout.d_nope) + (padded_to(spec.d_rope) if spec.rope_in_value else 0)
+
+
+def _places(layout: AnyKvLayout) -> dict[str, Scalar]:
+    """Where the fields of a token lie in its page: in bytes, or in bf16 channels of rows as they are."""
+    if isinstance(layout, KvPlainLayout):
+        whole = layout.width
+        return {
+            **{"group": layout.d_nope, "power_of_two": False, "nope_base": 0, "rope_base": layout.d_nope},
+            **{"token_stride": whole, "scales_stride": 0},
+        }
+    return {
+        "group": layout.group,
+        "power_of_two": layout.stored_scales == "e8m0",
+        "nope_base": layout.nope.base,
+        "rope_base": layout.rope.base,
+        "token_stride": layout.nope.stride,
+        "scales_stride": layout.scales.stride,
+    }
 
 
 def _gluon_smem(spec: AttentionPagedSpec) -> int:

@@ -1,6 +1,6 @@
-"""Sparse MLA, decode: the newest queries of each sequence attend to listed slots of a paged FP8 latent KV cache.
+"""Sparse MLA, decode: the newest queries of each sequence attend to listed slots of a paged latent KV cache, FP8 or BF16.
 
-``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :512]``,
+``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :d_v]``,
 ``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode), where ``kv`` is the latent that a
 slot states, rounded to bf16: the results are those of prefill attention on the BF16 latents read back from the cache. With a
 sink, ``exp(sink[h])`` joins the softmax's denominator; lse stays as it is. A slot below 0 or past the cache means "no token".
@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks
-from ...problem.caches import KvLayout, KvV4Layout, KvV32Layout, kv_layout, tokens_of, valid_slots
+from ...problem import channels, checks
+from ...problem.caches import tokens_of, valid_slots
 from ...problem.draw import Draw
+from ...problem.kv_layouts import KV_LAYOUTS, AnyKvLayout, KvPlainLayout, kv_layout, require_kv_channels
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.paged import check_cache
-from ...problem.presets import KV_LAYOUTS, MLA, NO_CACHE, Model
+from ...problem.paged import FIXED, check_cache, check_plain_rows, scales_of
+from ...problem.paged import check_scale as check_cache_scale
+from ...problem.presets import MLA, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 
+_SHARED = 0.02  # scale of a cache whose values share one
+_BY_CHANNELS = {576: "v32", 512: "v4"}
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
 
@@ -51,6 +55,12 @@ class AttentionPagedSpec(Spec):
     """Whether only the first ``extra_lengths`` of them count."""
     batch_invariant: bool = False
     """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
+    d_v: int = channels.D_V
+    """Channels of a token, the first ones, that are its value."""
+    d_rope: int = 64
+    """Channels that stay bf16 in an FP8 cache; of "bf16" those that are key only."""
+    rope_in_value: bool = False
+    """Whether these are the last ones of the value; no matter for "v32" and "v4"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,16 +71,39 @@ class AttentionPagedSpec(Spec):
         self.require_range("extra_topk", 0, 1 << 20)
         self.require_range("extra_page", 1, 1024)
         self.require_in("extra_lengths", (False, True) if self.extra_topk else (False,))
+        self._require_channels()
+
+    def _require_channels(self) -> None:
+        fixed = self.kv_layout in FIXED
+        self.require_range("d_v", channels.D_V if fixed else channels.LEAST, channels.MOST, channels.STEP)
+        self.require_range("d_rope", 64 if fixed else 0, 64 if fixed else channels.MOST_TAIL, channels.STEP)
+        self.require_in("rope_in_value", (False,) if fixed or self.kv_layout == "bf16" or not self.d_rope else (False, True))
+        if not fixed:
+            require_kv_channels(self.kv_layout, self._d_nope, self.d_rope)
 
     @property
-    def layout(self) -> KvLayout:
+    def _d_nope(self) -> int:
+        return self.d_v - self.d_rope if self.rope_in_value else self.d_v
+
+    @property
+    def d_qk(self) -> int:
+        """Channels of queries and tokens."""
+        return self.layout.d_nope + self.layout.d_rope
+
+    @property
+    def general(self) -> bool:
+        """Whether templates take channels and scales as they come, value and rotary part in tiles of their own."""
+        return self.kv_layout not in FIXED
+
+    @property
+    def layout(self) -> AnyKvLayout:
         """How a block of the cache is laid out."""
-        return kv_layout(self.kv_layout, self.page)
+        return kv_layout(self.kv_layout, self.page, self._d_nope, self.d_rope, self.d_v)
 
     @property
-    def extra_layout(self) -> KvLayout:
+    def extra_layout(self) -> AnyKvLayout:
         """How a block of the second pool is laid out."""
-        return kv_layout(self.kv_layout, self.extra_page)
+        return kv_layout(self.kv_layout, self.extra_page, self._d_nope, self.d_rope, self.d_v)
 
 
 @dataclass(frozen=True)
@@ -88,12 +121,12 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     """See the module's first lines."""
 
     name = "attention_paged"
-    summary = "Sparse MLA decode: the newest queries attend to listed slots of a paged FP8 latent KV cache."
+    summary = "Sparse MLA decode: the newest queries attend to listed slots of a paged latent KV cache."
     function = "sparse_attention_paged"
     schema = (
         "(Tensor q, Tensor cache, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
         "Tensor? extra_cache=None, Tensor? extra_indices=None, Tensor? extra_lengths=None, "
-        "bool batch_invariant=False) -> (Tensor, Tensor)"
+        "bool batch_invariant=False, str layout='', int d_v=512, int d_rope=-1, float scale=1.0) -> (Tensor, Tensor)"
     )
     buffers = ("out", "lse")
     spec_type = AttentionPagedSpec
@@ -105,24 +138,31 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
             return ()
         if model.kv_layout == NO_CACHE:
             return ()
-        options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}
-        return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, **options),)
+        of: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}
+        of |= {"d_v": model.d_v, "d_rope": model.d_rope}
+        if model.kv_layout == "bf16":
+            of["d_rope"] = model.d_qk - model.d_v
+        elif model.kv_layout not in FIXED:
+            of["rope_in_value"] = model.rope_in_value
+        return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, **of),)
 
     def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
-        q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, invariant, *brought = args
+        q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, *rest = args
+        invariant, layout, d_v, d_rope, scale, *brought = rest
         q = checks.rows("q", q, (None, None, None, None), torch.bfloat16)
         batch, next_n, heads, d_qk = q.shape
-        layout = _layout_of(d_qk)
-        page, topk = _check_pool("", layout, q, cache, indices, lengths)
+        known, of = _layout_of(d_qk, layout, d_v, d_rope)
+        page, topk = _check_pool("", known, q, cache, indices, lengths)
         if sink is not None:
             sink = checks.tensor("sink", sink, (heads,), torch.float32, like=q)
         check_scale(sm_scale)
-        extra = _bind_extra(layout, q, extra_cache, extra_indices, extra_lengths)
+        extra = _bind_extra(known, q, extra_cache, extra_indices, extra_lengths)
         given = page, lengths is not None, sink is not None
-        spec = AttentionPagedSpec(heads, topk, layout.name, *given, *extra, batch_invariant=invariant)
+        spec = AttentionPagedSpec(heads, topk, known.name, *given, *extra, batch_invariant=invariant, **of)
         inputs = {"q": q, "cache": cache, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
         inputs |= {"extra_cache": extra_cache, "extra_indices": extra_indices, "extra_lengths": extra_lengths}
-        buffers = check_buffers(self.buffers, brought, (batch, next_n, heads), layout.d_v, q)
+        inputs |= check_cache_scale(known, scale)
+        buffers = check_buffers(self.buffers, brought, (batch, next_n, heads), known.d_v, q)
         return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), {**inputs, **buffers}
 
     def inputs(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
@@ -137,6 +177,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
             "lengths": pool["lengths"],
             "sink": draw.normal(spec.heads, scale=2.0) if spec.sink else None,
         }
+        if scales_of(layout) == "tensor":
+            inputs["scale"] = _SHARED
         extra = dict.fromkeys(("cache", "indices", "lengths"))
         if spec.extra_topk:
             extra |= _draw_pool(spec.extra_layout, spec.extra_topk, spec.extra_lengths, case, draw)
@@ -188,19 +230,38 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return [Case(AttentionPagedSizes(*size), "random") for size in sizes]
 
 
-def _layout_of(d_qk: int) -> type[KvV32Layout | KvV4Layout]:
-    for layout in (KvV32Layout, KvV4Layout):
-        if layout.d_nope + layout.d_rope == d_qk:
-            return layout
-    raise InputError("q", f"{d_qk} channels", "576 for the 656-byte cache, 512 for the 584-byte one")
+def _layout_of(d_qk: int, name: str, d_v: int, d_rope: int) -> tuple[AnyKvLayout, dict[str, Any]]:
+    """(the layout, of any page; the spec's fields that say so) of queries with d_qk channels; by these where it has no name."""
+    checks.one_of("layout", name, ("", *KV_LAYOUTS))
+    name = name or _BY_CHANNELS.get(d_qk, "")
+    if name in ("", *FIXED):
+        if _BY_CHANNELS.get(d_qk) != name or not name:
+            raise InputError("q", f"{d_qk} channels", "576 for the 656-byte cache, 512 for the 584-byte one")
+        if d_v != channels.D_V or d_rope not in (-1, 64):
+            raise InputError(
+                "d_v", f"{d_v}, d_rope {d_rope}", "512, and 64 bf16 channels, in caches that are not named otherwise"
+            )
+        return kv_layout(name), {}
+    channels.check("q", d_qk, d_v)
+    tail = d_qk - d_v
+    allowed = [tail] if tail or name == "bf16" else list(range(0, channels.MOST_TAIL + 1, channels.STEP))
+    if d_rope not in (-1, *allowed):
+        raise InputError("d_rope", d_rope, f"{' or '.join(map(str, allowed))}, where q has {d_qk} channels and d_v is {d_v}")
+    rope = tail if d_rope == -1 else d_rope
+    inside = rope > 0 and not tail
+    layout = kv_layout(name, 1, d_v - rope if inside else d_v, rope, d_v)
+    return layout, {"d_v": d_v, "d_rope": rope, "rope_in_value": inside}
 
 
 def _check_pool(
-    prefix: str, layout: type[KvLayout], q: Tensor, cache: object, indices: object, lengths: object
+    prefix: str, layout: AnyKvLayout, q: Tensor, cache: object, indices: object, lengths: object
 ) -> tuple[int, int]:
     """Check a pool's arguments, whose names begin with the prefix, and return its page and the entries of a row."""
     batch, next_n = q.shape[:2]
-    page = check_cache(f"{prefix}cache", cache, int(layout.bytes_per_token), like=q)  # type: ignore[call-overload]
+    if isinstance(layout, KvPlainLayout):
+        page = check_plain_rows(f"{prefix}cache", cache, layout.width, torch.bfloat16, q)
+    else:
+        page = check_cache(f"{prefix}cache", cache, layout.bytes_per_token, like=q)
     topk = checks.rows(f"{prefix}indices", indices, (batch, next_n, None), torch.int32, like=q, whole=False).shape[2]
     if lengths is not None:
         per_query = isinstance(lengths, Tensor) and lengths.dim() == 2
@@ -208,7 +269,7 @@ def _check_pool(
     return page, topk
 
 
-def _bind_extra(layout: type[KvLayout], q: Tensor, cache: object, indices: object, lengths: object) -> tuple[int, int, bool]:
+def _bind_extra(layout: AnyKvLayout, q: Tensor, cache: object, indices: object, lengths: object) -> tuple[int, int, bool]:
     """The spec's fields of the second pool: entries of a row, page, whether there are lengths."""
     if cache is None:
         for name, value in (("extra_indices", indices), ("extra_lengths", lengths)):
@@ -219,7 +280,7 @@ def _bind_extra(layout: type[KvLayout], q: Tensor, cache: object, indices: objec
     return (topk, page, lengths is not None) if topk else (0, 64, False)
 
 
-def _draw_pool(layout: KvLayout, topk: int, lengths: bool, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
+def _draw_pool(layout: AnyKvLayout, topk: int, lengths: bool, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
     """cache, indices and lengths of one pool."""
     batch, next_n = case.sizes.batch, case.sizes.next_n
     blocks = -(-case.sizes.tokens // layout.page)
@@ -234,14 +295,18 @@ def _draw_pool(layout: KvLayout, topk: int, lengths: bool, case: Case[AttentionP
     }
 
 
-def _cache(layout: KvLayout, blocks: int, draw: Draw) -> Tensor:
+def _cache(layout: AnyKvLayout, blocks: int, draw: Draw) -> Tensor:
     """Random latents of different magnitudes, quantised into every slot."""
     cache = layout.empty(blocks, draw.device)
     for first in range(0, blocks * layout.page if draw.device != "meta" else 0, _FILL):
         count = min(_FILL, blocks * layout.page - first)
         nope = draw.normal(count, layout.d_nope) * draw.uniform(count, 1, low=0.05, high=0.5)
-        values, scales = quantize_groups(nope, layout.group, isinstance(layout, KvV4Layout))
         slots = torch.arange(first, first + count, device=cache.device)
+        if isinstance(layout, KvPlainLayout):
+            layout.store(cache, slots, torch.cat((nope, draw.normal(count, layout.d_rope, scale=0.3)), 1).bfloat16())
+            continue
+        shared = _SHARED if scales_of(layout) == "tensor" else None
+        values, scales = quantize_groups(nope, layout.group, scales_of(layout) == "e8m0", shared)
         layout.pack(cache, slots, values, scales, draw.normal(count, layout.d_rope, scale=0.3))
     return cache
 
@@ -274,5 +339,5 @@ def _listed(spec: AttentionPagedSpec, inputs: Inputs, row: int, query: int) -> T
         if lengths is not None:
             slots = slots[: max(0, int(lengths[row, query] if lengths.dim() == 2 else lengths[row]))]
         slots = slots[valid_slots(slots, tokens_of(layout, cache))]
-        latents.append(layout.dequantize(cache, slots).bfloat16().float())
+        latents.append(layout.dequantize(cache, slots, inputs.get("scale", 1.0)).bfloat16().float())
     return torch.cat(latents)

@@ -18,5 +18,14 @@ class GatherPagedKernels(PagedRowsKernels[GatherPagedSpec, GatherPagedSizes]):
         rows = slots.shape[0]
         if not rows:
             return ()
-        args = (cache, slots, *outputs.values(), rows, cache.shape[0] * spec.page, cache.stride(0))
+        shared = (inputs["scale"],) if "scale" in inputs else ()
+        args = (
+            cache,
+            slots,
+            *outputs.values(),
+            rows,
+            cache.shape[0] * spec.page,
+            cache.stride(0) * cache.element_size(),
+            *shared,
+        )
         return (Launch("gather_paged", (-(-rows // config["block_t"]), 1, 1), args),)

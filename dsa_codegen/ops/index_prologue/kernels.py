@@ -9,7 +9,7 @@ import torch
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.paged import template_names
-from ...problem.values import Scalar
+from ...problem.values import Scalar, next_power_of_two
 from .. import rotated
 from ..rows import limits
 from .problem import NO_NORM, IndexPrologueSizes, IndexPrologueSpec
@@ -32,8 +32,8 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
         )
 
     def constraints(self, spec: IndexPrologueSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        yield from exceeds("heads", config["block_h"], max(spec.heads, 1))
-        yield from rotated.fits_registers(config, max(config["block_h"], config["block_t"]), spec.head_dim)
+        yield from exceeds("heads", config["block_h"], next_power_of_two(max(spec.heads, 1)))
+        yield from rotated.fits_registers(config, max(config["block_h"], config["block_t"]), next_power_of_two(spec.head_dim))
 
     def order(self, spec: IndexPrologueSpec, config: Config) -> str | None:
         """Keys are summed for their norm; queries, and rotations of either, take sums of pairs alone."""
@@ -42,19 +42,20 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
     def guesses(self, spec: IndexPrologueSpec, sizes: IndexPrologueSizes, gpu: Gpu) -> Iterable[Config]:
         # 4096 tokens of 64 heads on an H200: a warp for 8 heads takes 43 us, 4 warps for 16 take 52; with the Hadamard
         # rotation, whose halves cross a program's warps, 205 and 398. Few tokens are spread over more, smaller programs.
-        heads = max(spec.heads, 1)
+        heads = next_power_of_two(max(spec.heads, 1))
         if sizes.tokens * heads < 16 * gpu.sms and not spec.batch_invariant:
             yield Config.of("triton", block_h=min(8, heads), block_t=1, num_warps=4)
         yield Config.of("triton", block_h=min(8, heads), block_t=1, num_warps=1)
 
     def derived(self, spec: IndexPrologueSpec, config: Config) -> dict[str, Scalar]:
         first = 0 if spec.rope_first else spec.head_dim - spec.d_rope
-        log2 = spec.head_dim.bit_length() - 1
+        log2 = next_power_of_two(spec.head_dim).bit_length() - 1
         return {
             **template_names(spec.cache, spec.head_dim),
             **limits(),
             **rotated.template_names(spec.d_rope, spec.head_dim, first),
-            "head_blocks": spec.heads // config["block_h"],
+            "head_blocks": -(-spec.heads // int(config["block_h"])),
+            "heads_masked": spec.heads % int(config["block_h"]) != 0,
             "later": rotated.later(config),
             "claims": _CLAIMS,
             "weight_factor": repr(spec.weight_factor),
@@ -71,11 +72,11 @@ class IndexPrologueKernels(Kernels[IndexPrologueSpec, IndexPrologueSizes]):
         many = tokens > _FEW
         owners = torch.empty(slot_count if many else 0, dtype=torch.int32, device=q.device)
         named = ("q", "weights", "k", "norm_weight", "norm_bias", "cos_sin", "positions", "slots", "cache")
-        tensors = [inputs[name] for name in named if spec.norm != NO_NORM or not name.startswith("norm")]
+        tensors = [inputs[name] for name in named if inputs[name] is not None]
         strides = (cache.stride(0), q.stride(0), inputs["weights"].stride(0), k.stride(0))
-        counts = (tokens, len(inputs["cos_sin"]), slot_count)
+        counts = (tokens, *((len(inputs["cos_sin"]),) if spec.d_rope else ()), slot_count)
         args = (*tensors, outputs["values"], outputs["folded"], owners, *counts, *strides, inputs["eps"], int(many))
-        programs = -(-tokens // config["block_t"]) + tokens * (spec.heads // config["block_h"])
+        programs = -(-tokens // config["block_t"]) + tokens * -(-spec.heads // int(config["block_h"]))
         claims = [(slots, owners, tokens, slot_count, last) for last in (0, 1)] if many else []
         return (
             *(Launch("claim", (-(-tokens // _CLAIMS), 1, 1), each) for each in claims),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks, compare, paged
+from ...problem import channels, checks, compare, paged
 from ...problem.caches import IndexKLayout, last_of_each, tokens_of, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
@@ -57,9 +57,11 @@ class IndexPrologueSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("heads", (0, 8, 16, 32, 64))
+        self.require_range("heads", 0, channels.MOST_INDEX_HEADS)
         self.require_in("head_dim", paged.WIDTHS["index_k"])
-        self.require_in("d_rope", [width for width in rotated.D_ROPES if width <= self.head_dim])
+        self.require_in("d_rope", [width for width in (0, *rotated.D_ROPES) if width <= self.head_dim])
+        powers = self.head_dim & (self.head_dim - 1) == 0  # of two: Hadamard matrices of Sylvester's order
+        self.require_in("hadamard", (False, True) if powers else (False,))
         self.require_in("rotary", rotated.STYLES)
         self.require_in("norm", (NO_NORM, *rotated.NORM_DTYPES))
         self.require_in("weights", WEIGHTS)
@@ -91,7 +93,7 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
     summary = "The indexer's norm, rotary position, rotation and FP8; keys stored to the slots of a paged cache."
     function = "index_prologue"
     schema = (
-        "(Tensor q, Tensor weights, Tensor k, Tensor? norm_weight, Tensor? norm_bias, Tensor cos_sin, Tensor positions, "
+        "(Tensor q, Tensor weights, Tensor k, Tensor? norm_weight, Tensor? norm_bias, Tensor? cos_sin, Tensor? positions, "
         "Tensor slots, Tensor(a!) cache, float eps=1e-6, str rotary='half_split', bool rope_first=True, bool hadamard=False, "
         "bool power_of_two=False, bool batch_invariant=False) -> (Tensor, Tensor)"
     )
@@ -104,7 +106,7 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
             return ()
         head_dim = model.index_head_dim
         options: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant}
-        return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=min(head_dim, 64), **options),)
+        return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=_rotary(model), **options),)
 
     def bind(self, *args: Any) -> tuple[IndexPrologueSpec, IndexPrologueSizes, Inputs]:
         q, weights, k, norm_weight, norm_bias, cos_sin, positions, slots, cache, eps, rotary, first, *rest = args
@@ -124,7 +126,7 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
         spec = IndexPrologueSpec(
             heads,
             head_dim,
-            cos_sin.shape[1],
+            0 if cos_sin is None else cos_sin.shape[1],
             rotary,
             first,
             hadamard,
@@ -197,18 +199,24 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
         return [Case(IndexPrologueSizes(tokens), "repeated") for tokens in (1000, 9000)]
 
     def options(self, spec: IndexPrologueSpec) -> Sequence[IndexPrologueSpec]:
-        turned = replace(spec, rotary="interleaved", rope_first=False, hadamard=True, norm="bf16", weights="bf16")
+        powers = spec.head_dim & (spec.head_dim - 1) == 0
+        turned = replace(spec, rotary="interleaved", rope_first=False, hadamard=powers, norm="bf16", weights="bf16")
         few = min(32, spec.d_rope)
         keys = replace(spec, heads=0, norm="bf16")
         return (
             spec,
             replace(turned, power_of_two=True, slots="i32"),
-            replace(spec, norm=NO_NORM, hadamard=True, d_rope=few),
+            replace(spec, norm=NO_NORM, hadamard=powers, d_rope=few),
             keys,
         )
 
     def workloads(self, spec: IndexPrologueSpec) -> Sequence[Case[IndexPrologueSizes]]:
         return [Case(IndexPrologueSizes(tokens)) for tokens in (4096, 64, 1)]
+
+
+def _rotary(model: Model) -> int:
+    """Rotary channels of the indexer: as many as a token of the model has, 64 of models that have none, as far as they fit."""
+    return min(model.d_rope or paged.D_ROPE, model.index_head_dim // 16 * 16)
 
 
 def _check_heads(q: Tensor) -> None:
@@ -245,7 +253,8 @@ def _turned(spec: IndexPrologueSpec, inputs: Inputs, x: Tensor) -> Tensor:
     where = spec.d_rope if spec.rope_first else spec.head_dim - spec.d_rope
     parts = list(x.split((where, spec.head_dim - where), -1))
     which = 0 if spec.rope_first else 1
-    parts[which] = rotated.rotate(parts[which], inputs["cos_sin"], inputs["positions"], spec.rotary)
+    if spec.d_rope:
+        parts[which] = rotated.rotate(parts[which], inputs["cos_sin"], inputs["positions"], spec.rotary)
     x = torch.cat(parts, -1)
     if spec.hadamard and spec.batch_invariant:
         return _hadamard(x)

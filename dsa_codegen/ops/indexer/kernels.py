@@ -10,13 +10,15 @@ from ...kernels.tma import Tiled
 from ...kernels.waves import share_out
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
-from ...problem.values import Scalar
+from ...problem.values import Scalar, next_power_of_two
+from ..logits import weight_stride, whole_weights
 from .problem import (
     IndexerSizes,
     IndexerSpec,
     columns_of,
 )
 
+_NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the templates for Hopper
 _GLUON_COLUMNS = 256  # queries × heads of a block
 
 
@@ -56,11 +58,16 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         if spec.scores != "fp8" and config.backend != "triton":
             yield Violation("scores", 1.0, f"scores: {spec.scores} is served by the Triton template alone")
             return
+        if config.backend != "triton" and (spec.heads not in _NATIVE_HEADS or spec.head_dim not in _NATIVE_WIDTHS):
+            reason = f"heads: {spec.heads} of {spec.head_dim} channels are served by the Triton template alone"
+            yield Violation("heads", 1.0, reason)
+            return
         if config.backend == "gluon":
             yield from _gluon_constraints(spec, config, gpu)
             return
-        columns = config["block_q"] * spec.heads
-        smem = (columns + config["num_stages"] * config["block_n"]) * spec.head_dim * _operand_bytes(spec)
+        columns = config["block_q"] * next_power_of_two(spec.heads)
+        width = next_power_of_two(spec.head_dim)
+        smem = (columns + config["num_stages"] * config["block_n"]) * width * _operand_bytes(spec)
         yield from exceeds("smem", smem + 2048, gpu.smem_per_block, " B")  # barriers and what is reserved
         yield from exceeds("columns", 16, columns)
         if config.backend == "tilelang":
@@ -90,7 +97,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         yield hopper
         # Where the operands lie in registers too, 256 spill 250 to 380 bytes.
         columns = 256 if gpu.capability == 90 and spec.scores == "fp8" else 128
-        block_q = min(16, columns // spec.heads)
+        block_q = min(16, columns // next_power_of_two(spec.heads))
         blocks = -(-sizes.queries // block_q)
         splits = next((s for s in (1, 2, 4) if s * blocks >= 4 * gpu.sms), 8)
         yield Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=splits)
@@ -98,9 +105,10 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
     def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "gluon":
             return _gluon_numbers(spec, config)
-        columns: dict[str, Scalar] = {"columns": config["block_q"] * spec.heads}
+        padded = {"heads_padded": next_power_of_two(spec.heads), "dim_padded": next_power_of_two(spec.head_dim)}
+        columns: dict[str, Scalar] = {"columns": config["block_q"] * padded["heads_padded"], **padded}
         if config.backend == "triton":
-            return columns
+            return {**columns, "whole_weights": whole_weights(spec.heads)}
         split_q = _query_groups(config)
         lanes = spec.head_dim // 16
         columns |= {"lanes": lanes, "q_rounds": -(-config["block_q"] * spec.heads * lanes // config["threads"])}
@@ -134,7 +142,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         grid = (-(-queries // config["block_q"]), config["splits"], 1)
         if config.backend == "tilelang":
             return (Launch("indexer", grid, (*tensors, config["splits"])),)
-        strides = (pieces(q, 0), pieces(q, 1), pieces(k, 0), pieces(inputs["weights"], 0), logits.stride(0))
+        strides = (pieces(q, 0), pieces(q, 1), pieces(k, 0), weight_stride(inputs["weights"]), logits.stride(0))
         return (Launch("indexer", grid, (*tensors, queries, tokens, *strides, *width)),)
 
 

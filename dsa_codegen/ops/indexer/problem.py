@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks, compare
+from ...problem import channels, checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.values import Sizes, Spec
 from .. import ordered
-from ..logits import LOGITS, empty_logits, exact
+from ..logits import LOGITS, empty_logits, exact, whole_weights
 
 _MOST_TOKENS = 1 << 30  # also what a selection takes; a tile behind the last token stays below 2^31
 _EDGES = (-(1 << 31), -1, 0, 5, 77, 128, (1 << 31) - 1)  # of windows that a caller may pass, sensible or not
@@ -47,8 +47,8 @@ class IndexerSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("heads", (8, 16, 32, 64))
-        self.require_in("head_dim", (32, 64, 128))
+        self.require_range("heads", 1, channels.MOST_INDEX_HEADS)
+        self.require_in("head_dim", channels.INDEX_WIDTHS)
         self.require_in("score", SCORES)
         self.require_in("logits", LOGITS)
         self.require_in("scores", PRECISIONS)
@@ -94,7 +94,8 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
         k = checks.rows("k", k, (None, head_dim), q.dtype, like=q)
         tokens = k.shape[0]
         k_scale = _scales(k_scale, scores, tokens, q)
-        weights = checks.rows("weights", weights, (queries, heads), torch.float32, like=q)
+        whole = whole_weights(heads)
+        weights = checks.rows("weights", weights, (queries, heads), torch.float32, like=q, whole=whole)
         starts = checks.tensor("starts", starts, (queries,), torch.int32, like=q)
         ends = checks.tensor("ends", ends, (queries,), torch.int32, like=q)
         if tokens > _MOST_TOKENS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...gpu import Gpu
+from ...problem.channels import padded_to
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
 from .problem import IndexerBackwardSizes, IndexerBackwardSpec
@@ -59,7 +60,7 @@ class IndexerBackwardKernels(Kernels[IndexerBackwardSpec, IndexerBackwardSizes])
 
     def constraints(self, spec: IndexerBackwardSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         padded, own = _padded(spec.heads), _padded(spec.index_heads)
-        width = spec.index_head_dim
+        width = padded_to(spec.index_head_dim)
         sums = {"score": config["score_n"] * (padded + own), "grad": own * width + config["grad_n"] * (own + width)}
         sums["token"] = config["token_n"] * (width + 2 * own)
         for step, values in sums.items():
@@ -74,6 +75,8 @@ class IndexerBackwardKernels(Kernels[IndexerBackwardSpec, IndexerBackwardSizes])
     def derived(self, spec: IndexerBackwardSpec, config: Config) -> dict[str, Scalar]:
         return {
             "dense": spec.dense,
+            "padded_dim": padded_to(spec.index_head_dim),
+            "score_masked": spec.d_qk % int(config["score_d"]) != 0,
             "padded": _padded(spec.heads),
             "index_padded": _padded(spec.index_heads),
             "tiles": -(-spec.topk // int(config["score_n"])),
@@ -144,7 +147,7 @@ def _padded(heads: int) -> int:
 
 def _smem(spec: IndexerBackwardSpec, config: Config) -> dict[str, int]:
     """Bytes of shared memory of each step: tiles in flight, and what is turned or rounded on its way to a product."""
-    padded, own, width = _padded(spec.heads), _padded(spec.index_heads), spec.index_head_dim
+    padded, own, width = _padded(spec.heads), _padded(spec.index_heads), padded_to(spec.index_head_dim)
     score = 2 * config["score_d"] * (config["score_n"] + padded) * config["score_stages"]
     score = max(score, 2 * width * (config["score_n"] + own))
     tile = config["grad_n"]

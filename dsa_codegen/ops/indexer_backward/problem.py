@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks, compare
+from ...problem import channels, checks, compare
+from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, SCORES, Model
 from ...problem.values import Spec
 from ..attended import check_scale
 from ..attention import OP as FORWARD
-from ..attention.problem import D_V, AttentionSizes, AttentionSpec
+from ..attention.problem import AttentionSizes, AttentionSpec
 from ..inverse_lists import check_lists, inverse_lists
 from ..logits import exact
 from . import formulas
@@ -47,9 +48,9 @@ class IndexerBackwardSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_range("heads", 1, 128)
-        self.require_in("d_qk", (D_V, D_V + 64))
-        self.require_range("index_heads", 1, 64)
-        self.require_in("index_head_dim", (32, 64, 128))
+        self.require_range("d_qk", channels.LEAST, channels.MOST + channels.MOST_TAIL, channels.STEP)
+        self.require_range("index_heads", 1, channels.MOST_INDEX_HEADS)
+        self.require_in("index_head_dim", channels.INDEX_WIDTHS)
         self.require_range("topk", 0, 1 << 16)
         self.require_in("score", SCORES)
 
@@ -83,7 +84,7 @@ class IndexerBackwardProblem(Problem[IndexerBackwardSpec, IndexerBackwardSizes])
     def specs(self, model: Model) -> Sequence[IndexerBackwardSpec]:
         if model.attention != MLA:
             return ()
-        shape = model.heads, model.d_nope + model.d_rope, model.index_heads, model.index_head_dim
+        shape = model.heads, model.d_qk, model.index_heads, model.index_head_dim
         return tuple(IndexerBackwardSpec(*shape, topk, model.score) for topk in (model.topk, WHOLE_ROW))
 
     def repeatable(self, spec: IndexerBackwardSpec) -> bool:
@@ -111,7 +112,7 @@ class IndexerBackwardProblem(Problem[IndexerBackwardSpec, IndexerBackwardSizes])
 
     def inputs(self, spec: IndexerBackwardSpec, case: Case[IndexerBackwardSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.tokens
-        forward = AttentionSpec(spec.heads, spec.d_qk, spec.topk or 1)
+        forward = AttentionSpec(spec.heads, spec.d_qk, spec.topk or 1, d_v=min(spec.d_qk, D_V))
         given = FORWARD.inputs(forward, Case(AttentionSizes(queries, tokens), case.distribution), draw)
         heads, width = spec.index_heads, spec.index_head_dim
         windows = _windows(case, draw) if spec.dense else {"starts": None, "ends": None}

@@ -14,9 +14,11 @@ from ...kernels.tma import Tiled
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
+from ..logits import weight_stride, whole_weights
 from .problem import IndexerPagedSizes, IndexerPagedSpec
 
 SCHEDULES = ("split", "persistent")
+_NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the Gluon template
 _TILE = 64  # tokens of a tile in the Gluon template
 _QUAD = 4  # lanes that share a row of a product
 _PRODUCE_REGISTERS = 40  # of a thread of the Gluon template's producer
@@ -52,9 +54,13 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         if config.backend == "gluon":
             if spec.scores != "fp8":
                 yield Violation("scores", 1.0, f"scores: {spec.scores} is served by the Triton template alone")
+            if spec.heads not in _NATIVE_HEADS or spec.head_dim not in _NATIVE_WIDTHS:
+                reason = f"heads: {spec.heads} of {spec.head_dim} channels are served by the Triton template alone"
+                yield Violation("heads", 1.0, reason)
+                return
             yield from _gluon_constraints(spec, config, gpu)
             return
-        group_heads = config["block_q"] * spec.heads
+        group_heads = config["block_q"] * _padded_heads(spec, config)
         groups = -(-spec.next_n // config["block_q"])
         threads = 32 * config["num_warps"]
         yield from exceeds("queries per product", config["block_q"], next_power_of_two(spec.next_n))
@@ -64,7 +70,8 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         registers = config["block_n"] * group_heads / threads + groups * group_heads / 4
         yield from exceeds("registers", registers, 160)
         width = 1 if spec.scores == "fp8" else 2
-        smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * spec.head_dim * width + 8 * config["block_n"]
+        smem = (groups * group_heads + config["num_stages"] * config["block_n"]) * next_power_of_two(spec.head_dim) * width
+        smem += 8 * config["block_n"]
         yield from exceeds("smem", smem, gpu.smem_per_block, " B")
 
     def order(self, spec: IndexerPagedSpec, config: Config) -> str | None:
@@ -91,7 +98,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
                     gathered=gathered,
                 )
         # Five blocks per SM with three tiles of 8 KB in flight each. Further queries take registers, so that fewer blocks fit.
-        block_q = min(next_power_of_two(spec.next_n), max(1, 128 // spec.heads))
+        block_q = min(next_power_of_two(spec.next_n), max(1, 128 // next_power_of_two(spec.heads)))
         blocks_per_sm, num_stages = 5 if spec.next_n == 1 else 3 if block_q >= spec.next_n else 2, 4
         if spec.scores != "fp8":  # tiles of 16 KB; 47.3 µs become 38.2 for 8 rows of 64K on an H200
             few = sizes.batch == 1  # 4.5 µs become 4.1 for one of 32K
@@ -111,7 +118,10 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
             return _gluon_numbers(spec, config)
         return {
             "queries": next_power_of_two(spec.next_n),
-            "group_heads": config["block_q"] * spec.heads,
+            "group_heads": config["block_q"] * _padded_heads(spec, config),
+            "heads_padded": _padded_heads(spec, config),
+            "dim_padded": next_power_of_two(spec.head_dim),
+            "whole_weights": whole_weights(spec.heads),
             "groups": -(-spec.next_n // config["block_q"]),
             "scales_base": spec.layout.scale.base,
         }
@@ -128,7 +138,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         programs = config["blocks_per_sm"] * gpu.sms
         tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
         sizes = (batch, cache.shape[0], page_table.shape[1])
-        apart = (*(pieces(q, dimension) for dimension in range(3)), pieces(inputs["weights"], 0))
+        apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
         if config.backend == "gluon":
             grid = _groups(batch, tiles, programs)
             tensors = (q, *_tiled(spec, cache), *tensors)
@@ -141,6 +151,11 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
             return (Launch("indexer_paged", (min(programs, batch * tiles), 1, 1), (*tensors, *sizes, context, *strides)),)
         splits = min(max(programs // batch, 1), tiles)
         return (Launch("indexer_paged", (batch * splits, 1, 1), (*tensors, *sizes, context, *strides, splits)),)
+
+
+def _padded_heads(spec: IndexerPagedSpec, config: Config) -> int:
+    """Heads of a query in the Triton template's products, of at least 8 columns."""
+    return max(next_power_of_two(spec.heads), 8 // int(config["block_q"]))
 
 
 def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import checks, compare
+from ...problem import channels, checks, compare
 from ...problem.caches import IndexKLayout, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
@@ -24,7 +24,7 @@ from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from .. import ordered
-from ..logits import LOGITS, empty_logits, exact
+from ..logits import LOGITS, empty_logits, exact, whole_weights
 
 _LONGEST = 1 << 30  # tokens of a context: kernels look some stages ahead in 32 bits
 
@@ -49,8 +49,8 @@ class IndexerPagedSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("heads", (8, 16, 32, 64))
-        self.require_in("head_dim", (32, 64, 128))
+        self.require_range("heads", 1, channels.MOST_INDEX_HEADS)
+        self.require_in("head_dim", channels.INDEX_WIDTHS)
         self.require_range("next_n", 1, 8)
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
@@ -105,7 +105,8 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         q = checks.rows("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
         batch, next_n, heads, head_dim = q.shape
         page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
-        weights = checks.rows("weights", weights, (batch * next_n, heads), torch.float32, like=q)
+        whole = whole_weights(heads)
+        weights = checks.rows("weights", weights, (batch * next_n, heads), torch.float32, like=q, whole=whole)
         lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
         page_table = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
         if not 0 <= max_context <= _LONGEST:

@@ -11,7 +11,7 @@ from ...problem import paged
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.values import Scalar, next_power_of_two
 from .. import rotated, rows
-from .problem import D_ROPE, PLAIN, LatentPrologueSizes, LatentPrologueSpec
+from .problem import PLAIN, LatentPrologueSizes, LatentPrologueSpec
 
 _CLAIMS = 512  # rows of a block of `claim`
 _FEW = 4096  # rows; up to these, comparing slots with all later ones takes no longer than the two launches of `claim`
@@ -45,7 +45,7 @@ class LatentPrologueKernels(Kernels[LatentPrologueSpec, LatentPrologueSizes]):
         return {
             **names,
             **rows.limits(),
-            **rotated.template_names(D_ROPE, D_ROPE, 0),
+            **(rotated.template_names(spec.d_rope, spec.d_rope, 0) if spec.d_rope else {}),
             "normalised": spec.normalised,
             "later": rotated.later(config),
             "claims": _CLAIMS,
@@ -63,8 +63,10 @@ class LatentPrologueKernels(Kernels[LatentPrologueSpec, LatentPrologueSizes]):
         tensors = [
             value for name in ("latent", "norm_weight", "cos_sin", "positions", "slots") if (value := inputs[name]) is not None
         ]
-        counts = (tokens, len(inputs["cos_sin"]), slot_count, cache.stride(0) * cache.element_size(), latent.stride(0))
-        args = (*tensors, cache, owners, *counts, inputs["eps"], int(many))
+        counts = (tokens, *((len(inputs["cos_sin"]),) if spec.d_rope else ()), slot_count)
+        strides = (cache.stride(0) * cache.element_size(), latent.stride(0))
+        shared = (inputs["scale"],) if "scale" in inputs else ()
+        args = (*tensors, cache, owners, *counts, *strides, inputs["eps"], *shared, int(many))
         claims = [(slots, owners, tokens, slot_count, last) for last in (0, 1)] if many else []
         return (
             *(Launch("claim", (-(-tokens // _CLAIMS), 1, 1), each) for each in claims),
@@ -74,12 +76,14 @@ class LatentPrologueKernels(Kernels[LatentPrologueSpec, LatentPrologueSizes]):
 
 def _plain_names(spec: LatentPrologueSpec) -> dict[str, Scalar]:
     """Where the fields of a plain row lie, as ``paged.template_names`` says it of FP8 caches: in bytes."""
-    stride, groups = 2 * (spec.width + D_ROPE), spec.width // _PLAIN_GROUP
+    group = min(_PLAIN_GROUP, paged.tile_of(spec.width))
+    stride, groups = 2 * (spec.width + spec.d_rope), spec.width // group
     return {
-        "group": _PLAIN_GROUP,
+        "group": group,
         "groups": groups,
         "groups_padded": next_power_of_two(groups),
-        "d_rope": D_ROPE,
+        "shared": 1,
+        "d_rope": spec.d_rope,
         "scales": "none",
         **{"values_base": 0, "values_stride": stride, "scales_base": 0, "scales_stride": 0},
         **{"rope_base": 2 * spec.width, "rope_stride": stride},

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ...gpu import Gpu
 from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
-from ...problem.values import Scalar
+from ...problem.values import Scalar, next_power_of_two
 from .. import rows
 from .problem import (
     QuantizeSizes,
@@ -26,7 +26,7 @@ class QuantizeKernels(Kernels[QuantizeSpec, QuantizeSizes]):
         return rows.PARAMETERS
 
     def constraints(self, spec: QuantizeSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        yield from rows.values_per_thread(config, spec.width)
+        yield from rows.values_per_thread(config, next_power_of_two(spec.width))
 
     def guesses(self, spec: QuantizeSpec, sizes: QuantizeSizes, gpu: Gpu) -> Iterable[Config]:
         # 16 values, 32 bytes of bf16, per thread; few rows are spread over more, smaller blocks.
@@ -36,7 +36,7 @@ class QuantizeKernels(Kernels[QuantizeSpec, QuantizeSizes]):
             yield Config.of("triton", block_t=16, num_warps=4)
 
     def derived(self, spec: QuantizeSpec, config: Config) -> dict[str, Scalar]:
-        return {**rows.limits(), "weight_factor": repr(weight_factor(spec))}
+        return {**rows.limits(), "width_padded": next_power_of_two(spec.width), "weight_factor": repr(weight_factor(spec))}
 
     def launches(self, spec: QuantizeSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         count = inputs["source"].shape[0] * spec.heads

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...problem import checks, quantization
+from ...problem import channels, checks, quantization
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import MLA, Model
@@ -39,9 +39,9 @@ class QuantizeSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("width", (32, 64, 128))
+        self.require_in("width", channels.INDEX_WIDTHS)
         self.require_in("weights", ("none", *WEIGHTS))
-        self.require_in("heads", (1,) if self.weights == "none" else (8, 16, 32, 64))
+        self.require_range("heads", 1, 1 if self.weights == "none" else channels.MOST_INDEX_HEADS)
 
 
 @dataclass(frozen=True)

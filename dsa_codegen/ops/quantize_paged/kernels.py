@@ -32,7 +32,9 @@ class QuantizePagedKernels(PagedRowsKernels[QuantizePagedSpec, QuantizePagedSize
         strides = (source.stride(0),) if rope is None else (source.stride(0), rope.stride(0))
         slot_count, many = cache.shape[0] * spec.page, rows > _FEW
         owners = torch.empty(slot_count if many else 0, dtype=torch.int32, device=source.device)
-        args = (*inputs.values(), owners, rows, slot_count, cache.stride(0), *strides, int(many))
+        tensors = [value for name, value in inputs.items() if name != "scale"]
+        shared = (inputs["scale"],) if "scale" in inputs else ()
+        args = (*tensors, owners, rows, slot_count, cache.stride(0) * cache.element_size(), *strides, *shared, int(many))
         claims = [(inputs["slots"], owners, rows, slot_count, last) for last in (0, 1)] if many else []
         return (
             *(Launch("claim", (-(-rows // _CLAIMS), 1, 1), each) for each in claims),

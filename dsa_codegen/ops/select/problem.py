@@ -87,7 +87,9 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     def specs(self, model: Model) -> Sequence[SelectSpec]:
         if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
             return (SelectSpec(model.topk // model.block, starts=False),)
-        return (SelectSpec(model.topk), SelectSpec(model.topk, starts=False, output="slots", page=model.page))
+        kept: dict[str, Any] = {"keep_first": model.keep_first, "keep_recent": model.keep_recent}
+        slots = SelectSpec(model.topk, starts=False, output="slots", page=model.page, **kept)
+        return (SelectSpec(model.topk, **kept), slots)
 
     def bind(self, *args: Any) -> tuple[SelectSpec, SelectSizes, Inputs]:
         scores, ends, topk, starts, page_table, page, keep_first, keep_recent, *brought = args
