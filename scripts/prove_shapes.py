@@ -23,43 +23,33 @@ from dsa_codegen import gpu as gpus  # noqa: E402
 from dsa_codegen.errors import DsaError  # noqa: E402
 from dsa_codegen.kernels.build import build, build_all  # noqa: E402
 from dsa_codegen.kernels.render import render  # noqa: E402
-from dsa_codegen.kernels.variant import Variant  # noqa: E402
 from dsa_codegen.problem.op import Config, Op  # noqa: E402
 from dsa_codegen.problem.values import Spec  # noqa: E402
-from dsa_codegen.proof.random_specs import sample  # noqa: E402
-from dsa_codegen.proof.verify import verify  # noqa: E402
+from dsa_codegen.proof.random_specs import prove, sample  # noqa: E402
+from dsa_codegen.worker import Worker  # noqa: E402
 
 COUNTS = {"triton": 28, "gluon": 16, "tilelang": 16, "cuda": 16}
-REPEATS = 3
+SECONDS = 60.0
 Row = dict[str, Any]
 
 
-def prove(op: Op, spec: Spec, config: Config, gpu: gpus.Gpu, run: bool) -> Row:
-    """What came of one spec: compiled, and where there is a GPU run."""
+def checked(op: Op, spec: Spec, config: Config, gpu: gpus.Gpu, worker: Worker | None) -> Row:
+    """What came of one spec: compiled, and where there is a worker run on its GPU."""
     row: Row = {"op": op.name, "backend": config.backend, "spec": spec.to_dict(), "config": config.to_dict(), "wrong": ""}
     start = time.monotonic()
     try:
-        built = build(render(op, spec, config), gpu)
-        row["spills"] = max(usage.spills for usage in built.resources.values())
-        row["smem"] = max(usage.smem for usage in built.resources.values())
+        used = build(render(op, spec, config), gpu).resources.values()
+        row |= {"spills": max(usage.spills for usage in used), "smem": max(usage.smem for usage in used), "cases": 0}
         if row["smem"] > gpu.smem_per_block:
             row["wrong"] = f"{row['smem']} bytes of shared memory, {gpu.smem_per_block} allowed"
-        row["cases"] = 0
-        for case in _cases(op, spec, config) if run else ():
-            variant = Variant(op, spec, config, gpu, built.load())
-            accuracy = verify(variant, case, "cuda", repeats=REPEATS)
-            row["cases"] += 1
-            if not accuracy.passed:
-                row["wrong"] = f"{case.id}: {accuracy.detail}"
-    except (DsaError, RuntimeError) as error:
+        elif worker is not None:
+            row["cases"], row["wrong"] = worker.call(prove, op.name, spec, config, gpu, timeout=SECONDS)
+    except DsaError as error:
         row["wrong"] = f"{type(error).__name__}: {error}"[:400]
+        if worker is not None:
+            worker.kill()  # its CUDA context may be poisoned
     row["seconds"] = time.monotonic() - start
     return row
-
-
-def _cases(op: Op, spec: Spec, config: Config) -> list[Any]:
-    cases = [*op.cases(spec), *op.long_cases(spec)[:1]]
-    return list(dict.fromkeys(op.within_reach(spec, config, case) for case in cases))
 
 
 def table(rows: list[Row]) -> str:
@@ -88,8 +78,9 @@ def main() -> int:
     build_all((render(*each) for each in subjects), gpu)
     print(f"{len(subjects)} random specs built for {gpu.id} in {time.monotonic() - start:.0f} s", flush=True)
     rows = []
+    worker = None if found is None else Worker({})
     for each in subjects:
-        rows.append(prove(*each, gpu, run=found is not None))
+        rows.append(checked(*each, gpu, worker))
         row = rows[-1]
         state = f"WRONG {row['wrong']}\n  {row['spec']} {row['config']}" if row["wrong"] else f"spills {row['spills']}"
         print(f"{row['op']:18} {row['backend']:8} {row['seconds']:5.1f} s  {state}", flush=True)

@@ -9,10 +9,14 @@ from typing import Any
 from .. import ops
 from ..errors import NoConfig
 from ..gpu import Gpu
+from ..kernels.build import build
+from ..kernels.render import render
+from ..kernels.variant import Variant
 from ..problem import channels, paged
 from ..problem.kv_layouts import KV_LAYOUTS
 from ..problem.op import Config, Op
 from ..problem.values import Spec
+from .verify import verify
 
 
 def _channels(draw: random.Random, native: bool) -> dict[str, int]:
@@ -181,6 +185,18 @@ def sample(count: int, seed: int, gpu: Gpu, backend: str = "triton") -> Iterator
     for number in range(count):
         op = able[number % len(able)]
         yield op, *served(op, backend, draw, gpu)
+
+
+def prove(op_name: str, spec: Spec, config: Config, gpu: Gpu, repeats: int = 3) -> tuple[int, str]:
+    """Run the small cases and one long one on the current GPU: (cases, what was wrong); a job for a ``Worker``."""
+    op = ops.get(op_name)
+    cases = [op.within_reach(spec, config, case) for case in (*op.cases(spec), *op.long_cases(spec)[:1])]
+    variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
+    for case in cases:
+        accuracy = verify(variant, case, "cuda", repeats=repeats)
+        if not accuracy.passed:
+            return len(cases), f"{case.id}: {accuracy.detail}"
+    return len(cases), ""
 
 
 def small(spec: Spec) -> Spec:

@@ -2,8 +2,8 @@
 
 A row is ``d_nope`` channels and then ``d_rope`` rotary ones (none perhaps), as the down projection gives them.
 ``x / sqrt(mean(x²) + eps) · norm_weight`` is taken over the first ones ("nope": DeepSeek-V3.2) or over all ("latent": V4), as
-far as norm_weight reaches. The caches are those of ``quantize_paged``, quantised as it does it, or "bf16": rows as they are. Invalid slots
-are skipped; of rows with one slot the last is stored, whole. Nothing is rounded in between.
+far as norm_weight reaches. The caches are those of ``quantize_paged``, quantised as it does it, or "bf16": rows as they are.
+Invalid slots are skipped; of rows with one slot the last is stored, whole. Nothing is rounded in between.
 """
 
 from __future__ import annotations
