@@ -99,6 +99,49 @@ class KvRowsLayout(KvLayout):
 
 
 @dataclass(frozen=True)
+class KvV41Layout(KvLayout):
+    """Latent KV "v4.1", 528 B per token, planar inside a page padded to a multiple of 512 B (vLLM, #56893).
+
+    page × 512 e4m3, the rotary channels among them, then page × 16 e8m0 scales, one per 32 channels. All are the value; rotary
+    position is applied before they are stored.
+    """
+
+    name: ClassVar[str] = "v41"
+    stored_scales: ClassVar[str] = "e8m0"
+    d_nope: ClassVar[int] = 512
+    d_rope: ClassVar[int] = 0
+    d_v: ClassVar[int] = 512
+    group: ClassVar[int] = 32
+    bytes_per_token: ClassVar[int] = 528
+
+    @property
+    def page_bytes(self) -> int:
+        return -(-self.page * self.bytes_per_token // self.d_nope) * self.d_nope
+
+    @property
+    def shape_per_block(self) -> tuple[int, ...]:
+        return (self.page_bytes,)
+
+    @property
+    def nope(self) -> Field:
+        return Field(0, self.d_nope, self.d_nope)
+
+    @property
+    def scales(self) -> Field:
+        return Field(self.page * self.d_nope, self.groups, self.groups)
+
+    @property
+    def rope(self) -> Field:
+        return Field(0, 0, 0)
+
+    def encode(self, scales: Tensor) -> Tensor:
+        return scales if scales.dtype == torch.uint8 else e8m0_encode(scales)
+
+    def decode(self, stored: Tensor) -> Tensor:
+        return e8m0_decode(stored)
+
+
+@dataclass(frozen=True)
 class KvPlainLayout(CacheLayout):
     """Latent KV as it is, "bf16": bf16 [blocks, page, 1, d_nope + d_rope]; the first ``d_v`` channels are the value."""
 
@@ -137,11 +180,11 @@ class KvPlainLayout(CacheLayout):
 
 AnyKvLayout = KvLayout | KvPlainLayout
 Layout = IndexKLayout | AnyKvLayout
-KV_LAYOUTS = (KvV32Layout.name, KvV4Layout.name, KvPlainLayout.name, *ROW_SCALES)
+KV_LAYOUTS = (KvV32Layout.name, KvV4Layout.name, KvV41Layout.name, KvPlainLayout.name, *ROW_SCALES)
 
 
 def kv_layout(name: str, page: int = 64, d_nope: int = 512, d_rope: int = 64, d_v: int = 512) -> AnyKvLayout:
-    """The KV layout called ``name``; "v32" and "v4" have channels of their own.
+    """The KV layout called ``name``; "v32", "v4" and "v41" have channels of their own.
 
     Raises:
         UnknownName: there is no layout of that name.
@@ -151,6 +194,8 @@ def kv_layout(name: str, page: int = 64, d_nope: int = 512, d_rope: int = 64, d_
         return KvV32Layout(page)
     if name == KvV4Layout.name:
         return KvV4Layout(page)
+    if name == KvV41Layout.name:
+        return KvV41Layout(page)
     if name == KvPlainLayout.name:
         return KvPlainLayout(page, d_nope, d_rope, d_v)
     if name not in ROW_SCALES:
@@ -161,11 +206,11 @@ def kv_layout(name: str, page: int = 64, d_nope: int = 512, d_rope: int = 64, d_
 def require_kv_channels(name: str, d_nope: int, d_rope: int) -> None:
     """Raise SpecError unless a cache of this layout can hold so many channels."""
     for field, came, layout in (("d_nope", d_nope, "d_nope"), ("d_rope", d_rope, "d_rope")):
-        for known in (KvV32Layout, KvV4Layout):
+        for known in (KvV32Layout, KvV4Layout, KvV41Layout):
             if name == known.name and came != getattr(known, layout):
-                raise SpecError(field, came, f"{getattr(known, layout)} in a cache of layout {name}")
+                raise SpecError(field, came, f"{getattr(known, layout)} with kv_layout: {name}")
     step = ROW_SCALES[name][1] if name in ROW_SCALES else 0
     if not STEP <= d_nope <= MOST + MOST_TAIL or d_nope % (step or STEP):
-        raise SpecError("d_nope", d_nope, f"{step or STEP} to {MOST} in steps of {step or STEP} in a cache of layout {name}")
+        raise SpecError("d_nope", d_nope, f"{step or STEP} to {MOST} in steps of {step or STEP} with kv_layout: {name}")
     if not 0 <= d_rope <= MOST_TAIL or d_rope % STEP:
         raise SpecError("d_rope", d_rope, f"0 to {MOST_TAIL} in steps of {STEP}")

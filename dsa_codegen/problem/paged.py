@@ -13,7 +13,7 @@ from . import checks
 from .caches import Field, IndexKLayout, KvV4Layout, KvV32Layout
 from .channels import INDEX_WIDTHS, MOST, MOST_TAIL, STEP
 from .draw import Draw
-from .kv_layouts import KV_LAYOUTS, ROW_SCALES, KvPlainLayout, Layout, kv_layout
+from .kv_layouts import KV_LAYOUTS, ROW_SCALES, KvPlainLayout, KvV41Layout, Layout, kv_layout
 from .values import Scalar, next_power_of_two
 
 LAYOUTS = ("index_k", *KV_LAYOUTS)
@@ -21,6 +21,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "index_k": INDEX_WIDTHS,
     "v32": (KvV32Layout.d_nope,),
     "v4": (KvV4Layout.d_nope,),
+    "v41": (KvV41Layout.d_nope,),
     **{name: tuple(range(group or STEP, MOST + 1, group or STEP)) for name, (_, group) in ROW_SCALES.items()},
     "bf16": tuple(range(STEP, MOST + MOST_TAIL + 1, STEP)),
 }
@@ -29,10 +30,11 @@ ROPES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(LAYOUTS, tuple(range(0, MOST_TAIL + 1, STEP))),
     "v32": (64,),
     "v4": (64,),
+    "v41": (0,),
 }
 """For each layout, how many channels behind them stay bf16; no matter for index keys, which have none."""
 FIXED = ("v32", "v4")
-"""Layouts with channels of their own."""
+"""Layouts with channels of their own, for which every template is made."""
 D_ROPE = 64
 """Of them, unless a spec says otherwise."""
 SLOTS = {"i32": torch.int32, "i64": torch.int64}
@@ -191,6 +193,8 @@ def _page_by_bytes(bytes_per_token: int) -> dict[int, int]:
     sizes = {page * bytes_per_token: page for page in _FLAT_PAGES}
     if bytes_per_token == KvV4Layout.bytes_per_token:
         sizes |= {KvV4Layout(page).page_bytes: page for page in _FLAT_PAGES}
+    if bytes_per_token == KvV41Layout.bytes_per_token:
+        sizes |= {KvV41Layout(page).page_bytes: page for page in _FLAT_PAGES}
     return sizes
 
 
@@ -207,6 +211,11 @@ def check_scale(layout: Layout, scale: float) -> dict[str, float]:
     if scale != 1.0:
         raise InputError("scale", scale, "1.0: only caches of layout 'fp8_tensor' share one")
     return {}
+
+
+def roundings(layout: Layout) -> tuple[bool, ...]:
+    """Whether scales may be rounded up to powers of two: always where they are stored as such, never where there are none."""
+    return {"e8m0": (True,), "fp32": (False, True)}.get(scales_of(layout), (False,))
 
 
 def widths(layout: str) -> str:

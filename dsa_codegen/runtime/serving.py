@@ -76,8 +76,8 @@ def _alternatives(spec: Any, limits: Limits) -> Iterator[Spec]:
     options: dict[str, Sequence[Any]] = {}
     if getattr(spec, "weights", "none") != "none":
         options["weights"] = tuple(WEIGHTS)
-    elif getattr(spec, "power_of_two", True) is False:  # "v4" has no other scales
-        options["power_of_two"] = (False, True)
+    elif getattr(spec, "power_of_two", True) is False:  # "v4" has no other scales, rows as they are have none
+        options["power_of_two"] = getattr(spec, "roundings", (False, True))
     if hasattr(spec, "slots"):
         options["slots"] = tuple(SLOTS)
     if hasattr(spec, "next_n"):

@@ -99,7 +99,7 @@ def test_launch_only_parameters_do_not_reach_the_text():
 
 def test_a_name_that_nothing_gives_is_an_error(monkeypatch):
     monkeypatch.setattr(type(INDEXER), "derived", lambda self, spec, config: {})
-    with pytest.raises(jinja2.UndefinedError, match="columns"):
+    with pytest.raises(jinja2.UndefinedError, match="heads_padded"):
         render.render(INDEXER, IndexerSpec(8, 64), CONFIG)
 
 

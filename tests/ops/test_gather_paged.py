@@ -20,6 +20,12 @@ SPECS = [
     *OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]),
     GatherPagedSpec("v4", 448, page=61),
     GatherPagedSpec("index_k", 32, page=16),
+    GatherPagedSpec("index_k", 80, page=16),
+    GatherPagedSpec("bf16", 208, page=1, d_rope=0),
+    GatherPagedSpec("fp8_fp32_token", 176, page=20, d_rope=96),
+    GatherPagedSpec("fp8_ue8m0_32", 160, d_rope=0),
+    GatherPagedSpec("fp8_tensor", 64, page=16, d_rope=16),
+    GatherPagedSpec("v41", 512, page=33, d_rope=0),
 ]
 SMALL = Config.of("triton", block_t=8, num_warps=4)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -50,8 +56,8 @@ def test_kv_round_trip(name, layout):
     slots = Draw(4).permutation(2 * layout.page)[:100]
     cache = caches.as_pages(layout, layout.empty(2)).unflatten(1, (layout.page, 1, layout.bytes_per_token))
     slots[7] = -1
-    dispatch.call(QUANTIZE, (latent[:, : layout.d_nope], latent[:, layout.d_nope :], slots, cache, name, False))
-    back = dispatch.call(OP, (cache, slots, name))["latent"]
+    dispatch.call(QUANTIZE, (latent[:, : layout.d_nope], latent[:, layout.d_nope :], slots, cache, name, False, 1.0))
+    back = dispatch.call(OP, (cache, slots, name, 64, 1.0))["latent"]
     assert not back[7].any()
     keep = slots >= 0
     torch.testing.assert_close(back[keep, layout.d_nope :], latent[keep, layout.d_nope :], rtol=0, atol=0)
@@ -62,15 +68,15 @@ def test_index_keys_come_back_as_the_flat_form():
     layout = caches.IndexKLayout(32, 64)
     keys = Draw(5).normal(50, 64, dtype=torch.bfloat16)
     slots, cache = Draw(6).permutation(96)[:50].int(), layout.empty(3)
-    dispatch.call(QUANTIZE, (keys, None, slots, cache, "index_k", False))
+    dispatch.call(QUANTIZE, (keys, None, slots, cache, "index_k", False, 1.0))
     flat = dispatch.call(ops.get("quantize"), (keys, None, False))
-    gathered = dispatch.call(OP, (cache, slots, "index_k"))
+    gathered = dispatch.call(OP, (cache, slots, "index_k", 64, 1.0))
     assert torch.equal(flat["values"].view(torch.uint8), gathered["values"].view(torch.uint8))
     assert torch.equal(flat["scales"], gathered["scales"])
 
 
 def test_an_empty_cache_gives_zeros():
-    outputs = dispatch.call(OP, (caches.KvV32Layout().empty(0), torch.tensor([0, 3]), "v32"))
+    outputs = dispatch.call(OP, (caches.KvV32Layout().empty(0), torch.tensor([0, 3]), "v32", 64, 1.0))
     assert not outputs["latent"].any()
 
 
@@ -98,7 +104,7 @@ SLOTS = torch.tensor([0, 70, -1], dtype=torch.int32)
 )
 def test_call_refuses(argument, arguments):
     with pytest.raises(InputError, match=f"^{argument}"):
-        dispatch.call(OP, arguments)
+        dispatch.call(OP, (*arguments, 64, 1.0))
 
 
 def test_nothing_to_do_launches_nothing():

@@ -20,6 +20,12 @@ from support import H200, arguments, assert_compiles, assert_matches_reference, 
 
 V32, V4 = (OP.specs(presets.preset(name))[0] for name in ("tiny", "deepseek-v4-flash"))
 SPECS = [*OP.options(V32), V4, OP.options(V4)[1], LatentPrologueSpec("bf16", 448, "half_split", "latent", page=61)]
+SPECS += [
+    LatentPrologueSpec("fp8_ue8m0_64", 192, "half_split", "latent", power_of_two=True, d_rope=96),
+    LatentPrologueSpec("fp8_tensor", 80, norm="nope", d_rope=0),
+    LatentPrologueSpec("fp8_fp32_token", 144, d_rope=32),
+]
+
 SMALL = Config.of("triton", block_t=4, num_warps=4)
 
 

@@ -16,6 +16,7 @@ from dsa_codegen.runtime import dispatch
 from support import H200, assert_compiles, assert_matches_reference
 
 SPECS = [option for spec in OP.specs(presets.preset("tiny")) for option in OP.options(spec)]
+SPECS += [QuantizeSpec(80), QuantizeSpec(112, 11, "bf16", power_of_two=True)]
 SMALL = Config.of("triton", block_t=32, num_warps=4)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 BF16 = torch.zeros(3, 128, dtype=torch.bfloat16)
@@ -41,7 +42,9 @@ def test_is_registered_by_its_stem():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"width": 96}, {"heads": 8}, {"weights": "fp32"}, {"weights": "fp16"}, {"power_of_two": 1}], ids=str
+    "fields",
+    [{"width": 100}, {"heads": 8}, {"weights": "fp32", "heads": 65}, {"weights": "fp16"}, {"power_of_two": 1}],
+    ids=str,
 )
 def test_spec_refuses(fields):
     with pytest.raises(SpecError):

@@ -22,6 +22,12 @@ SPECS = [
     OP.specs(presets.preset("deepseek-v4-pro"))[0],
     QuantizePagedSpec("v4", 448, page=61, power_of_two=True),
     QuantizePagedSpec("index_k", 32, page=16),
+    QuantizePagedSpec("index_k", 80, page=16),
+    QuantizePagedSpec("bf16", 208, page=1, d_rope=48),
+    QuantizePagedSpec("fp8_fp32_token", 176, page=20, d_rope=96),
+    QuantizePagedSpec("fp8_ue8m0_32", 160, d_rope=0, power_of_two=True),
+    QuantizePagedSpec("fp8_tensor", 64, page=16, d_rope=16),
+    QuantizePagedSpec("v41", 512, page=33, d_rope=0, power_of_two=True),
 ]
 SMALL = Config.of("triton", block_t=8, num_warps=4)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -86,7 +92,7 @@ V32 = caches.KvV32Layout().empty(2)
 )
 def test_call_refuses(argument, arguments):
     with pytest.raises(InputError, match=f"^{argument}"):
-        dispatch.call(OP, (*arguments, False))
+        dispatch.call(OP, (*arguments, False, 1.0))
 
 
 def test_nothing_to_do_launches_nothing():

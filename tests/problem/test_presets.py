@@ -11,8 +11,9 @@ from dsa_codegen import Layer, ops
 from dsa_codegen.errors import InputError, SpecError, UnknownName
 from dsa_codegen.problem import presets
 
-NAMES = ["deepseek-v3.2", "deepseek-v3.2-tp8", "deepseek-v4-flash", "deepseek-v4-pro", "glm-5", "glm-5-tp8"]
-NAMES += ["minimax-m3", "qwen4-exp", "tiny", "tiny-gqa"]
+NAMES = ["ax-k2", "ax-k2-tp8", "deepseek-v3.2", "deepseek-v3.2-bf16", "deepseek-v3.2-bf16-tp8", "deepseek-v3.2-tp8"]
+NAMES += ["deepseek-v4-flash", "deepseek-v4-flash-tp8", "deepseek-v4-pro", "deepseek-v4.1", "glm-5", "glm-5-tp8", "glm-5.2"]
+NAMES += ["hy4", "hy4-tp8", "hy4-vl", "longcat-lite-sparse", "minimax-m3", "mistral-large-4", "qwen4-exp", "tiny", "tiny-gqa"]
 
 
 def test_the_models_people_run_are_there():
@@ -39,7 +40,7 @@ def test_every_operation_of_its_kind_of_attention_serves_a_preset(name):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(UnknownName, match=r"qwen4-exp, tiny"):
+    with pytest.raises(UnknownName, match=r"glm-5-tp8, glm-5.2, hy4"):
         presets.preset("glm5")
 
 
@@ -52,7 +53,10 @@ def test_unknown_preset_lists_the_known():
         ("heads: true", "heads"),
         ("d_nope: 500", "d_nope"),
         ("topk: 63", "topk"),
-        ("index_heads: 12", "index_heads"),
+        ("index_heads: 65", "index_heads"),
+        ("index_head_dim: 100", "index_head_dim"),
+        ("d_rope: 136", "d_rope"),
+        ("keep_recent: 65", "keep_recent"),
         ("kv_layout: v5", "kv_layout"),
         ('score: "\'; import os"', "score"),
         ('name: "../../etc"', "name"),
@@ -83,7 +87,9 @@ def written(tmp_path, **changes):
         ({"d_nope": 448}, "Model.d_nope = 448 is not possible; allowed: 512 with kv_layout: v32"),
         ({"d_rope": 0}, "Model.d_rope = 0 is not possible; allowed: 64 with kv_layout: v32"),
         ({"kv_layout": "v4", "d_nope": 448, "d_rope": 0}, "allowed: 64 with kv_layout: v4"),
-        ({"kv_layout": "none", "d_nope": 448, "d_rope": 0}, "allowed: 64, where d_nope is 448"),
+        ({"kv_layout": "none", "d_nope": 448, "d_rope": 0}, "Model.d_v = 512 is not possible; allowed: 448, the channels"),
+        ({"kv_layout": "fp8_fp32_128", "d_nope": 160, "d_rope": 32, "d_v": 160}, "allowed: 128 to 512 in steps of 128"),
+        ({"kv_layout": "v41"}, "Model.d_rope = 64 is not possible; allowed: 0 with kv_layout: v41"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

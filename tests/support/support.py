@@ -50,6 +50,8 @@ def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
     names = "weights starts lengths sink extra_cache extra_indices extra_lengths norm_weight norm_bias"
     absent = dict.fromkeys(names.split())
     options = {**spec.to_dict(), **absent}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    options = {**defaults, **options}
     return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 

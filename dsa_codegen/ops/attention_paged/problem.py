@@ -249,6 +249,7 @@ def _layout_of(d_qk: int, name: str, d_v: int, d_rope: int) -> tuple[AnyKvLayout
         raise InputError("d_rope", d_rope, f"{' or '.join(map(str, allowed))}, where q has {d_qk} channels and d_v is {d_v}")
     rope = tail if d_rope == -1 else d_rope
     inside = rope > 0 and not tail
+    require_kv_channels(name, d_v - rope if inside else d_v, rope)
     layout = kv_layout(name, 1, d_v - rope if inside else d_v, rope, d_v)
     return layout, {"d_v": d_v, "d_rope": rope, "rope_in_value": inside}
 

@@ -60,9 +60,14 @@ class LatentPrologueSpec(Spec):
         self.require_in("rotary", rotated.STYLES)
         self.require_in("norm", ("none", "nope", "latent"))
         self.require_in("norm_weight", rotated.NORM_DTYPES)
-        self.require_in("power_of_two", {"e8m0": (True,), "fp32": (False, True)}.get(paged.scales_of(self.cache), (False,)))
+        self.require_in("power_of_two", self.roundings)
         self.require_range("page", 1, 1024)
         self.require_in("slots", paged.SLOTS)
+
+    @property
+    def roundings(self) -> tuple[bool, ...]:
+        """What ``power_of_two`` may be."""
+        return paged.roundings(self.cache)
 
     @property
     def cache(self) -> AnyKvLayout:
@@ -200,8 +205,9 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
 
     def options(self, spec: LatentPrologueSpec) -> Sequence[LatentPrologueSpec]:
         other = "latent" if spec.norm == "nope" and spec.d_rope else "nope"
-        rounded = spec.power_of_two or paged.scales_of(spec.cache) == "fp32"
-        turned = replace(spec, rotary="half_split", norm=other, norm_weight="bf16", power_of_two=rounded, slots="i32")
+        turned = replace(
+            spec, rotary="half_split", norm=other, norm_weight="bf16", power_of_two=spec.roundings[-1], slots="i32"
+        )
         plain = replace(spec, layout=PLAIN, norm="none", power_of_two=False)
         return tuple(dict.fromkeys((spec, turned, plain)))
 

@@ -34,7 +34,12 @@ class QuantizePagedSpec(PagedRowsSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("power_of_two", {"e8m0": (True,), "fp32": (False, True)}.get(paged.scales_of(self.cache), (False,)))
+        self.require_in("power_of_two", self.roundings)
+
+    @property
+    def roundings(self) -> tuple[bool, ...]:
+        """What ``power_of_two`` may be."""
+        return paged.roundings(self.cache)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,11 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
 
     def options(self, spec: QuantizePagedSpec) -> Sequence[QuantizePagedSpec]:
         keys = QuantizePagedSpec("index_k", 128, spec.page)
-        further = (replace(spec, power_of_two=True, slots="i64"), keys, replace(keys, width=64, power_of_two=True, slots="i64"))
+        further = (
+            replace(spec, power_of_two=spec.roundings[-1], slots="i64"),
+            keys,
+            replace(keys, width=64, power_of_two=True, slots="i64"),
+        )
         return (spec, *further)
 
     def workloads(self, spec: QuantizePagedSpec) -> Sequence[Case[QuantizePagedSizes]]:
