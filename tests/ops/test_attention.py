@@ -23,7 +23,7 @@ from dsa_codegen.proof.verify import verify
 from dsa_codegen.records import lookup
 
 import emulator
-from support import FURTHER, H200, assert_compiles, assert_matches_reference
+from support import FURTHER, H200, assert_compiles, assert_matches_reference, completed
 
 SPECS = [
     AttentionSpec(5, 576, topk=70),
@@ -31,6 +31,8 @@ SPECS = [
     AttentionSpec(16, 576, topk=96, sink=True),
     AttentionSpec(1, 512, topk=1, lengths=True, sink=True),
     AttentionSpec(5, 576, topk=70, lengths=True, sink=True, max_logits=True),
+    AttentionSpec(32, 160, topk=70, d_v=128),
+    AttentionSpec(9, 448, topk=50, lengths=True, d_v=336),
 ]
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
@@ -150,7 +152,7 @@ def test_as_many_queries_share_as_fit_the_columns():
     # A call with more heads is one without the option, whose records serve it.
     for heads, expected in ((8, 4), (9, 2), (16, 2), (17, 1), (128, 1)):
         q, kv, lists = torch.zeros(2, heads, 576), torch.zeros(3, 1, 576), torch.zeros(2, 1, 5, dtype=torch.int32)
-        assert OP.bind(q, kv, lists, 1.0, None, None, 4)[0].share == expected
+        assert OP.bind(*completed(OP, q, kv, lists, 1.0, None, None, 4))[0].share == expected
 
 
 @pytest.mark.parametrize(

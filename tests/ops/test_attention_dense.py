@@ -11,7 +11,7 @@ from dsa_codegen.ops.attention_dense import OP, AttentionDenseSizes, AttentionDe
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
 
-from support import H200, assert_matches_reference
+from support import H200, assert_matches_reference, completed
 
 SPEC = AttentionDenseSpec(5, 576, sink=True)
 PLAIN = AttentionDenseSpec(16, 512)
@@ -73,4 +73,4 @@ def test_a_planted_error_is_caught(name):
 def test_call_refuses(argument, value):
     given = {**OP.inputs(SPEC, RAGGED, Draw(0)), argument: value}
     with pytest.raises(InputError, match=f"^{argument}"):
-        OP.bind(*(given[name] for name in ("q", "kv", "sm_scale", "starts", "ends", "sink")))
+        OP.bind(*completed(OP, *(given[name] for name in ("q", "kv", "sm_scale", "starts", "ends", "sink"))))

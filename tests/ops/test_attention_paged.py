@@ -16,7 +16,7 @@ from dsa_codegen.problem.caches import KvV4Layout, KvV32Layout, as_pages
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 
-from support import H200, assert_compiles, assert_matches_reference, default
+from support import H200, assert_compiles, assert_matches_reference, completed, default
 
 SPECS = [
     AttentionPagedSpec(16, 64),
@@ -24,6 +24,15 @@ SPECS = [
     AttentionPagedSpec(33, 33, sink=True),
     AttentionPagedSpec(20, 70, kv_layout="v4", page=53, lengths=True, sink=True),
     AttentionPagedSpec(1, 17, kv_layout="v4", page=2),
+]
+# Rows of any channels, as they are or with scales of every kind.
+ROWS = [
+    AttentionPagedSpec(4, 50, kv_layout="bf16", page=1, lengths=True),
+    AttentionPagedSpec(20, 37, kv_layout="bf16", d_v=128, d_rope=32, sink=True),
+    AttentionPagedSpec(9, 41, kv_layout="fp8_fp32_64", page=20, d_v=192, d_rope=48, lengths=True),
+    AttentionPagedSpec(5, 30, kv_layout="fp8_ue8m0_32", d_v=208, d_rope=48, rope_in_value=True),
+    AttentionPagedSpec(3, 30, kv_layout="fp8_tensor", d_v=80, d_rope=0),
+    AttentionPagedSpec(8, 30, kv_layout="v41", d_rope=0, page=33, sink=True, extra_topk=20, extra_page=5),
 ]
 # The second pool: V4's, another page and other lengths than the first's, none of them a multiple of a tile.
 TWO_POOLS = [
@@ -35,6 +44,11 @@ TWO_POOLS = [
 ]
 SMALL = Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=3)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+
+
+@pytest.mark.parametrize("spec", ROWS, ids=lambda spec: spec.id)
+def test_rows_of_any_channels_match_the_reference(interpreter, spec):
+    assert_matches_reference(interpreter, OP, spec, SMALL, Case(AttentionPagedSizes(2, 1, 100), "ragged"))
 
 
 @BY_SPEC
@@ -169,13 +183,13 @@ def arguments(spec=SPECS[1], **changes):
 )
 def test_call_refuses(argument, value):
     with pytest.raises(InputError, match=f"^{argument}"):
-        OP.bind(*arguments(**{argument: value}))
+        OP.bind(*completed(OP, *arguments(**{argument: value})))
 
 
 @pytest.mark.parametrize("spec", SPECS[1::2], ids=lambda spec: spec.id)
 def test_bind_names_what_it_took(spec):
     pages = as_pages(spec.layout, spec.layout.empty(2)).unflatten(1, (spec.page, 1, spec.layout.bytes_per_token))
-    bound, sizes, inputs = OP.bind(*arguments(spec, cache=pages))
+    bound, sizes, inputs = OP.bind(*completed(OP, *arguments(spec, cache=pages)))
     assert bound == spec
     assert (sizes.batch, sizes.next_n) == (2, 2)
     pools = [f"{pool}{name}" for pool in ("", "extra_") for name in ("cache", "indices", "lengths")]
@@ -216,7 +230,7 @@ def test_takes_the_v4_cache_as_engines_view_it():
     layout = KvV4Layout(61)
     pages = layout.empty(3)
     view = pages.as_strided((3, 61, 1, 584), (layout.page_bytes, 584, 584, 1))
-    spec, _, _ = OP.bind(*arguments(AttentionPagedSpec(4, 8, kv_layout="v4", page=61), cache=view))
+    spec, _, _ = OP.bind(*completed(OP, *arguments(AttentionPagedSpec(4, 8, kv_layout="v4", page=61), cache=view)))
     assert spec.page == 61
 
 
@@ -270,10 +284,10 @@ def two_pools(**changes):
 )
 def test_a_wrong_second_pool_is_named(changes, argument):
     with pytest.raises(InputError, match=f"^{argument}:"):
-        OP.bind(*two_pools(**changes))
+        OP.bind(*completed(OP, *two_pools(**changes)))
 
 
 def test_spec_of_a_second_pool_has_one_spelling():
     with pytest.raises(SpecError, match="extra_lengths"):
         AttentionPagedSpec(16, 64, extra_lengths=True)
-    assert OP.bind(*two_pools())[0] == TWO_POOLS[0]
+    assert OP.bind(*completed(OP, *two_pools()))[0] == TWO_POOLS[0]

@@ -58,7 +58,7 @@ def test_is_registered_by_its_stem():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"heads": 12}, {"head_dim": 48}, {"d_rope": 128}, {"rotary": "none"}, {"norm": "fp16"}, {"hadamard": 1}], ids=str
+    "fields", [{"heads": 65}, {"head_dim": 40}, {"d_rope": 128}, {"rotary": "none"}, {"norm": "fp16"}, {"hadamard": 1}], ids=str
 )
 def test_spec_refuses(fields):
     with pytest.raises(SpecError):
@@ -84,7 +84,7 @@ def call(inputs, **options):
         ("norm_weight", {"norm_weight": None}),
         ("norm_bias", {"norm_bias": torch.zeros(64, dtype=torch.bfloat16)}),
         ("cos_sin", {"cos_sin": torch.zeros(9, 64, dtype=torch.bfloat16)}),
-        ("cos_sin", {"cos_sin": torch.zeros(9, 48)}),
+        ("cos_sin", {"cos_sin": torch.zeros(9, 40)}),
         ("positions", {"positions": torch.zeros(5, dtype=torch.int32)}),
         ("slots", {"slots": torch.zeros(4, dtype=torch.int64)}),
         ("cache", {"cache": torch.zeros(2, 64, 1, 64, dtype=torch.uint8)}),

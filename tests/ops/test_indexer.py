@@ -33,6 +33,7 @@ SPECS = [
     IndexerSpec(32, 128, logits="bf16"),
     IndexerSpec(8, 64, compressed=True),
     IndexerSpec(16, 32, score="relu_bias", logits="bf16", clean=True, compressed=True),
+    IndexerSpec(6, 80, clean=True),
 ]
 SMALL = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
 TILELANG = Config.of("tilelang", block_q=2, block_n=64, num_stages=3, splits=1, pipeline="plain", threads=128, blocks_per_sm=4)

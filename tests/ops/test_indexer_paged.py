@@ -13,7 +13,7 @@ from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 
-from support import H200, assert_compiles, assert_matches_reference
+from support import H200, assert_compiles, assert_matches_reference, completed
 
 SPLIT = Config.of("triton", schedule="split", block_n=64, block_q=1, num_warps=4, num_stages=3, blocks_per_sm=1)
 PERSISTENT = SPLIT.replace(schedule="persistent")
@@ -118,7 +118,7 @@ def test_is_registered_by_its_stem():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("heads", 128), ("head_dim", 96), ("next_n", 0), ("page", 48), ("score", "softmax"), ("logits", "fp16"), ("clean", 1)],
+    [("heads", 128), ("head_dim", 100), ("next_n", 0), ("page", 48), ("score", "softmax"), ("logits", "fp16"), ("clean", 1)],
 )
 def test_spec_refuses(field, value):
     with pytest.raises(SpecError, match=field):
@@ -165,7 +165,7 @@ def test_padded_blocks_are_served():
     inputs = dict(OP.inputs(spec, Case(IndexerPagedSizes(2, 130), "full"), Draw(1)))
     inputs["cache"] = torch.cat([inputs["cache"], inputs["cache"] ^ 3], dim=1)[:, :64]
     assert not inputs["cache"].is_contiguous()
-    bound_spec, _, bound = OP.bind(*inputs.values(), "weighted_relu", "fp32", False, "fp8")
+    bound_spec, _, bound = OP.bind(*completed(OP, *inputs.values(), "weighted_relu", "fp32", False, "fp8"))
     assert bound_spec == spec
     assert OP.launches(spec, SPLIT, bound, OP.allocate(spec, bound), H200)[0].args[15] == 2 * 64 * 68
 

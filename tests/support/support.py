@@ -55,6 +55,12 @@ def arguments(op: Op, spec: Spec, inputs: Inputs) -> list[Any]:
     return [inputs.get(argument.name, options.get(argument.name)) for argument in schema.arguments]
 
 
+def completed(op: Op, *args: Any) -> list[Any]:
+    """The arguments, and behind them the defaults of the operator's schema."""
+    schema = torch._C.parse_schema(f"any::{op.function}{op.schema}")
+    return [*args, *(argument.default_value for argument in schema.arguments[len(args) :])]
+
+
 def assert_matches_reference(interpreter: Worker, op: Op, spec: Spec, config: Config, case: Case, repeats: int = 1) -> None:
     """The rendered Triton kernels, interpreted on the CPU, agree with the reference within the op's limits."""
     assert not op.violations(spec, config, H200)

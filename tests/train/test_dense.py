@@ -49,7 +49,7 @@ def test_is_sparse_attention_over_lists_of_every_token(monkeypatch, step, with_s
 
 def test_the_operator_keeps_its_promises_to_torch():
     q, kv, starts, ends, sink = leaves()
-    torch.library.opcheck(torch.ops.dsa_codegen.dense_attention_train.default, (q, kv, SCALE, starts, ends, sink))
+    torch.library.opcheck(torch.ops.dsa_codegen.dense_attention_train.default, (q, kv, SCALE, starts, ends, sink, 512))
 
 
 def test_a_wrong_argument_is_named():

@@ -113,7 +113,7 @@ def test_the_deterministic_form_follows_torchs_switch(monkeypatch):
 def test_the_operator_keeps_its_promises_to_torch():
     q, kv, indices, sink = leaves(queries=2, tokens=9, topk=4)
     operator = torch.ops.dsa_codegen.sparse_attention_train.default
-    torch.library.opcheck(operator, (q, kv, indices, SCALE, None, sink, False))
+    torch.library.opcheck(operator, (q, kv, indices, SCALE, None, sink, False, 512))
 
 
 def test_a_wrong_argument_is_named():
