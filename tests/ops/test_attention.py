@@ -353,14 +353,14 @@ def arguments(**changes):
 )
 def test_call_refuses(argument, value):
     with pytest.raises(InputError, match=f"^{argument}"):
-        OP.bind(*arguments(**{argument: value}))
+        OP.bind(*completed(OP, *arguments(**{argument: value})))
 
 
 def test_bind_reads_the_spec_off_the_arguments():
-    spec, sizes, _ = OP.bind(*arguments())
+    spec, sizes, _ = OP.bind(*completed(OP, *arguments()))
     assert (spec, sizes) == (AttentionSpec(4, 576, 8, lengths=True, sink=True), AttentionSizes(3, 20))
-    assert not OP.bind(*arguments(lengths=None, sink=None))[0].sink
-    assert OP.bind(*arguments(share=4))[0].share == 4
+    assert not OP.bind(*completed(OP, *arguments(lengths=None, sink=None)))[0].sink
+    assert OP.bind(*completed(OP, *arguments(share=4)))[0].share == 4
 
 
 def test_lists_shorter_than_k_are_padded_and_name_no_token_twice():

@@ -24,7 +24,7 @@ from dsa_codegen.problem.op import Accuracy, Case, Config, Inputs
 from dsa_codegen.runtime import torch_ops
 from dsa_codegen.tune.model import plan
 
-from support import FURTHER, H200, assert_compiles, assert_matches_reference
+from support import FURTHER, H200, assert_compiles, assert_matches_reference, completed
 
 SPECS = [
     IndexerSpec(8, 64),
@@ -211,11 +211,11 @@ def arguments(**changes):
 )
 def test_call_refuses(argument, value):
     with pytest.raises(InputError, match=f"^{argument}"):
-        OP.bind(*arguments(**{argument: value}))
+        OP.bind(*completed(OP, *arguments(**{argument: value})))
 
 
 def test_bind_names_what_it_took():
-    spec, sizes, inputs = OP.bind(*arguments())
+    spec, sizes, inputs = OP.bind(*completed(OP, *arguments()))
     assert (spec, sizes) == (SPECS[0], IndexerSizes(3, 20))
     assert list(inputs) == ["q", "k", "k_scale", "weights", "starts", "ends"]
 
@@ -223,11 +223,11 @@ def test_bind_names_what_it_took():
 def test_call_refuses_more_tokens_than_offsets_reach():
     inputs = OP.inputs(SPECS[0], Case(IndexerSizes(3, (1 << 30) + 1), "causal"), Draw(0, "meta"))
     with pytest.raises(InputError, match=r"^k: got 1073741825 tokens"):
-        OP.bind(*arguments(**inputs))
+        OP.bind(*completed(OP, *arguments(**inputs)))
 
 
 def test_bind_takes_the_longest_window():
-    spec, sizes, inputs = OP.bind(*arguments(max_window=7))
+    spec, sizes, inputs = OP.bind(*completed(OP, *arguments(max_window=7)))
     assert (spec, sizes, inputs["max_window"]) == (SPECS[4], IndexerSizes(3, 20), 7)
     assert OP.allocate(spec, inputs)["logits"].shape == (3, 7)
 

@@ -150,11 +150,11 @@ def arguments(**changes):
 )
 def test_call_refuses(argument, value):
     with pytest.raises(InputError, match=f"^{argument}"):
-        OP.bind(*arguments(**{argument: value}))
+        OP.bind(*completed(OP, *arguments(**{argument: value})))
 
 
 def test_bind_names_what_it_took():
-    spec, sizes, inputs = OP.bind(*arguments())
+    spec, sizes, inputs = OP.bind(*completed(OP, *arguments()))
     assert (spec, sizes) == (IndexerPagedSpec(8, 64, next_n=2), IndexerPagedSizes(3, 200))
     assert list(inputs) == ["q", "cache", "weights", "lengths", "page_table", "max_context"]
 
