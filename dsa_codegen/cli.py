@@ -207,6 +207,10 @@ def tune(
         int, typer.Option("--gpus", help="GPUs of this host that share the search, all alike; 0 for all.", min=0)
     ] = 0,
     wait: Annotated[str, typer.Option(help="For another run that uses the same studies; 0s: give up at once.")] = "24h",
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="No search: show the trials of earlier ones in a browser (optuna-dashboard).")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --dashboard: where, on this machine.", min=1, max=65535)] = 8080,
     again: Annotated[
         str, typer.Option(help="No search: try one candidate once more that failed.", metavar="JOURNAL:TRIAL")
     ] = "",
@@ -233,6 +237,8 @@ def tune(
         return _again(context, again, as_json)
     if replay:
         return _replay(context, replay, seeds, trials, as_json)
+    if dashboard:
+        return _dashboard(context, port)
     _check_tune(context, "--refresh" if refresh else "--check" if check else "")
     if refresh or check:
         names = [ops.get(name).name for name in op or ()]
@@ -274,7 +280,7 @@ def tune(
 
 
 _OF = {
-    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait", "storage"),
+    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait", "port", "storage"),
     "--refresh": ("refresh", "every", "drop_stale"),
     "--check": ("check", "tolerance"),
 }
@@ -329,6 +335,23 @@ def _replay(context: typer.Context, files: Sequence[Path], seeds: int, trials: i
     found = waiting.progress(err, "replay", runs, lambda run: regret.search(*run, trials=trials or ON_GPU.trials))
     losses = [regret.regret(*case, found[n * seeds : (n + 1) * seeds]) for n, case in enumerate(cases)]
     _print(as_json, show_tuning.regrets(losses), [show_tuning.regret_row(each) for each in losses])
+
+
+def _dashboard(context: typer.Context, port: int) -> None:
+    from .tune import dashboard as looking
+
+    _alone(context, "--dashboard", ("dashboard", "port"))
+    looking.server()
+    studies = looking.snapshot(run_state())
+    err.print(f"http://127.0.0.1:{port} shows the searches as they are now; Ctrl-C ends it", highlight=False)
+    looking.show(studies, port)
+
+
+def run_state() -> Path:
+    """Where the journals of runs from here lie."""
+    from .tune.plan import STATE
+
+    return STATE
 
 
 def _alone(context: typer.Context, option: str, besides: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ from dsa_codegen.errors import RecordError, UnknownName
 from dsa_codegen.gpu import resolve
 from dsa_codegen.proof.timing import Policy
 from dsa_codegen.tune.history import histories
-from dsa_codegen.tune.journal import open_study
+from dsa_codegen.tune.journal import Journal
+from dsa_codegen.tune.shelf import FILES
 
 import bench_fakes
 from bench_support import SMALL, made_up_folder, made_up_histories, made_up_machine, made_up_rows, row
@@ -271,14 +272,14 @@ def test_machine_facts_reach_the_tables():
 def test_the_tuning_history_is_read_from_journals(tmp_path):
     path = tmp_path / "h200" / "select" / "triton-0123.journal"
     path.parent.mkdir(parents=True)
-    study = open_study(path, "select.triton, rows 0-16 0123", 0, 10)
+    study = FILES.open(Journal(path, "0123", {}), "select.triton, rows 0-16 0123")
     for value in (5.0, 4.0, None, 4.5):
         trial = study.ask()
         study.tell(trial, value, state=TrialState.COMPLETE if value else TrialState.FAIL)
     (path.parent / "broken-4567.journal").write_text("{\n{}\n")
     with pytest.warns(UserWarning, match="broken-4567"):
         found = histories(tmp_path)
-    assert found == {"h200": [{"name": "select.triton, rows 0-16", "times_us": [5.0, 4.0, 4.5]}]}
+    assert found == {"h200": [{"name": "select.triton, rows 0-16", "times_us": [5.0, 4.0, 4.5], "importance": {}}]}
 
 
 def test_the_command_line_writes_the_report(tmp_path):

@@ -102,7 +102,8 @@ def made_up_histories() -> list[dict[str, Any]]:
         "attention tilelang",
         "attention_paged triton",
     )
-    return [{"name": name, "times_us": [100 * draw.uniform(1, 2.2) for _ in range(48)]} for name in names]
+    shares = {"num_stages": 0.6, "block_n": 0.3, "splits": 0.1}
+    return [{"name": name, "times_us": [100 * draw.uniform(1, 2.2) for _ in range(48)], "importance": shares} for name in names]
 
 
 def made_up_folder(folder: Path) -> Path:

@@ -22,6 +22,7 @@ _METHOD_ROLES = {"dense": "muted", "window": "series3", "sparse": "ours"}
 _MARKERS = "osD^vPX*"
 _RATIOS = (0.25, 0.5, 0.8, 1, 1.5, 2, 3, 5, 10, 20)
 _WAY_SERIES = {"tensor": 1, "context": 2, "data": 3}
+_NAMED_SHARE = 1 / 7
 _HISTORIES = 12  # lines that can still be told apart
 
 
@@ -166,4 +167,23 @@ def tuning(histories: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xlabel="candidates timed", ylabel="best so far / best")
     axes.set_ylim(bottom=0.98)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, handletextpad=0.4, columnspacing=1.0, fontsize=7.5)
+    return figure
+
+
+def importance(histories: Sequence[Mapping[str, Any]]) -> Figure:
+    """A bar for each study, divided among its parameters, the greatest share first; those of a seventh and more are named."""
+    shown = histories[:_HISTORIES]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.32 * len(shown)))
+    names = list(dict.fromkeys(name for each in shown for name in each["importance"]))
+    for row, each in enumerate(shown):
+        left = 0.0
+        for name, share in each["importance"].items():
+            colour = COLOURS[f"series{names.index(name) % 6 + 1}"]
+            axes.barh(row, share, left=left, color=colour, edgecolor=COLOURS["paper"], height=0.7)
+            if share >= _NAMED_SHARE:
+                axes.text(left + share / 2, row, name, ha="center", va="center", fontsize=6.5, color=COLOURS["ink"])
+            left += share
+    axes.set_yticks(range(len(shown)), [each["name"] for each in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share")
     return figure

@@ -24,7 +24,7 @@ def write(folder: Path, out: Path, histories: Mapping[str, Sequence[Mapping[str,
     """Write the page of all results below ``folder``.
 
     Args:
-        histories: for a GPU's id, ``{"name", "times_us"}`` of each study that tuning has gone through.
+        histories: for a GPU's id, what ``tune.history`` says of each study that tuning has gone through.
 
     Raises:
         RecordError: there are no results, or they cannot be read.
@@ -93,6 +93,10 @@ def _curves(
     searched = [each for each in histories if len(each["times_us"]) > 1]
     if searched:
         yield curve("tuning", "Tuning", "How soon each search came near its best.", searched)
+    weighed = [each for each in searched if each.get("importance")]
+    if weighed:
+        text = "The share of each tuning parameter in how far the times of a search's candidates differ (correlation ratios)."
+        yield curve("importance", "What mattered", text, weighed)
 
 
 def _several(gpu_id: str, rows: Sequence[Row]) -> Iterator[dict[str, str]]:
