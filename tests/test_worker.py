@@ -89,6 +89,29 @@ worker.submit(time.sleep, 600)
 """
 
 
+KILLED = """
+from dsa_codegen.worker import Worker
+import os, signal, time
+worker = Worker()
+print(worker.call(os.getpid), flush=True)
+worker.submit(time.sleep, 600)
+time.sleep(0.2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_child_ends_with_a_parent_that_was_killed():
+    """A parent that had no time to close anything; the child's job would go on for ever."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    child = int(done.stdout)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
 def test_the_child_ends_with_its_parent():
     """Even in the middle of a job, and where nobody closed the worker."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

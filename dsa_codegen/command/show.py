@@ -247,6 +247,11 @@ def record_row(record: Record) -> dict[str, Any]:
         "time_us": record.time_us.median,
         "default_time_us": record.default_time_us,
         "limit_us": record.limit_us,
+        "samples": record.time_us.n,
+        "p20_us": record.time_us.p20,
+        "p80_us": record.time_us.p80,
+        "eager_us": record.eager_us.median if record.eager_us else None,
+        "card": record.card,
     }
 
 
@@ -295,7 +300,7 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     for spec, found, compared in answers:
         used = f"{op.name} {spec.id}\n  at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
         kin = [f"  tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
-        printers.append(lines(used, *kin, *_runner_up(found), *(f"  {note}" for note in found.notes)))
+        printers.append(lines(used, *kin, *_runner_up(found), *trust(found.record), *(f"  {note}" for note in found.notes)))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
             (f"{record.gpu.id} {record.backend} {describe(record.bucket)}", each.field, each.wanted, each.there)
@@ -319,6 +324,20 @@ def _runner_up(found: Found) -> list[str]:
     others = "; ".join([*(f"runner-up {each}" for each in lost), *default])
     kind = "measured" if record.evidence == MEASURED else "modelled"
     return [f"  {kind} {best:.4g} µs; {others}"] if others else []
+
+
+def trust(record: Record | None) -> list[str]:
+    """How far a record may be trusted: samples, spread, board and day; and the time without graphs where it is another."""
+    if record is None:
+        return []
+    time, day = record.time_us, record.measured_at[:10]
+    if not time.n:
+        return ["  a model's word: nothing was timed"]
+    where = " on one " + (record.card or record.gpu.id)
+    when = f", {day}" if day else ""
+    spread = f"  {time.n} samples, the middle ones {time.p20:.4g} to {time.p80:.4g} µs,{where}{when}"
+    eager = record.eager_us
+    return [spread, *([f"  launched without a graph {eager.median:.4g} µs, the host's work included"] if eager else [])]
 
 
 def _listed(config: Mapping[str, object]) -> str:

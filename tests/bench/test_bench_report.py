@@ -18,7 +18,7 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.proof.timing import Policy
 from dsa_codegen.tune.history import histories
 from dsa_codegen.tune.journal import Journal
-from dsa_codegen.tune.shelf import FILES
+from dsa_codegen.tune.study import FILES
 
 import bench_fakes
 from bench_support import SMALL, made_up_folder, made_up_histories, made_up_machine, made_up_rows, row

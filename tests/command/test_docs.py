@@ -16,7 +16,7 @@ from command_line import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md", "docs/quality.md"]
-COMMAND_PAGES = [*PAGES, "docs/benchmark.md", "docs/performance.md"]
+COMMAND_PAGES = [*PAGES, "docs/benchmark.md", "docs/performance.md", "docs/tuning.md"]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from test_records import make
 
-from dsa_codegen.command import show, waiting
+from dsa_codegen.command import show_tuning, waiting
 from dsa_codegen.records import files
 from dsa_codegen.records.record import MODELLED
 from dsa_codegen.tune.plan import Report
@@ -15,7 +15,7 @@ from dsa_codegen.tune.plan import Report
 
 def printed(report: Report) -> str:
     text = io.StringIO()
-    show.tuned(report)(Console(file=text, width=200))
+    show_tuning.tuned(report)(Console(file=text, width=200))
     return text.getvalue()
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from rich.console import Console
 
-from dsa_codegen.command import show_tuning
+from dsa_codegen.command import show, show_tuning
 from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.problem.op import Case
 from dsa_codegen.proof.measure import Measured
@@ -142,6 +142,15 @@ def test_eager_and_graph_are_both_stated_where_they_disagree(go, good):
 def test_a_record_says_how_far_it_may_be_trusted(good):
     assert (good.card, good.eager_us) == ("NVIDIA H200", Timing(99.0, 98.0, 99.5, 7))
     assert (good.time_us.n, good.time_us.p20, good.time_us.p80) == (5, 80.0, 80.0)
+
+
+def test_explain_says_so(good, capsys):
+    show.lines(*show.trust(good))(Console(width=200))
+    said = capsys.readouterr().out
+    assert "5 samples, the middle ones 80 to 80 µs, on one NVIDIA H200, 20" in said
+    assert "launched without a graph 99 µs" in said
+    unmeasured = dataclasses.replace(good, time_us=Timing.modelled(80.0))
+    assert show.trust(unmeasured) == ["  a model's word: nothing was timed"] and show.trust(None) == []
 
 
 def test_what_older_records_lack_is_left_out_of_files(good):

@@ -100,6 +100,22 @@ def test_what_is_left_unwritten_is_found(clock):
     assert jobs.evaluate(PROBLEM, entrant(clock, wrong=forgets), None).kind is Kind.MISMATCH
 
 
+@pytest.mark.parametrize("where", [-1, 1], ids=["before", "behind"])
+@pytest.mark.parametrize("when", [0, (9, 70)], ids=["small cases", "workload"])
+def test_a_write_beside_the_outputs_is_found(clock, where, when):
+    """Whatever it computes: the outputs themselves are right."""
+
+    def strays(logits, call):
+        if logits.numel() and when in (0, tuple(logits.shape)):
+            room = torch.empty(0, dtype=logits.dtype).set_(logits.untyped_storage())
+            beside = (logits.storage_offset() + logits.numel()) if where > 0 else logits.storage_offset() - 1
+            room[beside] = 7.0
+
+    outcome = jobs.evaluate(PROBLEM, entrant(clock, wrong=strays), None)
+    assert (outcome.kind, outcome.timing) == (Kind.OUT_OF_BOUNDS, None)
+    assert "beside its outputs" in outcome.detail
+
+
 def test_a_kernel_that_is_wrong_only_on_the_workload_is_found(clock):
     def wrong_when_large(logits, call):
         if logits.shape == (9, 70):

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from dsa_codegen.kernels.build import Built
+from dsa_codegen.kernels.render import render
+from dsa_codegen.ops import quantize
+from dsa_codegen.problem.op import Config
 from dsa_codegen.tune import lane
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
@@ -104,6 +107,23 @@ def test_compilers_run_beside_each_other(tmp_path):
             pool.poll()
             time.sleep(0.01)
     assert all(isinstance(result, Built) for result in pool.results.values()) and len(pool.results) == 2
+
+
+def test_the_second_run_compiles_nothing_again(tmp_path):
+    """The compilers' own cache is that of all runs: what is there is taken, within a moment of their start."""
+    rendered = render(quantize.OP, quantize.QuantizeSpec(32), Config.of("triton", block_t=1, num_warps=1))
+    found = []
+    for _ in range(2):
+        with CompilePool(H200, tmp_path / "builds", 1) as pool:
+            pool.request(rendered)
+            while pool.backlog:
+                pool.poll()
+                time.sleep(0.01)
+            found.append(pool.results[rendered.sha])
+    assert [each.folder for each in found] == [tmp_path / "builds" / found[0].folder.name] * 2
+    (file,) = found[0].folder.glob("*.cubin")
+    assert file.stat().st_mtime_ns < found[1].folder.stat().st_mtime_ns, "found, not made anew"
+    assert len(list((tmp_path / "builds").iterdir())) == 1
 
 
 def test_candidates_are_dealt_out_to_the_gpus_and_finals_are_held_on_one(tmp_path, pool, monkeypatch):
