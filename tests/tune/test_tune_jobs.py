@@ -12,6 +12,7 @@ import torch
 from dsa_codegen.kernels.backends import Resources
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.problem.op import Case, Cost
+from dsa_codegen.proof import fences
 from dsa_codegen.proof import measure as measuring
 from dsa_codegen.proof.stopwatch import Stopwatch
 from dsa_codegen.tune import jobs
@@ -107,8 +108,8 @@ def test_a_write_beside_the_outputs_is_found(clock, where, when):
 
     def strays(logits, call):
         if logits.numel() and when in (0, tuple(logits.shape)):
-            room = torch.empty(0, dtype=logits.dtype).set_(logits.untyped_storage())
-            beside = (logits.storage_offset() + logits.numel()) if where > 0 else logits.storage_offset() - 1
+            room = torch.empty(0, dtype=logits.dtype).set_(logits.untyped_storage())  # fences and all
+            beside = room.numel() - fences.BYTES // 4 if where > 0 else fences.BYTES // 4 - 1
             room[beside] = 7.0
 
     outcome = jobs.evaluate(PROBLEM, entrant(clock, wrong=strays), None)
