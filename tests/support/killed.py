@@ -102,6 +102,17 @@ def start(kind: str, folder: Path) -> int:
     return process
 
 
+def kill(process: int, folder: Path, count: int, later: float) -> None:
+    """Kill a run so many seconds after the count of candidates was reached; one that ends before is as well."""
+    while lines(folder) < count:
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return
+        time.sleep(0.005)
+    time.sleep(later)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
 def main() -> None:
     """See the module's first lines; the last run is let finish."""
     kind, folder, times, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
@@ -110,12 +121,7 @@ def main() -> None:
 
     moment = random.Random(7)
     for _ in range(times):
-        wait_for = lines(folder) + moment.randrange(6)  # from its first moments to the fifth candidate
-        process = start(kind, folder)
-        while lines(folder) < wait_for:
-            time.sleep(0.005)
-        time.sleep(moment.uniform(0.0, seconds))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        further = moment.choice((0, 0, 0, 1, 2, 5))  # killed in its first moments, or behind so many candidates
+        kill(start(kind, folder), folder, lines(folder) + further, moment.uniform(0.0, seconds if further else 15 * seconds))
     done = os.waitpid(start(kind, folder), 0)[1]
     sys.exit(os.waitstatus_to_exitcode(done))
