@@ -38,7 +38,7 @@ class Toy(Indexer):
         yield Config.of("triton", block_q=block_q, block_n=64, num_warps=4, num_stages=3, splits=1)
 
     def derived(self, spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
-        return {"columns": config["block_q"] * spec.heads}
+        return super().derived(spec, config)
 
 
 OP = Toy()
