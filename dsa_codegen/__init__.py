@@ -12,12 +12,14 @@ from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
     adapt,
+    expand_blocks,
     gather_index_k,
     gather_kv,
     index_prologue,
     indexer_logits,
     indexer_logits_chunks,
     indexer_logits_paged,
+    pool_index_k,
     quantize_index_k,
     quantize_index_q,
     resolve,
@@ -32,6 +34,7 @@ from .functions import (
 )
 from .invariance import use_batch_invariant
 from .layer import Attended, Layer
+from .pooled import index_select_pooled, index_select_pooled_paged
 from .problem.presets import Model, load, preset
 from .runtime.dispatch import Untuned, call, chosen, override, reset, stats, warmup
 
@@ -45,17 +48,21 @@ __all__ = [
     "adapt",
     "call",
     "chosen",
+    "expand_blocks",
     "gather_index_k",
     "gather_kv",
     "index_prologue",
     "index_select",
     "index_select_paged",
+    "index_select_pooled",
+    "index_select_pooled_paged",
     "indexer_logits",
     "indexer_logits_chunks",
     "indexer_logits_paged",
     "load",
     "ops",
     "override",
+    "pool_index_k",
     "preset",
     "quality",
     "quantize_index_k",

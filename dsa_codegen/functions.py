@@ -60,6 +60,8 @@ _index_prologue = direct("index_prologue")
 _store_latent = direct("store_latent")
 _resolve = direct("resolve")
 _adapt = direct("adapt")
+_expand_blocks = direct("expand_blocks")
+_pool_index_k = direct("pool_index_k")
 
 
 def indexer_logits(
@@ -277,6 +279,48 @@ def adapt(
     minimum, share = ((None, each) if isinstance(each, Tensor) else (each, None) for each in (min_score, mass))
     windows = ends, starts, page_table, page, keep_first, keep_recent
     return tuple(_adapt(scores, chosen, *windows, *minimum, *share, mass_of, mass_scale, counts, chosen_scores))
+
+
+def expand_blocks(
+    chosen: Tensor,
+    block_starts: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    pool: int,
+    *,
+    page_table: Tensor | None = None,
+    page: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The tokens of chosen blocks, and the tail: the row's tokens behind its last whole block, of which it chose none.
+
+    Args:
+        chosen: int32 [rows, n], blocks that ``select`` chose, ascending, -1 behind the last.
+        block_starts: int32 [rows], the first block of the row's sequence.
+        starts: int32 [rows], the first token of the sequence: that of block ``block_starts``.
+        ends: int32 [rows], one past the last token that the row sees.
+        pool: tokens of a block, a power of two up to 64.
+        page_table: int32 [requests, max_pages], of tokens counted from 0; with it the result holds slots.
+
+    Returns:
+        int32 [rows, n · pool + pool - 1], ascending, -1 behind the last, and lengths int32 [rows].
+    """
+    out, lengths = _expand_blocks(chosen, block_starts, starts, ends, pool, page_table, page)
+    return out, lengths
+
+
+def pool_index_k(k: Tensor, gates: Tensor, bias: Tensor, first: Tensor) -> Tensor:
+    """One key of the indexer for each block of tokens: ``Σ_i softmax_i(gates + bias) · k``, channel by channel.
+
+    Args:
+        k: bf16 [tokens, head_dim], normalised, with position where the model has one; rows may be strided.
+        gates: fp32 or bf16 [tokens, head_dim]; zeros for a plain mean.
+        bias: fp32 [pool, head_dim], by place in the block; pool is a power of two up to 64.
+        first: int32 [blocks], the first token of each block; a block that is not wholly among the tokens is zero.
+
+    Returns:
+        bf16 [blocks, head_dim], for ``quantize_index_k``, ``store_index_k``, or as it is.
+    """
+    return _pool_index_k(k, gates, bias, first)
 
 
 def sparse_attention(

@@ -63,6 +63,8 @@ class Layer:
         if model.index_scores != "fp8":
             other = 'index_scores "fp8": a layer quantises; index_select(…, scores="bf16") does not'
             raise InputError("model", f"index_scores {model.index_scores!r}", other)
+        if model.pool > 1:
+            raise InputError("model", f"pool {model.pool}", "1: index_select_pooled chooses blocks, which no layer calls")
         checks.check_kind("logits_bytes", logits_bytes, "int")
         if parallel is not None and not isinstance(parallel, Alone):
             raise InputError("parallel", repr(parallel), "a TensorParallel, ContextParallel or DataParallel, or None")

@@ -20,6 +20,8 @@ from .values import Value
 NO_CACHE = "none"
 """The layout of a model that has no paged KV cache: it prefills, and does not decode."""
 SCORES = ("weighted_relu", "relu_bias")
+POOLS = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens of a block that has one key of the indexer."""
 PRECISIONS = ("fp8", "bf16")
 """What an indexer scores: e4m3 with scales, or its queries and keys as they are."""
 MLA, GQA = "mla", "gqa"
@@ -62,6 +64,8 @@ class Model(Value):
     """KV heads of grouped-query attention; d_nope + d_rope are the channels of each of their keys, and of their values."""
     block: int = 1
     """Tokens that an entry of a list stands for: a query of "gqa" attends to topk / block blocks of neighbouring tokens."""
+    pool: int = 1
+    """Tokens that share a pooled key of the indexer: a query attends to topk / pool blocks of them and to the tokens behind."""
     batch_invariant: bool = False
     """Whether a row's results have the same bits whatever other rows, chunks, ranks and records there are."""
     d_v: int = channels.D_V
@@ -91,6 +95,9 @@ class Model(Value):
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
         self.require_in("index_scores", PRECISIONS)
+        self.require_in("pool", POOLS)
+        if self.topk % self.pool or self.topk // self.pool < 64:
+            raise SpecError("Model.pool", self.pool, f"a divisor of topk {self.topk}, 64 blocks or more")
         self._require_channels()
 
     def _require_groups(self) -> None:
@@ -135,6 +142,11 @@ class Model(Value):
             UnknownName: the model has none.
         """
         return kv_layout(self.kv_layout, self.page, self.d_nope, self.d_rope, self.d_v)
+
+    @property
+    def entries(self) -> int:
+        """Entries of attention's lists: topk tokens, and of pooled keys those behind the last whole block."""
+        return self.topk + self.pool - 1
 
     def _require_channels(self) -> None:
         """Fields that are possible one by one and contradict each other together are refused here, not at the first call."""

@@ -88,7 +88,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if model.attention != MLA:
             return ()
         options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant, "d_v": model.d_v}
-        return (AttentionSpec(model.heads, model.d_qk, model.topk, **options),)
+        return (AttentionSpec(model.heads, model.d_qk, model.entries, lengths=model.pool > 1, **options),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
         q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, *brought = args

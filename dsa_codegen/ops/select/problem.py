@@ -88,8 +88,9 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
             return (SelectSpec(model.topk // model.block, starts=False),)
         kept: dict[str, Any] = {"keep_first": model.keep_first, "keep_recent": model.keep_recent}
-        slots = SelectSpec(model.topk, starts=False, output="slots", page=model.page, **kept)
-        return (SelectSpec(model.topk, **kept), slots)
+        topk = model.topk // model.pool  # of blocks, where these are what is scored
+        slots = SelectSpec(topk, starts=False, output="slots", page=model.page, **kept)
+        return (SelectSpec(topk, **kept), slots)
 
     def bind(self, *args: Any) -> tuple[SelectSpec, SelectSizes, Inputs]:
         scores, ends, topk, starts, page_table, page, keep_first, keep_recent, *brought = args

@@ -1,0 +1,168 @@
+"""Blocks of tokens: pooled keys and expanded choices against their references, and the whole way by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen import ops
+from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.ops.expand import OP, ExpandSizes, ExpandSpec
+from dsa_codegen.ops.pool import OP as POOL
+from dsa_codegen.ops.pool import PoolSizes, PoolSpec
+from dsa_codegen.problem import presets
+from dsa_codegen.problem.caches import IndexKLayout
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Config
+from dsa_codegen.problem.presets import Model
+
+from support import H200, assert_compiles, assert_matches_reference
+
+FLASH = presets.preset("glm-5.3-flash")
+SPECS = OP.options(ExpandSpec(12, 16))
+POOLS = POOL.options(PoolSpec(32, 16))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize("case", OP.cases(SPECS[0]), ids=lambda case: case.id)
+def test_matches_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, OP, spec, Config.of("triton", num_warps=4), case)
+
+
+@pytest.mark.parametrize("spec", POOLS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize("case", POOL.cases(POOLS[0]), ids=lambda case: case.id)
+def test_pooled_keys_match_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, POOL, spec, Config.of("triton", block_t=2, num_warps=1), case)
+
+
+def test_compile_for_hopper():
+    (spec,), (keys,) = OP.specs(FLASH), POOL.specs(FLASH)
+    assert (spec.blocks, spec.width, keys.pool) == (128, 2063, 16)
+    assert_compiles(OP, spec, OP.default_config(spec, ExpandSizes(64), H200))
+    assert_compiles(POOL, keys, POOL.default_config(keys, PoolSizes(8192), H200))
+    assert not OP.specs(presets.preset("glm-5"))
+
+
+def test_are_registered_by_their_stems():
+    assert ops.get("expand") is OP
+    assert ops.get("pool") is POOL
+
+
+def test_a_model_states_its_blocks():
+    assert {spec.topk for spec in ops.get("select").specs(FLASH)} == {128}
+    (attention,) = ops.get("attention").specs(FLASH)
+    assert (attention.topk, attention.d_qk, attention.lengths) == (2063, 512, True)
+    for pool, topk in ((3, 2048), (32, 1024), (16, 2040)):
+        with pytest.raises(SpecError, match="pool"):
+            Model("m", 64, 512, 0, 32, 128, topk, kv_layout="none", pool=pool)
+    with pytest.raises(InputError, match=r"^model: .*pool"):
+        dsa.Layer(FLASH)
+
+
+def test_a_gate_of_zero_is_a_mean():
+    k = Draw(1).normal(40, 32, dtype=torch.bfloat16)
+    first = torch.tensor([0, 8, 35], dtype=torch.int32)
+    pooled = dsa.pool_index_k(k, torch.zeros_like(k), torch.zeros(8, 32), first)
+    assert torch.equal(pooled[1], k[8:16].float().mean(0).bfloat16())
+    assert not pooled[2].any()  # five tokens are no block
+
+
+TOPK, POOL_OF = 256, 4
+"""64 blocks of 4."""
+
+
+def sequences(draw, counts):
+    """(pooled keys of sequences one behind the other, the first block of each, the first token of each)."""
+    keys = draw.normal(sum(counts), 32, dtype=torch.bfloat16)
+    starts = [sum(counts[:each]) for each in range(len(counts))]
+    blocks = [count // POOL_OF for count in counts]
+    firsts = [start + POOL_OF * block for start, count in zip(starts, blocks, strict=True) for block in range(count)]
+    gates = draw.normal(sum(counts), 32, dtype=torch.bfloat16)
+    pooled = dsa.pool_index_k(keys, gates, draw.normal(POOL_OF, 32), torch.tensor(firsts, dtype=torch.int32))
+    return pooled, [sum(blocks[:each]) for each in range(len(counts))], starts
+
+
+def test_a_query_gets_the_tokens_of_its_best_blocks_and_its_tail():
+    draw = Draw(2)
+    counts = (333, 500)
+    pooled, first_blocks, first_tokens = sequences(draw, counts)
+    rows = [(0, 333), (0, 6), (1, 499), (1, 3), (1, 0)]  # sequence, and how many of its tokens a query sees
+    q, weights = draw.normal(5, 8, 32, dtype=torch.bfloat16), draw.normal(5, 8)
+    block_starts = torch.tensor([first_blocks[each] for each, _ in rows], dtype=torch.int32)
+    starts = torch.tensor([first_tokens[each] for each, _ in rows], dtype=torch.int32)
+    ends = starts + torch.tensor([seen for _, seen in rows], dtype=torch.int32)
+    tokens, lengths = dsa.index_select_pooled(
+        *(q, pooled, None, weights, block_starts, starts, ends, TOPK, POOL_OF), scores="bf16"
+    )
+    assert tokens.shape == (5, TOPK + POOL_OF - 1)
+    scores = (torch.einsum("qhd,bd->qhb", q.double(), pooled.double()).relu() * weights.double()[..., None]).sum(1)
+    for row, (sequence, seen) in enumerate(rows):
+        whole, base = seen // POOL_OF, first_blocks[sequence]
+        best = scores[row, base : base + whole].sort(descending=True, stable=True).indices[: TOPK // POOL_OF].sort().values
+        start = first_tokens[sequence]
+        expected = [start + POOL_OF * block + place for block in best.tolist() for place in range(POOL_OF)]
+        expected += range(start + POOL_OF * whole, start + seen)
+        assert tokens[row].tolist() == expected + [-1] * (len(tokens[row]) - len(expected))
+        assert lengths[row] == len(expected)
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_paged_choices_are_those_of_flat_keys(slots):
+    draw, batch, next_n, seen = Draw(3), 3, 2, [700, 5, 389]
+    blocks, page = 175, 64
+    keys = draw.normal(batch * blocks, 32, dtype=torch.bfloat16)
+    cache = IndexKLayout(page, 32).empty(batch * 3)
+    table = draw.permutation(batch * 3).view(batch, 3).int()
+    place = torch.arange(blocks)
+    where = (table.long()[:, place // page] * page + place % page).flatten()
+    dsa.store_index_k(keys, where.int(), cache)
+    q, weights = dsa.quantize_index_q(draw.normal(batch * next_n, 8, 32, dtype=torch.bfloat16), draw.normal(batch * next_n, 8))
+    lengths = torch.tensor([[each - 1, each] for each in seen], dtype=torch.int32)
+    latents = draw.permutation(batch * 11 + 1)[: batch * 11].view(batch, 11).int()
+    paging = {"page_table": latents, "page": 64} if slots else {}
+    found, counts = dsa.index_select_pooled_paged(
+        *(q.view(batch, next_n, 8, 32), cache, weights, lengths, table, 704, TOPK, POOL_OF), **paging
+    )
+    starts = torch.arange(batch, dtype=torch.int32).repeat_interleave(next_n)
+    flat = dsa.quantize_index_k(keys)
+    ends = starts * 1000 + lengths.flatten()
+    tokens, numbers = dsa.index_select_pooled(q, *flat, weights, starts * blocks, starts * 1000, ends, TOPK, POOL_OF)
+    tokens = torch.where(tokens < 0, -1, tokens - starts[:, None] * 1000)
+    expected = dsa.choice.slots_of(tokens, latents, 64) if slots else tokens
+    assert torch.equal(found.flatten(0, 1), expected)
+    assert torch.equal(counts.flatten(), numbers)
+
+
+def test_refuses():
+    draw = Draw(4)
+    pooled, *_ = sequences(draw, (300,))
+    q, weights = draw.normal(1, 8, 32, dtype=torch.bfloat16), draw.normal(1, 8)
+    none, end = torch.zeros(1, dtype=torch.int32), torch.tensor([300], dtype=torch.int32)
+    call = q, pooled, None, weights, none, none, end
+    with pytest.raises(InputError, match=r"^topk:"):
+        dsa.index_select_pooled(*call, 254, 4, scores="bf16")
+    with pytest.raises(InputError, match=r"^out:"):
+        dsa.index_select_pooled(*call, 256, 4, scores="bf16", out=none)
+    with pytest.raises(SpecError, match="pool"):
+        dsa.expand_blocks(torch.zeros(1, 4, dtype=torch.int32), none, none, end, 3)
+    with pytest.raises(InputError, match=r"^page_table:"):
+        dsa.expand_blocks(torch.zeros(1, 4, dtype=torch.int32), none, none, end, 4, page_table=torch.zeros(2, 4).int())
+
+
+@pytest.mark.gpu
+def test_kernels_equal_their_references():
+    from dsa_codegen.gpu import detect
+    from dsa_codegen.kernels.build import build
+    from dsa_codegen.kernels.render import render
+    from dsa_codegen.kernels.variant import Variant
+    from dsa_codegen.proof.verify import verify
+
+    gpu = detect()
+    for op, specs in ((OP, OP.options(ExpandSpec(128, 16))), (POOL, POOL.options(PoolSpec(128, 16)))):
+        for spec in specs:
+            config = op.default_config(spec, op.workloads(spec)[0].sizes, gpu)
+            variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
+            for case in op.cases_for(spec, config):
+                result = verify(variant, case, "cuda", repeats=2)
+                assert result.passed, (spec, case, result.detail)
