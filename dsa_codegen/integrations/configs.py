@@ -30,13 +30,12 @@ _LATENTS = {
     "axk2": (32, 128, 32, 16, 128, 2048),
     "mistral_large4": (64, 512, 64, 32, 128, 2048),
     "dots3_note": (128, 512, 64, 64, 128, 2048),
+    "glm5_next": (64, 512, 0, 32, 128, 2048),
 }
 """By model_type the values of those fields where a config does not state them."""
 _SINKS = ("hy_v4", "hy_v4_vl")
 _OTHER_NAMES = {"minimax_m3_vl": "minimax_m3"}
 _V32 = 512, 64
-_POOLED = {"glm5_next": "keys of its indexer are pooled, which no field of Model states"}
-"""Model types that are known and cannot be stated, and why."""
 
 
 def read(path: str | Path, name: str = "") -> Model:
@@ -66,8 +65,6 @@ def model_of(config: Mapping[str, Any], name: str = "") -> Model:
     kind = str(inner.get("model_type") or config.get("model_type"))
     family = kind.removesuffix("_text")
     family = _OTHER_NAMES.get(family, family)
-    if family in _POOLED:
-        raise SpecError("model_type", kind, f"other types; {_POOLED[family]}")
     if family not in _FAMILIES:
         raise UnknownName("model_type", kind, sorted({*_FAMILIES, *_OTHER_NAMES}))
     return Model.from_dict({"name": name or family, **_FAMILIES[family](inner, family)})
@@ -88,6 +85,11 @@ def _latent(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     fields = {field: _number(config, key, defaults[field]) for field, key in _KEYS.items()}
     layout = "v32" if (fields["d_nope"], fields["d_rope"]) == _V32 else NO_CACHE
     return {**fields, "kv_layout": layout, "attn_sink": family in _SINKS}
+
+
+def _pooled(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Latents without position, and an indexer whose keys stand for blocks of tokens."""
+    return {**_latent(config, family), "pool": _number(config, "index_kpool", 16)}
 
 
 def _deepseek_v4(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def _grouped(config: Mapping[str, Any], heads: int, kv_heads: int, width: int, r
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     **dict.fromkeys(_LATENTS, _latent),
     "deepseek_v4": _deepseek_v4,
+    "glm5_next": _pooled,
     "minimax_m3": _minimax_m3,
     "qwen4_exp": _qwen4_exp,
 }

@@ -21,6 +21,7 @@ OLDER = {"sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_block_size
 SAME = [
     ({"model_type": "deepseek_v32"}, "deepseek-v3.2"),
     ({"model_type": "glm_moe_dsa"}, "glm-5"),
+    ({"model_type": "glm5_next"}, "glm-5.3-flash"),
     ({"model_type": "deepseek_v4"}, "deepseek-v4-flash"),
     ({"model_type": "deepseek_v4", "num_attention_heads": 128, "index_topk": 1024, "qk_rope_head_dim": 64}, "deepseek-v4-pro"),
     ({"model_type": "minimax_m3_vl", "text_config": {"model_type": "minimax_m3_vl_text"}}, "minimax-m3"),
@@ -30,6 +31,7 @@ SAME = [
     ),
 ]
 STATED = [
+    ({"model_type": "glm5_next_text", "index_kpool": 4}, {"pool": 4, "d_rope": 0, "kv_layout": "none"}),
     ({"model_type": "hy_v4", **LATENT}, {"heads": 32, "attn_sink": True, "index_heads": 16, "topk": 1024}),
     ({"model_type": "mistral_large4", "text_config": {**LATENT, "model_type": "mistral_large4_text"}}, {"index_head_dim": 128}),
     ({"model_type": "dots3_note", "text_config": {"num_attention_heads": 64}}, {"heads": 64, "index_heads": 64}),
@@ -58,7 +60,7 @@ def test_what_a_config_states_counts(config, fields, tmp_path):
     [
         ({"model_type": "llama"}, UnknownName, "unknown model_type 'llama'; known: axk2, deepseek_v32, deepseek_v4"),
         ({}, UnknownName, "unknown model_type 'None'"),
-        ({"model_type": "glm5_next"}, SpecError, "keys of its indexer are pooled"),
+        ({"model_type": "glm5_next", "index_kpool": 3}, SpecError, "Model.pool = 3"),
         ({"model_type": "deepseek_v32", "num_attention_heads": "128"}, SpecError, "config.num_attention_heads = '128'"),
         ({"model_type": "deepseek_v32", "index_topk": True}, SpecError, "config.index_topk = True"),
         ({"model_type": "deepseek_v32", "index_topk": 10}, SpecError, "Model.topk = 10"),

@@ -12,7 +12,7 @@ from dsa_codegen.errors import InputError, SpecError, UnknownName
 from dsa_codegen.problem import presets
 
 NAMES = ["ax-k2", "ax-k2-tp8", "deepseek-v3.2", "deepseek-v3.2-bf16", "deepseek-v3.2-bf16-tp8", "deepseek-v3.2-tp8"]
-NAMES += ["deepseek-v4-flash", "deepseek-v4-flash-tp8", "deepseek-v4-pro", "deepseek-v4.1", "glm-5", "glm-5-tp8", "glm-5.2"]
+NAMES += ["deepseek-v4-flash", "deepseek-v4-flash-tp8", "deepseek-v4-pro", "deepseek-v4.1", "glm-5", "glm-5-tp8", "glm-5.2", "glm-5.3-flash"]
 NAMES += ["hy4", "hy4-tp8", "hy4-vl", "longcat-lite-sparse", "minimax-m3", "mistral-large-4", "qwen4-exp", "tiny", "tiny-gqa"]
 
 
@@ -30,13 +30,19 @@ def test_round_trip_through_a_file(name, tmp_path):
 
 GROUPED = {"attention_gqa", "select"}
 """What models of grouped queries call."""
+POOLED = {"expand", "pool"}
+"""What models of pooled keys call beside the others, and no others."""
+UNCACHED = {"attention_paged", "resolve", "latent_prologue"}
+"""What a model without position in its latents, and so without a cache of them, does not call."""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_operation_of_its_kind_of_attention_serves_a_preset(name):
     model = presets.preset(name)
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    assert served == (GROUPED if model.attention == "gqa" else set(ops.all_ops()) - {"attention_gqa"})
+    every = set(ops.all_ops()) - {"attention_gqa"}
+    latent = every - UNCACHED if model.pool > 1 else every - POOLED
+    assert served == (GROUPED if model.attention == "gqa" else latent)
 
 
 def test_unknown_preset_lists_the_known():
@@ -103,7 +109,8 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
     """Prefill and the index keys' cache are served, and whoever decodes is told."""
     model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    assert served == set(ops.all_ops()) - {"attention_paged", "attention_gqa", "resolve"}
+    uncalled = {"attention_paged", "attention_gqa", "resolve", *POOLED, *(() if d_rope else {"latent_prologue"})}
+    assert served == set(ops.all_ops()) - uncalled
     assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
     with pytest.raises(InputError, match="kv_layout: none"):
         Layer(model).decode(*[torch.zeros(1)] * 7, 1)
