@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..problem.checks import FP8
 from ..problem.values import next_power_of_two
-from ..problem.values import next_power_of_two
 from .logits import exact
 
 _PRODUCTS = 1 << 24  # that are held at once

@@ -12,7 +12,16 @@ from dsa_codegen.errors import InputError, SpecError, UnknownName
 from dsa_codegen.problem import presets
 
 NAMES = ["ax-k2", "ax-k2-tp8", "deepseek-v3.2", "deepseek-v3.2-bf16", "deepseek-v3.2-bf16-tp8", "deepseek-v3.2-tp8"]
-NAMES += ["deepseek-v4-flash", "deepseek-v4-flash-tp8", "deepseek-v4-pro", "deepseek-v4.1", "glm-5", "glm-5-tp8", "glm-5.2", "glm-5.3-flash"]
+NAMES += [
+    "deepseek-v4-flash",
+    "deepseek-v4-flash-tp8",
+    "deepseek-v4-pro",
+    "deepseek-v4.1",
+    "glm-5",
+    "glm-5-tp8",
+    "glm-5.2",
+    "glm-5.3-flash",
+]
 NAMES += ["hy4", "hy4-tp8", "hy4-vl", "longcat-lite-sparse", "minimax-m3", "mistral-large-4", "qwen4-exp", "tiny", "tiny-gqa"]
 
 
@@ -32,8 +41,8 @@ GROUPED = {"attention_gqa", "select"}
 """What models of grouped queries call."""
 POOLED = {"expand", "pool"}
 """What models of pooled keys call beside the others, and no others."""
-UNCACHED = {"attention_paged", "resolve", "latent_prologue"}
-"""What a model without position in its latents, and so without a cache of them, does not call."""
+UNCACHED = {"attention_paged", "resolve"}
+"""What a model without a cache of latents does not call."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +118,7 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
     """Prefill and the index keys' cache are served, and whoever decodes is told."""
     model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    uncalled = {"attention_paged", "attention_gqa", "resolve", *POOLED, *(() if d_rope else {"latent_prologue"})}
+    uncalled = {"attention_paged", "attention_gqa", "resolve", *POOLED}
     assert served == set(ops.all_ops()) - uncalled
     assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
     with pytest.raises(InputError, match="kv_layout: none"):

@@ -103,7 +103,7 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
     minor = frozenset({"rotary", "norm", "norm_weight", "power_of_two", "page", "slots", "batch_invariant"})
 
     def specs(self, model: Model) -> Sequence[LatentPrologueSpec]:
-        if model.attention != MLA or not model.d_rope:
+        if model.attention != MLA:
             return ()
         of: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant, "d_rope": model.d_rope}
         if model.kv_layout == NO_CACHE:
