@@ -55,7 +55,7 @@ def test_every_operation_of_its_kind_of_attention_serves_a_preset(name):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(UnknownName, match=r"glm-5-tp8, glm-5.2, hy4"):
+    with pytest.raises(UnknownName, match=r"glm-5.2, glm-5.3-flash, hy4"):
         presets.preset("glm5")
 
 
