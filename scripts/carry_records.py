@@ -4,8 +4,8 @@
 
 ``BEFORE`` is a checkout of the commit at which the records hold. For each record of this checkout's ``tuned/`` both checkouts
 render its source. Where the code below the header is the same, byte for byte, ``source_sha`` and ``template`` become what this
-checkout says; nothing else of the file changes. A record whose code differs, or that did not hold before, is an error: it is
-named, no file is written, and it has to be measured again.
+checkout says; nothing else of the file changes. A record whose code differs, or that did not hold before, stays as it is, for
+``tune --refresh`` to measure it again: it is named, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -99,15 +99,16 @@ def main() -> None:
         before, after = ([answer for answer in side if answer["file"] == str(path)] for side in sides)
         for number, record in enumerate(records):
             reason = complaint(record, before[number], after[number])
-            failures += [f"{path.relative_to(ROOT)}, record {number}: {reason}"] if reason else []
-            changed += (record["source_sha"], record["template"]) != (after[number].get("sha"), after[number].get("template"))
-        if not failures:
-            texts[path] = carried(text, records, after)
-    if failures:
-        sys.exit("\n".join(failures))
+            if reason:
+                failures.append(f"{path.relative_to(ROOT)}, record {number}: {reason}")
+                after[number] = {"sha": record["source_sha"], "template": record["template"]}
+            changed += (record["source_sha"], record["template"]) != (after[number]["sha"], after[number]["template"])
+        texts[path] = carried(text, records, after)
     for path, text in texts.items() if options.write else ():
         path.write_text(text)
-    print(f"{changed} records {'carried' if options.write else 'would be carried'}, the others hold as they are")
+    print(f"{changed} records {'carried' if options.write else 'would be carried'}, {len(failures)} cannot be")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

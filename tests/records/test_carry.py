@@ -45,7 +45,7 @@ def test_a_template_that_only_reads_differently_keeps_its_records(checkout):
     assert "0 records carried" in carry(checkout, "--write").stdout
 
 
-def test_other_code_is_an_error_and_writes_nothing(checkout):
+def test_records_of_other_code_stay_as_they_are_and_are_named(checkout):
     template, records = checkout / TEMPLATE, checkout / PARTS[-1]
     template.write_text(template.read_text() + "# another line of code\n")
     before = records.read_text()
