@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .journal import read_study
 
+_ROUNDING = 1e-12  # of squared logarithms: times that are equal
 _LEAST_TRIALS = 8  # of fewer an importance would be chance
 
 
@@ -57,7 +58,7 @@ def _importance(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     mean = statistics.fmean(logs)
     found = {name: _between([trial.params.get(name) for trial in trials], logs, mean) for name in trials[0].params}
     total = sum(found.values())
-    if not total:
+    if total < _ROUNDING * len(logs):
         return {}
     return {name: round(part / total, 4) for name, part in sorted(found.items(), key=lambda pair: -pair[1])}
 

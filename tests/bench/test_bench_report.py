@@ -47,10 +47,11 @@ def test_the_page_has_every_stage_and_curve(page):
         "Roofline",
         "Time and memory over the context",
         "Tuning",
+        "What mattered",
         "What a call costs the host",
     ):
         assert f"<h3>{title}</h3>" in page
-    assert page.count("<svg role=") == len(labels.TITLES) + 4
+    assert page.count("<svg role=") == len(labels.TITLES) + 5
     assert "abc1234" in page and "triton 3.6.0" in page
     assert "failed: made up" in page and "flashinfer is not installed" in page
 
