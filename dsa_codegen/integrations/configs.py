@@ -31,10 +31,16 @@ _LATENTS = {
     "mistral_large4": (64, 512, 64, 32, 128, 2048),
     "dots3_note": (128, 512, 64, 64, 128, 2048),
     "glm5_next": (64, 512, 0, 32, 128, 2048),
+    "longcat": (None, 512, 64, None, 128, None),
 }
-"""By model_type the values of those fields where a config does not state them."""
+"""By model_type the values of those fields where a config does not state them; None where it has to."""
 _SINKS = ("hy_v4", "hy_v4_vl")
-_OTHER_NAMES = {"minimax_m3_vl": "minimax_m3"}
+_OTHER_NAMES = {
+    "minimax_m3_vl": "minimax_m3",
+    "longcat2": "longcat",
+    "longcat_flash_pro": "longcat",
+    "longcat_flash": "longcat",
+}
 _V32 = 512, 64
 
 
@@ -83,13 +89,14 @@ def _latent(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """One latent per token and a lightning indexer beside it."""
     defaults = dict(zip(_KEYS, _LATENTS[family], strict=True))
     fields = {field: _number(config, key, defaults[field]) for field, key in _KEYS.items()}
-    layout = "v32" if (fields["d_nope"], fields["d_rope"]) == _V32 else NO_CACHE
-    return {**fields, "kv_layout": layout, "attn_sink": family in _SINKS}
+    layout = "v32" if (fields["d_nope"], fields["d_rope"]) == _V32 else PLAIN_CACHE
+    kept = {"keep_first": _number(config, "index_init_tokens", 0), "keep_recent": _number(config, "index_local_tokens", 0)}
+    return {**fields, **kept, "d_v": fields["d_nope"], "kv_layout": layout, "attn_sink": family in _SINKS}
 
 
 def _pooled(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Latents without position, and an indexer whose keys stand for blocks of tokens."""
-    return {**_latent(config, family), "pool": _number(config, "index_kpool", 16)}
+    return {**_latent(config, family), "pool": _number(config, "index_kpool", 16), "kv_layout": NO_CACHE}
 
 
 def _deepseek_v4(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -103,6 +110,7 @@ def _deepseek_v4(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         "index_heads": _number(config, "index_n_heads", 64),
         "index_head_dim": _number(config, "index_head_dim", 128),
         "topk": _number(config, "index_topk", 512),
+        "d_v": width,
         "kv_layout": "v4",
         "attn_sink": True,
     }
@@ -122,6 +130,7 @@ def _minimax_m3(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         **_grouped(config, 64, 4, 128, _number(config, "rotary_dim", 64)),
         "topk": block * indexer("index_topk_blocks", "sparse_topk_blocks", 16),
         "block": block,
+        "keep_recent": block * indexer("index_local_blocks", "sparse_local_block", 1),
         "page": block,
         "index_heads": indexer("index_n_heads", "sparse_num_index_heads", 4),
         "index_head_dim": indexer("index_head_dim", "sparse_index_dim", 128),
@@ -139,6 +148,7 @@ def _qwen4_exp(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         **_grouped(config, 16, 2, 256, round(width * _number(rotary, "partial_rotary_factor", 1.0, whole=False))),
         "topk": _number(config, "indexer_budget") + block,
         "block": block,
+        "keep_recent": block,
         "index_heads": _number(config, "indexer_n_heads"),
         "index_head_dim": _number(config, "indexer_head_dim"),
     }
@@ -146,11 +156,13 @@ def _qwen4_exp(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 def _grouped(config: Mapping[str, Any], heads: int, kv_heads: int, width: int, rotary: int) -> dict[str, Any]:
     """What grouped queries have in common."""
+    width = _number(config, "head_dim", width)
     return {
         "attention": GQA,
         "heads": _number(config, "num_attention_heads", heads),
         "kv_heads": _number(config, "num_key_value_heads", kv_heads),
-        "d_nope": _number(config, "head_dim", width) - rotary,
+        "d_nope": width - rotary,
+        "d_v": width,
         "d_rope": rotary,
         "kv_layout": PLAIN_CACHE,
         "index_scores": "bf16",

@@ -37,9 +37,9 @@ class Model(Value):
 
     name: str
     heads: int
-    """Query heads of the sparse MLA."""
+    """Query heads."""
     d_nope: int
-    """Channels of the latent vector without position."""
+    """Channels of the latent vector without position; of grouped queries those of a key."""
     d_rope: int
     """Channels with rotary position; 0 for none."""
     index_heads: int
@@ -61,7 +61,7 @@ class Model(Value):
     attention: str = "mla"
     """ "mla": one latent per token is key and value of all heads; "gqa": several KV heads, keys and values apart."""
     kv_heads: int = 1
-    """KV heads of grouped-query attention; d_nope + d_rope are the channels of each of their keys, and of their values."""
+    """KV heads of grouped-query attention; d_nope + d_rope are the channels of each of their keys, d_v those of a value."""
     block: int = 1
     """Tokens that an entry of a list stands for: a query of "gqa" attends to topk / block blocks of neighbouring tokens."""
     pool: int = 1
@@ -69,7 +69,8 @@ class Model(Value):
     batch_invariant: bool = False
     """Whether a row's results have the same bits whatever other rows, chunks, ranks and records there are."""
     d_v: int = channels.D_V
-    """Channels of a token that are its value: ``d_nope`` of them, or all (rotary position inside the value, DeepSeek-V4)."""
+    """Channels of a token that are its value: ``d_nope`` of them, or all (rotary position inside the value, DeepSeek-V4); of
+    grouped queries those of a value of its own."""
     keep_first: int = 0
     """So many tokens at a window's start are always chosen (attention sinks; LongCat); they count among the ``topk``."""
     keep_recent: int = 0
@@ -110,10 +111,13 @@ class Model(Value):
         self.require_range("d_nope", 0, 256)
         if self.d_nope + self.d_rope not in range(16, 257, 16):
             raise SpecError("Model.d_nope", self.d_nope, "with d_rope 16 to 256 in steps of 16, the channels of a key")
+        self.require_range("d_v", 16, 256, 16)
         self.require_range("index_heads", 1, 64)
         self.require_range("index_head_dim", 16, 256)
         self.require_in("block", BLOCKS)
         self.require_range("topk", self.block, 1 << 20, self.block)
+        self.require_range("keep_first", 0, self.topk, self.block)
+        self.require_range("keep_recent", 0, self.topk - self.keep_first, self.block)
         self.require_in("kv_layout", (PLAIN_CACHE, NO_CACHE))
         self.require_range("page", 1, 1024)
         self.require_in("score", SCORES)

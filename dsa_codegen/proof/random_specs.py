@@ -12,7 +12,8 @@ from ..gpu import Gpu
 from ..kernels.build import build
 from ..kernels.render import render
 from ..kernels.variant import Variant
-from ..problem import channels, paged
+from ..ops.attention_gqa.problem import SHARES, sharing
+from ..problem import channels, paged, presets
 from ..problem.kv_layouts import KV_LAYOUTS
 from ..problem.op import Config, Op
 from ..problem.values import Spec
@@ -35,6 +36,16 @@ def _attention(draw: random.Random, native: bool) -> dict[str, Any]:
     flags = {name: draw.random() < 0.5 for name in ("lengths", "sink")}
     heads = 128 if native and draw.random() < 0.3 else _heads(draw)
     return {"heads": heads, "topk": draw.randint(1, 300), **_channels(draw, native), **flags}
+
+
+def _attention_gqa(draw: random.Random, native: bool) -> dict[str, Any]:
+    kv_heads, block = draw.choice((1, 1, 2, 3, 4, 8)), draw.choice(presets.BLOCKS)
+    widths = {name: draw.randrange(16, 257, 16) for name in ("d_qk", "d_v")}
+    flags = {name: draw.random() < 0.5 for name in ("ends", "lengths", "sink")}
+    group, topk = draw.randint(1, 128 // kv_heads), draw.randint(1, max(1, 500 // block))
+    share = sharing(draw.choice(SHARES), group, topk, 0)
+    listed = {"topk": topk, "block": block, "page": draw.choice((0, 0, 1, 16, 48, 64, 128, 200)), "share": share}
+    return {"heads": kv_heads * group, "kv_heads": kv_heads, **widths, **listed, **flags}
 
 
 def _attention_paged(draw: random.Random, native: bool) -> dict[str, Any]:
@@ -146,6 +157,7 @@ def _select(draw: random.Random, native: bool) -> dict[str, Any]:
 
 DRAWN: dict[str, Callable[[random.Random, bool], dict[str, Any]]] = {
     "attention": _attention,
+    "attention_gqa": _attention_gqa,
     "attention_paged": _attention_paged,
     "indexer": _indexer_prefill,
     "indexer_paged": _indexer_paged,
@@ -159,7 +171,7 @@ DRAWN: dict[str, Callable[[random.Random, bool], dict[str, Any]]] = {
     "attention_dense": _dense,
     "indexer_backward": _indexer_backward,
 }
-"""For each operation of models with one latent per token: the fields of a random spec."""
+"""For each operation: the fields of a random spec."""
 
 
 def drawn(op: Op, draw: random.Random, native: bool = False) -> Spec:

@@ -18,10 +18,16 @@ LATENT = {"num_attention_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64
 QWEN = {"model_type": "qwen4_exp_text", "num_attention_heads": 24, "indexer_n_heads": 4, "indexer_head_dim": 128}
 QWEN |= {"indexer_budget": 1024, "indexer_compress_ratio": 8, "rope_parameters": {"partial_rotary_factor": 0.25}}
 OLDER = {"sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_block_size": 64, "sparse_topk_blocks": 32}
+LONGCAT = {"model_type": "longcat2", "index_topk": 2048, "index_init_tokens": 16, "index_local_tokens": 1024}
 SAME = [
     ({"model_type": "deepseek_v32"}, "deepseek-v3.2"),
     ({"model_type": "glm_moe_dsa"}, "glm-5"),
     ({"model_type": "glm5_next"}, "glm-5.3-flash"),
+    ({"model_type": "hy_v4"}, "hy4"),
+    ({"model_type": "hy_v4_vl", "text_config": {"model_type": "hy_v4_vl_text"}}, "hy4-vl"),
+    ({"model_type": "mistral_large4", "text_config": {"model_type": "mistral_large4_text"}}, "mistral-large-4"),
+    ({"model_type": "axk2"}, "ax-k2"),
+    ({**LONGCAT, "num_attention_heads": 32, "index_n_heads": 16}, "longcat-lite-sparse"),
     ({"model_type": "deepseek_v4"}, "deepseek-v4-flash"),
     ({"model_type": "deepseek_v4", "num_attention_heads": 128, "index_topk": 1024, "qk_rope_head_dim": 64}, "deepseek-v4-pro"),
     ({"model_type": "minimax_m3_vl", "text_config": {"model_type": "minimax_m3_vl_text"}}, "minimax-m3"),
@@ -59,6 +65,7 @@ def test_what_a_config_states_counts(config, fields, tmp_path):
     ("config", "error", "words"),
     [
         ({"model_type": "llama"}, UnknownName, "unknown model_type 'llama'; known: axk2, deepseek_v32, deepseek_v4"),
+        (LONGCAT, SpecError, "config.num_attention_heads = None is not possible"),
         ({}, UnknownName, "unknown model_type 'None'"),
         ({"model_type": "glm5_next", "index_kpool": 3}, SpecError, "Model.pool = 3"),
         ({"model_type": "deepseek_v32", "num_attention_heads": "128"}, SpecError, "config.num_attention_heads = '128'"),
@@ -103,7 +110,7 @@ def test_the_command_writes_what_spec_reads(tmp_path):
     assert refused.returncode == 2 and "unknown model_type 'llama'" in refused.stderr
 
 
-@pytest.mark.parametrize("kind", sorted({*configs._LATENTS, "deepseek_v4", "minimax_m3_vl"}))
+@pytest.mark.parametrize("kind", sorted({*configs._LATENTS, "deepseek_v4", "minimax_m3_vl"} - {"longcat"}))
 def test_defaults_are_those_of_transformers(kind):
     transformers = pytest.importorskip("transformers", reason="the defaults are its")
     if kind not in transformers.CONFIG_MAPPING:

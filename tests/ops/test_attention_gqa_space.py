@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,28 +12,27 @@ from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_gqa import OP, AttentionGqaSizes, AttentionGqaSpec
-from dsa_codegen.ops.attention_gqa.problem import sharing
 from dsa_codegen.problem.op import Case, Config
-from dsa_codegen.problem.presets import BLOCKS
+from dsa_codegen.proof import random_specs
 from dsa_codegen.proof.verify import verify
 
 from support import H200, assert_compiles, assert_matches_reference
 
 
-def drawn(seed: int, longest: int) -> tuple[AttentionGqaSpec, Config, Case]:
-    """Any spec, a config that it can have, and sizes; lists of up to ``longest`` tokens."""
+def drawn(seed: int, small: bool = False) -> tuple[AttentionGqaSpec, Config, Case]:
+    """Any spec, a config that it can have, and sizes; small ones for the interpreter."""
     draw = random.Random(seed)
-    kv_heads = draw.choice((1, 1, 2, 3, 4, 8) if longest > 500 else (1, 2, 3))
-    group, block = draw.randint(1, 128 // kv_heads if longest > 500 else 6), draw.choice(BLOCKS)
-    topk, page = draw.randint(1, max(1, longest // block)), draw.choice((0, 0, 1, 16, 48, 64, 128, 200))
-    d_qk, d_v = (16 * draw.randint(1, 16 if longest > 500 else 6) for _ in range(2))
-    ends, lengths, sink = (draw.random() < 0.5 for _ in range(3))
-    share = sharing(draw.choice((1, 2, 4)), group, topk, 0)
-    spec = AttentionGqaSpec(kv_heads * group, kv_heads, d_qk, d_v, topk, block, page, ends, lengths, sink, share)
-    sizes = AttentionGqaSizes(4 * draw.randint(1, 3), draw.randint(1, 2 * longest))
+    spec = random_specs.drawn(OP, draw)
+    longest = 60 if small else 3000
+    if small:
+        kv_heads, topk = min(spec.kv_heads, 3), min(spec.topk, max(1, longest // spec.block))
+        narrow = {name: min(getattr(spec, name), 96) for name in ("d_qk", "d_v")}
+        spec = replace(spec, heads=kv_heads * min(spec.group, 6), kv_heads=kv_heads, topk=topk, **narrow)
+    sizes = AttentionGqaSizes(4 * draw.randint(1, 2), draw.randint(1, 2 * longest))
     tables = {parameter.name: parameter.choices for parameter in OP.parameters("triton")}
     for _ in range(1000):
         config = Config.of("triton", **{name: draw.choice(choices) for name, choices in tables.items()})
+        config = config.replace(splits=min(config["splits"], 3 if small else 64))  # each is a program more to interpret
         if not OP.violations(spec, config, H200):
             return spec, config, Case(sizes, draw.choice(("random", "ragged")))
     return spec, OP.default_config(spec, sizes, H200), Case(sizes, "ragged")
@@ -44,14 +44,13 @@ SEEDS = [*FEW, *(pytest.param(seed, marks=pytest.mark.slow) for seed in MANY)]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_spec_equals_the_reference(interpreter, seed):
-    spec, config, case = drawn(seed, longest=60)
-    config = config.replace(splits=min(config["splits"], 3))  # each is a program more to interpret
+    spec, config, case = drawn(seed, small=True)
     assert_matches_reference(interpreter, OP, spec, config, case)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 40))])
 def test_any_spec_compiles(seed):
-    spec, config, _ = drawn(seed, longest=3000)
+    spec, config, _ = drawn(seed)
     assert_compiles(OP, spec, config, spills=10**9)
 
 
@@ -60,7 +59,7 @@ def test_any_spec_compiles(seed):
 def test_any_spec_equals_the_reference_on_a_gpu(seed):
     gpu = detect()
     assert gpu is not None
-    spec, config, case = drawn(seed, longest=3000)
+    spec, config, case = drawn(seed)
     if OP.violations(spec, config, gpu):
         config = OP.default_config(spec, case.sizes, gpu)
     variant = Variant(OP, spec, config, gpu, build.build(render(OP, spec, config), gpu).load())

@@ -126,7 +126,7 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
 
 
 GROUPS = {"attention": "gqa", "heads": 64, "kv_heads": 4, "d_nope": 64, "d_rope": 64, "kv_layout": "bf16", "index_heads": 4}
-GROUPS |= {"topk": 2048, "block": 128}
+GROUPS |= {"d_v": 128, "topk": 2048, "block": 128}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,8 @@ GROUPS |= {"topk": 2048, "block": 128}
     [
         ({"kv_heads": 3}, "Model.kv_heads = 3 is not possible; allowed: a divisor of 64 heads"),
         ({"d_nope": 60}, "with d_rope 16 to 256 in steps of 16"),
+        ({"d_v": 512}, "Model.d_v = 512 is not possible; allowed: 16 to 256 in steps of 16"),
+        ({"keep_recent": 64}, "Model.keep_recent = 64 is not possible; allowed: 0 to 2048 in steps of 128"),
         ({"block": 48}, "Model.block = 48"),
         ({"topk": 2000}, "128 to 1048576 in steps of 128"),
         ({"kv_layout": "v32"}, "Model.kv_layout = 'v32' is not possible; allowed: bf16, none"),

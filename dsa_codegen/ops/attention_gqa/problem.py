@@ -107,8 +107,7 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
     def specs(self, model: Model) -> Sequence[AttentionGqaSpec]:
         if model.attention != GQA:
             return ()
-        channels, entries = model.d_nope + model.d_rope, model.topk // model.block
-        shape = model.heads, model.kv_heads, channels, channels, entries, model.block
+        shape = model.heads, model.kv_heads, model.d_qk, model.d_v, model.topk // model.block, model.block
         rows = AttentionGqaSpec(*shape, ends=True, sink=model.attn_sink, batch_invariant=model.invariant)
         return (rows,) if model.kv_layout == NO_CACHE else (rows, replace(rows, page=model.page))
 

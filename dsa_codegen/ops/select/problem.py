@@ -85,9 +85,9 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
 
     def specs(self, model: Model) -> Sequence[SelectSpec]:
+        kept: dict[str, Any] = {name: getattr(model, name) // model.block for name in ("keep_first", "keep_recent")}
         if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
-            return (SelectSpec(model.topk // model.block, starts=False),)
-        kept: dict[str, Any] = {"keep_first": model.keep_first, "keep_recent": model.keep_recent}
+            return (SelectSpec(model.topk // model.block, starts=False, **kept),)
         topk = model.topk // model.pool  # of blocks, where these are what is scored
         slots = SelectSpec(topk, starts=False, output="slots", page=model.page, **kept)
         return (SelectSpec(topk, **kept), slots)
