@@ -112,8 +112,8 @@ SAME_ORDER = {
     "attention_gqa": [
         Config.of("triton", block_h=16, block_n=64, num_stages=stages, num_warps=4, splits=1) for stages in (2, 3)
     ],
-    "index_prologue": [Config.of("triton", block_h=block_h, block_t=1, num_warps=1) for block_h in (8, 2)],
-    "latent_prologue": [Config.of("triton", block_t=4, num_warps=4)],
+    "index_prologue": [Config.of("triton", block_h=block_h, block_t=1, num_warps=4) for block_h in (8, 2)],
+    "latent_prologue": [Config.of("triton", block_t=1, num_warps=2)],
 }
 
 
