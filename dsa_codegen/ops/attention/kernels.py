@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA prefill: clusters that split channels, rings for few heads (CUDA C++), groups with roles, tiles."""
+"""Kernels of sparse MLA prefill: pairs of tiles, clusters, rings for few heads (CUDA C++), groups with roles, tiles."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _CLUSTER = Config.of("cuda", num_stages=4, turns=True, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
+_PAIR = Config.of("cuda", num_stages=2, turns=False, consumer_registers=216)
+_PAIR_HEADS = 64  # of a block; 128 are two blocks'
 _CUDA_THREADS = 384  # two groups of 128 consume, one gathers
 _REGISTERS = 168  # per thread of such a block
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
@@ -52,7 +54,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if backend == "cuda":
             return (
                 Parameter(
-                    "num_stages", (3, 4, 5, 6, 7, 8, 9, 11, 13), "tiles of 64 tokens in flight; with few heads, parts of them"
+                    "num_stages",
+                    (2, 3, 4, 5, 6, 7, 8, 9, 11, 13),
+                    "tiles of 64 tokens in flight, 2 one for each group that multiplies; with few heads, parts of them",
                 ),
                 Parameter("turns", (True, False), "whether the two groups that multiply take turns"),
                 Parameter(
@@ -140,8 +144,10 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
-            clusters = min(len(q), max(gpu.sms // 2, 1))  # each takes one query after another
-            return (Launch("attention", (2 * clusters, 1, 1), (*tensors, *scalars)),)
+            # Blocks or clusters take one query, or 64 heads of one, after another.
+            pair = _design(spec, config) == "pair"
+            blocks = min(len(q) * spec.heads // _PAIR_HEADS, gpu.sms) if pair else 2 * min(len(q), max(gpu.sms // 2, 1))
+            return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
         if config.backend == "tilelang":  # reads sizes and strides from the tensors
             return (Launch("attention", grid, (*tensors, sm_scale)),)
@@ -177,11 +183,16 @@ def _specialised(config: Config) -> bool:
 def _cuda_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
-    if spec.heads <= _FEW_HEADS:
-        yield from _few_constraints(spec, config)
-    else:
-        yield from _cluster_constraints(spec, config)
+    design = {"few": _few_constraints, "pair": _pair_constraints, "cluster": _cluster_constraints}
+    yield from design[_design(spec, config)](spec, config)
     yield from exceeds("smem", _cuda_smem(spec, config), gpu.smem_per_block, " B")
+
+
+def _design(spec: AttentionSpec, config: Config) -> str:
+    """Which of the CUDA template's designs a config asks for."""
+    if spec.heads <= _FEW_HEADS:
+        return "few"
+    return "pair" if config["num_stages"] == _PAIR["num_stages"] else "cluster"
 
 
 def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
@@ -189,6 +200,12 @@ def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]
         yield Violation("turns", 1.0, "turns: groups of few heads take none")
     yield from exceeds("stages of a tile", _chunks(spec), config["num_stages"])
     yield from exceeds("accumulator registers", _columns(spec) * D_V / 128 + 88, config["consumer_registers"])
+
+
+def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    if spec.heads % _PAIR_HEADS:
+        yield Violation("heads", 1.0, f"heads: a block takes {_PAIR_HEADS}, of which {spec.heads} are no multiple")
+    yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
@@ -203,6 +220,8 @@ def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violat
 def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     """Bytes of shared memory per block, as the templates lay it out."""
     barrier = 8
+    if _design(spec, config) == "pair":  # two tiles and q, weights, masks, peaks and totals (and tops), barriers
+        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 23 * barrier
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -232,6 +251,8 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "producer_registers": 3 * _REGISTERS - 2 * config["consumer_registers"],
         "smem": _cuda_smem(spec, config),
     }
+    if _design(spec, config) == "pair":
+        return {**values, "design": "pair"}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
