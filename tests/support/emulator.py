@@ -97,7 +97,7 @@ _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+
 _SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) ((?:unsigned )?char) (\w+)\[\];")
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
-_PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d), (\d);", re.DOTALL)
+_PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d)(?:, (\d))?;", re.DOTALL)
 
 
 def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Launchable]:
@@ -157,7 +157,9 @@ def _without_instructions(text: str) -> Iterator[str]:
         elif product := _PRODUCT.search(whole):
             name, parameters, n, *transposed = product.groups()
             add = "add" if parameters.endswith("int add") else "0"
-            yield f"DEVICE void {name}({parameters}) {{ emulator::product<{n}, {', '.join(transposed)}>(d, a, b, {add}); }}"
+            rows = "a" if "u64 a" in parameters else "{a0, a1, a2, a3}"
+            flags = ", ".join(flag for flag in (n, *transposed) if flag)
+            yield f"DEVICE void {name}({parameters}) {{ emulator::product<{flags}>(d, {rows}, b, {add}); }}"
 
 
 def _compile(folder: Path, text: str, name: str = "emulated") -> Path:

@@ -71,6 +71,21 @@ template <int n, int a_transposed, int b_transposed> static void product(float *
     d[i] = sum;
   }
 }
+// A in the registers of a warp: a lane has of the rows l / 4 and 8 more the columns 2 (l % 4) and the next, and 8 more.
+template <int n, int b_transposed> static void product(float *d, const u32 (&a)[4], u64 b, bool add) {
+  const int lane = current % lanes;
+  float rows[2][16];
+  for (int i = 0; i < 4; i++) {
+    unsigned long long *pairs = collective(a[i]);
+    for (int k = 0; k < 8; k++)
+      rows[i % 2][i / 2 * 8 + k] = bits_as<float>((u32)(pairs[lane / 4 * 4 + k / 2] >> k % 2 * 16 << 16));
+  }
+  for (int i = 0; i < n / 2; i++) {
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 16; k++) sum += rows[i % 4 / 2][k] * element(b, b_transposed, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
+    d[i] = sum;
+  }
+}
 static void store_transposed(u32 address, const u32 *pairs, int count) {
   u32 to[lanes];
   unsigned long long *addresses = collective(address);
@@ -119,6 +134,18 @@ DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   const u32 pairs[] = {a, b, c, d};
   emulator::store_transposed(address, pairs, 4);
 }
+DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  const u32 pairs[] = {a, b, c, d}, lane = emulator::current % emulator::lanes;
+  u32 to[emulator::lanes];
+  unsigned long long *addresses = emulator::collective(address);
+  for (int i = 0; i < emulator::lanes; i++) to[i] = addresses[i];
+  for (int m = 0; m < 4; m++) store4(to[8 * m + lane / 4] + lane % 4 * 4, pairs[m]);
+}
+DEVICE void store8(bf16 *to, u32 a, u32 b, u64) {
+  const u32 pairs[] = {a, b};
+  memcpy(to, pairs, 8);
+}
+DEVICE void prefetch(const bf16 *) {}
 DEVICE void stores_before_products() {}
 DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }
 DEVICE bool group_any(u32 group, bool condition) { return emulator::meet(1 + group, 128, condition); }
@@ -134,4 +161,8 @@ static float __shfl_xor_sync(uint, float value, int apart) {
   unsigned long long *values = emulator::collective(bits_as<uint>(value));
   return bits_as<float>((uint)values[emulator::current % emulator::lanes ^ apart]);
 }
+static u32 __shfl_xor_sync(uint, u32 value, int apart) {
+  return emulator::collective(value)[emulator::current % emulator::lanes ^ apart];
+}
+static bool __any_sync(uint mask, bool value) { return __ballot_sync(mask, value); }
 static float __frcp_rn(float value) { return 1 / value; }

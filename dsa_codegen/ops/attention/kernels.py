@@ -252,7 +252,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "smem": _cuda_smem(spec, config),
     }
     if _design(spec, config) == "pair":
-        return {**values, "design": "pair"}
+        return {**values, "design": "pair", "split": 2}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
