@@ -38,6 +38,7 @@ TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
 SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
 CLUSTER = Config.of("cuda", num_stages=3, turns=True, consumer_registers=224)
+PAIR = Config.of("cuda", num_stages=2, turns=False, consumer_registers=216)
 RING = Config.of("cuda", num_stages=7, turns=False, consumer_registers=168)  # of up to 16 heads
 SPILLS_BETWEEN_QUERIES = 72  # bytes; none is touched in the loop over tiles
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -85,6 +86,39 @@ def test_clusters_compile_for_hopper(spec, config):
     assert_compiles(OP, spec, config, spills=SPILLS_BETWEEN_QUERIES)
     built = build.find(render.render(OP, spec, config), H200)
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (AttentionSpec(64, 576, 2048), PAIR),
+        pytest.param(AttentionSpec(128, 576, 130, lengths=True, sink=True, max_logits=True), PAIR, marks=FURTHER),
+        pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR, marks=FURTHER),
+    ],
+    ids=["plain", "all options", "without a tail"],
+)
+def test_pairs_compile_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+    built = build.find(render.render(OP, spec, config), H200)
+    assert "Performance Loss" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "order"),
+    [
+        (AttentionSpec(64, 512, topk=150, lengths=True, sink=True, max_logits=True), "shuffled"),
+        pytest.param(AttentionSpec(128, 576, topk=300), "descending", marks=FURTHER),
+    ],
+    ids=["64 heads", "128 heads"],
+)
+def test_pairs_match_the_reference(spec, order, tmp_path):
+    """On one SM: queries of one pair of tiles and of several follow each other."""
+    kernels = emulator.cuda_kernels(render.render(OP, spec, PAIR), tmp_path, order)
+    variant = Variant(OP, spec, PAIR, replace(H200, sms=1), kernels)
+    for sizes, distribution in (((1, 1), "ragged"), ((3, 333), "ragged"), ((2, 400), "steep")):
+        accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cpu")
+        assert accuracy.passed, (sizes, accuracy.detail)
 
 
 IN_A_BLOCK = [
@@ -195,6 +229,22 @@ def test_a_persistent_grid_of_clusters_gets_its_arguments(queries, blocks, lengt
     given = [name for name in ("lengths", "sink") if spec.to_dict()[name]]
     strides = [f"{of}_stride" for of in ("q", "head", "kv", "list")]
     assert names == ["q", "kv", "indices", *given, "out", "lse", "queries", "tokens", "topk", *strides, "sm_scale"]
+
+
+@pytest.mark.parametrize(("heads", "queries", "blocks"), [(64, 1, 1), (64, 500, 132), (128, 65, 130), (128, 67, 132)])
+def test_a_persistent_grid_of_pairs_gets_its_arguments(heads, queries, blocks):
+    spec = AttentionSpec(heads, 576, 1, lengths=True, max_logits=True)
+    inputs = OP.inputs(spec, Case(AttentionSizes(queries, 3), "random"), Draw(0))
+    outputs = OP.allocate(spec, inputs)
+    (launch,) = OP.launches(spec, PAIR, inputs, outputs, H200)
+    tensors = [inputs[name] for name in ("q", "kv", "indices", "lengths")] + [outputs[name] for name in OP.buffers]
+    assert launch.grid == (blocks, 1, 1)
+    assert [id(value) for value in launch.args[: len(tensors)]] == [id(tensor) for tensor in tensors]
+    namespace: dict = {}
+    exec(render.render(OP, spec, PAIR).code, namespace)
+    (facts,) = namespace["KERNELS"].values()
+    assert facts["args"] == ("ptr",) * len(tensors) + ("i32",) * 3 + ("u32",) * 4 + ("f32",)
+    assert (facts["cluster"], len(launch.args)) == (1, len(facts["args"]))
 
 
 def test_clusters_leave_calls_without_tokens_to_torch():
