@@ -24,6 +24,7 @@ _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 _PAIR = Config.of("cuda", num_stages=2, turns=False, consumer_registers=216)
+_TRIAL = {"woven": 0, "mid": 0, "pin": 0, "turns": 0}
 _PAIR_HEADS = 64  # of a block; 128 are two blocks'
 _CUDA_THREADS = 384  # two groups of 128 consume, one gathers
 _REGISTERS = 168  # per thread of such a block
@@ -221,7 +222,7 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     """Bytes of shared memory per block, as the templates lay it out."""
     barrier = 8
     if _design(spec, config) == "pair":  # two tiles and q, weights, masks, peaks and totals (and tops), barriers
-        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 23 * barrier
+        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 32 + 25 * barrier
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -252,7 +253,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "smem": _cuda_smem(spec, config),
     }
     if _design(spec, config) == "pair":
-        return {**values, "design": "pair", "split": 2}
+        return {**values, "design": "pair", "split": 2, **_TRIAL}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
