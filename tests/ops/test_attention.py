@@ -37,9 +37,9 @@ SPECS = [
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=3, num_warps=4)
 MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32, num_stages=2, threads=128)
 SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
-CLUSTER = Config.of("cuda", num_stages=3, turns=True, consumer_registers=224)
-PAIR = Config.of("cuda", num_stages=2, turns=False, consumer_registers=216)
-RING = Config.of("cuda", num_stages=7, turns=False, consumer_registers=168)  # of up to 16 heads
+CLUSTER = Config.of("cuda", num_stages=3, turns=True, interleave=False, consumer_registers=224)
+PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_registers=216)
+RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, consumer_registers=168)  # of up to 16 heads
 SPILLS_BETWEEN_QUERIES = 72  # bytes; none is touched in the loop over tiles
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
@@ -93,7 +93,7 @@ def test_clusters_compile_for_hopper(spec, config):
     [
         (AttentionSpec(64, 576, 2048), PAIR),
         pytest.param(AttentionSpec(128, 576, 130, lengths=True, sink=True, max_logits=True), PAIR, marks=FURTHER),
-        pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR, marks=FURTHER),
+        pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR.replace(interleave=True), marks=FURTHER),
     ],
     ids=["plain", "all options", "without a tail"],
 )
@@ -105,17 +105,17 @@ def test_pairs_compile_for_hopper(spec, config):
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
-    ("spec", "order"),
+    ("spec", "config", "order"),
     [
-        (AttentionSpec(64, 512, topk=150, lengths=True, sink=True, max_logits=True), "shuffled"),
-        pytest.param(AttentionSpec(128, 576, topk=300), "descending", marks=FURTHER),
+        (AttentionSpec(64, 512, topk=150, lengths=True, sink=True, max_logits=True), PAIR.replace(interleave=True), "shuffled"),
+        pytest.param(AttentionSpec(128, 576, topk=300), PAIR, "descending", marks=FURTHER),
     ],
     ids=["64 heads", "128 heads"],
 )
-def test_pairs_match_the_reference(spec, order, tmp_path):
+def test_pairs_match_the_reference(spec, config, order, tmp_path):
     """On one SM: queries of one pair of tiles and of several follow each other."""
-    kernels = emulator.cuda_kernels(render.render(OP, spec, PAIR), tmp_path, order)
-    variant = Variant(OP, spec, PAIR, replace(H200, sms=1), kernels)
+    kernels = emulator.cuda_kernels(render.render(OP, spec, config), tmp_path, order)
+    variant = Variant(OP, spec, config, replace(H200, sms=1), kernels)
     for sizes, distribution in (((1, 1), "ragged"), ((3, 333), "ragged"), ((2, 400), "steep")):
         accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cpu")
         assert accuracy.passed, (sizes, accuracy.detail)
@@ -260,10 +260,11 @@ def test_clusters_leave_calls_without_tokens_to_torch():
 @pytest.mark.parametrize(
     ("heads", "d_qk", "topk", "gpu", "expected"),
     [
-        (128, 576, 2048, "h100", CLUSTER),
-        (128, 512, 1024, "h200", CLUSTER.replace(num_stages=4)),
-        (128, 576, 512, "h200", SPECIALISED),
-        (64, 576, 2048, "h200", SPECIALISED),
+        (128, 576, 2048, "h100", PAIR),
+        (128, 512, 1024, "h200", PAIR),
+        (64, 576, 2048, "h200", PAIR),
+        (64, 512, 512, "h100", PAIR),
+        (128, 576, 500, "h200", SPECIALISED),
         (16, 576, 2048, "h200", RING),
         (8, 576, 2048, "h100", RING.replace(num_stages=8)),
         (32, 576, 2048, "h200", RING.replace(num_stages=6, consumer_registers=216)),
@@ -277,10 +278,16 @@ def test_default_is_in_cuda_where_it_wins(heads, d_qk, topk, gpu, expected):
     assert found == expected or (expected is None and found.backend == "triton")
 
 
+def test_products_come_in_another_order_where_latents_are_far():
+    spec = AttentionSpec(128, 576, 2048)
+    assert OP.default_config(spec, AttentionSizes(4096, 65536), H200) == PAIR
+    assert OP.default_config(spec, AttentionSizes(4096, 65537), H200) == PAIR.replace(interleave=True)
+
+
 def test_clusters_do_not_keep_the_exact_maxima():
     spec = AttentionSpec(128, 576, 2048, max_logits=True)
     assert [violation.name for violation in OP.violations(spec, CLUSTER, H200)] == ["max_logits"]
-    assert OP.default_config(spec, AttentionSizes(4096, 32768), H200) == SPECIALISED
+    assert OP.default_config(spec, AttentionSizes(4096, 32768), H200) == PAIR
 
 
 def test_without_nvcc_the_default_is_not_the_cluster(monkeypatch, tmp_path):
@@ -340,7 +347,7 @@ def test_constraints_name_what_does_not_fit(config, gpu, name):
         (RING.replace(turns=True), 16, "turns"),
         (RING.replace(num_stages=13), 16, "smem"),
         (RING, 17, "accumulator registers"),
-        (Config.of("cuda", num_stages=3, turns=False, consumer_registers=168), 8, "stages of a tile"),
+        (Config.of("cuda", num_stages=3, turns=False, interleave=False, consumer_registers=168), 8, "stages of a tile"),
     ],
     ids=lambda value: "" if isinstance(value, Config) else str(value).replace(" ", "_"),
 )

@@ -19,19 +19,23 @@ _SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n
 _WIDE = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8)
 _FEW = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4)
 # 128 heads, H100: 3864 µs at 4096 x 8192 and 4013 at 32768, where TileLang's takes 8 to 15 % longer. As many tiles as fit.
-_CLUSTER = Config.of("cuda", num_stages=4, turns=True, consumer_registers=224)
+_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
-_PAIR = Config.of("cuda", num_stages=2, turns=False, consumer_registers=216)
-_TRIAL = {"woven": 0, "mid": 0, "pin": 0, "turns": 0}
+# 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768; 2517 and 4252 of 131072, and with
+# products in the other order 2433 and 4122. A group's output takes 128 registers, and the gathering group spills below 72.
+_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_registers=216)
 _PAIR_HEADS = 64  # of a block; 128 are two blocks'
+_PAIR_TOPK = 512  # shorter lists were not measured
+_SPLIT = 2  # parts of a half of a tile, which are freed one by one
 _CUDA_THREADS = 384  # two groups of 128 consume, one gathers
 _REGISTERS = 168  # per thread of such a block
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
-_RINGS = tuple(Config.of("cuda", num_stages=stages, turns=False, consumer_registers=168) for stages in (13, 11, 9, 8, 7, 6))
+_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, consumer_registers=168)
+_RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6))
 _MASKS = 8  # of tiles in the ring
 _TOKEN_BITS = 28  # of an entry of a union; a cache of as many tokens would have 300 GB
 _UNITERS = 512  # threads that join the lists of neighbouring queries
@@ -60,6 +64,12 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
                     "tiles of 64 tokens in flight, 2 one for each group that multiplies; with few heads, parts of them",
                 ),
                 Parameter("turns", (True, False), "whether the two groups that multiply take turns"),
+                Parameter(
+                    "interleave",
+                    (False, True),
+                    "whether the other group's values come between the scores of a tile's halves, not behind them",
+                    before=False,
+                ),
                 Parameter(
                     "consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"
                 ),
@@ -100,8 +110,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     def order(self, spec: AttentionSpec, config: Config) -> str | None:
         """A query's list tile by tile, by blocks that have nothing else; only a union of lists is in its neighbours' order."""
         if config.backend == "cuda":  # tiles of 64 tokens, however many wait
-            few = spec.heads <= _FEW_HEADS
-            return None if few and spec.share > 1 else "few" if few else "cluster"
+            design = _design(spec, config)
+            return None if design == "few" and spec.share > 1 else design
         if _specialised(config):
             return "specialised"
         shape = ("block_h", "block_n", "num_warps" if config.backend == "triton" else "threads")
@@ -112,7 +122,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             registers = 216 if _columns(spec) > 16 else _REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
             return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
-        return (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
+        clusters = (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
+        pair = _PAIR.replace(interleave=sizes.tokens >= sizes.EDGES["tokens"][0])
+        return (pair, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pair)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "cuda":
@@ -196,20 +208,27 @@ def _design(spec: AttentionSpec, config: Config) -> str:
     return "pair" if config["num_stages"] == _PAIR["num_stages"] else "cluster"
 
 
+def _without(config: Config, *names: str) -> Iterable[Violation]:
+    for name in names:
+        if config[name]:
+            yield Violation(name, 1.0, f"{name}: this design has no choice")
+
+
 def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    if config["turns"]:
-        yield Violation("turns", 1.0, "turns: groups of few heads take none")
+    yield from _without(config, "turns", "interleave")
     yield from exceeds("stages of a tile", _chunks(spec), config["num_stages"])
     yield from exceeds("accumulator registers", _columns(spec) * D_V / 128 + 88, config["consumer_registers"])
 
 
 def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    yield from _without(config, "turns")
     if spec.heads % _PAIR_HEADS:
         yield Violation("heads", 1.0, f"heads: a block takes {_PAIR_HEADS}, of which {spec.heads} are no multiple")
     yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    yield from _without(config, "interleave")
     if spec.heads != _CLUSTER_HEADS:
         excess = _CLUSTER_HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_CLUSTER_HEADS} of one query, not {spec.heads}")
@@ -222,7 +241,7 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     """Bytes of shared memory per block, as the templates lay it out."""
     barrier = 8
     if _design(spec, config) == "pair":  # two tiles and q, weights, masks, peaks and totals (and tops), barriers
-        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 32 + 25 * barrier
+        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 25 * barrier
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -253,7 +272,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "smem": _cuda_smem(spec, config),
     }
     if _design(spec, config) == "pair":
-        return {**values, "design": "pair", "split": 2, **_TRIAL}
+        return {**values, "design": "pair", "split": _SPLIT}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
