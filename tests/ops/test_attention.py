@@ -377,11 +377,11 @@ def test_every_preset_has_a_spec(name):
     model = presets.preset(name)
     spec = OP.specs(model)[0]
     assert (spec.heads, spec.topk, spec.sink) == (model.heads, model.topk, model.attn_sink)
-    assert spec.d_qk in (D_V, D_V + 64)
+    assert (spec.d_qk, spec.d_v) == (model.d_nope + model.d_rope, model.d_v)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("share", 3), ("heads", 0), ("heads", 129), ("d_qk", 640), ("topk", 0), ("sink", 1)]
+    ("field", "value"), [("share", 3), ("heads", 0), ("heads", 129), ("d_qk", 656), ("topk", 0), ("sink", 1)]
 )
 def test_spec_refuses(field, value):
     with pytest.raises(SpecError, match=field):
