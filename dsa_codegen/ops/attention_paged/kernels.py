@@ -68,7 +68,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         yield from exceeds("padded heads", config["block_h"], max(16, 2 * spec.heads - 1))
         # Accumulator and tile lie in registers: beyond 256 of their values per thread they spill on every architecture.
         values = (config["block_h"] + config["block_n"]) * _padded(spec) / (32 * config["num_warps"])
-        yield from exceeds("values per thread", values, 256)
+        # Rows with scales of any channels spill 112 to 400 bytes at 256 (Triton 3.6, sm_90a).
+        yield from exceeds("values per thread", values, 192 if spec.general and spec.kv_layout != "bf16" else 256)
         if spec.kv_layout == "bf16" and config["dequantize"] != "bits":
             yield Violation("dequantize", 1.0, "dequantize: bits; there is nothing to dequantize in bf16 rows")
         if (spec.kv_layout == "v4" or spec.rope_in_value) and not _warpgroups(config, gpu):
