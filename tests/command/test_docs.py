@@ -15,7 +15,7 @@ import pytest
 from command_line import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md", "docs/quality.md"]
+PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md", "docs/quality.md", "docs/shapes.md"]
 COMMAND_PAGES = [*PAGES, "docs/benchmark.md", "docs/performance.md", "docs/tuning.md"]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

@@ -16,7 +16,6 @@ from dsa_codegen.kernels import build, render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
 from dsa_codegen.problem import presets
-from dsa_codegen.problem.channels import D_V
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify

@@ -9,6 +9,7 @@ import torch
 
 from dsa_codegen import Layer, ops
 from dsa_codegen.errors import InputError, SpecError, UnknownName
+from dsa_codegen.gpu import resolve
 from dsa_codegen.problem import presets
 
 NAMES = ["ax-k2", "ax-k2-tp8", "deepseek-v3.2", "deepseek-v3.2-bf16", "deepseek-v3.2-bf16-tp8", "deepseek-v3.2-tp8"]
@@ -193,3 +194,20 @@ def test_a_missing_field_is_named(tmp_path):
     path.write_text("heads: 16")
     with pytest.raises(SpecError, match="d_nope"):
         presets.load(path)
+
+
+ODD = {"heads": 12, "d_nope": 192, "d_rope": 48, "d_v": 192, "index_heads": 6, "index_head_dim": 96, "kv_layout": "fp8_fp32_64"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"d_v": 240}, {"kv_layout": "bf16"}, {"d_rope": 0, "kv_layout": "fp8_tensor"}], ids=str
+)
+def test_a_model_of_any_shape_is_served_by_every_operation(changes, tmp_path):
+    """Offline, as ``verify --spec`` and ``generate --spec`` begin: every operation has a spec and a config."""
+    model = presets.load(written(tmp_path, **{**ODD, **changes}))
+    gpu = resolve("H100")
+    for name, op in ops.all_ops().items():
+        for spec in op.specs(model):
+            assert op.default_config(spec, op.workloads(spec)[0].sizes, gpu)
+            assert op.options(spec)
+        assert op.specs(model) or name in ("attention_gqa",)
