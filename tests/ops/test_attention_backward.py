@@ -12,12 +12,13 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops import inverse_lists as lists
 from dsa_codegen.ops import needs
+from dsa_codegen.ops.attention import OP as FORWARD
 from dsa_codegen.ops.attention_backward import OP, AttentionBackwardSizes, AttentionBackwardSpec, formulas
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
 
-from support import H200, assert_compiles, assert_matches_reference
+from support import H200, assert_compiles, assert_matches_reference, run_interpreted
 
 PLAIN = AttentionBackwardSpec(16, 576, 40)
 EVERYTHING = AttentionBackwardSpec(5, 576, 37, lengths=True, sink=True, lse_gradient=True, deterministic=True)
@@ -43,6 +44,23 @@ def config(spec, **changes):
 )
 def test_matches_the_formulas(interpreter, spec, case):
     assert_matches_reference(interpreter, OP, spec, config(spec), case)
+
+
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
+def test_ends_of_lists_that_name_no_token_are_left_out(interpreter, with_lengths):
+    """From nothing listed to a token at the last place: no tile with a token is missed, however late it stands."""
+    spec = replace(PLAIN, topk=300, lengths=with_lengths)
+    inputs = dict(OP.inputs(spec, Case(AttentionBackwardSizes(6, 400), "random"), Draw(5)))
+    for query, last in enumerate((0, 1, 128, 129, 290, 300)):
+        inputs["indices"][query, 0, last:] = 400 if query % 2 else -1
+        inputs["indices"][query, 0, : max(last - 2, 0) : 3] = -1
+    if with_lengths:
+        inputs["lengths"] = torch.tensor([5, 1, 100, 300, 300, 299], dtype=torch.int32)
+    attended = FORWARD.reference(FORWARD.spec_type(16, 576, 300, lengths=with_lengths), inputs)
+    inputs |= {"out": attended["out"].bfloat16(), "lse": attended["lse"]}
+    outputs = run_interpreted(interpreter, OP.name, spec, config(spec), inputs)
+    accuracy = OP.check(spec, inputs, outputs, OP.reference(spec, inputs))
+    assert accuracy.passed, accuracy.detail
 
 
 def test_chunks_of_queries_add_up(interpreter, monkeypatch):

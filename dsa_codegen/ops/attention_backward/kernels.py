@@ -22,6 +22,7 @@ from .problem import AttentionBackwardSizes, AttentionBackwardSpec
 _WEIGHT_BYTES = 1 << 29
 """Of probabilities and gradients of scores that are in memory at a time: 512 queries of 128 heads and 2048 tokens."""
 _FLAT = 2048
+_TILES = 128  # the widest step of the three kernels
 _ROWS = 8
 _FEW_HEADS = 32  # so few are the columns of a product, whose rows are channels; tensor cores of Hopper want 64 rows
 _STEPS = ("score", "dq", "dkv")
@@ -91,6 +92,7 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
             "dkv_blocks": _blocks(spec, config["dkv_d"]),
             "dkv_masked": spec.d_qk % int(config["dkv_d"]) != 0,
             "flat": _FLAT,
+            "tiles": _TILES,
             "rows": _ROWS,
         }
 
@@ -110,7 +112,10 @@ def _launches(spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outpu
     total, delta, sums = (_empty(kv, torch.float32, *shape) for shape in (lse.shape, lse.shape, kv.shape))
     extra = [inputs["dlse"]] if spec.lse_gradient else []
     extra += [inputs["sink"], _empty(kv, torch.float32, *lse.shape)] if spec.sink else []
-    yield Launch("prepare", (queries, 1, 1), (inputs["out"], do, lse, *extra, total, delta))
+    reach = _empty(q, torch.int32, queries)
+    lists = [inputs["indices"], *([inputs["lengths"]] if spec.lengths else [])]
+    yield Launch("prepare", (queries, 1, 1), (inputs["out"], do, lse, *extra, *lists, total, delta, reach, tokens))
+    lists.append(reach)
     if spec.sink:
         yield Launch("sink_gradient", (-(-spec.heads // 16), 1, 1), (extra[-1], outputs["dsink"], queries))
     flat = (-(-sums.numel() // _FLAT), 1, 1)
@@ -119,7 +124,6 @@ def _launches(spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outpu
     chunk, padded = _chunk(spec, inputs), _padded(spec)
     weight, slope = (_empty(q, torch.bfloat16, chunk, spec.topk, padded) for _ in range(2))
     rows = _empty(q, torch.float32, chunk, spec.topk, spec.d_qk) if spec.deterministic else sums
-    lists = [inputs["indices"], *([inputs["lengths"]] if spec.lengths else [])]
     for first in range(0, queries, chunk):
         n = min(chunk, queries - first)
         of_scores = (q, kv, *lists, do, total, delta, weight, slope, first, tokens, inputs["sm_scale"])
