@@ -74,7 +74,8 @@ def _failures(report: Report) -> Iterable[str]:
     first = {failure.kind: failure for failure in reversed(report.failures)}
     for failure in first.values():
         yield f"{failure.kind.value}, the first: {failure.study} {failure.message}"
-        yield f"  again: {command()} tune --again {shlex.quote(failure.again)}"
+        if failure.again:
+            yield f"  again: {command()} tune --again {shlex.quote(failure.again)}"
 
 
 def again(seen: Again) -> Printer:

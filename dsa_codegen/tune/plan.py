@@ -90,7 +90,7 @@ class Failure:
     count: int
     message: str
     again: str
-    """What ``dsa tune --again`` takes: the first one's journal and trial."""
+    """What ``dsa tune --again`` takes: the first one's journal and trial; empty where a database keeps them."""
 
 
 @dataclass(frozen=True)

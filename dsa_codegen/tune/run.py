@@ -249,7 +249,7 @@ def _failures(study: Study) -> Iterator[Failure]:
     """The kinds of failures among a study's candidates, each with the first and how to see it again."""
     for kind, message in study.first_failure.items():
         if study.counts[kind]:
-            again = f"{study.path}:{study.failed_trial[kind]}"
+            again = f"{study.path}:{study.failed_trial[kind]}" if study.path.exists() else ""
             yield Failure(study.label, kind, study.counts[kind], message, again)
 
 
