@@ -31,11 +31,12 @@ ELSEWHERE = {
     r"python cli\.py verify --(preset deepseek-v3\.2|spec my-model\.yaml)": "minutes of interpreter; that of tiny runs",
     r"python cli\.py tune --gpu auto .*": "for the GPU that serves; for one that is named it runs",
     r"python cli\.py tune .*--backend cuda.*": "a minute of nvcc; tests/tune/test_tune_search.py restricts a search",
+    r"python cli\.py tune --dashboard .*": "serves a page until it is interrupted; tests/tune/test_tune_look.py",
     r"python cli\.py report --compare .*": "compares two runs on a GPU; tests/bench/test_bench_comparison.py",
     r"\(cd generated && python launch\.py .*": "a name that generate makes up; tests/command/test_generate.py launches",
 }
 """What does not run here -> why."""
-NEEDS_GPU = r"python cli\.py bench .*"
+NEEDS_GPU = r"python cli\.py (bench|tune --(check|again)) .*"
 """Refused here, with the exit code and the remedy that the documents promise."""
 LATER = {"report": (), "": ("matplotlib", "pytest", "xdist", "mypy", "ruff", "uv")}
 """command -> packages that a reader does not have yet who has followed the pages: report wants an extra of its own."""
@@ -55,7 +56,7 @@ def reason(line: str) -> str:
 def shortened(line: str) -> str:
     """The same command for the smallest model and operation, a candidate each: minutes become seconds."""
     line = line.split(" && ")[-1].replace(".venv/bin/python", "python")
-    if re.search(r"cli\.py (build|verify|tune)", line) and "--refresh" not in line:
+    if re.search(r"cli\.py (build|verify|tune)", line) and not re.search(r"--(refresh|check|again)", line):
         line = re.sub(r" --(op|budget|trials) \S+", "", line) + " --op quantize"
         line = re.sub(r"--preset \S+", "--preset tiny", line) + (" --trials 1" if " tune " in line else "")
     return line
