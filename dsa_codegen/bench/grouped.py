@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import functions, ops
-from ..problem.op import Inputs
+from ..problem.op import Case, Inputs
 from ..problem.values import Sizes, Spec
 from .cases import LOCAL, BenchCase
 from .stage import Part
@@ -18,7 +18,8 @@ class GroupedStage(OpStage):
     """Lists of neighbours that hold mostly the same are drawn where ours is asked to share them."""
 
     def part(self, case: BenchCase) -> Part:
-        return super().part(replace(case, distribution="random"))
+        spec, sizes = self._stated(case)
+        return Part(self.op, spec, Case(sizes, "random"))
 
 
 def _share(case: BenchCase) -> int:
