@@ -62,6 +62,7 @@ def _side_by_side(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
     """(offsets, bytes of all) of tensors that share one allocation."""
     offsets, end = [], 0
     for tensor in tensors:
+        assert not tensor.storage_offset(), "a fresh tensor begins where its memory does"
         offsets.append(end)
         end += -(-tensor.untyped_storage().nbytes() // _APART) * _APART
     return tuple(offsets), end
