@@ -280,7 +280,7 @@ def tune(
 
 
 _OF = {
-    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "most", "wait", "port", "storage"),
+    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "wait", "port", "storage"),
     "--refresh": ("refresh", "every", "drop_stale"),
     "--check": ("check", "tolerance"),
 }
@@ -293,7 +293,7 @@ def _check_tune(context: typer.Context, mode: str) -> None:
         for name in names if of != mode else ():
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
-                option = "--gpus" if name == "most" else f"--{name.replace('_', '-')}"
+                option = f"--{name.replace('_', '-')}"
                 allowed = f"only with {of}" if of else f"only without {mode}"
                 raise SpecError(option, context.params[name], f"{allowed}, which goes through the records that are there")
 
