@@ -18,7 +18,7 @@ from dsa_codegen.errors import InputError
 from dsa_codegen.problem.caches import KvV4Layout
 from dsa_codegen.problem.compare import ATTENTION, LOGITS, LSE, close, equal
 
-from layer_inputs import TINY, V4, decode_inputs, prefill_inputs
+from layer_inputs import NARROW, TINY, V4, decode_inputs, prefill_inputs
 
 
 def reference(name: str, *args):
@@ -38,9 +38,12 @@ def assert_prefill_matches(layer: dsa.Layer, inputs: dict) -> None:
     logits = dsa.indexer_logits(q8, *keys, folded, *windows, clean=True)
     expected = reference("indexer_logits", q8, *keys, folded, *windows, "weighted_relu", "fp32", True)
     assert close("logits", logits, expected["logits"], LOGITS).passed
-    topk = layer.model.topk
-    assert equal("chosen", chosen, reference("select", logits, windows[1], topk, windows[0], None, 64, 0, 0)["chosen"]).passed
-    attended = reference("sparse_attention", inputs["q"], inputs["kv"], chosen[:, None], layer.sm_scale, None, inputs["sink"])
+    model = layer.model
+    kept = model.keep_first, model.keep_recent
+    wanted = reference("select", logits, windows[1], model.topk, windows[0], None, 64, *kept)["chosen"]
+    assert equal("chosen", chosen, wanted).passed
+    of = inputs["q"], inputs["kv"], chosen[:, None], layer.sm_scale, None, inputs["sink"], 1, False, model.d_v
+    attended = reference("sparse_attention", *of)
     for name, value, limit in (("out", out, ATTENTION), ("lse", lse, LSE)):
         result = close(name, value, attended[name], limit)
         assert result.passed, result.detail
@@ -56,17 +59,18 @@ def assert_decode_matches(layer: dsa.Layer, inputs: dict) -> None:
     expected = reference("indexer_logits_paged", q8, inputs["index_cache"], folded, *paged, "weighted_relu", "fp32", True)
     assert close("logits", logits, expected["logits"], LOGITS).passed
     model = layer.model
-    slots = reference("select", logits, inputs["lengths"].flatten(), model.topk, None, inputs["page_table"], model.page, 0, 0)
+    kept = model.page, model.keep_first, model.keep_recent
+    slots = reference("select", logits, inputs["lengths"].flatten(), model.topk, None, inputs["page_table"], *kept)
     assert equal("chosen", chosen.flatten(0, 1), slots["chosen"]).passed
-    attended = reference(
-        "sparse_attention_paged", inputs["q"], inputs["kv_cache"], chosen, layer.sm_scale, None, inputs["sink"]
-    )
+    of = inputs["q"], inputs["kv_cache"], chosen, layer.sm_scale, None, inputs["sink"], None, None, None, False
+    stored = "" if model.kv_layout in ("v32", "v4") else model.kv_layout
+    attended = reference("sparse_attention_paged", *of, stored, model.d_v)
     for name, value, limit in (("out", out, ATTENTION), ("lse", lse, LSE)):
         result = close(name, value, attended[name], limit)
         assert result.passed, result.detail
 
 
-@pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [TINY, V4, NARROW], ids=lambda model: model.name)
 @pytest.mark.parametrize("queries", [0, 1, 9])
 def test_prefill(model, queries):
     assert_prefill_matches(dsa.Layer(model), prefill_inputs(model, queries, 150))
@@ -92,7 +96,7 @@ def test_prefill_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [TINY, V4, NARROW], ids=lambda model: model.name)
 @pytest.mark.parametrize(("batch", "next_n"), [(1, 1), (3, 2), (0, 1), (0, 2)])
 def test_decode(model, batch, next_n):
     assert_decode_matches(dsa.Layer(model), decode_inputs(model, batch, next_n, 200))
@@ -126,7 +130,7 @@ def padded(inputs):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("model", [TINY, V4], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [TINY, V4, NARROW], ids=lambda model: model.name)
 def test_a_padded_batch_is_the_batch_and_zeros(model, device):
     inputs = padded(decode_inputs(model, 3, 1, 200, device))
     batched = ("q", "index_q", "index_weights", "lengths", "page_table")

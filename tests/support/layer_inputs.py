@@ -7,11 +7,13 @@ import torch
 import dsa_codegen as dsa
 from dsa_codegen.problem.caches import IndexKLayout
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.presets import Model
 
 TINY = dsa.preset("tiny")
 V4 = Model("v4", heads=8, d_nope=448, d_rope=64, index_heads=8, index_head_dim=32, topk=64, kv_layout="v4", attn_sink=True)
+LATENT = {"d_nope": 128, "d_rope": 32, "d_v": 128}
+NARROW = Model("narrow", 4, **LATENT, index_heads=6, index_head_dim=48, topk=64, kv_layout="bf16", keep_first=3, keep_recent=9)
+"""A latent of 128 channels in BF16 pages, an indexer whose heads and channels are padded, tokens that are always chosen."""
 
 
 def prefill_inputs(model: Model, queries: int, tokens: int, device: str = "cpu"):
@@ -37,7 +39,7 @@ def decode_inputs(model: Model, batch: int, next_n: int, context: int, device: s
     draw = Draw(12, device)
     pages = -(-context // model.page)
     blocks = batch * pages + 1
-    kv, index = kv_layout(model.kv_layout, model.page), IndexKLayout(model.page, model.index_head_dim)
+    kv, index = model.cache, IndexKLayout(model.page, model.index_head_dim)
     kv_cache, index_cache = kv.empty(blocks, device=device), index.empty(blocks, device=device)
     slots = torch.arange(blocks * model.page, dtype=torch.int32, device=device)
     tokens = len(slots)
