@@ -111,6 +111,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         """A query's list tile by tile, by blocks that have nothing else; only a union of lists is in its neighbours' order."""
         if config.backend == "cuda":  # tiles of 64 tokens, however many wait
             design = _design(spec, config)
+            if design == "pair":  # whose values are added first
+                return "pair-interleaved" if config["interleave"] else "pair"
             return None if design == "few" and spec.share > 1 else design
         if _specialised(config):
             return "specialised"
