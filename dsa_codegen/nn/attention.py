@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .. import functions
 from ..distributed.gather import gathered
 from ..errors import InputError
-from ..problem.presets import Model
+from ..problem.paged import FIXED
+from ..problem.presets import NO_CACHE, Model
 from ..runtime import dispatch
 from ..runtime.serving import Limits
 from . import plain
@@ -64,6 +65,9 @@ class SparseAttention(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         if (model.d_nope, model.d_rope) != (_LATENT, 64):
             raise InputError("model", f"latents of {model.d_nope} + {model.d_rope} channels", f"{_LATENT} + 64")
+        if model.kv_layout not in (*FIXED, NO_CACHE):
+            other = f"{' or '.join(FIXED)}; PagedCache(plain=torch.bfloat16) keeps latents as they are"
+            raise InputError("model", f"kv_layout {model.kv_layout}", other)
         self.rank, self.ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if model.heads % self.ranks:
             raise InputError("group", f"{self.ranks} ranks", f"a divisor of {model.heads} heads")

@@ -211,6 +211,7 @@ def test_sinks_take_their_share(hidden):
         (SpecError, lambda: nn.Shape(hidden=0, q_rank=8)),
         (SpecError, lambda: nn.Shape(hidden=8, q_rank=8, rotary="none")),
         (InputError, lambda: nn.SparseAttention(dsa.preset("deepseek-v4-flash"), SHAPE)),
+        (InputError, lambda: nn.SparseAttention(dsa.preset("deepseek-v3.2-bf16-tp8"), SHAPE)),
         (InputError, lambda: nn.PagedCache(TINY, TABLE, layers=1, blocks=1, batch=2, max_context=256).prefill((40, 40))),
         (InputError, lambda: nn.PagedCache(TINY, TABLE, layers=1, blocks=9, batch=1, max_context=64).prefill((65,))),
         (InputError, lambda: nn.PagedCache(TINY, TABLE, layers=1, blocks=1, batch=2, max_context=64).prefill((1,))),
