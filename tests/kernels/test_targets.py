@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from dsa_codegen import ops
@@ -11,6 +15,7 @@ from dsa_codegen.problem import presets
 
 from support import assert_compiles, of_preset
 
+ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]
 SMALL_SPILL = 64  # bytes; a spill of this size costs less than the smaller tile that would avoid it
 
@@ -63,3 +68,14 @@ def test_a_gpu_that_is_too_small_is_told_why():
     op = ops.get("indexer")
     with pytest.raises(NoConfig, match="smem"):
         op.seed_config(op.specs(presets.preset("tiny"))[0], "triton", tiny)
+
+
+@pytest.mark.parametrize("target", ["gfx942", "gfx950"])
+def test_a_plain_template_compiles_for_amd(target):
+    """The smallest; docs/amd.md has all of them, by scripts/amd_targets.py."""
+    triton = pytest.importorskip("triton")
+    if "amd" not in triton.backends.backends:
+        pytest.skip("this Triton has no HIP backend")
+    command = [sys.executable, ROOT / "scripts" / "amd_targets.py", "--one", "quantize", "--target", target]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.strip().endswith(" B"), said.stderr
