@@ -118,8 +118,8 @@ def page(found: list[Row], targets: list[str]) -> str:
         f"| --- | {' | '.join('---' for _ in targets)} |",
         *(f"| `{name}` | {' | '.join(of.get(target, 'not tried') for target in targets)} |" for name, of in by_name.items()),
         "",
-        "gfx942 has e4m3 of another kind (another bias): conversions are emulated, and take compilers long. Templates in Gluon,",
-        "TileLang and CUDA C++ are Hopper's.",
+        "gfx942 has e4m3 of another kind (another bias): conversions are emulated, and take compilers long. Templates in",
+        "Gluon, TileLang and CUDA C++ are Hopper's.",
         "",
     ]
     return "\n".join(lines)

@@ -70,6 +70,7 @@ def test_a_gpu_that_is_too_small_is_told_why():
         op.seed_config(op.specs(presets.preset("tiny"))[0], "triton", tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gfx942", "gfx950"])
 def test_a_plain_template_compiles_for_amd(target):
     """The smallest; docs/amd.md has all of them, by scripts/amd_targets.py."""
