@@ -125,7 +125,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
             return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
         clusters = (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
-        pair = _PAIR.replace(interleave=sizes.tokens >= sizes.EDGES["tokens"][0])
+        far = sizes.tokens >= sizes.EDGES["tokens"][0] and not spec.batch_invariant
+        pair = _PAIR.replace(interleave=far)
         return (pair, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pair)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
