@@ -109,6 +109,7 @@ def test_compilers_run_beside_each_other(tmp_path):
     assert all(isinstance(result, Built) for result in pool.results.values()) and len(pool.results) == 2
 
 
+@pytest.mark.slow
 def test_the_second_run_compiles_nothing_again(tmp_path):
     """The compilers' own cache is that of all runs: what is there is taken, within a moment of their start."""
     rendered = render(quantize.OP, quantize.QuantizeSpec(32), Config.of("triton", block_t=1, num_warps=1))
