@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,6 +17,8 @@ from .pool import CompilePool
 from .problem import Problem
 from .space import Candidate
 from .study import Study
+
+_IDLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ class Evaluator(ABC):
                 self._ready.append(task)
         self._compiling = waiting
         return [*done, *self._advance()]
+
+    def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
+        """Wait for all that the compilers were asked for."""
+        while self.pool.backlog:
+            self.pool.poll()
+            tell()
+            time.sleep(_IDLE_SECONDS)
 
     def cancel(self) -> None:
         """Drop every task that the GPU has not begun."""

@@ -21,6 +21,7 @@ LIMIT = 4000
 """Configs that are asked about; of more feasible ones so many, drawn at random, with the neighbours of the best."""
 _DRAWS = 40_000  # points of a space too large to list, from which feasible ones are taken
 _FIRST = 6  # configs that lie apart, before what is known of them says where to look
+_NEAR = 0.05  # what is expected to be within so much of the best is worth a trial, though it may not be faster
 _SLOWEST = 4.0  # times the best: what is slower, or fails, tells no more than that
 
 
@@ -87,7 +88,7 @@ class Proposals:
         self._surrogate.fit(points[list(self._values)], np.array(values) + floor)
         if self._under_way:
             self._surrogate.imagine(points[sorted(self._under_way)])
-        return self._surrogate.predict(points[open_numbers]).improvement(floor)
+        return self._surrogate.predict(points[open_numbers]).improvement(floor + _NEAR)
 
     def _distances(self, points: Array, open_numbers: Sequence[int]) -> Array:
         """Little is known yet: how far each is from all that were begun, by chance where that is alike."""

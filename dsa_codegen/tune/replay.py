@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -176,6 +176,12 @@ class ReplayEvaluator(Evaluator):
             return []
         task, self._current = self._current[1], None
         return [Done(task, self._judge(task), EVALUATE_S + self._compile_cost(task))]
+
+    def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
+        while self._pool.backlog:
+            self._pool.poll()
+            if self._pool.backlog:
+                self._clock.now = max(self._clock.now, self._pool.next_end)
 
     def _judge(self, task: Task) -> Outcome:
         result = self._result(task.candidate)

@@ -206,10 +206,7 @@ class _Run:
             serving = self.opened.serving.get(problem.id, {})
             for each in contenders(studies, self.opened.defaults[problem.id], serving):
                 evaluator.pool.request(each.candidate.rendered)
-        while evaluator.pool.backlog:
-            evaluator.pool.poll()
-            self._tell()
-            time.sleep(0.02)
+        evaluator.finish_builds(self._tell)
 
     def _salvage(self) -> None:
         """Interrupted: write what the search has found so far, without a final."""

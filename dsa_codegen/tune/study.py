@@ -61,6 +61,7 @@ class Study:
         shelf: Shelf = FILES,
     ) -> None:
         self.space, self.case, self.trials = space, case, trials
+        self.folder, self.method, self.seeds, self.seed = folder, method, tuple(seeds), seed
         self.counts: Counter[Kind] = Counter()
         self.first_failure: dict[Kind, str] = {}
         self.failed_trial: dict[Kind, int] = {}
@@ -130,7 +131,7 @@ class Study:
     def ask(self) -> Candidate | None:
         """The next candidate to evaluate, or None where this ask found none (ask again unless ``exhausted``)."""
         if self._shared:
-            self._restore(own=False)
+            self.catch_up()
         for _ in range(_FREE_ASKS):
             if self.exhausted:
                 return None
@@ -194,6 +195,10 @@ class Study:
         """The fastest candidates, fully timed."""
         timed = [pair for pair in self.seen.values() if pair[1].ok and not pair[1].dominated]
         return sorted(timed, key=lambda pair: pair[1].time_us)[:count]
+
+    def catch_up(self) -> None:
+        """Take over what others have found since the last look."""
+        self._restore(own=False)
 
     def close(self) -> None:
         """Give up what is under way (it is forgotten, not counted) and let other processes use the study."""

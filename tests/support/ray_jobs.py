@@ -1,0 +1,63 @@
+"""What hosts of a test's cluster judge by: a sweep's times, at a pace that leaves time to take a host away."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsa_codegen.gpu import Gpu
+from dsa_codegen.tune import sweep as sweeps
+from dsa_codegen.tune.evaluate import Evaluator, Task
+from dsa_codegen.tune.outcome import Outcome
+from dsa_codegen.tune.replay import Clock, ReplayEvaluator
+
+
+class Paced(ReplayEvaluator):
+    """Every candidate takes a while, and a line says which process judged it."""
+
+    def __init__(self, sweep, case, seed, clock, log: Path, pace_s: float) -> None:
+        super().__init__(sweep, case, seed, clock)
+        self._log, self._pace_s = log, pace_s
+
+    def _judge(self, task: Task) -> Outcome:
+        with self._log.open("a") as file:
+            file.write(f"{os.getpid()} {task.problem.case.id} {task.candidate.rendered.sha}\n")
+        time.sleep(self._pace_s)
+        return super()._judge(task)
+
+
+@dataclass(frozen=True)
+class Replays:
+    """Opens what judges by one case of a sweep."""
+
+    path: Path
+    log: Path
+    pace_s: float = 0.05
+
+    def __call__(self, gpu: Gpu):
+        """A host's evaluator; which case is meant, the first task says."""
+        return self._open()
+
+    @contextmanager
+    def _open(self) -> Iterator[Evaluator]:
+        yield AnyCase(sweeps.read(self.path), self.log, self.pace_s)
+
+
+class AnyCase(Paced):
+    """Judges candidates of whichever case is asked for."""
+
+    def __init__(self, sweep, log: Path, pace_s: float) -> None:
+        super().__init__(sweep, 0, 0, Clock(), log, pace_s)
+        self._cases = {swept.case.id: swept for swept in sweep.cases}
+
+    def _judge(self, task: Task) -> Outcome:
+        self._case = self._cases[task.problem.case.id]
+        return super()._judge(task)
+
+    def final(self, problem, candidates, limit_s):
+        self._case = self._cases[problem.case.id]
+        return super().final(problem, candidates, limit_s)
