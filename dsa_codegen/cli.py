@@ -220,6 +220,9 @@ def tune(
             help="A database that keeps the trials, for several machines: postgresql://user@host/name.", metavar="URL"
         ),
     ] = "",
+    ray: Annotated[
+        str, typer.Option(help="Search on the hosts of a Ray cluster: auto, or the head's host:port.", metavar="ADDRESS")
+    ] = "",
     replay: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="No GPU: search a sweep (scripts/sweep.py) with many seeds, and say what is lost.", metavar="FILE"),
@@ -247,9 +250,13 @@ def tune(
         if check:
             return _check_records(folder, wish, seconds, tolerance / 100, as_json)
         return _refresh(folder, wish, seconds, as_json)
-    target, here = _gpu(gpu), gpus.detect()
+    cluster = _cluster(ray)
+    here = cluster.detect() if cluster else gpus.detect()
+    target = here if here and cluster and gpu == "auto" else _gpu(gpu)
     offline = here is None or here.id != target.id
     target = target if here is None or offline else here  # with the limits that the device has
+    if cluster and offline and not cluster.offline:
+        raise SpecError("--gpu", gpu, f"{here.id if here else 'auto'}, which the cluster's hosts have")
     chosen = efforts.effort(effort)
     usual = chosen.budget(offline)
     limits = run.Budget(_seconds(budget) if budget else usual.wall_s, trials or usual.trials)
@@ -266,6 +273,7 @@ def tune(
             seed=seed,
             fresh=fresh,
             storage=storage,
+            cluster=cluster,
             patience=_patience(wait),
             devices=[""] if offline else _devices(target, most),
             notify=notify,
@@ -302,6 +310,16 @@ def _devices(target: gpus.Gpu, most: int) -> Sequence[str]:
     """The GPUs that share a search; where it is one, the process's own."""
     found = gpus.alike(target)[: most or None]
     return found if len(found) > 1 else [""]
+
+
+def _cluster(address: str) -> Any:
+    """The cluster that searches, where one is named."""
+    if not address:
+        return None
+    from .tune.cluster import Cluster
+
+    with err.status("joining the cluster"):
+        return Cluster(address)
 
 
 def _patience(wait: str) -> Any:

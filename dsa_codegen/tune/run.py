@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import InputError
 from ..gpu import Gpu
 from ..kernels.build import build
 from ..problem.op import Op
@@ -19,6 +20,7 @@ from ..records import files as records
 from ..records.lookup import search_path
 from ..records.record import GpuKey, Record
 from . import ranking
+from .cluster import Cluster
 from .effort import NORMAL, Effort, most_needed
 from .evaluate import Evaluator
 from .incumbent import Change, incumbents
@@ -57,6 +59,7 @@ def tune(
     devices: Sequence[str] = ("",),
     patience: Patience = IMPATIENT,
     storage: str = "",
+    cluster: Cluster | None = None,
     notify: Notify = lambda progress: None,
 ) -> Report:
     """Tune; go on where an earlier run with the same ``state`` left off.
@@ -73,6 +76,7 @@ def tune(
             held on the first. By default the current device alone.
         patience: with other runs that use the same studies; what they find, this one goes on from.
         storage: the URL of a database that keeps the trials, for several machines; by default files below ``state`` do.
+        cluster: whose hosts search the studies and hold the finals; this one keeps journals and records.
         notify: called with the progress several times a second.
 
     Raises:
@@ -82,6 +86,8 @@ def tune(
     """
     budget = budget or effort.budget(offline)
     check(budget, seed, processes, backends, folder, state)
+    if storage and cluster:
+        raise InputError("storage", "a database", "files of this host, which a cluster's hosts reach through it")
     shelf = Database(storage) if storage else FILES
     chosen = problems(wanted, gpu)
     aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu", *_named(effort)]
@@ -90,7 +96,7 @@ def tune(
         every, chosen = chosen, most_needed(chosen, lambda problem: _is_served(problem, folder))
         notes.append(f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record")
     ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
-    size = processes or cores(spare=0 if offline else 1 + len(devices))
+    size = 0 if cluster else processes or cores(spare=0 if offline else 1 + len(devices))
     with (
         ledger,
         CompilePool(gpu, ledger.builds, size, compile=ranking.compile if offline else build, log=ledger.log) as pool,
@@ -110,7 +116,7 @@ def tune(
                 shelf,
                 effort.narrow,
             )
-            return _Run(folder, opener, ledger, notify, Opened(notes=notes)).go(chosen, evaluator)
+            return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
 
 
 def _named(effort: Effort) -> list[str]:
@@ -133,6 +139,7 @@ class _Run:
     written: dict[str, list[Record]] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     phase: str = "search"
+    cluster: Cluster | None = None
 
     def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
         """The whole run."""
@@ -145,8 +152,11 @@ class _Run:
             if self.opener.fresh:
                 self.ledger.restart()
             try:
-                Search(self.opened.studies, evaluator, self._tell).run(self.ledger.deadline(evaluator.search_share))
-                self._finals(evaluator)
+                if self.cluster:
+                    self._elsewhere(self.cluster, evaluator.search_share)
+                else:
+                    Search(self.opened.studies, evaluator, self._tell).run(self.ledger.deadline(evaluator.search_share))
+                    self._finals(evaluator)
             except KeyboardInterrupt:
                 interrupted = True
                 self._salvage()
@@ -165,6 +175,16 @@ class _Run:
         return Report(
             found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing, failures, tuple(self.changes)
         )
+
+    def _elsewhere(self, cluster: Cluster, share: float) -> None:
+        """Search and finals on a cluster's hosts."""
+        cluster.search(self.opened.studies, time.time() + self.ledger.deadline(share) - time.monotonic(), self._tell)
+        self.phase = "finals"
+        defaults, serving = self.opened.defaults, self.opened.serving
+        wanted = [(each, studies, defaults[each.id], serving.get(each.id, {})) for each, studies in self.opened.by_problem()]
+        cluster.settle(wanted, _FINAL_SECONDS, self._write, self._tell)
+        self.phase = "done"
+        self._tell()
 
     def _served(self, problem: Problem) -> bool:
         """Whether a record of this run, or one that it left as it was, is the problem's own."""

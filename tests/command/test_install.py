@@ -62,3 +62,10 @@ def test_older_drivers_have_an_extra_without_a_compiler_of_cuda_13(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tilelang==" in done.stdout
     assert "nvidia-cuda-nvcc" not in done.stdout
+
+
+def test_what_several_hosts_tune_by_resolves_too(tmp_path):
+    (tmp_path / "none.txt").write_text("")
+    done = resolved(("ray", "postgres"), tmp_path / "none.txt", python="3.11")
+    assert done.returncode == 0, done.stderr
+    assert "\nray==" in done.stdout and "psycopg2-binary==" in done.stdout
