@@ -26,7 +26,6 @@ from .. import gpu as gpus
 from ..errors import InputError, ToolMissing
 from ..gpu import Gpu
 from ..invocation import install
-from ..kernels.build import build
 from ..problem.op import Config
 from . import ranking
 from .evaluate import Evaluator
@@ -69,15 +68,14 @@ class Workshop:
         here = None if self.offline else gpus.detect()
         if not self.offline and (here is None or here.id != gpu.id):
             raise InputError("host", here.name if here else "one without a GPU", f"a host with {gpu.name}")
-        with tempfile.TemporaryDirectory(prefix="dsa-ray-") as folder:
-            job = ranking.compile if self.offline else build
-            with (
-                CompilePool(
-                    gpu, Path(folder), self.processes or _share(self.gpus), compile=job, log=Path(folder) / "log"
-                ) as pool,
-                ModelEvaluator(pool) if self.offline else GpuEvaluator(pool, log=Path(folder) / "log") as evaluator,
-            ):
-                yield evaluator
+        with (
+            tempfile.TemporaryDirectory(prefix="dsa-ray-") as folder,
+            CompilePool(
+                gpu, Path(folder), self.processes or _share(self.gpus), compile=ranking.compile, log=Path(folder) / "log"
+            ) as pool,
+            ModelEvaluator(pool) if self.offline else GpuEvaluator(pool, log=Path(folder) / "log") as evaluator,
+        ):
+            yield evaluator
 
 
 Opens = Callable[[Gpu], AbstractContextManager[Evaluator]]

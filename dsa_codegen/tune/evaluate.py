@@ -12,6 +12,7 @@ from ..kernels.build import Built
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
 from ..proof.timing import Timing
+from . import ranking
 from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Problem
@@ -87,6 +88,11 @@ class Evaluator(ABC):
                 self._ready.append(task)
         self._compiling = waiting
         return [*done, *self._advance()]
+
+    def estimate_us(self, problem: Problem, candidate: Candidate) -> float:
+        """Microseconds that a built candidate would take, by its machine code."""
+        op, spec, case, gpu = problem.op, problem.spec, problem.case, problem.gpu
+        return ranking.estimate_us(op, spec, candidate.config, case, gpu, self.built(candidate))
 
     def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
         """Wait for all that the compilers were asked for."""

@@ -22,8 +22,7 @@ class ModelEvaluator(Evaluator):
 
     def _judge(self, task: Task) -> Outcome:
         problem, built = task.problem, self.built(task.candidate)
-        config = task.candidate.config
-        microseconds = ranking.estimate_us(problem.op, problem.spec, config, problem.case, problem.gpu, built)
+        microseconds = self.estimate_us(problem, task.candidate)
         smem = max(usage.smem for usage in built.resources.values())
         if microseconds == float("inf"):
             return Outcome(Kind.LAUNCH_ERROR, smem=smem, detail=f"a block does not fit an SM of {problem.gpu.name}")

@@ -69,6 +69,19 @@ class Proposals:
         self.add([config])
         self._dropped.add(self._number[config])
 
+    def spread(self, count: int) -> list[Config]:
+        """So many configs that lie apart, from those that were begun too; they are not begun by that."""
+        found: list[int] = []
+        points = np.array(self._points)
+        for _ in range(count):
+            open_numbers = [
+                n for n in range(len(points)) if n not in self._values and n not in self._under_way and n not in found
+            ]
+            if not open_numbers:
+                break
+            found.append(open_numbers[int(np.argmax(self._distances(points, open_numbers, found)))])
+        return [self._configs[number] for number in found]
+
     def next(self) -> Config | None:
         """The most promising config that is neither known nor under way; None where there is none."""
         closed = self._under_way | self._dropped | self._values.keys()
@@ -90,10 +103,10 @@ class Proposals:
             self._surrogate.imagine(points[sorted(self._under_way)])
         return self._surrogate.predict(points[open_numbers]).improvement(floor + _NEAR)
 
-    def _distances(self, points: Array, open_numbers: Sequence[int]) -> Array:
+    def _distances(self, points: Array, open_numbers: Sequence[int], others: Sequence[int] = ()) -> Array:
         """Little is known yet: how far each is from all that were begun, by chance where that is alike."""
         chance = np.array([self._order.random() for _ in open_numbers])
-        taken = sorted({*self._under_way, *self._values})
+        taken = sorted({*self._under_way, *self._values, *others})
         if not taken:
             return chance
         apart: Array = np.abs(points[open_numbers][:, None, :] - points[taken][None, :, :]).sum(axis=2).min(axis=1)

@@ -26,8 +26,7 @@ from ..kernels.render import Rendered
 from ..problem.op import Case, Config, Launch, Op
 from ..problem.values import Spec
 from . import model
-from .replay import gpu_of
-from .sweep import Sweep
+from .sweep import Sweep, gpu_of
 
 VERSION = f"{model.VERSION}.1"
 """Part of a modelled study's identity."""
@@ -61,9 +60,14 @@ class Calibration:
         return math.exp(self.level + sum(w * f for w, f in zip(self.weights, features, strict=True)))
 
 
+def is_calibrated(op: str, backend: str) -> bool:
+    """Whether a sweep has shown how much the features of a template count."""
+    return f"{op}.{backend}" in calibrations()
+
+
 def compile(rendered: Rendered, gpu: Gpu) -> Built:
     """The job of a pool whose builds are ranked: what a calibration looks at is read where there is one."""
-    return dissected(rendered, gpu) if f"{rendered.op}.{rendered.backend}" in calibrations() else build(rendered, gpu)
+    return dissected(rendered, gpu) if is_calibrated(rendered.op, rendered.backend) else build(rendered, gpu)
 
 
 def estimate_us(op: Op, spec: Spec, config: Config, case: Case, gpu: Gpu, built: Built) -> float:

@@ -10,21 +10,21 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..gpu import GPUS, Gpu
 from ..kernels.build import Built
 from ..kernels.render import Rendered
 from ..problem.op import Accuracy, Config, Parameter, Violation
 from ..proof.measure import Measured
 from ..proof.timing import COLD, Timing
+from . import model, ranking
 from .evaluate import Done, Evaluator, Task
 from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Problem
 from .space import Candidate, Space
-from .sweep import Sweep, Times
+from .sweep import Sweep, Times, gpu_of
 
 METHOD = "replayed"
 PROCESSES = 14
@@ -79,12 +79,6 @@ class SweptSpace(Space):
     def _swept(self, config: Config) -> bool:
         number = self.sweep.number.get(config)
         return number is not None and self.sweep.cases[self.case].results[number] is not None
-
-
-def gpu_of(sweep: Sweep) -> Gpu:
-    """The GPU of a sweep; one that is not listed has the limits that the sweep tells, and another's roofs."""
-    gpu, key = GPUS.get(sweep.gpu.id, GPUS["h100"]), sweep.gpu
-    return replace(gpu, id=key.id, sms=key.sms, smem_per_block=key.smem)
 
 
 class Clock:
@@ -176,6 +170,12 @@ class ReplayEvaluator(Evaluator):
             return []
         task, self._current = self._current[1], None
         return [Done(task, self._judge(task), EVALUATE_S + self._compile_cost(task))]
+
+    def estimate_us(self, problem: Problem, candidate: Candidate) -> float:
+        source = self._sweep.sources[self._sweep.entries[self._sweep.number[candidate.config]].source]
+        launches = model.plan(problem.op, problem.spec, candidate.config, problem.case, problem.gpu)
+        found = ranking.calibrations()[f"{problem.op.name}.{candidate.config.backend}"]
+        return found.time_us(ranking.features(launches, source.resources, source.mix, problem.gpu))
 
     def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
         while self._pool.backlog:

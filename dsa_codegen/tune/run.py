@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..gpu import Gpu
-from ..kernels.build import build
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
@@ -99,7 +98,7 @@ def tune(
     size = 0 if cluster else processes or cores(spare=0 if offline else 1 + len(devices))
     with (
         ledger,
-        CompilePool(gpu, ledger.builds, size, compile=ranking.compile if offline else build, log=ledger.log) as pool,
+        CompilePool(gpu, ledger.builds, size, compile=ranking.compile, log=ledger.log) as pool,
     ):
         evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
         with evaluator:

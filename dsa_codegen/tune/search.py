@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from . import ranking
 from .evaluate import Done, Evaluator
 from .problem import Problem
 from .space import Candidate, Space
@@ -14,7 +16,16 @@ from .study import Study
 _IDLE_SECONDS = 0.005
 _ASKS_PER_TURN = 4  # an ask takes up to 0.2 s; results must not wait behind many
 _IN_FLIGHT = 4  # candidates of a study; with 18, which 14 compilers would take, searches of 541 configs lost 3 % more
+_SCREENED, _PROMISING = 24, 6  # candidates that are compiled to be ranked, and those of them that are tried first
 _AHEAD = 4  # candidates compiled, for each GPU, beyond what the processes work on
+
+
+@dataclass
+class _Screen:
+    """Studies of one code, and the candidates that are compiled to see which to try first."""
+
+    studies: list[Study]
+    candidates: list[Candidate] | None = None
 
 
 class Search:
@@ -38,11 +49,13 @@ class Search:
         self._by_space: dict[Space, list[Study]] = {}
         for study in studies:
             self._by_space.setdefault(study.space, []).append(study)
+        self._screens = list(self._of_one_code()) if evaluator.measures else []
 
     def run(self, deadline: float) -> None:
         """Search until every study is exhausted or the clock passes the deadline."""
         while self._clock() < deadline:
             asked = self._feed()
+            self._screens = [screen for screen in self._screens if not self._ended(screen)]
             done = self._evaluator.poll()
             for each in done:
                 self._take(each)
@@ -71,6 +84,29 @@ class Search:
             study.spent_s += time.monotonic() - begun  # a space that is mostly infeasible must not hold up the others
             asked += self._submit(study, candidate)
         return asked
+
+    def _of_one_code(self) -> Iterator[_Screen]:
+        """The studies that begin, have trials for it, and whose candidates can be ranked by their machine code."""
+        groups: dict[Space, list[Study]] = {}
+        for study in self._problems:
+            if study.trials >= _SCREENED > len(study.seen) and ranking.is_calibrated(study.space.op.name, study.space.backend):
+                groups.setdefault(replace(study.space, bucket=None), []).append(study)
+        yield from map(_Screen, groups.values())
+
+    def _ended(self, screen: _Screen) -> bool:
+        """Compile candidates that lie apart; once all are, the studies try the most promising of them next."""
+        if screen.candidates is None:
+            screen.candidates = screen.studies[0].spread(_SCREENED)
+            for candidate in screen.candidates:
+                self._evaluator.pool.request(candidate.rendered)
+        if not all(map(self._evaluator.compiled, screen.candidates)):
+            return False
+        built = [candidate for candidate in screen.candidates if self._evaluator.is_built(candidate)]
+        for study in screen.studies:
+            problem = self._problems[study]
+            ranked = sorted(built, key=lambda candidate: self._evaluator.estimate_us(problem, candidate))
+            study.suggest([candidate.config for candidate in ranked[:_PROMISING]])
+        return True
 
     def _submit(self, study: Study, candidate: Candidate | None) -> bool:
         if candidate is not None:

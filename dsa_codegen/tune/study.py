@@ -171,6 +171,10 @@ class Study:
         self._note(candidate, outcome, trial.number)
         self._conclude(trial, candidate, outcome)
 
+    def spread(self, count: int) -> list[Candidate]:
+        """Candidates that lie apart, none of which is tried by that."""
+        return [self.space.candidate(config) for config in self._proposals.spread(count)]
+
     def suggest(self, configs: Iterable[Config]) -> None:
         """Try these configs next: what another study of the same code has found."""
         fitting = filter(self.space.fits, configs)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import ops
 from ..errors import DsaError, InputError
+from ..gpu import GPUS, Gpu
 from ..kernels.backends import Resources
 from ..problem.op import Case, Config, Op, Parameter
 from ..problem.values import Scalar, Spec
@@ -85,6 +86,12 @@ class Sweep:
         """One config a line, the same bytes for the same sweep."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_text(self))
+
+
+def gpu_of(sweep: Sweep) -> Gpu:
+    """The GPU of a sweep; one that is not listed has the limits that the sweep tells, and another's roofs."""
+    gpu, key = GPUS.get(sweep.gpu.id, GPUS["h100"]), sweep.gpu
+    return replace(gpu, id=key.id, sms=key.sms, smem_per_block=key.smem)
 
 
 def read(path: Path) -> Sweep:

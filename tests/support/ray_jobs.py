@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import ray
 
 from dsa_codegen.gpu import Gpu
 from dsa_codegen.tune import sweep as sweeps
@@ -17,7 +18,7 @@ from dsa_codegen.tune.replay import Clock, ReplayEvaluator
 
 
 class Paced(ReplayEvaluator):
-    """Every candidate takes a while, and a line says which process judged it."""
+    """Every candidate takes a while, and a line says which host judged it."""
 
     def __init__(self, sweep, case, seed, clock, log: Path, pace_s: float) -> None:
         super().__init__(sweep, case, seed, clock)
@@ -25,7 +26,8 @@ class Paced(ReplayEvaluator):
 
     def _judge(self, task: Task) -> Outcome:
         with self._log.open("a") as file:
-            file.write(f"{os.getpid()} {task.problem.case.id} {task.candidate.rendered.sha}\n")
+            host = ray.get_runtime_context().get_node_id()
+            file.write(f"{host} {task.problem.case.id} {task.candidate.rendered.sha}\n")
         time.sleep(self._pace_s)
         return super()._judge(task)
 
