@@ -22,6 +22,7 @@ LIMIT = 4000
 _DRAWS = 40_000  # points of a space too large to list, from which feasible ones are taken
 _FIRST = 6  # configs that lie apart, before what is known of them says where to look
 _NEAR = 0.05  # what is expected to be within so much of the best is worth a trial, though it may not be faster
+_DOUBT = 0.05  # of the variance: what a ranking says is off by a fifth of the spread of times
 _SLOWEST = 4.0  # times the best: what is slower, or fails, tells no more than that
 
 
@@ -37,6 +38,7 @@ class Proposals:
         self._values: dict[int, float | None] = {}
         self._under_way: set[int] = set()
         self._dropped: set[int] = set()
+        self._expected: dict[int, float] = {}
         self._surrogate = Surrogate(len(space.table))
         self.add(self._some(space.feasible()))
 
@@ -59,6 +61,11 @@ class Proposals:
         number = self._number[config]
         self._under_way.discard(number)
         self._values[number] = time_us
+
+    def expect(self, times_us: Mapping[Config, float]) -> None:
+        """What a ranking says of configs, one that has been timed among them; their times are right relative to each other."""
+        self.add(times_us)
+        self._expected = {self._number[config]: math.log(time_us) for config, time_us in times_us.items()}
 
     def forget(self, config: Config) -> None:
         """A config is not under way any more, and nothing was learned."""
@@ -98,7 +105,15 @@ class Proposals:
         """The improvement that is expected of each, in shares of the best."""
         floor = math.log(best_us)
         values = [min(math.log(us / best_us), math.log(_SLOWEST)) if us else math.log(_SLOWEST) for us in self._values.values()]
-        self._surrogate.fit(points[list(self._values)], np.array(values) + floor)
+        numbers, doubts = list(self._values), [0.0] * len(values)
+        measured = {n: value for n, value in zip(numbers, values, strict=True) if n in self._expected}
+        if measured:  # the ranking knows no absolute times
+            shift = float(np.median([value - self._expected[number] for number, value in measured.items()]))
+            others = [number for number in self._expected if number not in self._values]
+            numbers += others
+            values += [max(0.0, min(self._expected[number] + shift, math.log(_SLOWEST))) for number in others]
+            doubts += [_DOUBT] * len(others)
+        self._surrogate.fit(points[numbers], np.array(values) + floor, np.array(doubts))
         if self._under_way:
             self._surrogate.imagine(points[sorted(self._under_way)])
         return self._surrogate.predict(points[open_numbers]).improvement(floor + _NEAR)

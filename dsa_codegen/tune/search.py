@@ -16,13 +16,13 @@ from .study import Study
 _IDLE_SECONDS = 0.005
 _ASKS_PER_TURN = 4  # an ask takes up to 0.2 s; results must not wait behind many
 _IN_FLIGHT = 4  # candidates of a study; with 18, which 14 compilers would take, searches of 541 configs lost 3 % more
-_SCREENED, _PROMISING = 24, 6  # candidates that are compiled to be ranked, and those of them that are tried first
+_SCREENED = 24  # candidates that are compiled to be ranked, where that is known to say something
 _AHEAD = 4  # candidates compiled, for each GPU, beyond what the processes work on
 
 
 @dataclass
 class _Screen:
-    """Studies of one code, and the candidates that are compiled to see which to try first."""
+    """Studies of one code, and the candidates that are compiled to know more of all before they are timed."""
 
     studies: list[Study]
     candidates: list[Candidate] | None = None
@@ -94,19 +94,21 @@ class Search:
         yield from map(_Screen, groups.values())
 
     def _ended(self, screen: _Screen) -> bool:
-        """Compile candidates that lie apart; once all are, the studies try the most promising of them next."""
+        """Compile candidates that lie apart; once all are, the studies expect of them what the ranking says."""
         if screen.candidates is None:
             screen.candidates = screen.studies[0].spread(_SCREENED)
             for candidate in screen.candidates:
                 self._evaluator.pool.request(candidate.rendered)
         if not all(map(self._evaluator.compiled, screen.candidates)):
             return False
-        built = [candidate for candidate in screen.candidates if self._evaluator.is_built(candidate)]
         for study in screen.studies:
-            problem = self._problems[study]
-            ranked = sorted(built, key=lambda candidate: self._evaluator.estimate_us(problem, candidate))
-            study.suggest([candidate.config for candidate in ranked[:_PROMISING]])
+            problem, default = self._problems[study], self._default_of(study)
+            built = [each for each in (*default, *screen.candidates) if self._evaluator.is_built(each)]
+            study.expect({each.config: self._evaluator.estimate_us(problem, each) for each in built})
         return True
+
+    def _default_of(self, study: Study) -> list[Candidate]:
+        return [study.space.candidate(config) for config in study.seeds[:1] if study.space.fits(config)]
 
     def _submit(self, study: Study, candidate: Candidate | None) -> bool:
         if candidate is not None:

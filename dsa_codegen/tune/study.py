@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -174,6 +174,10 @@ class Study:
     def spread(self, count: int) -> list[Candidate]:
         """Candidates that lie apart, none of which is tried by that."""
         return [self.space.candidate(config) for config in self._proposals.spread(count)]
+
+    def expect(self, times_us: Mapping[Config, float]) -> None:
+        """What a ranking says of configs, where they fit; see ``Proposals.expect``."""
+        self._proposals.expect({config: time_us for config, time_us in times_us.items() if self.space.fits(config)})
 
     def suggest(self, configs: Iterable[Config]) -> None:
         """Try these configs next: what another study of the same code has found."""

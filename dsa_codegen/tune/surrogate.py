@@ -46,10 +46,15 @@ class Surrogate:
         self._lengths = np.full(width, _LENGTHS[2])
         self._noise = _NOISES[2]
 
-    def fit(self, points: Array, values: Array) -> None:
-        """Take over the values of ``[configs, parameters]`` points, every parameter scaled to [0, 1]."""
+    def fit(self, points: Array, values: Array, doubt: Array | None = None) -> None:
+        """Take over the values of ``[configs, parameters]`` points, every parameter scaled to [0, 1].
+
+        Args:
+            doubt: for each value how far it may be off, beyond noise, as a share of the variance.
+        """
         self._level = float(np.median(values))
         self._points, self._targets = points, values - self._level
+        self._doubt = np.zeros(len(values)) if doubt is None else doubt
         for parameter in range(len(self._lengths)):
             self._lengths[parameter] = max(_LENGTHS, key=lambda length: self._likelihood(parameter, length))
         self._noise = max(_NOISES, key=self._likelihood_of_noise)
@@ -59,6 +64,7 @@ class Surrogate:
         """Take the values expected of these points for known: nothing more is expected to be learned there."""
         expected = self.predict(points).mean - self._level
         self._points, self._targets = np.vstack([self._points, points]), np.concatenate([self._targets, expected])
+        self._doubt = np.concatenate([self._doubt, np.zeros(len(points))])
         self._factor, self._weights, _ = self._solve(self._lengths, self._noise)
 
     def predict(self, points: Array) -> Posterior:
@@ -82,7 +88,7 @@ class Surrogate:
 
     def _solve(self, lengths: Array, noise: float) -> tuple[Array, Array, float]:
         """Cholesky factor of the correlations, weights of the points, and the variance that fits best."""
-        correlations: Array = _kernel(self._points, self._points, lengths) + noise * np.eye(len(self._points))
+        correlations: Array = _kernel(self._points, self._points, lengths) + np.diag(noise + self._doubt)
         factor: Array = np.asarray(np.linalg.cholesky(correlations), dtype=np.float64)
         half = np.linalg.solve(factor, self._targets)
         weights = np.linalg.solve(factor.T, half)

@@ -64,7 +64,7 @@ def test_a_lost_host_costs_the_trials_it_was_at(hosts, tmp_path):
         hosts.remove_node(hosts.list_all_nodes()[-1], allow_graceful=False)
 
     threading.Thread(target=lose_one, daemon=True).start()
-    cluster.search(studies, time.time() + 300, lambda: None)
+    cluster.search(studies, time.time() + 900, lambda: None)
     assert lost and TRIALS // 2 <= lost[0] < len(studies) * TRIALS, "it was lost in the middle"
     assert {len(study.seen) for study in studies} == {TRIALS}
     lines = [line.split() for line in log.read_text().splitlines()]
