@@ -8,6 +8,7 @@ finals of a problem are one task too, on one GPU; their records come back to be 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ from .study import Study
 
 _RETRIES = 10  # of a task whose host or process was lost
 _LOOK_S = 0.5
+_REACH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,12 @@ class Cluster:
     def __init__(self, address: str, opens: Opens | None = None, share: Mapping[str, float] | None = None) -> None:
         ray = _ray()
         try:
+            _reach(address)
             paths = os.pathsep.join(filter(None, sys.path))
             ray.init(
                 address=address, runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, logging_level="ERROR"
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError("ray", address, f"the address of a Ray cluster that this host belongs to ({error})") from error
         self.offline = opens is None and not ray.cluster_resources().get("GPU")
         workshop = Workshop(self.offline)
@@ -262,6 +265,13 @@ class Cluster:
             for ref in waiting:
                 ray.cancel(ref, force=True)
         look()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError or ValueError where nobody listens at ``host:port``: Ray itself would try for minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
 
 
 def _catch_up(studies: Iterable[Study], tell: Callable[[], None]) -> None:

@@ -45,6 +45,30 @@ def test_failures_keep_away():
     assert proposals.next()["block_n"] != 32
 
 
+def test_what_a_ranking_says_is_expected_until_it_is_timed():
+    feasible = SPACE.feasible()
+    fastest = min(feasible, key=landscape)
+    ranked = {config: 7 * landscape(config) for config in feasible[::3]}  # right but for a factor
+    proposals = Proposals(SPACE, 0)
+    proposals.expect({**ranked, DEFAULT: 7 * landscape(DEFAULT)})
+    proposals.learn(DEFAULT, landscape(DEFAULT))
+    for config in feasible[1:12:2]:
+        proposals.learn(config, landscape(config))
+    assert landscape(proposals.next()) <= 1.3 * landscape(fastest)
+    proposals.expect({config: 1 / landscape(config) for config in feasible if config != DEFAULT})  # wrong, and of no standing:
+    proposals.expect({})  # the last word counts
+    assert proposals.next() is not None
+
+
+def test_screened_configs_lie_apart_and_are_not_begun():
+    proposals = Proposals(SPACE, 0)
+    spread = proposals.spread(8)
+    assert len(set(spread)) == 8 and not proposals._under_way
+    points = np.array(proposals._points)[[proposals._number[config] for config in spread]]
+    assert np.abs(points[:, None] - points[None]).sum(axis=2)[~np.eye(8, dtype=bool)].min() > 0.3
+    assert len(proposals.spread(10**6)) == len(SPACE.feasible())
+
+
 def test_values_are_scaled_by_size_not_by_the_order_of_choices():
     assert _scale(Parameter("items", (8, 4, 16), "")) == {4: 0.0, 8: 0.5, 16: 1.0}
     assert _scale(Parameter("early", (False, True), "")) == {False: 0.0, True: 1.0}

@@ -426,3 +426,13 @@ def test_on_the_gpu(one_bucket, tmp_path):
     (record,) = report.records
     assert (record.evidence, record.search["final"]) == ("measured", 1)
     assert record.policy.graph
+
+
+def test_a_database_keeps_the_trials_for_another_machine(go, one_bucket, tmp_path):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    first, second = InstantGpu(folder=tmp_path / "builds"), InstantGpu(folder=tmp_path / "builds")
+    go(first, storage=url, state=tmp_path / "one")
+    report = go(second, storage=url, state=tmp_path / "two")
+    assert len(first.judged) == TRIALS and not second.judged and len(second.finals) == 1
+    assert report.records[0].search["trials"] == TRIALS
+    assert not list(tmp_path.glob("**/*.journal"))
