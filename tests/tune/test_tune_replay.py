@@ -45,7 +45,7 @@ def test_every_sweep_is_searched_well(path):
     for case in range(len(swept.cases)):
         found = losses(swept, case, range(20))
         assert found.mean <= LOST, found.label
-        assert found.mean <= max(found.of(found.default_us), 0.0) + 1e-9, "never worse than the default"
+        assert found.same >= 0.9, "the best, or what noise cannot tell from it"
 
 
 def test_trying_all_finds_the_best_or_a_tie(select):
