@@ -278,9 +278,10 @@ def test_default_is_in_cuda_where_it_wins(heads, d_qk, topk, gpu, expected):
 
 
 def test_products_come_in_another_order_where_latents_are_far():
-    spec = AttentionSpec(128, 576, 2048)
+    spec = AttentionSpec(64, 576, 2048)
     assert OP.default_config(spec, AttentionSizes(4096, 65536), H200) == PAIR
     assert OP.default_config(spec, AttentionSizes(4096, 65537), H200) == PAIR.replace(interleave=True)
+    assert OP.default_config(replace(spec, heads=128), AttentionSizes(4096, 65537), H200) == PAIR
 
 
 def test_clusters_do_not_keep_the_exact_maxima():
