@@ -23,8 +23,8 @@ _CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, consume
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
-# 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551, and
-# interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
+# 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
+# and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
 _PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_registers=216)
 _PAIR_HEADS = 64  # of a block; 128 are two blocks'
 _PAIR_TOPK = 512  # shorter lists were not measured
