@@ -94,11 +94,13 @@ def test_default_config_compiles(spec):
 
 
 def test_default_config_gathers_what_the_l2_cannot_keep():
-    spec = IndexerPagedSpec(64, 128, next_n=2)
+    spec = IndexerPagedSpec(64, 128)
     gathered = [
         OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))
     ]
-    assert gathered == [1, 1, 32]
+    assert gathered == [1, 1, 96]
+    two = OP.default_config(IndexerPagedSpec(64, 128, next_n=2), IndexerPagedSizes(64, 65536), H200)
+    assert (two["gathered"], two["num_stages"]) == (1, 4)
 
 
 @pytest.mark.parametrize(("batch", "together"), [(8, 1), (64, 96)])
