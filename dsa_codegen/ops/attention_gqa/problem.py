@@ -187,7 +187,7 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
         return Cost(2 * rows * spec.heads * chosen * channels, read + lists + results, "bf16")
 
     def cases(self, spec: AttentionGqaSpec) -> Sequence[Case[AttentionGqaSizes]]:
-        sizes = ((1, 1), (4, 333), (2, 1000), (3, 0), (0, 40))
+        sizes = ((1, 1), (spec.share + 1, 333), (2, 1000), (3, 0), (0, 40))
         ragged = [Case(AttentionGqaSizes(rows, tokens), "ragged") for rows, tokens in sizes]
         return [Case(AttentionGqaSizes(2, 700), "random"), *ragged]
 
