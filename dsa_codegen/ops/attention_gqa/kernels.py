@@ -158,7 +158,8 @@ def _smem(spec: AttentionGqaSpec, config: Config, gpu: Gpu) -> int:
     """Bytes of shared memory per block: queries, keys and values in flight, weights; as the compiler reports them, or more."""
     block_h, block_n, stages = config["block_h"], config["block_n"], config["num_stages"]
     k_block, v_block = _padded(spec)
-    # Tokens with numbers of their own wait for these: a tile in flight takes two stages.
-    ahead = stages - 1 if spec.block >= block_n else (stages - 1) // 2
+    # Tokens with numbers of their own wait for these: a tile in flight takes two stages, where threads share the numbers.
+    alone = spec.block >= block_n or block_n >= 32 * config["num_warps"]
+    ahead = stages - 1 if alone else (stages - 1) // 2
     tiles = max(2, ahead + 1) if _warpgroups(config, gpu) else max(1, ahead)
     return 2 * block_h * (k_block + block_n) + tiles * 2 * block_n * (k_block + v_block) + 2048
