@@ -34,8 +34,9 @@ SPILLS_OF = (3, 6)  # the Triton that the templates were tuned with; each compil
 
 
 def of_preset(op: Op, name: str = "tiny") -> Sequence[Spec]:
-    """The operation's specs of a preset, or of a small one of grouped queries where it is of use to those alone."""
-    return op.specs(presets.preset(name)) or op.specs(presets.preset("tiny-gqa"))
+    """The operation's specs of a preset, or of one whose kind of attention it is for: grouped queries, pooled keys."""
+    models = (presets.preset(each) for each in (name, "tiny-gqa", "glm-5.3-flash"))
+    return next(found for model in models if (found := op.specs(model)))
 
 
 def default(op: Op, spec: Spec, backend: str, gpu: Gpu = H200) -> Config:
