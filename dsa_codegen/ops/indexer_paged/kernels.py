@@ -89,7 +89,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
             tiles = 2 if part_queries == spec.next_n and blocks_per_sm == 2 else 1
             together = many and part_queries == spec.next_n
-            for gathered, num_stages in _written(spec.next_n, together):
+            for gathered, num_stages in _written(spec.next_n) if together else ((1, 2),):
                 yield Config.of(
                     "gluon",
                     part_queries=part_queries,
@@ -160,12 +160,8 @@ def _padded_heads(spec: IndexerPagedSpec, config: Config) -> int:
     return max(next_power_of_two(spec.heads), 8 // int(config["block_q"]))
 
 
-def _written(next_n: int, together: bool) -> tuple[tuple[int, int], ...]:
-    """(stages whose logits are written at once, stages in flight), the best that fits first."""
-    if next_n > 4:  # what may gather spills nothing, what cannot 64 bytes with five queries and 104 with six
-        return ((32, 2), (1, 2))
-    if not together:
-        return ((1, 2),)
+def _written(next_n: int) -> tuple[tuple[int, int], ...]:
+    """(stages whose logits are written at once, stages in flight) of large batches, the best that fits first."""
     return ((96, 2), (32, 2), (1, 2)) if next_n == 1 else ((1, 4), (1, 2))
 
 
