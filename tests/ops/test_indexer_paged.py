@@ -89,8 +89,9 @@ def test_default_config_fits_every_gpu(spec, sizes):
 
 @pytest.mark.parametrize("spec", OP.options(OP.specs(presets.preset("deepseek-v3.2"))[0]), ids=lambda spec: spec.id)
 def test_default_config_compiles(spec):
-    # Three products of 128 columns leave ten values to local memory, most of them of the search for the next row.
-    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200), spills=40 if spec.next_n == 6 else 0)
+    # Three products of 128 columns leave 26 values to local memory, most of them of the search for the next row (ten, while
+    # the page and strides were known when the kernel compiled).
+    assert_compiles(OP, spec, OP.default_config(spec, IndexerPagedSizes(8, 65536), H200), spills=104 if spec.next_n == 6 else 0)
 
 
 def test_default_config_gathers_what_the_l2_cannot_keep():
