@@ -265,12 +265,12 @@ def test_a_stride_that_no_kernel_serves_names_the_reason(name, argument):
         ("attention_paged", ON_HOPPER[7][1], None, {"topk": 999, "page": 32}),
         ("attention_paged", TRITON["attention_paged"], None, {"topk": 999, "page": 7}),
         ("indexer_paged", ON_HOPPER[2][1], None, {"page": 256}),
-        ("select", SAMPLED, SelectSpec(64, output="slots"), {"topk": 99, "page": 16}),
+        ("select", SAMPLED, SelectSpec(64, output="slots"), {"topk": 99}),  # its page is known: divided by, it costs 6.6 %
     ],
     ids=lambda value: getattr(value, "backend", None),
 )
 def test_one_build_serves_all_lists_and_pages(name, config, own, other):
-    """A new topk or page compiles nothing: the key of a build is its code, which names neither."""
+    """A new topk or page compiles nothing, where they cost less than 1 %: the key of a build is its code, which names neither."""
     spec, backend = own or WIDE[name][0], config.backend
     first, second = (render(ops.get(name), each, config) for each in (spec, replace(spec, **other)))
     assert first.code == second.code
