@@ -270,7 +270,7 @@ def test_a_stride_that_no_kernel_serves_names_the_reason(name, argument):
     ids=lambda value: getattr(value, "backend", None),
 )
 def test_one_build_serves_all_lists_and_pages(name, config, own, other):
-    """A new topk or page compiles nothing where it costs less than 1 %: the key of a build is its code, which does not name it."""
+    """A new topk, or page where that costs nothing, compiles nothing: a build is found by its code, which does not name it."""
     spec, backend = own or WIDE[name][0], config.backend
     first, second = (render(ops.get(name), each, config) for each in (spec, replace(spec, **other)))
     assert first.code == second.code
