@@ -270,9 +270,9 @@ def test_gradients_are_refused():
     ("changes", "field"),
     [
         ({"index_topk": 5000}, "topk"),
-        ({"index_n_heads": 12}, "heads"),
+        ({"index_n_heads": 72}, "heads"),
         ({"kv_lora_rank": 520}, "kv_lora_rank"),
-        ({"index_head_dim": 48}, "head_dim"),
+        ({"index_head_dim": 40}, "head_dim"),
     ],
     ids=str,
 )

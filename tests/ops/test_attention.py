@@ -376,7 +376,7 @@ def test_is_registered_by_its_stem():
 def test_every_preset_has_a_spec(name):
     model = presets.preset(name)
     spec = OP.specs(model)[0]
-    assert (spec.heads, spec.topk, spec.sink) == (model.heads, model.topk, model.attn_sink)
+    assert (spec.heads, spec.topk, spec.sink) == (model.heads, model.entries, model.attn_sink)
     assert (spec.d_qk, spec.d_v) == (model.d_nope + model.d_rope, model.d_v)
 
 

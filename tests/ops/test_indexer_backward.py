@@ -150,7 +150,7 @@ def test_call_refuses(argument, value):
         OP.bind(*arguments(SPARSE, **{argument: value}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("index_heads", 65), ("index_head_dim", 48), ("topk", -1), ("score", "softmax")])
+@pytest.mark.parametrize(("field", "value"), [("index_heads", 65), ("index_head_dim", 40), ("topk", -1), ("score", "softmax")])
 def test_spec_refuses(field, value):
     with pytest.raises(SpecError, match=field):
         IndexerBackwardSpec.from_dict({**SPARSE.to_dict(), field: value})

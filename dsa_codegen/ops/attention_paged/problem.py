@@ -233,6 +233,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
 def _layout_of(d_qk: int, name: str, d_v: int, d_rope: int) -> tuple[AnyKvLayout, dict[str, Any]]:
     """(the layout, of any page; the spec's fields that say so) of queries with d_qk channels; by these where it has no name."""
     checks.one_of("layout", name, ("", *KV_LAYOUTS))
+    d_qk = int(d_qk)  # a trace with sizes of any value settles for this one
     name = name or _BY_CHANNELS.get(d_qk, "")
     if name in ("", *FIXED):
         if _BY_CHANNELS.get(d_qk) != name or not name:
