@@ -32,6 +32,7 @@ ELSEWHERE = {
     r"python cli\.py tune --gpu auto .*": "for the GPU that serves; for one that is named it runs",
     r"python cli\.py tune .*--backend cuda.*": "a minute of nvcc; tests/tune/test_tune_search.py restricts a search",
     r"python cli\.py tune --dashboard .*": "serves a page until it is interrupted; tests/tune/test_tune_look.py",
+    r"python cli\.py tune .*--(storage|ray) .*": "a server, a cluster; test_tune_shelf.py and test_tune_cluster.py start them",
     r"python cli\.py tune --replay .*": "half a minute of searching; tests/tune/test_tune_replay.py searches a smaller sweep",
     r"python cli\.py quality --activations .*": "a file that is captured of a model; tests/command/test_quality.py writes one",
     r"python cli\.py report --compare .*": "compares two runs on a GPU; tests/bench/test_bench_comparison.py",
