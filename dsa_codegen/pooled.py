@@ -45,8 +45,7 @@ def index_select_pooled(
         takes. Ties go to the lowest block.
     """
     blocks = _blocks(topk, pool)
-    for name in {"out", "chosen_scores", "adaptive", "chosen_lengths"} & set(options):
-        raise InputError(name, "an argument", "none: choices of blocks are not what is returned")
+    _refuse(options, "out", "chosen_scores", "adaptive", "chosen_lengths")
     for name, value in (("block_starts", block_starts), ("starts", starts), ("ends", ends)):
         checks.tensor(name, value, (len(q),), torch.int32, like=q)
     whole = (ends - starts.clamp(min=0)).clamp(min=0) // pool
@@ -84,8 +83,7 @@ def index_select_pooled_paged(
         int32 [batch, next_n, topk + pool - 1] and lengths int32 [batch, next_n].
     """
     blocks = _blocks(topk, pool)
-    for name in {"out", "chosen_scores", "adaptive", "chosen_lengths", "slots", "starts"} & set(options):
-        raise InputError(name, "an argument", "none: choices of blocks are not what is returned")
+    _refuse(options, "out", "chosen_scores", "adaptive", "chosen_lengths", "slots", "starts")
     batch, next_n = checks.tensor("lengths", lengths, (None, None), torch.int32).shape
     whole = lengths.clamp(min=0) // pool
     given = cache, weights, whole, block_table, max_context // pool, blocks
@@ -94,6 +92,13 @@ def index_select_pooled_paged(
     none = torch.zeros_like(ends)
     tokens, counts = functions.expand_blocks(chosen.flatten(0, 1), none, none, ends, pool, page_table=page_table, page=page)
     return tokens.view(batch, next_n, -1), counts.view(batch, next_n)
+
+
+def _refuse(options: dict[str, Any], *names: str) -> None:
+    """Options of the choice itself, which is of blocks."""
+    for name in names:
+        if name in options:
+            raise InputError(name, "an argument", "none: choices of blocks are not what is returned")
 
 
 def _blocks(topk: int, pool: int) -> int:

@@ -83,7 +83,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
         # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway. So are those
-        # of several queries: 64 rows of 64K with two take 162 µs on an H200 when it is hot, gathered 195 (cold 160).
+        # of several queries: 64 rows of 64K with two take 162 µs on an H200, gathered 195 in turns with it (160 alone).
         edges = IndexerPagedSizes.EDGES
         many = sizes.batch >= edges["batch"][-1] and sizes.context >= edges["context"][-1]
         for part_queries, blocks_per_sm in itertools.product(_part_queries(spec), (4, 3, 2)):
