@@ -186,7 +186,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)] = 0,
     folder: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Where records go; by default tuned/.", parser=_place, metavar="FOLDER"),
+        typer.Option("--folder", help="Where records go; by default tuned/.", parser=_place, metavar="FOLDER"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")] = False,
     refresh: Annotated[

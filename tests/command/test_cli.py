@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_every_command_is_shown():
     commands = set(re.findall(r"^\W+([a-z]+) {2,}[A-Z]", listed, re.MULTILINE))
     assert {"generate", "verify", "tune", "bench", "list", "explain", "doctor"} <= commands
     assert {command.split()[2] for command in shown()} == commands
+
+
+def test_no_option_is_named_after_its_metavar():
+    """typer 0.27.0 calls an option --FOLDER whose name is left to it and whose metavar is that name in capitals."""
+    for command in app.app.registered_commands:
+        for name, hint in typing.get_type_hints(command.callback, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):  # "default" is the first name here, if one is stated
+                assert isinstance(option.default, str) or (option.metavar or "").lower() != name, f"{command.name} --{name}"
 
 
 def test_what_tune_finds_is_listed_and_serves(tmp_path):
