@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dsa_codegen import cli as app
 from dsa_codegen import gpu as gpus
 from dsa_codegen import ops
+from dsa_codegen.cli import app, given
 from dsa_codegen.errors import NoGpu, SpecError
 
 from command_line import cli
@@ -50,7 +50,7 @@ def test_every_command_is_shown():
 
 def test_no_option_is_named_after_its_metavar():
     """typer 0.27.0 calls an option --FOLDER whose name is left to it and whose metavar is that name in capitals."""
-    for command in app.app.registered_commands:
+    for command in app.registered_commands:
         for name, hint in typing.get_type_hints(command.callback, include_extras=True).items():
             for option in getattr(hint, "__metadata__", ()):  # "default" is the first name here, if one is stated
                 assert isinstance(option.default, str) or (option.metavar or "").lower() != name, f"{command.name} --{name}"
@@ -94,20 +94,20 @@ def test_sizes_that_are_no_numbers(sizes, tmp_path):
 def test_bench_refuses_another_gpu_than_the_one_that_is_meant(monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h100"))
     with pytest.raises(SpecError, match="h100, which is here"):
-        app._visible("H200")
+        given.visible("H200")
 
 
 @pytest.mark.parametrize("named", ["auto", "h200"])
 def test_bench_needs_a_gpu(named, monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: None)
     with pytest.raises(NoGpu):
-        app._visible(named)
+        given.visible(named)
 
 
 @pytest.mark.parametrize("named", ["auto", "h200", "H200"])
 def test_bench_measures_on_the_gpu_that_is_meant(named, monkeypatch):
     monkeypatch.setattr(gpus, "detect", lambda: gpus.resolve("h200"))
-    assert app._visible(named).id == "h200"
+    assert given.visible(named).id == "h200"
 
 
 def test_the_list_fits_a_narrow_terminal(tmp_path):

@@ -36,7 +36,8 @@ def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str], hi
     """The job: ``cli.py`` from its first line, as in a new process but for what modules below it keep."""
     modules = {name: sys.modules.get(name) for name in hidden}
     sys.modules.update(dict.fromkeys(hidden))  # whoever imports one gets an ImportError
-    sys.modules.pop("dsa_codegen.cli", None)  # its consoles measure the terminal when they are made
+    for name in [name for name in sys.modules if f"{name}.".startswith("dsa_codegen.cli.")]:
+        del sys.modules[name]  # its consoles measure the terminal when they are made
     dispatch.reset()
     out, err, before = io.StringIO(), io.StringIO(), (os.getcwd(), dict(os.environ), sys.argv)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
