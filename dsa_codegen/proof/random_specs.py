@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import ops
-from ..errors import NoConfig
+from ..errors import NoConfig, UnknownName
 from ..gpu import Gpu
 from ..kernels.build import build
 from ..kernels.render import render
@@ -58,7 +59,7 @@ def _attention_paged(draw: random.Random, native: bool) -> dict[str, Any]:
     if layout in paged.FIXED:
         return {**common, "kv_layout": layout}
     width = draw.choice([width for width in paged.WIDTHS[layout] if 64 <= width <= 512])
-    d_rope = draw.randrange(0, 129, 16)
+    d_rope = draw.choice(paged.ROPES[layout])
     inside = layout != "bf16" and d_rope > 0 and width + d_rope <= 512 and draw.random() < 0.4
     return {
         **common,
@@ -190,13 +191,34 @@ def served(op: Op, backend: str, draw: random.Random, gpu: Gpu) -> tuple[Spec, C
                 raise
 
 
-def sample(count: int, seed: int, gpu: Gpu, backend: str = "triton") -> Iterator[tuple[Op, Spec, Config]]:
-    """So many random specs, in turn of every operation that has a template of the backend."""
+def configured(op: Op, spec: Spec, default: Config, draw: random.Random, gpu: Gpu) -> Config:
+    """Any config of the default's backend that breaks no constraint; the default where a thousand drawn ones do."""
+    ranges = {parameter.name: parameter.choices for parameter in op.parameters(default.backend)}
+    for _ in range(1000):
+        config = Config.of(default.backend, **{name: draw.choice(choices) for name, choices in ranges.items()})
+        if not op.violations(spec, config, gpu):
+            return config
+    return default
+
+
+def sample(
+    count: int, seed: int, gpu: Gpu, backend: str = "triton", only: str | None = None, any_config: bool = False
+) -> Iterator[tuple[Op, Spec, Config]]:
+    """So many random specs, in turn of every operation that has a template of the backend, or of the one named.
+
+    Each comes with its default config, or with any that it can have.
+
+    Raises:
+        UnknownName: ``only`` names no operation whose specs are drawn.
+    """
+    if only is not None and only not in DRAWN:
+        raise UnknownName("operation of random specs", only, DRAWN)
     draw = random.Random(seed)
-    able = [ops.get(name) for name in DRAWN if backend in ops.get(name).backends]
-    for number in range(count):
+    able = [ops.get(name) for name in DRAWN if backend in ops.get(name).backends and name == (only or name)]
+    for number in range(count if able else 0):
         op = able[number % len(able)]
-        yield op, *served(op, backend, draw, gpu)
+        spec, config = served(op, backend, draw, gpu)
+        yield op, spec, configured(op, spec, config, draw, gpu) if any_config else config
 
 
 def prove(op_name: str, spec: Spec, config: Config, gpu: Gpu, repeats: int = 3) -> tuple[int, str]:
@@ -209,6 +231,18 @@ def prove(op_name: str, spec: Spec, config: Config, gpu: Gpu, repeats: int = 3) 
         if not accuracy.passed:
             return len(cases), f"{case.id}: {accuracy.detail}"
     return len(cases), ""
+
+
+def checked(op_name: str, spec: Spec, config: Config, gpu: Gpu, run: bool) -> dict[str, Any]:
+    """Build a spec and hold its resources against their limits; where it is to run, ``prove`` it; a job for a ``Worker``."""
+    start = time.monotonic()
+    used = build(render(ops.get(op_name), spec, config), gpu).resources.values()
+    smem, spills = max(usage.smem for usage in used), max(usage.spills for usage in used)
+    cases, wrong = 0, f"{smem} bytes of shared memory, {gpu.smem_per_block} allowed" if smem > gpu.smem_per_block else ""
+    if run and not wrong:
+        cases, wrong = prove(op_name, spec, config, gpu)
+    seconds = round(time.monotonic() - start, 2)
+    return {"spills": spills, "smem": smem, "cases": cases, "wrong": wrong, "seconds": seconds}
 
 
 def small(spec: Spec) -> Spec:

@@ -312,6 +312,11 @@ def test_verification_covers_blocks_and_clusters_under_every_option():
     assert any(each.config["persistent"] for each in found)
 
 
+@pytest.mark.parametrize("topk", [1, 2, 16])
+def test_the_options_of_a_few_blocks_are_possible(topk):
+    assert {option.topk for option in OP.options(SelectSpec(topk))} == {topk}
+
+
 def select(scores, topk=64, **options):
     """The reference, called as a user would, with windows that reach the row's end."""
     ends = torch.full((len(scores),), scores.shape[1], dtype=torch.int32)

@@ -171,11 +171,9 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         return [Case(SelectSizes(3, 131072), kind) for kind in kinds]
 
     def options(self, spec: SelectSpec) -> Sequence[SelectSpec]:
-        return (
-            spec,
-            replace(spec, starts=not spec.starts, scores="bf16"),
-            replace(spec, output="slots", page=48, keep_first=3, keep_recent=17),
-        )
+        first = min(3, spec.topk)  # of a list of blocks there may be few
+        kept = replace(spec, output="slots", page=48, keep_first=first, keep_recent=min(17, spec.topk - first))
+        return (spec, replace(spec, starts=not spec.starts, scores="bf16"), kept)
 
     def workloads(self, spec: SelectSpec) -> Sequence[Case[SelectSizes]]:
         # Prefill selects token numbers for many rows, at a prompt's end for few, decode slots for few; each is kin to the

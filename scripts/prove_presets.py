@@ -1,0 +1,126 @@
+"""Prove the presets on a GPU: all that ``cli.py verify`` checks of each of them, what several share once, in processes at once.
+
+    python scripts/prove_presets.py [--preset NAME ...] [--own] [--after FILE] [--workers 8] [--seconds 600] [--json FILE]
+
+Every operation, option and template of a preset runs its cases (fresh inputs, poisoned outputs, the plain PyTorch reference,
+repeats bit for bit). A model's own specs come first, ``--own`` ends there; ``--after`` leaves out what an earlier run's file
+shows as passed. It prints a line for each preset, and fails where something is wrong or was left for want of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dsa_codegen import gpu as gpus  # noqa: E402
+from dsa_codegen.command.verification import Subject, run_cases, subjects  # noqa: E402
+from dsa_codegen.ops.needs import specs  # noqa: E402
+from dsa_codegen.problem import presets  # noqa: E402
+from dsa_codegen.proof.crew import at_once  # noqa: E402
+
+Row = dict[str, Any]
+BY_NVCC = ("tilelang", "cuda")
+
+
+def key(op: str, spec: dict[str, Any], config: dict[str, Any], backend: str) -> str:
+    """What makes a check the same one in another preset, or in an earlier run."""
+    return json.dumps([op, spec, backend, config], sort_keys=True)
+
+
+def key_of(subject: Subject) -> str:
+    return key(subject.op.name, subject.spec.to_dict(), subject.config.to_dict(), subject.config.backend)
+
+
+def wanted(names: list[str], gpu: gpus.Gpu, own: bool) -> dict[str, dict[str, Subject]]:
+    """By preset and key; with ``own`` the specs that the model itself calls, without their options."""
+    found = {}
+    for name in names:
+        model = presets.preset(name)
+        called = {(op.name, spec) for op, spec in specs(model, (), gpu)}
+        kept = [each for each in subjects(model, gpu) if not own or (each.op.name, each.spec) in called]
+        found[name] = {key_of(subject): subject for subject in kept}
+    return found
+
+
+def in_order(named: dict[str, dict[str, Subject]], owned: dict[str, dict[str, Subject]]) -> dict[str, Subject]:
+    """Each check once: the models' own before options, of them what nvcc compiles first (it takes longest)."""
+    first = {check for checks in owned.values() for check in checks}
+    each = {check: subject for checks in named.values() for check, subject in checks.items()}
+    return dict(sorted(each.items(), key=lambda item: (item[0] not in first, item[1].config.backend not in BY_NVCC)))
+
+
+def row_of(subject: Subject, outcome: Any) -> Row:
+    """A check's line of the file."""
+    named = {"op": subject.op.name, "backend": subject.config.backend, "spec": subject.spec.to_dict()}
+    row: Row = {**named, "config": subject.config.to_dict(), "cases": 0, "wrong": ""}
+    if isinstance(outcome, list):
+        wrong = [f"{verdict.check}: {verdict.detail}" for verdict in outcome if not verdict.passed]
+        return {**row, "cases": len(outcome), "wrong": "; ".join(wrong)[:400]}
+    return {**row, "wrong": f"{type(outcome).__name__}: {outcome}"[:400]}
+
+
+def summary(named: dict[str, dict[str, Subject]], rows: dict[str, Row]) -> dict[str, dict[str, int]]:
+    """By preset: checks, those that passed, failed and were left, and the cases that ran."""
+    found = {}
+    for name, checks in named.items():
+        own = [rows[check] for check in checks if check in rows]
+        wrong, cases = sum(bool(row["wrong"]) for row in own), sum(row["cases"] for row in own)
+        counts = {"checks": len(checks), "passed": len(own) - wrong, "failed": wrong, "left": len(checks) - len(own)}
+        found[name] = {**counts, "cases": cases}
+    return found
+
+
+def earlier(file: Path | None) -> dict[str, Row]:
+    """What passed in an earlier run, by key."""
+    rows = json.loads(file.read_text())["rows"] if file else []
+    return {key(row["op"], row["spec"], row["config"], row["backend"]): row for row in rows if not row["wrong"]}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", action="append", help="all, where none is named")
+    parser.add_argument("--own", action="store_true", help="the specs that the models call, without their options")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="the --json of an earlier run")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=8, help="processes that build and run at once")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for it all")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    asked, start = arguments(), time.monotonic()
+    gpu = gpus.detect()
+    if gpu is None:
+        print("no GPU here: python cli.py verify --preset NAME --gpu H100 interprets and compiles")
+        return 2
+    names = asked.preset or presets.names()
+    named, rows = wanted(names, gpu, asked.own), earlier(asked.after)
+    todo = {check: subject for check, subject in in_order(named, wanted(names, gpu, True)).items() if check not in rows}
+    checks, calls = list(todo), [(subject, gpu, asked.repeats) for subject in todo.values()]
+
+    def told(number: int, outcome: Any) -> None:
+        row = rows[checks[number]] = row_of(todo[checks[number]], outcome)
+        if row["wrong"]:
+            print(f"WRONG {row}", flush=True)
+
+    at_once(run_cases, calls, asked.workers, seconds=asked.seconds - (time.monotonic() - start), told=told)
+    counts = summary(named, rows)
+    if asked.json:
+        asked.json.write_text(json.dumps({"gpu": gpu.id, "presets": counts, "rows": list(rows.values())}, indent=1))
+    for name, each in counts.items():
+        print(f"{name:24} " + " ".join(f"{what} {number:5}" for what, number in each.items()))
+    seconds, left = time.monotonic() - start, len(todo) - sum(check in rows for check in checks)
+    print(f"{len(todo)} checks of {len(names)} presets on {gpu.id} in {seconds:.0f} s, {left} left")
+    return int(any(each["failed"] or each["left"] for each in counts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
