@@ -11,9 +11,9 @@ from .. import choice, functions
 from ..errors import InputError
 from ..problem import checks
 from ..problem.channels import D_V
-from .candidates import merge_ascending, merge_choices
-from .gather import exchanged, gathered_together, place
-from .outputs import merge_attention
+from .candidates import NO_TOKEN, merge_ascending, merge_choices
+from .gather import exchanged, gathered, gathered_together, place
+from .outputs import joined
 from .shard import Shard
 
 
@@ -57,13 +57,13 @@ def index_select_by_position(
     options: dict[str, Any] = {"score": score, "logits": logits, "max_bytes": max_bytes, "sms": sms}
     options["batch_invariant"] = batch_invariant
     local = choice.index_select_paged(q, *mine, topk, slots=False, chosen_scores=scores, **options)
-    sent = [scores.flatten(0, 1), shard.to_global(local).flatten(0, 1)]
-    ranked, tokens = gathered_together(sent, group)  # [world, rows, topk]
+    candidates = torch.stack([shard.to_global(local, NO_TOKEN), scores.view(torch.int32)]).flatten(1, 2)
+    everyone = gathered(candidates, group)  # [world, 2, rows, topk]
     if not (keep_first or keep_recent):
-        return merge_ascending(ranked, tokens, topk).view(batch, next_n, topk)
-    flat = [each.transpose(0, 1).flatten(1).contiguous() for each in (ranked, tokens)]
-    ends = lengths.flatten().clamp(max=max_context)
-    merged = merge_choices(flat[0], flat[1], topk, ends=ends, keep_first=keep_first, keep_recent=keep_recent)
+        return merge_ascending(everyone, topk).view(batch, next_n, topk)
+    tokens, ranked = everyone.permute(1, 2, 0, 3).flatten(2)
+    kept = {"ends": lengths.flatten().clamp(max=max_context), "keep_first": keep_first, "keep_recent": keep_recent}
+    merged = merge_choices(ranked.view(torch.float32), tokens.masked_fill(tokens == NO_TOKEN, -1), topk, **kept)
     return merged.view(batch, next_n, topk)
 
 
@@ -117,4 +117,4 @@ def sparse_attention_by_position(
         sink = None if sink is None else sink[rank * heads : (rank + 1) * heads].clone()
     else:
         outs, lses = gathered_together([out, lse], group)
-    return merge_attention(outs, lses, sink)
+    return joined(outs, lses, sink)

@@ -44,9 +44,11 @@ def gathered_together(local: Sequence[Tensor], group: Any) -> list[Tensor]:
 
 def exchanged(local: Sequence[Tensor], group: Any) -> list[Tensor]:
     """[world, *shape[1:]] of tensors [world, ...]: what every rank has for this one, in the order of ranks; one collective."""
-    parts = [each.flatten(1).contiguous().view(torch.uint8) for each in local]
-    sent = torch.cat([_aligned(part) for part in parts], dim=1)
-    return _unpacked(_exchange(sent, group), [each[0] for each in local])
+    shapes = [each[0] for each in local]
+    sent = torch.empty(len(local[0]), sum(map(_size, shapes)), dtype=torch.uint8, device=local[0].device)
+    for into, each in zip(_unpacked(sent, shapes), local, strict=True):
+        into.copy_(each)  # straight into the message, whatever its strides
+    return _unpacked(_exchange(sent, group), shapes)
 
 
 def gathered_rows(local: Tensor, counts: Sequence[int], group: Any) -> Tensor:
@@ -167,8 +169,14 @@ def _unpacked(everyone: Tensor, local: Sequence[Tensor]) -> list[Tensor]:
         size = each.numel() * each.element_size()
         part = everyone[:, first : first + size].view(each.dtype) if size else each.new_empty(len(everyone), 0)
         found.append(part.view(len(everyone), *each.shape))
-        first += size + -size % _ALIGNMENT
+        first += _size(each)
     return found
+
+
+def _size(each: Tensor) -> int:
+    """Bytes in a packed message, aligned."""
+    size = each.numel() * each.element_size()
+    return size + -size % _ALIGNMENT
 
 
 def _word(width: int) -> int:

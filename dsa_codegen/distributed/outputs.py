@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..problem import checks
+
+_LEAST = torch.finfo(torch.float32).min  # of a logarithm: its share of anything is 0, and no part's is -inf minus -inf
 
 
 def merge_attention(out: Tensor, lse: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -28,12 +31,22 @@ def merge_attention(out: Tensor, lse: Tensor, sink: Tensor | None = None) -> tup
     lse = checks.tensor("lse", lse, tuple(out.shape[:-1]), torch.float32, like=out, inner_contiguous=True)
     if sink is not None:
         sink = checks.tensor("sink", sink, (out.shape[-2],), torch.float32, like=out)
+    blank = (part.masked_fill(own.isneginf()[..., None], 0) for part, own in zip(out, lse, strict=True))
+    return _joined(blank, lse, sink)
+
+
+def joined(out: Tensor, lse: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``merge_attention`` of what our own functions computed, whose ``out`` is 0 where a part has no token: fewer launches."""
+    return _joined(iter(out), lse, sink)
+
+
+def _joined(parts: Iterator[Tensor], lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     total = functools.reduce(torch.logaddexp, lse)
-    empty = total.isneginf()
-    share = (lse - total.masked_fill(empty, 0)).exp()
+    share = lse.clamp(min=_LEAST).softmax(0)  # of a row without a token any shares will do, as all its parts are 0
     if sink is not None:
-        share = (share * (total - sink).sigmoid()).masked_fill(empty, 0)
-    merged = torch.zeros(out.shape[1:], dtype=torch.float32, device=out.device)
-    for part, own, weight in zip(out, lse, share, strict=True):  # one at a time: in fp32 all of them take twice the memory
-        merged.addcmul_(part.masked_fill(own.isneginf()[..., None], 0), weight[..., None])
-    return merged.to(out.dtype), total
+        share = share * (total.clamp(min=_LEAST) - sink).sigmoid()
+    first = next(parts)
+    merged = first * share[0, ..., None]  # fp32; one part at a time, as in fp32 all of them take twice the memory
+    for part, weight in zip(parts, share[1:], strict=True):
+        merged.addcmul_(part, weight[..., None])
+    return merged.to(first.dtype), total

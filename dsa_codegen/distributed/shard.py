@@ -39,12 +39,12 @@ class Shard:
         """``tokens`` consecutive ones, beginning with the sequence's token ``first``."""
         return cls(first, tokens=tokens)
 
-    def to_global(self, tokens: Tensor) -> Tensor:
-        """Token numbers of the sequence, int32 of the same shape; -1 stays."""
-        block = tokens.int() // self.block
+    def to_global(self, tokens: Tensor, none: int = -1) -> Tensor:
+        """Token numbers of the sequence, int32 of the same shape; ``none`` in place of what is below 0."""
         # Few launches: a step of decode calls this on the GPU, each of them takes 3 µs there.
-        place = torch.add(torch.sub(tokens, block, alpha=self.block), block, alpha=self.stride).add_(self.offset)
-        return place.masked_fill_(tokens < 0, -1).int()
+        tokens = tokens.int()
+        place = tokens if self.stride == self.block else tokens.add(tokens // self.block, alpha=self.stride - self.block)
+        return (place + self.offset).masked_fill_(tokens < 0, none)
 
     def to_local(self, tokens: Tensor) -> Tensor:
         """The rank's token numbers, int32 of the same shape; -1 for tokens of other ranks, and for none."""
@@ -56,9 +56,10 @@ class Shard:
     def count(self, lengths: Tensor) -> Tensor:
         """How many of the first ``lengths`` tokens the rank holds, int32: a window [start, end) is there [count, count)."""
         place = (lengths - self.offset).clamp_(min=0)
-        whole = place // self.stride
-        local = torch.sub(place, whole, alpha=self.stride).clamp_(max=self.block).add_(whole, alpha=self.block)
-        return local.clamp_(max=self.tokens).int()
+        if self.stride > self.block:
+            whole = place // self.stride
+            place = torch.sub(place, whole, alpha=self.stride).clamp_(max=self.block).add_(whole, alpha=self.block)
+        return (place if self.tokens == _MOST else place.clamp_(max=self.tokens)).int()
 
 
 def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:

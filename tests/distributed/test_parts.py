@@ -11,6 +11,7 @@ import dsa_codegen as dsa
 from dsa_codegen import distributed
 from dsa_codegen.distributed import Shard
 from dsa_codegen.distributed import candidates as candidates_module
+from dsa_codegen.distributed import outputs as outputs_module
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.problem.compare import ATTENTION, LSE, close
 from dsa_codegen.problem.draw import Draw
@@ -89,7 +90,8 @@ def test_lists_that_ascend_are_merged_alike(name, kind):
         starts = draw.integers(-3, 200, 12)
         ends = (starts + draw.integers(-5, 300, 12)).clamp(max=300).int()
         parts = [each.unflatten(1, (-1, TOPK)).transpose(0, 1) for each in candidates(scores, ends, starts, SHARDS[name])]
-        merged = candidates_module.merge_ascending(*parts, TOPK)
+        ranked, tokens = parts[0], parts[1].masked_fill(parts[1] < 0, candidates_module.NO_TOKEN)
+        merged = candidates_module.merge_ascending(torch.stack([tokens, ranked.view(torch.int32)], 1), TOPK)
         assert torch.equal(merged, dsa.select(scores, ends, TOPK, starts=starts))
 
 
@@ -151,6 +153,13 @@ def test_outputs_of_parts_are_the_whole(parts, sinks):
         result = close(name, value, one, limit)
         assert result.passed, result.detail
     assert not merged[0][3].any() and merged[1][3].isneginf().all()
+    out[lse.isneginf()] = 0  # as our own functions leave it
+    assert all(torch.equal(a, b) for a, b in zip(outputs_module.joined(out, lse, sink), merged, strict=True))
+
+
+def test_a_sink_of_nothing_leaves_an_empty_row_empty():
+    out, total = outputs_module.joined(torch.zeros(2, 1, 4, 8), torch.full((2, 1, 4), -torch.inf), torch.full((4,), -torch.inf))
+    assert not out.any() and total.isneginf().all()
 
 
 def test_nan_stays_in_its_row_and_head():
