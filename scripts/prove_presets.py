@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dsa_codegen import gpu as gpus  # noqa: E402
-from dsa_codegen.command.verification import Subject, run_cases, subjects  # noqa: E402
+from dsa_codegen.command.verification import Subject, run_cases, subjects_of  # noqa: E402
 from dsa_codegen.ops.needs import specs  # noqa: E402
 from dsa_codegen.problem import presets  # noqa: E402
+from dsa_codegen.problem.values import Spec  # noqa: E402
 from dsa_codegen.proof.crew import at_once  # noqa: E402
 
 Row = dict[str, Any]
@@ -40,20 +41,27 @@ def key_of(subject: Subject) -> str:
 
 def wanted(names: list[str], gpu: gpus.Gpu, own: bool) -> dict[str, dict[str, Subject]]:
     """By preset and key; with ``own`` the specs that the model itself calls, without their options."""
-    found = {}
+    known: dict[tuple[str, Spec], list[Subject]] = {}  # presets share most of their specs
+    found: dict[str, dict[str, Subject]] = {}
     for name in names:
-        model = presets.preset(name)
-        called = {(op.name, spec) for op, spec in specs(model, (), gpu)}
-        kept = [each for each in subjects(model, gpu) if not own or (each.op.name, each.spec) in called]
-        found[name] = {key_of(subject): subject for subject in kept}
+        for op, spec in specs(presets.preset(name), (), gpu):
+            if (op.name, spec) not in known:
+                known[op.name, spec] = list(subjects_of(op, spec, gpu))
+            kept = (each for each in known[op.name, spec] if not own or each.spec == spec)
+            found.setdefault(name, {}).update((key_of(each), each) for each in kept)
     return found
 
 
-def in_order(named: dict[str, dict[str, Subject]], owned: dict[str, dict[str, Subject]]) -> dict[str, Subject]:
-    """Each check once: the models' own before options, of them what nvcc compiles first (it takes longest)."""
-    first = {check for checks in owned.values() for check in checks}
+def in_order(named: dict[str, dict[str, Subject]], gpu: gpus.Gpu) -> dict[str, Subject]:
+    """Each check once: the models' own specs before options, of them what nvcc compiles first (it takes longest)."""
+    own = {(op.name, spec) for name in named for op, spec in specs(presets.preset(name), (), gpu)}
     each = {check: subject for checks in named.values() for check, subject in checks.items()}
-    return dict(sorted(each.items(), key=lambda item: (item[0] not in first, item[1].config.backend not in BY_NVCC)))
+
+    def late(item: tuple[str, Subject]) -> tuple[bool, bool]:
+        subject = item[1]
+        return (subject.op.name, subject.spec) not in own, subject.config.backend not in BY_NVCC
+
+    return dict(sorted(each.items(), key=late))
 
 
 def row_of(subject: Subject, outcome: Any) -> Row:
@@ -103,7 +111,7 @@ def main() -> int:
         return 2
     names = asked.preset or presets.names()
     named, rows = wanted(names, gpu, asked.own), earlier(asked.after)
-    todo = {check: subject for check, subject in in_order(named, wanted(names, gpu, True)).items() if check not in rows}
+    todo = {check: subject for check, subject in in_order(named, gpu).items() if check not in rows}
     checks, calls = list(todo), [(subject, gpu, asked.repeats) for subject in todo.values()]
 
     def told(number: int, outcome: Any) -> None:

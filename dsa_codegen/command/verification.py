@@ -62,10 +62,16 @@ def subjects(model: Model, gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]
     """Every operation of the model (or the named ones), option and backend, each with its default or tuned configs."""
     found: dict[tuple[str, Spec, Config], Subject] = {}
     for op, model_spec in specs(model, names, gpu):
-        for spec in op.options(model_spec):
-            for config in _configs(op, spec, gpu, tuned=spec == model_spec):
-                found[op.name, spec, config] = Subject(op, spec, config)
+        for subject in subjects_of(op, model_spec, gpu):
+            found[op.name, subject.spec, subject.config] = subject
     return list(found.values())
+
+
+def subjects_of(op: Op, model_spec: Spec, gpu: Gpu) -> Iterator[Subject]:
+    """Those of one spec that a model calls: the spec's own first, then its options'."""
+    for spec in op.options(model_spec):
+        for config in dict.fromkeys(_configs(op, spec, gpu, tuned=spec == model_spec)):
+            yield Subject(op, spec, config)
 
 
 def _configs(op: Op, spec: Spec, gpu: Gpu, tuned: bool) -> Iterator[Config]:
