@@ -263,7 +263,7 @@ def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():
 def test_every_effort_has_budgets(name):
     chosen = effort(name)
     assert chosen.budget(offline=True).trials < chosen.budget(offline=False).trials
-    assert QUICK.on_gpu.wall_s == 60 < NORMAL.on_gpu.wall_s == 600 < THOROUGH.on_gpu.wall_s
+    assert QUICK.on_gpu.wall_s + 12 <= 60 < NORMAL.on_gpu.wall_s == 600 < THOROUGH.on_gpu.wall_s
     with pytest.raises(UnknownName, match="quick, normal, thorough"):
         effort("enough")
 
