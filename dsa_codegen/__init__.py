@@ -8,6 +8,7 @@ The operations are functions (``indexer_logits``, ``select``, ``sparse_attention
 
 from . import ops, quality, train
 from .adaptive import Adaptive
+from .candidates import index_select_candidates
 from .choice import index_select, index_select_paged
 from .errors import DsaError
 from .functions import (
@@ -53,6 +54,7 @@ __all__ = [
     "gather_kv",
     "index_prologue",
     "index_select",
+    "index_select_candidates",
     "index_select_paged",
     "index_select_pooled",
     "index_select_pooled_paged",
