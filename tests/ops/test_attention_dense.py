@@ -7,11 +7,12 @@ import torch
 
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError
+from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.attention_dense import OP, AttentionDenseSizes, AttentionDenseSpec, formulas
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
 
-from support import H200, assert_matches_reference, completed
+from support import H200, assert_compiles, assert_matches_reference, completed
 
 SPEC = AttentionDenseSpec(5, 576, sink=True)
 PLAIN = AttentionDenseSpec(16, 512)
@@ -34,6 +35,23 @@ def config(spec, **changes):
 )
 def test_matches_the_formula(interpreter, spec, case):
     assert_matches_reference(interpreter, OP, spec, config(spec, block_m=32, block_n=32), case)
+
+
+@pytest.mark.parametrize("spec", [AttentionDenseSpec(128, 576), AttentionDenseSpec(64, 512, True)], ids=lambda spec: spec.id)
+def test_many_heads_are_served_by_pairs_of_tiles(spec):
+    assert config(spec).backend == "cuda"
+    assert_compiles(OP, spec, config(spec))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "name"),
+    [({"heads": 80}, "h200", "heads"), ({"d_v": 448}, "h200", "channels"), ({}, "a100", "capability")],
+)
+def test_constraints_of_pairs_name_what_does_not_fit(changes, gpu, name):
+    spec = AttentionDenseSpec(**{"heads": 128, "d_qk": 512, **changes})
+    pairs = config(AttentionDenseSpec(128, 576))
+    assert name in {violation.name for violation in OP.violations(spec, pairs, resolve(gpu))}
+    assert OP.default_config(spec, OP.workloads(spec)[0].sizes, resolve(gpu)).backend == "triton"
 
 
 @pytest.mark.parametrize("step", [1, 100], ids=["query by query", "at once"])

@@ -59,8 +59,9 @@ def test_a_wrong_argument_is_named():
 
 
 @pytest.mark.gpu
-def test_bf16_on_a_gpu_is_the_sparse_kernel():
-    q, kv, starts, ends, sink = leaves(torch.bfloat16, "cuda", heads=16)
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_bf16_on_a_gpu_is_the_sparse_kernel(heads):
+    q, kv, starts, ends, sink = leaves(torch.bfloat16, "cuda", heads=heads)
     ours = dsa.train.dense_attention(q, kv, SCALE, starts, ends, sink=sink)
     theirs = dsa.train.sparse_attention(q, kv, as_lists(starts, ends, 9), SCALE, sink=sink)
     for mine, other in zip(gradients_of(*ours, [q, kv, sink]), gradients_of(*theirs, [q, kv, sink]), strict=True):

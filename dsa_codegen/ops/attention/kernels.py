@@ -10,6 +10,7 @@ from ...problem.channels import D_V, padded, padded_to
 from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
+from .. import pair
 from .problem import AttentionSizes, AttentionSpec, sharing
 
 _SPECIALISED_THREADS = 384  # one group of 128 gathers, one scores, one adds up
@@ -26,11 +27,7 @@ _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pas
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
 _PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_registers=216)
-_PAIR_HEADS = 64  # of a block; 128 are two blocks'
 _PAIR_TOPK = 512  # shorter lists were not measured
-_SPLIT = 2  # parts of a half of a tile, which are freed one by one
-_CUDA_THREADS = 384  # two groups of 128 consume, one gathers
-_REGISTERS = 168  # per thread of such a block
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
@@ -121,13 +118,13 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
 
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
         if spec.heads <= _FEW_HEADS:
-            registers = 216 if _columns(spec) > 16 else _REGISTERS
+            registers = 216 if _columns(spec) > 16 else pair.REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
             return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
         clusters = (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
         far = sizes.tokens >= sizes.EDGES["tokens"][0] and not spec.batch_invariant
-        pair = _PAIR.replace(interleave=far and spec.heads == _PAIR_HEADS)
-        return (pair, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pair)
+        pairs = _PAIR.replace(interleave=far and spec.heads == pair.HEADS)
+        return (pairs, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pairs)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "cuda":
@@ -161,8 +158,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
             # Blocks or clusters take one query, or 64 heads of one, after another.
-            pair = _design(spec, config) == "pair"
-            blocks = min(len(q) * spec.heads // _PAIR_HEADS, gpu.sms) if pair else 2 * min(len(q), max(gpu.sms // 2, 1))
+            alone = _design(spec, config) == "pair"
+            blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms) if alone else 2 * min(len(q), max(gpu.sms // 2, 1))
             return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
         if config.backend == "tilelang":  # reads sizes and strides from the tensors
@@ -225,8 +222,8 @@ def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]
 
 def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     yield from _without(config, "turns")
-    if spec.heads % _PAIR_HEADS:
-        yield Violation("heads", 1.0, f"heads: a block takes {_PAIR_HEADS}, of which {spec.heads} are no multiple")
+    if spec.heads % pair.HEADS:
+        yield Violation("heads", 1.0, f"heads: a block takes {pair.HEADS}, of which {spec.heads} are no multiple")
     yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
@@ -243,8 +240,8 @@ def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violat
 def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     """Bytes of shared memory per block, as the templates lay it out."""
     barrier = 8
-    if _design(spec, config) == "pair":  # two tiles and q, weights, masks, peaks and totals (and tops), barriers
-        return 3 * 128 * spec.d_qk + 64 * 128 + 2 * barrier + (5 if spec.max_logits else 4) * 256 + 25 * barrier
+    if _design(spec, config) == "pair":
+        return pair.smem(spec.d_qk, spec.max_logits)
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -269,13 +266,14 @@ def _chunks(spec: AttentionSpec) -> int:
 
 
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
+    design = _design(spec, config)
+    if design == "pair":
+        return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], spec.max_logits)}
     values: dict[str, Scalar] = {
-        "threads": _CUDA_THREADS,
-        "producer_registers": 3 * _REGISTERS - 2 * config["consumer_registers"],
+        "threads": pair.THREADS,
+        "producer_registers": pair.gatherers_registers(config["consumer_registers"]),
         "smem": _cuda_smem(spec, config),
     }
-    if _design(spec, config) == "pair":
-        return {**values, "design": "pair", "split": _SPLIT}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
@@ -289,7 +287,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "columns": _columns(spec),
         "chunks": chunks,
         "chunk_pieces": spec.d_qk // 64 // chunks,
-        "registers": _REGISTERS,
+        "registers": pair.REGISTERS,
     }
     return {**values, "design": "few", **few}
 
