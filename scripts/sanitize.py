@@ -1,12 +1,12 @@
-"""Run every operation and backend of a small model under compute-sanitizer, in pieces that finish, several at once.
+"""Run every operation and backend of small models under compute-sanitizer, in pieces that finish, several at once.
 
-    python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--jobs 12] [--seconds 120]
+    python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--preset tiny] [--jobs 12] [--seconds 120]
 
 Everything is built first, without the tool. A piece is a few cases of one operation and backend in a process of its
 own, verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
-looked at, torch's are not. Kernels in CUDA C++ are checked on the same model with 128 heads, too, for which they have other
-designs. synccheck and racecheck look at barriers and shared memory, memcheck at every address, every tensor in an
-allocation of its own.
+looked at, torch's are not. Models are `tiny` and, for grouped queries, `tiny-gqa`; operations of training are among them.
+Kernels in CUDA C++ are checked on the same models with 128 heads, too, for which they have other designs. synccheck and
+racecheck look at barriers and shared memory, memcheck at every address, every tensor in an allocation of its own.
 
 Exit status: 0 where all pieces are clean, 1 where one is not or did not finish within its seconds. Reports: ``--out``.
 """
@@ -42,6 +42,7 @@ from dsa_codegen.problem.op import Case  # noqa: E402
 from dsa_codegen.problem.presets import Model, preset  # noqa: E402
 from dsa_codegen.proof.verify import verify  # noqa: E402
 
+MODELS = ("tiny", "tiny-gqa")
 TOOLS = ("memcheck", "racecheck", "synccheck")  # the slowest first: no long piece is left when the others are done
 TOGETHER = {"memcheck": 20, "racecheck": 40, "synccheck": 40}  # cases of a piece, about as long as the start of a process
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
@@ -87,12 +88,21 @@ class Outcome:
     seconds: float
 
 
-def sources(name: str, gpu: Gpu) -> list[verification.Subject]:
-    """The model's rendered sources, and in CUDA C++, whose designs for many heads are others, those of 128 heads."""
-    model: Model = preset(name)
-    own = verification.subjects(model, gpu)
+def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[verification.Subject]:
+    """The models' rendered sources of the named operations (by default all, of training too), each once."""
+    served = [name for name, op in ops.all_ops().items() if gpu.capability >= op.min_capability]
+    found: dict[tuple[object, ...], verification.Subject] = {}
+    for model in map(preset, models):
+        for subject in sources_of(model, gpu, names or served):
+            found.setdefault((subject.op.name, subject.spec, subject.config), subject)
+    return list(found.values())
+
+
+def sources_of(model: Model, gpu: Gpu, names: Sequence[str]) -> list[verification.Subject]:
+    """A model's sources, and in CUDA C++, whose designs for many heads are others, those of 128 heads."""
+    own = verification.subjects(model, gpu, names)
     known = {(subject.op.name, subject.spec) for subject in own}
-    wide = of_backend(verification.subjects(replace(model, heads=128), gpu), "cuda")
+    wide = of_backend(verification.subjects(replace(model, heads=128), gpu, names), "cuda")
     return [*own, *(subject for subject in wide if (subject.op.name, subject.spec) not in known)]
 
 
@@ -133,10 +143,11 @@ def all_cases(subjects: Iterable[verification.Subject], tool: str) -> list[tuple
     return [(subject, case) for subject in subjects for case in cases_of(subject, tool)]
 
 
-def run_piece(piece: Piece, preset_name: str, gpu: Gpu) -> None:
+def run_piece(piece: Piece, models: Sequence[str], gpu: Gpu) -> None:
     """The child's work: verify the cases of its share."""
     torch.zeros(1, device="cuda")  # makes the context, which a driver asked before it would report to be missing
-    found = all_cases(of(sources(preset_name, gpu), piece.op, piece.backend), piece.tool)[piece.share :: piece.shares]
+    own = of(sources(models, gpu, [piece.op]), piece.op, piece.backend)
+    found = all_cases(own, piece.tool)[piece.share :: piece.shares]
     for subject, together in itertools.groupby(found, key=operator.itemgetter(0)):
         op, spec, config = subject.op, subject.spec, subject.config
         variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
@@ -153,10 +164,11 @@ def kernels_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu)
     return {name for subject in mine for name in build(render(subject.op, subject.spec, subject.config), gpu).resources}
 
 
-def command_of(piece: Piece, kernels: Iterable[str], preset_name: str, option: str) -> list[str]:
+def command_of(piece: Piece, kernels: Iterable[str], models: Sequence[str], option: str) -> list[str]:
     """The child under the tool."""
     chosen = [word for kernel in sorted(kernels) for word in (option, f"kns={kernel}")]
-    child = [sys.executable, __file__, "--preset", preset_name, "--piece", *map(str, vars(piece).values())]
+    named = [word for model in models for word in ("--preset", model)]
+    child = [sys.executable, __file__, *named, "--piece", *map(str, vars(piece).values())]
     return ["compute-sanitizer", "--tool", piece.tool, "--error-exitcode", "9", "--print-limit", "0", *chosen, *child]
 
 
@@ -208,7 +220,7 @@ def line_of(file: str, line: int) -> str:
 
 def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
     """Build everything, then check the pieces, several at once."""
-    subjects = sources(arguments.preset, gpu)
+    subjects = sources(arguments.preset or MODELS, gpu, arguments.op)
     chosen = pieces(subjects, arguments.tool or TOOLS, arguments.op, arguments.backend)
     kinds = {(piece.op, piece.backend) for piece in chosen}
     verification.build_ahead([subject for kind in kinds for subject in of(subjects, *kind)], gpu)
@@ -216,7 +228,7 @@ def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def one(piece: Piece) -> Outcome:
-        command = command_of(piece, kernels_of(piece, subjects, gpu), arguments.preset, option)
+        command = command_of(piece, kernels_of(piece, subjects, gpu), arguments.preset or MODELS, option)
         outcome = check(piece, command, arguments.seconds, arguments.out)
         print(f"{piece.name}: {outcome.verdict}, {outcome.cases} cases, {outcome.seconds:.0f} s", flush=True)
         return outcome
@@ -241,7 +253,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tool", action="append", choices=TOOLS, help="by default all three; each may be repeated")
     parser.add_argument("--op", action="append", default=[], choices=list(ops.all_ops()), help="by default all")
     parser.add_argument("--backend", action="append", default=[], help="by default all")
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--preset", action="append", default=[], help=f"by default {' and '.join(MODELS)}; may be repeated")
     parser.add_argument("--jobs", type=int, default=8, help="pieces at once, on one GPU")
     parser.add_argument("--seconds", type=float, default=120.0, help="of a piece, at most")
     parser.add_argument("--out", type=Path, default=Path("sanitized"), help="folder of the reports")
@@ -255,10 +267,11 @@ def main() -> int:
     gpu = resolve("auto" if not arguments.list else "H100")
     if arguments.piece:
         tool, op, backend, share, shares = arguments.piece
-        run_piece(Piece(tool, op, backend, int(share), int(shares)), arguments.preset, gpu)
+        run_piece(Piece(tool, op, backend, int(share), int(shares)), arguments.preset or MODELS, gpu)
         return 0
     if arguments.list:
-        found = pieces(sources(arguments.preset, gpu), arguments.tool or TOOLS, arguments.op, arguments.backend)
+        own = sources(arguments.preset or MODELS, gpu, arguments.op)
+        found = pieces(own, arguments.tool or TOOLS, arguments.op, arguments.backend)
         print("\n".join(piece.name for piece in found))
         return 0
     outcomes = check_all(arguments, gpu)

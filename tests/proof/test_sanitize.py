@@ -86,6 +86,29 @@ def test_a_verdict_is_the_tools(sanitize, tmp_path, monkeypatch, script, verdict
 
 def test_only_our_kernels_are_looked_at(sanitize):
     piece = sanitize.Piece("synccheck", "select", "cuda", 0, 2)
-    command = sanitize.command_of(piece, {"select_row"}, "tiny", "--kernel-name")
+    command = sanitize.command_of(piece, {"select_row"}, ["tiny", "tiny-gqa"], "--kernel-name")
     assert command[command.index("--kernel-name") :][:2] == ["--kernel-name", "kns=select_row"]
+    assert command.count("--preset") == 2
     assert command[command.index("--piece") :] == ["--piece", "synccheck", "select", "cuda", "0", "2"]
+
+
+TRAINING = ("attention_backward", "attention_dense", "indexer_backward")
+
+
+def test_operations_of_training_and_of_grouped_queries_have_pieces(sanitize):
+    """By name and where none is named; in CUDA C++ of many heads too."""
+    gpu, names = sanitize.resolve("h200"), [*TRAINING, "attention_gqa"]
+    named = sanitize.sources(sanitize.MODELS, gpu, names)
+    assert {(each.op.name, each.config.backend) for each in named} == {
+        *((name, "triton") for name in names),
+        ("attention_dense", "cuda"),
+    }
+    assert sanitize.sources(["tiny-gqa"], gpu, ["select"]), "few blocks are chosen, and some of them kept"
+
+
+def test_where_none_is_named_all_are_checked(sanitize, monkeypatch):
+    """Sources are made for serving's and for training's operations, of every model."""
+    asked = []
+    monkeypatch.setattr(sanitize, "sources_of", lambda model, gpu, names: asked.append((model.name, set(names))) or [])
+    sanitize.sources(sanitize.MODELS, sanitize.resolve("h200"))
+    assert asked == [(name, set(sanitize.ops.all_ops())) for name in sanitize.MODELS]
