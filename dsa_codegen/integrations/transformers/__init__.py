@@ -5,10 +5,11 @@
 
 What stays the model's: weights, projections, rotations, gates, caches, ``generate``. What is ours: the scores and the choice of
 the indexer (``choose``), attention over the cached latents, which are never expanded (``attend``), and masks of two numbers a
-query (``windows``).
+query (``windows``); in training, attention with gradients and the indexers' losses (``learn``).
 """
 
 from .capture import capture
+from .learn import indexer_loss, indexer_parameters
 from .switch import disable, enable
 
-__all__ = ["capture", "disable", "enable"]
+__all__ = ["capture", "disable", "enable", "indexer_loss", "indexer_parameters"]

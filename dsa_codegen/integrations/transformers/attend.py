@@ -49,7 +49,11 @@ def forward(
         [batch, queries, heads, v_head_dim], and no weights.
     """
     if dropout:
-        raise InputError("attention_dropout", dropout, "0: there is no backward; disable(model) to train")
+        raise InputError("attention_dropout", dropout, "0, as kernels drop nothing")
+    lesson: Any = getattr(module, "dsa_lesson", None)
+    sink = None if s_aux is None else s_aux.float()
+    if lesson is not None and lesson.applies:
+        return lesson.attend(module, query, key, value, attention_mask, scaling, indices, sink), None
     if query.is_cuda and query.dtype is not torch.bfloat16:
         raise InputError("model", f"{query.dtype} on a GPU", "torch.bfloat16, which is what kernels multiply")
     dense_below = getattr(module, "dsa_dense_below", None)
@@ -61,7 +65,6 @@ def forward(
         key, value = type(module).expand_kv(module, key, value)
         return _dense(query, key, value, attention_mask, scaling), None
     assert indices is not None
-    sink = None if s_aux is None else s_aux.float()
     kv, chosen = _rows(key, value, indices)
     down, up = halves(module, query.shape[1])
     step = max(1, _ROWS // len(query))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import choice, functions
 from ...errors import InputError
 from ...ops.logits import row_bytes
-from . import families
+from . import families, learn
 from .families import Family
 
 _PAGE = 64
@@ -25,6 +25,8 @@ class Rule:
     topk: int
     scores: str
     """"bf16": the model's own dtype, unquantised; "fp8": queries and keys quantised with a scale each."""
+    lesson: learn.Lesson | None = None
+    """How the model is trained, if it is."""
 
 
 def forward(indexer: Any, rule: Rule, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -34,17 +36,29 @@ def forward(indexer: Any, rule: Rule, hidden_states: Tensor, *args: Any, **named
     which some versions call ``past_key_values`` and others ``cache``.
     """
     given = named_arguments(rule.family, args, named)
-    cache = given.get("cache", given.get("past_key_values"))
+    made = None
+    if rule.lesson is not None and rule.lesson.applies:
+        made = rule.lesson.read(rule.family, indexer, hidden_states, given)
     with torch.no_grad():
-        rotation, position = given["position_embeddings"], given.get("position_ids")
-        keys = families.keys(rule.family, indexer, hidden_states, rotation)
-        if cache is not None:
-            keys = cache.update_indexer(keys, indexer.layer_idx)
-        window = _window(given["attention_mask"], hidden_states)
-        if keys.shape[1] <= rule.topk:  # every window is taken whole: nothing to score, nothing to select
-            return _everything(window, rule.topk)
-        queries = families.queries(rule.family, indexer, hidden_states, given.get("q_resid"), rotation, position)
-        return _chosen(rule, queries, keys, families.weights(indexer, hidden_states), window)
+        return _choice(indexer, rule, hidden_states, given, made)
+
+
+def _choice(indexer: Any, rule: Rule, hidden_states: Tensor, given: dict[str, Any], made: tuple[Tensor, ...] | None) -> Tensor:
+    """What ``forward`` gives; ``made`` are queries, keys and weights where they are known already."""
+    cache = given.get("cache", given.get("past_key_values"))
+    rotation, position = given["position_embeddings"], given.get("position_ids")
+    keys = families.keys(rule.family, indexer, hidden_states, rotation) if made is None else made[1]
+    if cache is not None:
+        keys = cache.update_indexer(keys, indexer.layer_idx)
+    window = _window(given["attention_mask"], hidden_states)
+    if keys.shape[1] <= rule.topk:  # every window is taken whole: nothing to score, nothing to select
+        return _everything(window, rule.topk)
+    if rule.lesson is not None and rule.lesson.applies and rule.lesson.stage != "sparse":
+        return _everything(window, 0)  # all tokens are attended to
+    if made is not None:
+        return _chosen(rule, made[0], keys, made[2], window)
+    queries = families.queries(rule.family, indexer, hidden_states, given.get("q_resid"), rotation, position)
+    return _chosen(rule, queries, keys, families.weights(indexer, hidden_states), window)
 
 
 def named_arguments(family: Family, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

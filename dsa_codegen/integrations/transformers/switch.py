@@ -21,7 +21,8 @@ from ...ops.select import SelectSpec
 from ...problem import checks
 from ...problem.channels import D_V
 from ...problem.presets import PRECISIONS
-from . import attend, choose, families, windows
+from ...train.layer import STAGES
+from . import attend, choose, families, learn, windows
 
 NAME = "dsa_codegen"
 """The attention function's name in a config."""
@@ -29,13 +30,21 @@ _OLDEST, _ROTARY = (5, 17), 64
 _ABSENT = object()
 
 
-def enable(model: nn.Module, *, scores: str = "bf16", dense_below: int | None = None) -> nn.Module:
+def enable(
+    model: nn.Module,
+    *,
+    scores: str = "bf16",
+    dense_below: int | None = None,
+    stage: str | None = None,
+    indexer_weight: float = 1.0,
+) -> nn.Module:
     """Let every layer of DeepSeek Sparse Attention of a transformers model score, choose and attend by these kernels.
 
     Serves ``deepseek_v32``, ``glm_moe_dsa``, ``hy_v4``, ``axk2``, ``mistral_large4`` and ``dots3_note`` with their own caches,
-    dynamic or static, padded on either side; layers that share another's choice reuse it. On CUDA the model has to be bf16; on
-    the CPU, which runs the references, also fp32 and fp64. Nothing here has a backward. A cache that was filled before stays
-    good with transformers 5.24, where the model keeps latents too, and does not with 5.17.
+    dynamic or static, padded on either side; layers that share another's choice reuse it. On CUDA the model has to be bf16,
+    or to be trained; on the CPU, which runs the references, it may be fp32 and fp64 too. Without a ``stage`` nothing here has a
+    backward. A cache that was filled before stays good with transformers 5.24, where the model keeps latents too, and does not
+    with 5.17.
 
     Args:
         model: as ``from_pretrained`` gives it.
@@ -44,7 +53,12 @@ def enable(model: nn.Module, *, scores: str = "bf16", dense_below: int | None = 
         dense_below: steps whose keys (a static cache's capacity) number no more than this expand keys and values and
             attend by ``scaled_dot_product_attention`` instead, where at least half of the keys are new: windows of up to topk
             tokens are taken whole, so that nothing else comes out, and heads of 192 channels are cheaper than latents of
-            576. Default, and at most: ``index_topk``; 0 never does.
+            576. Default, and at most: ``index_topk``; 0 never does. Calls with gradients never do.
+        stage: trains the model, by ``transformers.Trainer`` or any other loop (DeepSeek-V3.2 report, section 2). "dense"
+            attends to all tokens and leaves the indexers alone; in the "warm-up" they learn from that (freeze what else has
+            gradients); "sparse" attends to the chosen tokens, which the indexers learn from. None, the default, only serves.
+        indexer_weight: of the indexers' losses (``indexer_loss``) beside the model's own, which stays what the model returns.
+            Whoever adds up the gradients of several batches divides by their number.
 
     Returns:
         The model.
@@ -57,13 +71,17 @@ def enable(model: nn.Module, *, scores: str = "bf16", dense_below: int | None = 
     """
     checks.one_of("scores", scores, PRECISIONS)
     checks.check_kind("dense_below", dense_below, "Optional[int]")
+    lesson = None
+    if stage is not None:
+        checks.one_of("stage", stage, STAGES)
+        lesson = learn.Lesson(stage, float(indexer_weight), scores)
     _register()
     found = list(layers(model))
     for layer in found:
         _check(layer)
     disable(model)
     for layer in found:
-        _enable(layer, scores, dense_below)
+        _enable(layer, scores, dense_below, lesson)
     return model
 
 
@@ -73,7 +91,8 @@ def disable(model: nn.Module) -> nn.Module:
         before = layer.__dict__.pop("dsa_before", None)
         if before is None:
             continue
-        del layer.dsa_dense_below
+        del layer.dsa_dense_below, layer.dsa_lesson
+        learn.forget(layer)
         for owner, name, value in before:
             owner.__dict__[name] = value
             if value is _ABSENT:
@@ -112,7 +131,7 @@ def _check(layer: Any) -> None:
         raise ToolMissing("expand_kv of the model's attention", "install transformers 5.17 to 5.24")
 
 
-def _enable(layer: Any, scores: str, dense_below: int | None) -> None:
+def _enable(layer: Any, scores: str, dense_below: int | None, lesson: learn.Lesson | None) -> None:
     """Put what stands in on the instances, and remember what was there."""
     indexer, topk = layer.indexer, layer.config.index_topk
     replaced = [(layer, "expand_kv"), *([] if indexer is None else [(indexer, "forward")])]
@@ -120,11 +139,12 @@ def _enable(layer: Any, scores: str, dense_below: int | None) -> None:
         replaced.append((layer.config, "_attn_implementation_internal"))
     layer.dsa_before = [(owner, name, owner.__dict__.get(name, _ABSENT)) for owner, name in replaced]
     layer.dsa_dense_below = topk if dense_below is None else min(dense_below, topk)
+    layer.dsa_lesson = lesson
     layer.expand_kv = attend.latents
     if indexer is not None:
         family = families.family_of(layer)
         assert family is not None
-        indexer.forward = functools.partial(choose.forward, indexer, choose.Rule(family, topk, scores))
+        indexer.forward = functools.partial(choose.forward, indexer, choose.Rule(family, topk, scores, lesson))
     layer.config._attn_implementation_internal = NAME
 
 
