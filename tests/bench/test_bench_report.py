@@ -140,14 +140,33 @@ def test_a_sentence_says_when_of_what_and_how_it_ended():
     best = {"peer_facts": {"a": {"version": "sglang 0.5.23, sgl-deep-gemm 0.1"}, "b": {"version": "sglang 0.5.23"}}}
     rows = [{**row(SELECT, 8.0, {"a": 4.0}, date="2026-11-28T01:00:00Z"), **best}]
     said = "1 cases on one NVIDIA H100, 2026-11-28, at abc1234 beside sgl-deep-gemm 0.1, sglang 0.5.23: 0 won, 0 even, 1 lost."
-    assert tables.measured(rows, "NVIDIA H100") == said
+    assert tables.measured(rows, "NVIDIA H100").startswith(said)
     earlier = {
         name: value
         for name, value in row(HEADLINE, 8.0, {"a": 9.0}, date="2026-11-26T01:00:00Z").items()
         if name != "peer_facts"
     }
     assert "2026-11-26 to 2026-11-28" in tables.measured([*rows, earlier], "H100")
-    assert tables.measured([*rows, earlier], "H100").endswith("1 of them were measured earlier, beside fewer peers.")
+    assert "1 of them were measured earlier, beside fewer peers." in tables.measured([*rows, earlier], "H100")
+
+
+def test_cases_that_were_not_reached_are_counted():
+    rows = made_up_rows()
+    assert "no row yet" not in tables.measured(rows, "H200")
+    assert tables.measured(rows[2:], "H200").endswith(" 2 cases of the list have no row yet.")
+
+
+def test_a_glance_says_losses_as_plainly_as_wins():
+    select = [row(HEADLINE, 8.0, {"fast_topk": 16.0}), row(SELECT, 8.0, {"SGLang topk_v2": 4.0})]
+    assert tables.glance([*select, row(SMALL, 5.0, {"DeepGEMM": 6.0})], "H100").splitlines() == [
+        "On one H100, the best library's time over ours, case by case:",
+        "",
+        "- **Faster in every case**: indexer, prefill 1.20× (one case).",
+        "- **Even**: selection 0.50× – 2.00× (1 of 2 won).",
+    ]
+    lost = [row(HEADLINE, None, {"fast_topk": 16.0}), row(SELECT, 8.0, {"SGLang topk_v2": 4.0})]
+    assert tables.glance(lost, "H100").endswith("\n- **Slower in every case**: selection 0.50× (2 cases).")
+    assert tables.glance([row(HEADLINE, 8.0, {"PyTorch (unfused)": 800.0})], "H100") == "", "whom everyone is ahead of"
 
 
 def test_the_worst_case_stands_beside_the_headline():
@@ -262,7 +281,7 @@ def test_machine_facts_reach_the_tables():
     named = tables.named(made_up_rows(), made_up_machine())
     assert "device copy, read and written | 4.27 TB/s" in named["ceilings"]
     assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
-    assert set(named) == {"summary", "headlines", "host", "context", "ceilings", "measured", *labels.TITLES}
+    assert set(named) == {*tables.NAMES, *labels.TITLES}
     assert "| 32K | 5.3 ms, 0.69 GB | 0.52 ms, 0.44 GB | 1.56 ms, 0.58 GB |" in named["context"]
     assert named["context"].endswith("Sparse is faster from about 6K tokens of context on.")
     assert named["headlines"].count("\n") == 1 + len(labels.TITLES)

@@ -9,8 +9,11 @@ from .. import results
 from ..cases import chosen
 from ..sweep import METHODS, crossover
 from . import labels
+from .glance import glance
 from .labels import Row
 
+NAMES = ("measured", "glance", "headlines", "summary", "host", "context", "ceilings")
+"""What a document may ask for, beside the stages."""
 _STANDINGS = (labels.WON, labels.EVEN, labels.LOST)
 
 
@@ -31,7 +34,10 @@ def measured(rows: Sequence[Row], gpu: str) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     earlier = sum("peer_facts" not in row for row in rows)
     less = f" {earlier} of them were measured earlier, beside fewer peers." if earlier else ""
-    return f"{len(rows)} cases on one {gpu}, {when}, at {', '.join(commits)}{beside}: {labels.told(rows)}.{less}"
+    here = {results.key_of(row) for row in rows}
+    unmeasured = sum(case.key not in here for case in chosen())
+    left = f" {unmeasured} cases of the list have no row yet." if unmeasured else ""
+    return f"{len(rows)} cases on one {gpu}, {when}, at {', '.join(commits)}{beside}: {labels.told(rows)}.{less}{left}"
 
 
 def _summed(title: str, rows: Sequence[Row]) -> Sequence[str]:
@@ -148,6 +154,7 @@ def named(rows: Sequence[Row], machine: Mapping[str, Any], gpu: str = "GPU") -> 
         "measured": measured(rows, gpu) if rows else "",
         "summary": summary(rows),
         "headlines": headlines(rows),
+        "glance": glance(rows, gpu),
         **{name: stage(rows, name) for name in labels.by_stage(rows)},
     }
     if machine.get("host"):
