@@ -104,7 +104,8 @@ def _several(gpu_id: str, rows: Sequence[Row]) -> Iterator[dict[str, str]]:
     if rows:
         title, most = "Several GPUs", max(row["shape"]["ranks"] for row in rows)
         text = (
-            f"Speed-up of a layer. Lines: a model of H100s (docs/scaling.md); points: measured, on up to {most}; hollow: plain."
+            f"Speed-up of a layer. Lines: a model of H100s (docs/scaling.md); points: measured on up to {most}; hollow: plain, "
+            "grey: in proportion to the GPUs."
         )
         yield {"title": title, "text": text, "picture": _drawn("curves", "ranks", rows, name=f"{gpu_id}-ranks", title=title)}
 
