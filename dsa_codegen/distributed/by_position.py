@@ -62,6 +62,7 @@ def index_select_by_position(
     if not (keep_first or keep_recent):
         return merge_ascending(everyone, topk).view(batch, next_n, topk)
     tokens, ranked = everyone.permute(1, 2, 0, 3).flatten(2)
+    kept: dict[str, Any]
     kept = {"ends": lengths.flatten().clamp(max=max_context), "keep_first": keep_first, "keep_recent": keep_recent}
     merged = merge_choices(ranked.view(torch.float32), tokens.masked_fill(tokens == NO_TOKEN, -1), topk, **kept)
     return merged.view(batch, next_n, topk)
