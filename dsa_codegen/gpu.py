@@ -15,9 +15,9 @@ from .errors import DsaError, NoGpu, SpecError, UnknownName
 class Gpu:
     """Limits and roofs of one GPU.
 
-    Sizes are bytes, rates TFLOP/s (dense) and TB/s; ``clock_ghz`` is the sustained SM clock under tensor load.
-    The roofs are datasheet figures: good for ranking and percentages, not a promise. What ``detect`` finds has the limits that
-    its driver tells, and an id of its own where they are not those of a listed GPU: a slice of it, or another board.
+    Sizes are bytes, rates TFLOP/s (dense) and TB/s. The roofs are datasheet figures: good for ranking and percentages, not a
+    promise. What ``detect`` finds has the limits that its driver tells, and an id of its own where they are not those of a
+    listed GPU: a slice of it, or another board.
     """
 
     id: str
@@ -27,7 +27,6 @@ class Gpu:
     smem_per_block: int
     smem_per_sm: int
     l2: int
-    clock_ghz: float
     bandwidth: float
     bf16: float
     fp8: float
@@ -56,88 +55,34 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 
-GPUS: dict[str, Gpu] = {
-    gpu.id: gpu
-    for gpu in (
-        Gpu("a100", "NVIDIA A100", 80, 108, 163 * KIB, 164 * KIB, 40 * MIB, 1.30, 2.0, 312, 0, 19.5, memory=80 * GIB),
-        Gpu(
-            "l40s",
-            "NVIDIA L40S",
-            89,
-            142,
-            99 * KIB,
-            100 * KIB,
-            96 * MIB,
-            2.20,
-            0.86,
-            362,
-            733,
-            91.6,
-            threads_per_sm=1536,
-            blocks_per_sm=24,
-            memory=45 * GIB,
-        ),
-        Gpu(
-            "rtx4090",
-            "NVIDIA GeForce RTX 4090",
-            89,
-            128,
-            99 * KIB,
-            100 * KIB,
-            72 * MIB,
-            2.50,
-            1.01,
-            165,
-            330,
-            82.6,
-            threads_per_sm=1536,
-            blocks_per_sm=24,
-            memory=24 * GIB,
-        ),
-        Gpu("h100", "NVIDIA H100", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 3.35, 989, 1979, 66.9, memory=80 * GIB),
-        Gpu(
-            "h100-nvl", "NVIDIA H100 NVL", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.40, 3.9, 835, 1671, 60.0, memory=94 * GIB
-        ),
-        Gpu(
-            "h100-pcie",
-            "NVIDIA H100 PCIe",
-            90,
-            114,
-            227 * KIB,
-            228 * KIB,
-            50 * MIB,
-            1.40,
-            2.0,
-            756,
-            1513,
-            51.0,
-            memory=80 * GIB,
-        ),
-        Gpu("gh200", "NVIDIA GH200", 90, 132, 227 * KIB, 228 * KIB, 50 * MIB, 1.60, 4.0, 989, 1979, 66.9, memory=96 * GIB),
-        Gpu("h200", "NVIDIA H200", 90, 132, 227 * KIB, 228 * KIB, 60 * MIB, 1.60, 4.8, 989, 1979, 66.9, memory=140 * GIB),
-        Gpu("h20", "NVIDIA H20", 90, 78, 227 * KIB, 228 * KIB, 60 * MIB, 1.70, 4.0, 148, 296, 44.0, memory=96 * GIB),
-        Gpu("b200", "NVIDIA B200", 100, 148, 227 * KIB, 228 * KIB, 126 * MIB, 1.70, 8.0, 2250, 4500, 75.0, memory=180 * GIB),
-        Gpu(
-            "rtx5090",
-            "NVIDIA GeForce RTX 5090",
-            120,
-            170,
-            99 * KIB,
-            100 * KIB,
-            96 * MIB,
-            2.40,
-            1.79,
-            210,
-            419,
-            105.0,
-            threads_per_sm=1536,
-            blocks_per_sm=24,
-            memory=32 * GIB,
-        ),
-    )
-}
+# fmt: off
+_LISTED = (  # shared memory of a block in KiB, L2 in MiB, dense TFLOP/s by type, memory of the board in GiB
+    # id,         name,                      sm_, SMs, KiB, MiB, TB/s, bf16,  fp8,  fp32, GiB
+    ("a100",      "NVIDIA A100",              80, 108, 163,  40,  2.0,  312,    0,  19.5,  80),
+    ("l40s",      "NVIDIA L40S",              89, 142,  99,  96, 0.86,  362,  733,  91.6,  45),
+    ("rtx4090",   "NVIDIA GeForce RTX 4090",  89, 128,  99,  72, 1.01,  165,  330,  82.6,  24),
+    ("h100",      "NVIDIA H100",              90, 132, 227,  50, 3.35,  989, 1979,  66.9,  80),
+    ("h100-nvl",  "NVIDIA H100 NVL",          90, 132, 227,  50,  3.9,  835, 1671,  60.0,  94),
+    ("h100-pcie", "NVIDIA H100 PCIe",         90, 114, 227,  50,  2.0,  756, 1513,  51.0,  80),
+    ("gh200",     "NVIDIA GH200",             90, 132, 227,  50,  4.0,  989, 1979,  66.9,  96),
+    ("h200",      "NVIDIA H200",              90, 132, 227,  60,  4.8,  989, 1979,  66.9, 140),
+    ("h20",       "NVIDIA H20",               90,  78, 227,  60,  4.0,  148,  296,  44.0,  96),
+    ("b200",      "NVIDIA B200",             100, 148, 227, 126,  8.0, 2250, 4500,  75.0, 180),
+    ("rtx5090",   "NVIDIA GeForce RTX 5090", 120, 170,  99,  96, 1.79,  210,  419, 105.0,  32),
+)
+# fmt: on
+_RESERVED = KIB  # of an SM's shared memory, for each block
+_NARROW = {"threads_per_sm": 1536, "blocks_per_sm": 24}  # SMs of graphics cards
 
 
+def _listed(id_: str, name: str, capability: int, sms: int, smem: int, l2: int, *roofs: Any) -> Gpu:
+    *rates, memory = roofs
+    sizes = smem * KIB, smem * KIB + _RESERVED, l2 * MIB
+    further = {"memory": memory * GIB, **(_NARROW if capability in (89, 120) else {})}
+    return Gpu(id_, name, capability, sms, *sizes, *rates, **further)
+
+
+GPUS = {line[0]: _listed(*line) for line in _LISTED}
 _SAME_MEMORY = 0.1  # what a driver keeps for itself is 1 to 5 % of the board's, the next larger board has 17 % more
 
 

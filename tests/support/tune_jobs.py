@@ -113,12 +113,6 @@ def prepare_badly(problem, backend) -> None:
     raise MemoryError("no room for the inputs")
 
 
-def evaluate_slowly(problem, entrant, best_us) -> Outcome:
-    """Long enough to be interrupted."""
-    time.sleep(0.1)
-    return evaluate(problem, entrant, best_us)
-
-
 def _raise() -> None:
     raise RuntimeError("out of resource: shared memory")
 

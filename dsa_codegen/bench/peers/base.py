@@ -14,18 +14,21 @@ from .libraries import version_of
 
 
 class Peer(ABC):
-    """An implementation that people run today. Its library is used where it can be imported and is never required."""
+    """An implementation that people run today. Its library is used where it can be imported and is never required.
 
-    name: ClassVar[str]
-    stages: ClassVar[tuple[str, ...]]
+    What stands here is said by the class, or by each of its objects where one class serves several names.
+    """
+
+    name: str
+    stages: tuple[str, ...]
     """The stages that it serves, in some cases at least."""
-    distributions: ClassVar[tuple[str, ...]] = ()
+    distributions: tuple[str, ...] = ()
     """The libraries, as the package index knows them; their versions are noted."""
     files: ClassVar[Mapping[str, str]] = {}
     """For a library that may have been carried without its metadata: a file of it, as ``package/path``."""
-    deterministic: ClassVar[bool] = True
+    deterministic: bool = True
     """Whether the same inputs give the same result on every call; of a selection: the same set."""
-    ordered: ClassVar[bool | None] = None
+    ordered: bool | None = None
     """Whether chosen tokens come in ascending order; None where nothing is chosen."""
     similarity: ClassVar[float] = PEER_SIMILARITY
     """What its outputs may differ from the reference by."""

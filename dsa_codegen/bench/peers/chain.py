@@ -45,8 +45,8 @@ class IndexSelect(Peer):
     files = {"sglang": topk_v2.FILE}  # noqa: RUF012
 
     def __init__(self, choice: str, chooser: Chooser, distribution: str) -> None:
-        self.name = f"DeepGEMM + {choice}"  # type: ignore[misc]
-        self.distributions = ("sgl-deep-gemm", distribution)  # type: ignore[misc]
+        self.name = f"DeepGEMM + {choice}"
+        self.distributions = ("sgl-deep-gemm", distribution)
         self._chooser = chooser
 
     def available(self) -> str | None:
@@ -81,8 +81,8 @@ class WholeLayer(Peer):
     files = {"sglang": topk_v2.FILE}  # noqa: RUF012
 
     def __init__(self, index: IndexSelect, chooser: Chooser, name: str, attention: Attention, distribution: str) -> None:
-        self.name = f"{index.name} + {name}"  # type: ignore[misc]
-        self.distributions = tuple(dict.fromkeys((*index.distributions, distribution)))  # type: ignore[misc]
+        self.name = f"{index.name} + {name}"
+        self.distributions = tuple(dict.fromkeys((*index.distributions, distribution)))
         self._index, self._chooser, self._attention = index, chooser, attention
 
     def available(self) -> str | None:

@@ -42,7 +42,7 @@ class FlashInferTopk(Peer):
     ordered = False
 
     def __init__(self, name: str, same_set: bool, method: str = "", **options: Any) -> None:
-        self.name, self.deterministic = name, same_set  # type: ignore[misc]
+        self.name, self.deterministic = name, same_set
         self._method, self._options = method, options
 
     def available(self) -> str | None:

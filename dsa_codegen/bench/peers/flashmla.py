@@ -124,9 +124,9 @@ class FlashMlaPeer(Peer):
         distribution: str,
         gathered: bool = False,
     ) -> None:
-        self.name = f"gather_kv + {name}" if gathered else name  # type: ignore[misc]
-        self.stages = ("attention_prefill_paged",) if gathered else STAGES  # type: ignore[misc]
-        self.distributions = (distribution,)  # type: ignore[misc]
+        self.name = f"gather_kv + {name}" if gathered else name
+        self.stages = ("attention_prefill_paged",) if gathered else STAGES
+        self.distributions = (distribution,)
         self._prefill, self._decode, self._reason, self._gathered = prefill, decode, reason, gathered
 
     def available(self) -> str | None:

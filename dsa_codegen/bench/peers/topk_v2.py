@@ -89,7 +89,7 @@ class TopkV2(Peer):
     ordered = False
 
     def __init__(self, name: str, with_plan: bool) -> None:
-        self.name = name  # type: ignore[misc]
+        self.name = name
         self._with_plan = with_plan
 
     def available(self) -> str | None:

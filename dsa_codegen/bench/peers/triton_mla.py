@@ -38,7 +38,7 @@ class TritonMla(Peer):
     files = {"sglang": f"sglang/{PATH}"}  # noqa: RUF012
 
     def __init__(self, union: int) -> None:
-        self.name = "SGLang Triton MLA" + (f" (union of {union})" if union > 1 else "")  # type: ignore[misc]
+        self.name = "SGLang Triton MLA" + (f" (union of {union})" if union > 1 else "")
         self._union = union
 
     def available(self) -> str | None:

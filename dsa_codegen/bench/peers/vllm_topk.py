@@ -33,7 +33,7 @@ class VllmTopk(Peer):
     ordered = False
 
     def __init__(self, operator: str, most_rows: float = math.inf) -> None:
-        self.name = f"vLLM {operator}"  # type: ignore[misc]
+        self.name = f"vLLM {operator}"
         self._operator, self._most_rows = operator, most_rows
 
     def available(self) -> str | None:
