@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import dsa_codegen as dsa
 from dsa_codegen import nn
@@ -64,6 +65,30 @@ def test_each_part_learns_from_its_own_loss_alone(layer, hidden, stage):
         return
     taught = torch.autograd.grad(loss, list(every.values()), allow_unused=True)
     assert {name for name, grad in zip(every, taught, strict=True) if grad is not None and grad.abs().sum() > 0} == indexer
+
+
+@pytest.mark.parametrize(
+    ("stage", "way"),
+    [
+        ("sparse", "checkpointed"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("warm-up", "checkpointed"), ("warm-up", "compiled"))),
+        pytest.param("sparse", "compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpointed_and_compiled_gradients_are_the_same(layer, hidden, stage, way):
+    learned = [*layer.parameters()]
+
+    def call(hidden):
+        out, loss, _ = dsa.train.run_layer(layer, hidden, windows(), stage=stage, deterministic=True)
+        return out.float().square().mean() + loss
+
+    torch._dynamo.reset()
+    other = torch.compile(call, backend="aot_eager", fullgraph=True)
+    if way == "checkpointed":
+        other = lambda x: checkpoint(call, x, use_reentrant=False)  # noqa: E731
+    found, wanted = (torch.autograd.grad(each(hidden), learned) for each in (other, call))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_stage_that_does_not_exist_is_named(layer, hidden):
