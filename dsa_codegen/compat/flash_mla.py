@@ -20,8 +20,14 @@ from ..problem import checks
 
 _LOG2E = math.log2(math.e)
 _D_V = 512
-_FORMATS = {576: "V32", 512: "V4"}
-"""What ``kv_format`` may say, by the channels of q."""
+_FORMATS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "V32": (576, 656, {}),
+    "V4": (512, 584, {}),
+    "V41": (512, 528, {"layout": "v41"}),
+    "V32_NO_ROPE": (512, 528, {"layout": "fp8_fp32_128", "d_rope": 0}),
+}
+"""By ``kv_format``: the channels of q, the bytes of a token, and how ``sparse_attention_paged`` calls such a cache. Where no
+format is named, the first of that size is meant."""
 
 
 @dataclass
@@ -127,7 +133,7 @@ def flash_mla_with_kvcache(
 
     Args:
         q: bf16 [b, s_q, h_q, d]; any h_q from 1 to 128, any s_q, d 576 or 512.
-        k_cache: one byte per element (e4m3, int8, uint8), [blocks, page, 1, 656] (d 576) or [blocks, page, 1, 584] (d 512).
+        k_cache: one byte per element (e4m3, int8, uint8), [blocks, page, 1, 656] (d 576), or 584 or 528 bytes a token (d 512).
         block_table, cache_seqlens, tile_scheduler_metadata, num_splits, use_legacy: taken and never read.
         head_dim_v: 512.
         softmax_scale: d^-0.5 where None.
@@ -137,7 +143,8 @@ def flash_mla_with_kvcache(
         extra_k_cache, extra_indices_in_kvcache: a second pool with its own page and topk, under the same softmax.
         topk_length, extra_topk_length: int32 [b].
         enable_batch_invariant: as ``batch_invariant`` of ``sparse_attention_paged``.
-        kv_format: None, "V32" (d 576) or "V4" (d 512).
+        kv_format: "V32" (d 576; 656 bytes), "V4" (584), "V41" (528) or "V32_NO_ROPE" (528); None for what the bytes say, of 528
+            "V41". The second pool has the same.
         out: bf16 [b, s_q, h_q, 512], where to write the output. Where it is strided the result is copied into it.
 
     Returns:
@@ -150,7 +157,7 @@ def flash_mla_with_kvcache(
         "causal": (causal, (False,)),
         "is_fp8_kvcache": (is_fp8_kvcache, (True, None)),
         "enable_batch_invariant": (enable_batch_invariant, (False, True)),
-        "kv_format": (kv_format, (None, _FORMATS.get(q.shape[-1]))),
+        "kv_format": (kv_format, (None, *_possible(q, k_cache))),
     }
     for name, (value, allowed) in single.items():
         checks.one_of(name, value, allowed)
@@ -169,8 +176,20 @@ def flash_mla_with_kvcache(
         extra_lengths=extra_topk_length,
         out=_contiguous(out),
         batch_invariant=enable_batch_invariant,
+        **_stored(kv_format, q, k_cache),
     )
     return _delivered(result, out), _lonely(lse).transpose(1, 2)
+
+
+def _possible(q: Tensor, k_cache: Tensor) -> list[str]:
+    """The formats of so many channels and bytes a token."""
+    return [name for name, (channels, width, _) in _FORMATS.items() if (channels, width) == (q.shape[-1], k_cache.shape[-1])]
+
+
+def _stored(kv_format: str | None, q: Tensor, k_cache: Tensor) -> dict[str, Any]:
+    """How our function calls the cache; of a size that no format has, nothing: it refuses the cache by name."""
+    name = kv_format or next(iter(_possible(q, k_cache)), None)
+    return _FORMATS[name][2] if name else {}
 
 
 def _contiguous(out: Tensor | None) -> Tensor | None:

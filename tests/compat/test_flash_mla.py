@@ -43,8 +43,11 @@ def some_sinks(heads, generator):
 
 def cache_of(d, page, blocks, generator, device):
     """(a cache as engines view it, bf16 latents of its slots)."""
-    layout = kv_layout(LAYOUTS[d], page)
-    pages = layout.empty(blocks, device)
+    return filled(kv_layout(LAYOUTS[d], page), blocks, generator, device)
+
+
+def filled(layout, blocks, generator, device):
+    page, pages = layout.page, layout.empty(blocks, device)
     nope = torch.randn(blocks * page, layout.d_nope, generator=generator).to(device) / 10
     rope = torch.randn(blocks * page, layout.d_rope, generator=generator).to(device) / 10
     slots = torch.arange(blocks * page, device=device)
@@ -90,6 +93,21 @@ def test_decode_with_every_page_size(device, d, page, heads, s_q):
     assert_close(out, lse.transpose(1, 2), attend(q, *read(latent, listed, length), 0.03, sink))
     assert (lse[0] == INF).all() and not out[0].any()  # length 0: the lonely query
     assert not out[:, :, ::3].any()  # a sink of +inf takes all the weight
+
+
+@DEVICES
+@pytest.mark.parametrize(("kv_format", "name"), [(None, "v41"), ("V41", "v41"), ("V32_NO_ROPE", "fp8_fp32_128")])
+def test_decode_of_rows_of_528_bytes(device, kv_format, name):
+    """All 512 channels in FP8: DeepSeek-V4.1, or V3.2 without rotary channels, whose format must be named."""
+    g = torch.Generator().manual_seed(528)
+    pools = [filled(kv_layout(name, 33, 512, 0), blocks, g, device) for blocks in (3, 2)]
+    q = torch.randn(2, 2, 16, 512, generator=g).bfloat16().to(device)
+    listed = [lists((2, 2), 40, len(latent), g, device) for _, latent in pools]
+    more = {"extra_k_cache": pools[1][0], "extra_indices_in_kvcache": listed[1]}
+    out, lse = decode(q, pools[0][0], listed[0], kv_format=kv_format, **more)
+    found = [read(latent, each) for (_, latent), each in zip(pools, listed, strict=True)]
+    latents, valid = (torch.cat(each, 2) for each in zip(*found, strict=True))
+    assert_close(out, lse.transpose(1, 2), attend(q, latents, valid, 512**-0.5))
 
 
 @DEVICES
