@@ -14,7 +14,7 @@ from dsa_codegen.problem.op import Launch
 from dsa_codegen.problem.presets import preset
 from dsa_codegen.tune.model import blocks_per_sm, modelled_us, plan, stretch
 
-from support import H200
+from support import H200, of_preset
 from toy import OP
 from tune_support import CASE, DEFAULT, SPEC, config
 
@@ -73,7 +73,7 @@ def test_launch_parameters_count():
 @pytest.mark.parametrize("model", ["deepseek-v3.2", "deepseek-v4-pro", "minimax-m3", "tiny"])
 def test_every_operation_can_be_planned_without_memory(name, model):
     op = ops.get(name)
-    for spec in op.specs(preset(model)):
+    for spec in op.specs(preset(model)) or of_preset(op):
         for case in op.workloads(spec):
             for gpu in (H200, GPUS["rtx5090"]):
                 try:
