@@ -21,6 +21,8 @@ STAGES = (
     "attention_decode",
     "gqa_prefill",
     "gqa_decode",
+    "model_prefill",
+    "model_decode",
     "layer_prefill",
     "layer_decode",
     "engine_prefill",
@@ -223,6 +225,23 @@ def _grouped() -> Iterator[BenchCase]:
     yield decode(qwen, 64, 64)
 
 
+def _models() -> Iterator[BenchCase]:
+    """One or two of each shape that differs; the distribution names the preset."""
+    for name, shape in {
+        "ax-k2": {"heads": 32, "head_dim": 160, "k": 2048},
+        "hy4": {"heads": 32, "head_dim": 576, "k": 2048},
+        "glm-5.3-flash": {"heads": 64, "head_dim": 512, "k": 2063},
+    }.items():
+        yield case("model_prefill", name, {"queries": 4096, "context": 32768, **shape})
+    for name, shape in {
+        "deepseek-v3.2-bf16": {"heads": 128, "head_dim": 576, "k": 2048},
+        "ax-k2": {"heads": 32, "head_dim": 160, "k": 2048},
+        "deepseek-v4.1": {"heads": 64, "head_dim": 512, "k": 512},
+        "hy4": {"heads": 32, "head_dim": 576, "k": 2048},
+    }.items():
+        yield case("model_decode", name, {"batch": 64, "next_n": 1, "context": 32768, "page": 64, **shape})
+
+
 def _layer() -> Iterator[BenchCase]:
     for heads in (128, 16):
         prefill = {"queries": 4096, "context": 32768, "heads": heads, "head_dim": 576, "k": 2048}
@@ -248,7 +267,7 @@ def _training() -> Iterator[BenchCase]:
 
 def all_cases() -> list[BenchCase]:
     """Every case, stage by stage, the headline of a stage first."""
-    attention = (_attention_prefill, _attention_prefill_paged, _attention_decode, _grouped)
+    attention = (_attention_prefill, _attention_prefill_paged, _attention_decode, _grouped, _models)
     makers = (_prologues, _indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))

@@ -11,12 +11,15 @@ from ..problem.op import Cost
 from .chains import CHAINED
 from .engines import ENGINES
 from .grouped import GROUPED
+from .models import MODELS
 from .prologues import PROLOGUES
 from .stage import Stage
 from .stages import SINGLE
 from .training import TRAINING
 
-_STAGES: dict[str, Stage] = {stage.name: stage for stage in (*PROLOGUES, *SINGLE, *GROUPED, *CHAINED, *ENGINES, *TRAINING)}
+_STAGES: dict[str, Stage] = {
+    stage.name: stage for stage in (*PROLOGUES, *SINGLE, *GROUPED, *MODELS, *CHAINED, *ENGINES, *TRAINING)
+}
 
 
 def stage_of(name: str) -> Stage:

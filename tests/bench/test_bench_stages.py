@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from dsa_codegen import ops
 from dsa_codegen.bench import agreement
 from dsa_codegen.bench.cases import case
-from dsa_codegen.bench.peers import load
+from dsa_codegen.bench.models import blocks_and_tail
+from dsa_codegen.bench.peers import load, padded_flash_mla
 from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.bench.stages import local_indices
+from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 
 _INDEX = {"heads": 8, "head_dim": 64}
@@ -39,6 +44,10 @@ SMALL = [
     case("gqa_prefill", "random", {"queries": 3, "context": 192, "k": 64, "block": 16, **_GROUPS}),
     case("gqa_prefill", "local", {"queries": 6, "context": 192, "k": 64, "block": 16, **_GROUPS}),
     case("gqa_decode", "random", {**_DECODE, "k": 64, "block": 16, "page": 32, **_GROUPS}),
+    case("model_prefill", "ax-k2", {"queries": 3, "context": 2100, "heads": 32, "head_dim": 160, "k": 2048}),
+    case("model_prefill", "glm-5.3-flash", {"queries": 2, "context": 2200, "heads": 64, "head_dim": 512, "k": 2063}),
+    case("model_decode", "hy4", {**_DECODE, "next_n": 1, "context": 1088, "heads": 32, "head_dim": 576, "k": 2048}),
+    case("model_decode", "deepseek-v4.1", {**_DECODE, "next_n": 1, "context": 320, "heads": 64, "head_dim": 512, "k": 512}),
     case("layer_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
     case("layer_decode", "real", {**_DECODE, "heads": 4, "head_dim": 576, "k": 64}),
     case("engine_prefill", "real", {"queries": 5, "context": 150, "heads": 4, "head_dim": 576, "k": 64}),
@@ -87,6 +96,65 @@ def test_gathered_blocks_give_the_same(each):
     prepared = peer.prepare(each, inputs)
     accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), stage.reference(each, inputs), exact=False)
     assert accuracy.passed, accuracy.detail
+
+
+MODELS = [each for each in SMALL if each.stage.startswith("model")]
+
+
+@functools.cache
+def problem(each):
+    """Inputs of a case, and what comes of them."""
+    inputs = stage_of(each.stage).inputs(each, Draw(1, "cpu"))
+    return inputs, stage_of(each.stage).reference(each, inputs)
+
+
+@pytest.mark.parametrize("each", MODELS, ids=lambda each: each.id)
+def test_gathered_latents_give_the_same(each):
+    """By plain operations, and by SDPA where it serves them."""
+    stage, (inputs, reference) = stage_of(each.stage), problem(each)
+    made = [peer.prepare(each, inputs) for peer in load(["dsa_codegen.bench.peers.gathered_latents"])]
+    assert (made[0] is None) == (each.distribution != "ax-k2")
+    for prepared in filter(None, made):
+        accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), reference, exact=False)
+        assert accuracy.similarity < 1e-4, (prepared.label, accuracy.detail)
+
+
+@pytest.mark.parametrize("each", MODELS, ids=lambda each: each.id)
+def test_padded_latents_give_the_same(each, monkeypatch):
+    """What FlashMLA is handed, by the same formula on the CPU."""
+    stage, seen, (inputs, reference) = stage_of(each.stage), [], problem(each)
+
+    def prefill_of(kv, sm_scale, sink=None):
+        seen.append(kv.shape[-1])
+        spec = {"heads": 64, "d_qk": kv.shape[-1], "topk": 2048, "sink": sink is not None}
+        op = ops.get("attention")
+
+        def attend(q, lists):
+            given = {"q": q, "kv": kv, "indices": lists, "sm_scale": sm_scale, "lengths": None, "sink": sink}
+            return [op.reference(op.spec_type(**spec), given)["out"]]
+
+        return attend
+
+    monkeypatch.setattr(padded_flash_mla.sgl_flash_mla, "prefill_of", prefill_of)
+    if each.distribution == "hy4":
+        assert padded_flash_mla.label(each, latents=False) == "sgl-flash-mla (padded to 64 heads)"
+        return
+    prepared = padded_flash_mla.PEERS[0].prepare(each, inputs)
+    found = prepared.outputs(prepared.run())
+    accuracy = stage.check(each, inputs, found, reference, exact=False)
+    assert accuracy.similarity < 1e-4, (prepared.label, accuracy.detail)
+    assert seen == [512]
+
+
+def test_lists_of_pooled_keys_are_blocks_and_a_tail():
+    model = presets.preset("glm-5.3-flash")
+    lists, lengths = blocks_and_tail(Draw(1, "cpu"), 20, 4096, model)
+    for row, (tokens, length) in enumerate(zip(lists.tolist(), lengths.tolist(), strict=True)):
+        seen = 4096 - 20 + row + 1
+        kept = [token for token in tokens[:length] if token >= 0]
+        assert len(kept) == len(set(kept)) == 2048 + seen % 16 and max(kept) < seen
+        assert set(tokens[length:]) <= {-1}
+        assert kept[2048:] == list(range(seen - seen % 16, seen))
 
 
 def test_a_selection_is_judged_by_its_scores():

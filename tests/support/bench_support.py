@@ -25,6 +25,7 @@ PEERS = {
     "index": "DeepGEMM + fast_topk",
     "attention": "FlashMLA",
     "gqa": "PyTorch (gathered, SDPA)",
+    "model": "PyTorch (gathered latents)",
     "layer": "DeepGEMM + fast_topk + FlashMLA",
     "engine": "DeepGEMM + fast_topk + FlashMLA",
 }

@@ -21,13 +21,13 @@ def reason() -> str | None:
     return needs_gpu(90) or loaded("flash_mla", LIBRARY, NAME)
 
 
-def prefill_of(kv: Tensor, sm_scale: float) -> Attend:
+def prefill_of(kv: Tensor, sm_scale: float, sink: Tensor | None = None) -> Attend:
     """Sparse prefill attention; its maxima and lse stay in base 2, which saves the launches that would convert them."""
     attend = torch.ops.flash_mla_legacy.sparse_prefill_fwd.default
-    return lambda q, indices: attend(q, kv, indices, sm_scale, _D_V, None, None, True, True)
+    return lambda q, indices: attend(q, kv, indices, sm_scale, _D_V, sink, None, True, True)
 
 
-def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scale: float) -> Attend:
+def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scale: float, sink: Tensor | None = None) -> Attend:
     """FP8 decode attention; its schedule depends on shapes only, and is the one that its first call made."""
     attend = torch.ops.flash_mla_legacy.sparse_decode_fwd.default
     layout = _FORMATS[shape[3]]
@@ -35,7 +35,7 @@ def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scal
 
     def run(q: Tensor, slots: Tensor) -> Sequence[Tensor]:
         tiles, splits = schedule or (None, None)
-        results = attend(q, cache, slots, None, None, tiles, splits, None, None, None, _D_V, sm_scale, layout)
+        results = attend(q, cache, slots, None, sink, tiles, splits, None, None, None, _D_V, sm_scale, layout)
         if not schedule:
             schedule.extend(results[2:])
         return results

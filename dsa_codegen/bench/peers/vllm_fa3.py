@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...problem.op import Inputs
 from ..cases import BenchCase
+from ..models import model_of
 from ..stage import Prepared, Run
 from .base import Peer
+from .gathered_latents import STAGES, read_back, rows_of
 from .libraries import loaded, needs_gpu
 from .listed_pages import requests_of, serves
 
 LIBRARY = "vllm_flash_attn/_vllm_fa3_C.*so"
 _D_V = 512
 _HEAD_DIM = 576
+_WIDEST = 256  # channels of a key that it takes whole
 _NO_WINDOW = -1
 
 
@@ -53,6 +58,33 @@ class Fa3Grouped(Peer):
         return Prepared(self.name, run, lambda results: {"out": results[0].view(shape)})
 
 
+class Fa3Models(Peer):
+    """Every row a request, every token that it chose a page of one: latents that are BF16 rows, without sinks."""
+
+    name = "FA3 (vLLM), tokens as pages"
+    stages = STAGES
+    distributions = ("vllm",)
+
+    def available(self) -> str | None:
+        return needs_gpu(90) or loaded("vllm", LIBRARY, "vllm")
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        model = model_of(case)
+        split = (model.d_qk, model.d_v) == (_HEAD_DIM, _D_V)
+        rows = "kv" in inputs or model.kv_layout == "bf16"
+        if not rows or inputs["sink"] is not None or inputs["lengths"] is not None or not (split or model.d_qk <= _WIDEST):
+            return None
+        (q, lists), kv = rows_of(inputs), read_back(model, inputs)[:, None]
+        attend = _attend if split else functools.partial(_whole, model.d_v)
+        run, shape = attend(q, kv, lists[:, None], inputs["sm_scale"]), (*inputs["q"].shape[:-1], model.d_v)
+        return Prepared(self.name, run, lambda results: {"out": results[0].view(shape)})
+
+
+def _whole(d_v: int, q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
+    """Latents narrow enough for the kernel to take them in one piece."""
+    return _call(q, kv[:, None], kv[:, None, :, :d_v], None, indices.flatten(1), indices.shape[2], sm_scale)
+
+
 def _attend(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float) -> Run:
     nope, rope = q[..., :_D_V].contiguous(), q[..., _D_V:].contiguous()
     value, key = kv[:, None, :, :_D_V], kv[:, None, :, _D_V:]
@@ -73,4 +105,4 @@ def _call(q: Tensor, key: Tensor, value: Tensor, qv: Tensor | None, pages: Tenso
     return lambda: attend(q, key, value, *new, qv, None, *used, *paged, *scales, *masked, *rest)
 
 
-PEERS = (Fa3(), Fa3Grouped())
+PEERS = (Fa3(), Fa3Grouped(), Fa3Models())

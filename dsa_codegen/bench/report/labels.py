@@ -25,6 +25,8 @@ TITLES = {
     "attention_decode": "Sparse attention, decode",
     "gqa_prefill": "Sparse grouped-query attention, prefill",
     "gqa_decode": "Sparse grouped-query attention, decode",
+    "model_prefill": "Sparse attention of other models, prefill",
+    "model_decode": "Sparse attention of other models, decode",
     "layer_prefill": "Whole layer, prefill",
     "layer_decode": "Whole layer, decode",
     "engine_prefill": "Engine step, prefill",
