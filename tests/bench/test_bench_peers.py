@@ -24,6 +24,7 @@ from dsa_codegen.bench.peers import (
     flashinfer,
     flashmla,
     libraries,
+    padded_flash_mla,
     q8kv8,
     sgl_flash_mla,
     topk_v2,
@@ -75,9 +76,9 @@ def _fast_topk_slots(score, lengths, dst_page_table, src_page_table, cu_seqlens_
     dst_page_table.copy_(torch.where(dst_page_table < 0, -1, chosen))
 
 
-def _sparse_prefill(q, kv, indices, sm_scale, d_v):
+def _sparse_prefill(q, kv, indices, sm_scale, d_v, sink=None):
     assert q.shape[1] in flashmla.HEADS and q.stride(-1) == 1 and d_v == 512 and indices.shape[2] % 128 == 0
-    out, lse = functions.sparse_attention(q, kv, indices, sm_scale)
+    out, lse = functions.sparse_attention(q, kv, indices, sm_scale, sink=sink)
     return [out, lse, lse]
 
 
@@ -86,13 +87,13 @@ def _metadata(seqlens_k, num_q_tokens_per_head_k, h_k, h_q, is_fp8_kvcache, topk
     return [seqlens_k.new_zeros(4, 8), seqlens_k.new_zeros(len(seqlens_k) + 1)]
 
 
-def _decode(q, cache, d_v, seqlens, table, scale, causal, tiles, splits, is_fp8, indices):
+def _decode(q, cache, d_v, seqlens, table, scale, causal, tiles, splits, is_fp8, indices, sink=None):
     assert is_fp8 and not causal and len(seqlens) == len(table) == len(q) and len(splits) == len(q) + 1
     assert q.shape[2] in flashmla.HEADS and indices.shape[2] % 64 == 0
     assert cache.shape[2] == 1 and cache.stride(1) == cache.shape[3] == {576: 656, 512: 584}[q.shape[3]]
     if q.shape[3] == 512:  # our functions take a v4 cache as padded pages
         cache = cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1))
-    out, lse = functions.sparse_attention_paged(q, cache, indices, scale)
+    out, lse = functions.sparse_attention_paged(q, cache, indices, scale, sink=sink)
     return [out, lse.transpose(1, 2).contiguous()]
 
 
@@ -158,7 +159,7 @@ def sgl_flash_mla_operators():
         "sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v, Tensor? attn_sink=None, "
         "Tensor? topk_length=None, bool return_log2_stats=False, bool return_stats=True) -> Tensor?[]",
         lambda q, kv, indices, sm_scale, d_v, sink=None, length=None, log2=False, stats=True: _sparse_prefill(
-            q, kv, indices, sm_scale, d_v
+            q, kv, indices, sm_scale, d_v, sink
         ),
     )
     define(
@@ -173,12 +174,12 @@ def sgl_flash_mla_operators():
 
 
 def _legacy_decode(q, kv, indices, length, sink, tiles, splits, extra, extra_indices, extra_length, d_v, sm_scale, layout):
-    assert (tiles is None) == (splits is None) and (length, sink, extra, extra_indices, extra_length) == (None,) * 5
+    assert (tiles is None) == (splits is None) and (length, extra, extra_indices, extra_length) == (None,) * 4
     assert layout == {576: "V32", 512: "V4"}[q.shape[3]]
     if tiles is None:
         tiles, splits = q.new_zeros(4, 8, dtype=torch.int32), q.new_zeros(len(q) + 1, dtype=torch.int32)
     lengths = q.new_zeros(len(q), dtype=torch.int32)
-    out, lse = _decode(q, kv, d_v, lengths, lengths[:, None], sm_scale, False, tiles, splits, True, indices)
+    out, lse = _decode(q, kv, d_v, lengths, lengths[:, None], sm_scale, False, tiles, splits, True, indices, sink)
     return out, lse, tiles, splits
 
 
@@ -215,7 +216,10 @@ def _fa3(q, k, v, k_new, v_new, q_v, out, cu_q, *rest):
     sm_scale, causal, left, right, softcap = rest[15:20]
     assert k_new is v_new is out is None and cu_q.tolist() == list(range(len(q) + 1)) and set(used.tolist()) == {pages.shape[1]}
     assert (longest_q, longest_k, causal, left, right, softcap) == (1, pages.shape[1], True, -1, -1, 0.0)
-    assert k.shape[1:] == (1, 1, 64) and v.shape[1:] == (1, 1, 512) and rest[26:28] == (1, 0)
+    assert rest[26:28] == (1, 0)
+    if q_v is None:  # keys as wide as they are, values the first of them
+        return list(functions.sparse_attention(q, k[:, 0], pages[:, None], sm_scale, d_v=v.shape[-1]))
+    assert k.shape[1:] == (1, 1, 64) and v.shape[1:] == (1, 1, 512)
     kv = torch.cat([v, k], -1)[:, 0]
     out, lse = functions.sparse_attention(torch.cat([q_v, q], -1), kv, pages[:, None], sm_scale)
     return [out, lse]
@@ -359,6 +363,36 @@ def test_an_adapter_agrees_with_the_reference(peer, name, each, label):
     outputs = prepared.outputs(prepared.run())
     accuracy = stage.check(each, inputs, outputs, stage.reference(each, inputs), exact=False)
     assert accuracy.passed or accuracy.similarity < adapter.similarity, accuracy.detail
+
+
+_LATENT = {"heads": 32, "head_dim": 160, "k": 2048}
+OTHERS = [
+    (padded_flash_mla, case("model_prefill", "ax-k2", {"queries": 2, "context": 2100, **_LATENT}), "64 heads, 512 channels)"),
+    (vllm_fa3, case("model_prefill", "ax-k2", {"queries": 2, "context": 2100, **_LATENT}), "tokens as pages"),
+    (
+        padded_flash_mla,
+        case("model_prefill", "glm-5.3-flash", {"queries": 1, "context": 2200, "heads": 64, "head_dim": 512, "k": 2063}),
+        "(padded to k 2176)",
+    ),
+    (padded_flash_mla, case("model_decode", "hy4", {**_PAGED, "context": 1088, **_LATENT, "head_dim": 576}), "64 heads)"),
+    (
+        padded_flash_mla,
+        case("model_decode", "deepseek-v4.1", {**_PAGED, "context": 320, "heads": 64, "head_dim": 512, "k": 512}),
+        "(BF16 cache)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "each", "label"), OTHERS, ids=lambda value: getattr(value, "id", ""))
+def test_what_serves_other_shapes_agrees_with_the_reference(module, each, label):
+    """FlashMLA with what it was not made for padded, FA3 with a page for each token."""
+    stage = stage_of(each.stage)
+    inputs = stage.inputs(each, Draw(2, "cpu"))
+    prepared = module.PEERS[-1].prepare(each, inputs)
+    assert prepared.label.endswith(label)
+    found = prepared.outputs(prepared.run())
+    accuracy = stage.check(each, inputs, found, stage.reference(each, inputs), exact=False)
+    assert accuracy.passed or accuracy.similarity < 1e-4, accuracy.detail
 
 
 def named(module, name):

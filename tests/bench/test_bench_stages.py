@@ -7,11 +7,10 @@ import functools
 import pytest
 import torch
 
-from dsa_codegen import ops
 from dsa_codegen.bench import agreement
 from dsa_codegen.bench.cases import case
 from dsa_codegen.bench.models import blocks_and_tail
-from dsa_codegen.bench.peers import load, padded_flash_mla
+from dsa_codegen.bench.peers import load
 from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.bench.stages import local_indices
 from dsa_codegen.problem import presets
@@ -117,33 +116,6 @@ def test_gathered_latents_give_the_same(each):
     for prepared in filter(None, made):
         accuracy = stage.check(each, inputs, prepared.outputs(prepared.run()), reference, exact=False)
         assert accuracy.similarity < 1e-4, (prepared.label, accuracy.detail)
-
-
-@pytest.mark.parametrize("each", MODELS, ids=lambda each: each.id)
-def test_padded_latents_give_the_same(each, monkeypatch):
-    """What FlashMLA is handed, by the same formula on the CPU."""
-    stage, seen, (inputs, reference) = stage_of(each.stage), [], problem(each)
-
-    def prefill_of(kv, sm_scale, sink=None):
-        seen.append(kv.shape[-1])
-        spec = {"heads": 64, "d_qk": kv.shape[-1], "topk": 2048, "sink": sink is not None}
-        op = ops.get("attention")
-
-        def attend(q, lists):
-            given = {"q": q, "kv": kv, "indices": lists, "sm_scale": sm_scale, "lengths": None, "sink": sink}
-            return [op.reference(op.spec_type(**spec), given)["out"]]
-
-        return attend
-
-    monkeypatch.setattr(padded_flash_mla.sgl_flash_mla, "prefill_of", prefill_of)
-    if each.distribution == "hy4":
-        assert padded_flash_mla.label(each, latents=False) == "sgl-flash-mla (padded to 64 heads)"
-        return
-    prepared = padded_flash_mla.PEERS[0].prepare(each, inputs)
-    found = prepared.outputs(prepared.run())
-    accuracy = stage.check(each, inputs, found, reference, exact=False)
-    assert accuracy.similarity < 1e-4, (prepared.label, accuracy.detail)
-    assert seen == [512]
 
 
 def test_lists_of_pooled_keys_are_blocks_and_a_tail():
