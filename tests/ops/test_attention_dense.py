@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError
 from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_dense import OP, AttentionDenseSizes, AttentionDenseSpec, formulas
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
+from dsa_codegen.proof.verify import verify
 
+import emulator
 from support import H200, assert_compiles, assert_matches_reference, completed
 
 SPEC = AttentionDenseSpec(5, 576, sink=True)
@@ -41,6 +47,17 @@ def test_matches_the_formula(interpreter, spec, case):
 def test_many_heads_are_served_by_pairs_of_tiles(spec):
     assert config(spec).backend == "cuda"
     assert_compiles(OP, spec, config(spec))
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_pairs_match_the_formula(tmp_path):
+    """On one SM: windows of one pair of tiles, of several and of none follow each other, wherever they begin."""
+    spec = AttentionDenseSpec(64, 512, sink=True)
+    kernels = emulator.cuda_kernels(render(OP, spec, config(spec)), tmp_path, "shuffled")
+    variant = Variant(OP, spec, config(spec), replace(H200, sms=1), kernels)
+    for sizes, distribution in (((1, 1), "ragged"), ((4, 333), "ragged"), ((2, 300), "causal")):
+        accuracy = verify(variant, Case(AttentionDenseSizes(*sizes), distribution), "cpu")
+        assert accuracy.passed, (sizes, accuracy.detail)
 
 
 @pytest.mark.parametrize(
