@@ -21,6 +21,8 @@ from .problem.presets import MLA, NO_CACHE, Model
 from .runtime import dispatch
 from .runtime.serving import Limits, calls
 
+_NO_GROUPS = 'attention "mla", one latent per token; of grouped queries call select and sparse_attention_gqa (docs/models.md)'
+
 
 class Attended(NamedTuple):
     """What a layer returns."""
@@ -59,7 +61,7 @@ class Layer:
         if not isinstance(model, Model):
             raise InputError("model", repr(model), 'a Model: preset("deepseek-v3.2"), or load("my-model.yaml")')
         if model.attention != MLA:
-            raise InputError("model", f"attention {model.attention!r}", 'attention "mla": a layer has one latent per token')
+            raise InputError("model", f"attention {model.attention!r}", _NO_GROUPS)
         if model.index_scores != "fp8":
             other = 'index_scores "fp8": a layer quantises; index_select(…, scores="bf16") does not'
             raise InputError("model", f"index_scores {model.index_scores!r}", other)

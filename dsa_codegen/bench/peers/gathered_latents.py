@@ -67,7 +67,7 @@ class GatheredLatents(Peer):
     distributions = ("torch",)
 
     def __init__(self, fused: bool) -> None:
-        self.name = "PyTorch (gathered latents, SDPA)" if fused else "PyTorch (gathered latents)"  # type: ignore[misc]
+        self.name = "PyTorch (gathered latents, SDPA)" if fused else "PyTorch (gathered latents)"
         self._fused = fused
 
     def available(self) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ... import functions
 from ...errors import InputError
 from ...problem.channels import D_V
+from . import grouped
 
 _D_ROPE = 64
 _ROWS = 4096
@@ -35,6 +36,7 @@ def forward(
     dropout: float = 0.0,
     indices: Tensor | None = None,
     s_aux: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend from query [batch, heads, queries, nope + rotary] to the latents at ``indices`` [batch, queries, topk].
@@ -44,12 +46,15 @@ def forward(
             values, which torch's attention takes.
         attention_mask: the windows int32 [batch, 1, queries, 2].
         s_aux: sinks [heads].
+        block_indices: [batch, kv_heads, queries, entries], the blocks that a model of grouped queries chose (``grouped``).
 
     Returns:
         [batch, queries, heads, v_head_dim], and no weights.
     """
     if dropout:
         raise InputError("attention_dropout", dropout, "0, as kernels drop nothing")
+    if block_indices is not None:
+        return grouped.attend(module, query, key, value, attention_mask, scaling, block_indices), None
     lesson: Any = getattr(module, "dsa_lesson", None)
     sink = None if s_aux is None else s_aux.float()
     if lesson is not None and lesson.applies:

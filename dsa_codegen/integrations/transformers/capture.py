@@ -34,7 +34,7 @@ def capture(model: nn.Module, input_ids: Tensor, layer: int = -1) -> Activations
         raise InputError("model", "one that is not enabled", "a model that enable() has switched")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) != 1:
         raise InputError("input_ids", list(getattr(input_ids, "shape", ())), "one sequence, [1, tokens]")
-    own = [each for each in switch.layers(model) if each.indexer is not None]
+    own = [each for each in switch.layers(model) if each.indexer is not None and families.family_of(each)]
     if not -len(own) <= layer < len(own):
         raise InputError("layer", layer, f"one of the {len(own)} layers with an indexer of their own")
     found: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from ...problem import checks
 from ...problem.channels import D_V
 from ...problem.presets import PRECISIONS
 from ...train.layer import STAGES
-from . import attend, choose, families, learn, windows
+from . import attend, choose, families, grouped, learn, windows
 
 NAME = "dsa_codegen"
 """The attention function's name in a config."""
@@ -44,7 +44,7 @@ def enable(
     dynamic or static, padded on either side; layers that share another's choice reuse it. On CUDA the model has to be bf16,
     or to be trained; on the CPU, which runs the references, it may be fp32 and fp64 too. Without a ``stage`` nothing here has a
     backward. A cache that was filled before stays good with transformers 5.24, where the model keeps latents too, and does not
-    with 5.17.
+    with 5.17. Of ``minimax_m3_vl``, whose grouped queries choose blocks, attention is ours; its indexer stays the model's.
 
     Args:
         model: as ``from_pretrained`` gives it.
@@ -78,7 +78,7 @@ def enable(
     _register()
     found = list(layers(model))
     for layer in found:
-        _check(layer)
+        _check(layer, stage)
     disable(model)
     for layer in found:
         _enable(layer, scores, dense_below, lesson)
@@ -102,11 +102,15 @@ def disable(model: nn.Module) -> nn.Module:
 
 def layers(model: nn.Module) -> Iterator[Any]:
     """The attention modules that choose tokens, or reuse another's choice."""
-    found = [module for module in model.modules() if families.family_of(module) and _is_sparse(module)]
+    found = [module for module in model.modules() if _is_known(module) and _is_sparse(module)]
     if not found:
         own = next((type(each).__name__ for each in model.modules() if type(each).__name__.endswith("Attention")), None)
-        raise UnknownName("attention class", own or type(model).__name__, sorted(families.FAMILIES))
+        raise UnknownName("attention class", own or type(model).__name__, sorted((*families.FAMILIES, *grouped.CLASSES)))
     yield from found
+
+
+def _is_known(module: nn.Module) -> bool:
+    return families.family_of(module) is not None or grouped.is_grouped(module)
 
 
 def _is_sparse(attention: Any) -> bool:
@@ -114,8 +118,13 @@ def _is_sparse(attention: Any) -> bool:
     return attention.indexer is not None or getattr(attention, "skip_topk", False)
 
 
-def _check(layer: Any) -> None:
+def _check(layer: Any, stage: str | None) -> None:
     """Refuse what no kernel serves before anything is changed."""
+    if grouped.is_grouped(layer):
+        if stage is not None:
+            raise InputError("stage", stage, "None: attention of grouped queries has no backward")
+        grouped.check(layer)
+        return
     rotary = layer.qk_rope_head_dim
     if layer.kv_lora_rank > D_V:
         raise SpecError("kv_lora_rank", layer.kv_lora_rank, f"at most {D_V}")
@@ -133,19 +142,21 @@ def _check(layer: Any) -> None:
 
 def _enable(layer: Any, scores: str, dense_below: int | None, lesson: learn.Lesson | None) -> None:
     """Put what stands in on the instances, and remember what was there."""
-    indexer, topk = layer.indexer, layer.config.index_topk
-    replaced = [(layer, "expand_kv"), *([] if indexer is None else [(indexer, "forward")])]
+    indexer, latent = layer.indexer, not grouped.is_grouped(layer)
+    replaced = [(layer, "expand_kv"), *([] if indexer is None else [(indexer, "forward")])] if latent else []
     if layer.config._attn_implementation != NAME:  # layers share their config
         replaced.append((layer.config, "_attn_implementation_internal"))
     layer.dsa_before = [(owner, name, owner.__dict__.get(name, _ABSENT)) for owner, name in replaced]
-    layer.dsa_dense_below = topk if dense_below is None else min(dense_below, topk)
-    layer.dsa_lesson = lesson
-    layer.expand_kv = attend.latents
-    if indexer is not None:
-        family = families.family_of(layer)
-        assert family is not None
-        indexer.forward = functools.partial(choose.forward, indexer, choose.Rule(family, topk, scores, lesson))
     layer.config._attn_implementation_internal = NAME
+    layer.dsa_dense_below, layer.dsa_lesson = None, lesson
+    if latent:
+        topk = layer.config.index_topk
+        layer.dsa_dense_below = topk if dense_below is None else min(dense_below, topk)
+        layer.expand_kv = attend.latents
+        if indexer is not None:
+            family = families.family_of(layer)
+            assert family is not None
+            indexer.forward = functools.partial(choose.forward, indexer, choose.Rule(family, topk, scores, lesson))
 
 
 def _register() -> None:
