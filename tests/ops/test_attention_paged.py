@@ -96,6 +96,12 @@ def test_configs_without_violations_fit(changes):
     assert_compiles(OP, AttentionPagedSpec(128, 2048, sink=True), SMALL.replace(**changes), spills=96)
 
 
+def test_rotary_channels_within_the_value_of_any_rows_compile():
+    """The interpreter let two types of one name pass; the compiler does not."""
+    spec = next(spec for spec in SPECS if spec.rope_in_value)
+    assert_compiles(OP, spec, SMALL, spills=96)
+
+
 @pytest.mark.parametrize("heads", [8, 16, 64, 128])
 def test_two_pools_compile_for_hopper(heads):
     spec = AttentionPagedSpec(heads, 128, "v4", 256, sink=True, extra_topk=512, extra_page=64, extra_lengths=True)
