@@ -1,6 +1,7 @@
 """Prove the presets on a GPU: all that ``cli.py verify`` checks of each of them, what several share once, in processes at once.
 
-    python scripts/prove_presets.py [--preset NAME ...] [--own] [--after FILE] [--workers 8] [--seconds 600] [--json FILE]
+    python scripts/prove_presets.py [--preset NAME ...] [--op NAME ...] [--own] [--after FILE]
+                                    [--repeats 2] [--workers 8] [--seconds 600] [--json FILE]
 
 Every operation, option and template of a preset runs its cases (fresh inputs, poisoned outputs, the plain PyTorch reference,
 repeats bit for bit). A model's own specs come first, ``--own`` ends there; ``--after`` leaves out what an earlier run's file
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,14 @@ def key_of(subject: Subject) -> str:
     return key(subject.op.name, subject.spec.to_dict(), subject.config.to_dict(), subject.config.backend)
 
 
-def wanted(names: list[str], gpu: gpus.Gpu, own: bool) -> dict[str, dict[str, Subject]]:
+def wanted(names: list[str], gpu: gpus.Gpu, own: bool, ops: Sequence[str] = ()) -> dict[str, dict[str, Subject]]:
     """By preset and key; with ``own`` the specs that the model itself calls, without their options."""
     known: dict[tuple[str, Spec], list[Subject]] = {}  # presets share most of their specs
     found: dict[str, dict[str, Subject]] = {}
     for name in names:
         for op, spec in specs(presets.preset(name), (), gpu):
+            if ops and op.name not in ops:
+                continue
             if (op.name, spec) not in known:
                 known[op.name, spec] = list(subjects_of(op, spec, gpu))
             kept = (each for each in known[op.name, spec] if not own or each.spec == spec)
@@ -94,6 +98,7 @@ def earlier(file: Path | None) -> dict[str, Row]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", action="append", help="all, where none is named")
+    parser.add_argument("--op", action="append", default=[], help="all, where none is named")
     parser.add_argument("--own", action="store_true", help="the specs that the models call, without their options")
     parser.add_argument("--after", type=Path, metavar="FILE", help="the --json of an earlier run")
     parser.add_argument("--repeats", type=int, default=2)
@@ -110,7 +115,7 @@ def main() -> int:
         print("no GPU here: python cli.py verify --preset NAME --gpu H100 interprets and compiles")
         return 2
     names = asked.preset or presets.names()
-    named, rows = wanted(names, gpu, asked.own), earlier(asked.after)
+    named, rows = wanted(names, gpu, asked.own, asked.op), earlier(asked.after)
     todo = {check: subject for check, subject in in_order(named, gpu).items() if check not in rows}
     checks, calls = list(todo), [(subject, gpu, asked.repeats) for subject in todo.values()]
 

@@ -98,7 +98,7 @@ def test_configs_without_violations_fit(changes):
 
 def test_rotary_channels_within_the_value_of_any_rows_compile():
     """The interpreter let two types of one name pass; the compiler does not."""
-    spec = next(spec for spec in SPECS if spec.rope_in_value)
+    spec = next(spec for spec in ROWS if spec.rope_in_value)
     assert_compiles(OP, spec, SMALL, spills=96)
 
 
