@@ -14,7 +14,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ _BRING = re.compile(r"(void bring\([^)]*\) \{\n) *asm volatile\(.*?\);\n", re.DO
 _RECEIVE = re.compile(r"\basm volatile\(\"[^\"]*mbarrier\.try_wait.*?\);\n", re.DOTALL)
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+\)\s*(\w+)\(([^)]*)\)')
 _SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) ((?:unsigned )?char) (\w+)\[\];")
+_CONSUMERS = re.compile(r"    // The consumers: .*?(?=  }\n  cluster_sync\(\);)", re.DOTALL)
+_RANK = re.compile(r"DEVICE u32 rank_in_cluster\(\) \{.*?\n}\n", re.DOTALL)
+_CLUSTER_SYNC = re.compile(r"DEVICE void cluster_sync\(\).*\n")
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
 _PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d)(?:, (\d))?;", re.DOTALL)
@@ -121,6 +124,7 @@ class _EmulatedCuda:
         text = _ASSEMBLY.sub(";\n", text)
         (declared,) = (match[2] for match in _SIGNATURE.finditer(text) if match[1] == name)
         kinds = [" ".join(part.split()).rpartition(" ")[0] for part in declared.split(",")]
+        self.names = [part.split()[-1] for part in declared.split(",")]
         text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
         arguments = ", ".join(
             f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
@@ -138,6 +142,34 @@ class _EmulatedCuda:
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory.values():
             guarded.copy_back()
+
+
+def cuda_gatherers(
+    rendered: Rendered, folder: Path, name: str, keepers: str, rank: int, constants: dict[str, int]
+) -> Callable[[tuple[int, int, int], dict[str, Tensor], tuple[Any, ...]], None]:
+    """The gatherers of a kernel of clusters, in one of two blocks that do not know of each other.
+
+    Args:
+        keepers: the text that stands for the consumers.
+        rank: of the block in its cluster.
+        constants: that the text uses.
+
+    Returns:
+        what takes a grid, tensors by the names of parameters that stand for other ones, and the arguments of a launch.
+    """
+    source = folder / f"{rendered.module_name}.py"
+    source.write_text(rendered.text)
+    module = import_module(source)
+    text = _CONSUMERS.sub(lambda _: keepers, module.SOURCE, count=1)
+    text = _RANK.sub(f"DEVICE u32 rank_in_cluster() {{ return {rank}; }}\n", text[: text.index("// Joins the parts")])
+    text = _CLUSTER_SYNC.sub("DEVICE void cluster_sync() {}\n", text)
+    defined = "".join(f"constexpr int {constant} = {value};\n" for constant, value in constants.items())
+    kernel = _EmulatedCuda(folder, defined + text, name, {**module.KERNELS[name], "cluster": 1}, ORDERS.index("shuffled"))
+
+    def launch(grid: tuple[int, int, int], others: dict[str, Tensor], args: tuple[Any, ...]) -> None:
+        kernel(grid, tuple(others.get(parameter, arg) for parameter, arg in zip(kernel.names, args, strict=True)))
+
+    return launch
 
 
 def _as_integer(arg: int | float) -> int:

@@ -10,6 +10,13 @@ static emulator::Coordinates gridDim;
 struct uint2 {
   uint x, y;
 };
+struct int2 {
+  int x, y;
+};
+struct float2 {
+  float x, y;
+};
+static int2 make_int2(int x, int y) { return int2{x, y}; }
 struct int4 {
   int x, y, z, w;
 };

@@ -147,6 +147,32 @@ DEVICE void store8(bf16 *to, u32 a, u32 b, u64) {
 }
 DEVICE void prefetch(const bf16 *) {}
 DEVICE void stores_before_products() {}
+DEVICE void store1(u32 address, u32 value) { emulator::shared[address] = value; }
+DEVICE void store16(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  const u32 words[] = {a, b, c, d};
+  memcpy(emulator::shared + address, words, 16);
+}
+template <class T> static T load_if(const unsigned char *from, bool valid) {
+  T value = {};
+  if (valid) memcpy(&value, from, sizeof(T));
+  return value;
+}
+DEVICE uint4 load16_if(const unsigned char *from, bool valid) { return load_if<uint4>(from, valid); }
+DEVICE uint2 load8_if(const unsigned char *from, bool valid) { return load_if<uint2>(from, valid); }
+DEVICE u32 load4_if(const unsigned char *from, bool valid) { return load_if<u32>(from, valid); }
+static float e4m3(u32 byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float magnitude = (byte & 127) == 127 ? NAN : exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return byte & 128 ? -magnitude : magnitude;
+}
+DEVICE uint2 widened(u32 word, float scale) {
+  u32 pairs[2];
+  for (int i = 0; i < 2; i++) pairs[i] = pack(e4m3(word >> 16 * i & 255) * scale, e4m3(word >> (16 * i + 8) & 255) * scale);
+  return uint2{pairs[0], pairs[1]};
+}
+DEVICE void prefetch(const bf16 *) {}
+DEVICE void wait_for_last() {}
+DEVICE void let_next_start() {}
 DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }
 DEVICE bool group_any(u32 group, bool condition) { return emulator::meet(1 + group, 128, condition); }
 DEVICE void wgmma_fence() {}

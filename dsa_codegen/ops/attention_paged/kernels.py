@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA decode: warp groups with roles (Gluon), and plain tiles (Triton); how blocks share a row's entries."""
+"""Kernels of sparse MLA decode: clusters that split channels (CUDA C++), groups with roles (Gluon), tiles; rows that are split."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ _GLUON_PARTS = 8  # of the Gluon template's, whose program has all channels
 _GLUON_TILE = 64  # heads of a block, and entries per step: what one warpgroup instruction takes
 # Per thread: together they fill the register file, lead takes 208. The accumulators are 128 of them.
 _GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_registers": 72}
+_CUDA_TILE = 64  # entries per step
+_CUDA_THREADS = 384  # two groups of 128 multiply, one gathers
+_CUDA_REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
+_CUDA_STAGES = (5, 4, 3)  # tiles in flight, as many as fit
+_CUDA_HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
+_CUDA_HANDED = 33 * 128 * 16  # bytes that one then hands to the other
+_CUDA_COMBINERS = 128  # threads that join the parts of a row and head
+_HOPPER_SMEM = 232448  # bytes of a block
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
 _INVARIANT_TILES = 8  # of a part, where all rows are split alike
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -34,12 +42,12 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     """See the module's first lines."""
 
-    backends = ("gluon", "triton")
+    backends = ("cuda", "gluon", "triton")
     budgeted = True
 
     def parameters(self, backend: str) -> tuple[Parameter, ...]:
         meaning = "blocks that share a row's entries"
-        if backend == "gluon":
+        if backend in ("cuda", "gluon"):
             return (Parameter("splits", (0, *_SPLITS), f"{meaning}; 0: as many as end soonest", launch_only=True),)
         return (
             Parameter("block_h", (16, 32, 64), "heads per block, padded up to it"),
@@ -51,6 +59,13 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         )
 
     def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "cuda":
+            if gpu.capability != 90:
+                reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
+                yield Violation("capability", 1.0, reason)
+            if spec.kv_layout not in FIXED:
+                yield Violation("layout", 1.0, f"layout: the CUDA template reads v32 and v4, Triton's {spec.kv_layout}")
+            return
         if config.backend == "gluon":
             if gpu.capability != 90:
                 reason = f"capability: the Gluon template is Hopper's, {gpu.name} is sm_{gpu.capability}"
@@ -60,7 +75,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
                 yield Violation("layout", 1.0, reason)
                 return
             if spec.extra_topk:
-                yield Violation("second pool", 1.0, "second pool: the Gluon template gathers from one cache, Triton's from two")
+                yield Violation(
+                    "second pool", 1.0, "second pool: the Gluon template gathers from one cache, the others from two"
+                )
             yield from exceeds("smem", _gluon_smem(spec), gpu.smem_per_block, " B")
             return
         if config["dequantize"] == "cast":
@@ -78,8 +95,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
     def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
         """A row's entries tile by tile, in as many parts as the config says; by the number of rows where it says none."""
-        if config.backend == "gluon":
-            return f"gluon-{config['splits']}" if config["splits"] else None
+        if config.backend != "triton":
+            return f"{config.backend}-{config['splits']}" if config["splits"] else None
         shape = ("block_h", "block_n", "num_warps", "dequantize", "splits")
         return "-".join(["triton", *(str(config[name]) for name in shape)])
 
@@ -108,6 +125,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             "combine_d": _COMBINE_D,
             "combine_s": _COMBINE_S,
         }
+        if config.backend == "cuda":
+            return names | _cuda_derived(spec)
         if spec.general:
             shared = group_of(layout)
             group = tile_of(shared)
@@ -145,6 +164,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if spec.batch_invariant and config["splits"] > most:
             turns = in_turns(inputs, outputs, _PARTIAL_BYTES // (4 * d_v * spec.heads * config["splits"]))
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
+        if config.backend == "cuda":
+            return _cuda_launches(spec, config, inputs, outputs, gpu)
         blocks = _head_blocks(spec, config) * rows
         whole, splits = 0, min(config["splits"], most)
         last: tuple[int, ...] = ()
@@ -182,6 +203,81 @@ def _fixed_splits(spec: AttentionPagedSpec) -> int:
     return max(splits for splits in _SPLITS if splits <= max(1, tiles // _INVARIANT_TILES))
 
 
+def _cuda_derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
+    layout = spec.layout
+    d_qk = layout.d_nope + layout.d_rope
+    stages = next(stages for stages in _CUDA_STAGES if _cuda_smem(spec, stages) <= _HOPPER_SMEM)
+    return {
+        "d_qk": d_qk,
+        "half": layout.d_v // 2,
+        "half_tail": (d_qk - layout.d_v) // 2,
+        "turns": True,
+        "num_stages": stages,
+        "threads": _CUDA_THREADS,
+        "smem": _cuda_smem(spec, stages),
+        "combine_threads": _CUDA_COMBINERS,
+        **_CUDA_REGISTERS,
+    }
+
+
+def _cuda_smem(spec: AttentionPagedSpec, stages: int) -> int:
+    """Bytes of shared memory per block: half of the channels of tiles and of q, mail, masks, barriers."""
+    tile, mailbox, barrier = _CUDA_TILE * (spec.layout.d_nope + spec.layout.d_rope), 2048 + 1024 + 128, 8
+    q = -(-spec.heads // _CUDA_HEADS) * tile
+    return stages * (tile + 8 + 2 * barrier) + q + 2 * barrier + 8 * (mailbox + 2 * barrier)
+
+
+def _cuda_launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+    """Clusters that stay, each with one row or part of a row after another; then the parts are joined."""
+    q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
+    rows, d_v = q.shape[0] * q.shape[1], spec.layout.d_v
+    clusters = max(gpu.sms // 2, 1)
+    whole, splits = (0, config["splits"]) if config["splits"] else _shared_by_clusters(spec, rows, clusters)
+    splits = min(splits, max(1, _PARTIAL_BYTES // (4 * d_v * (rows - whole or 1) * spec.heads)))
+    parts = (rows - whole) * spec.heads * splits if splits > 1 else 0
+    partial_out = torch.empty(parts, d_v, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+    sink = (inputs["sink"],) if spec.sink else ()
+    (listed, places), *extra = (
+        _pool(inputs, spec.layout),
+        *([_pool(inputs, spec.extra_layout, "extra_")] if spec.extra_topk else []),
+    )
+    strides = (pieces(q, dimension) for dimension in range(3))
+    tensors = (q, *listed, *sink, *(tensor for more, _ in extra for tensor in more), out, lse, partial_out, partial_lse)
+    scalars = (*places, *(value for _, more in extra for value in more), q.shape[1], *strides, splits, inputs["sm_scale"])
+    grid = (2 * min(whole + (rows - whole) * splits, clusters), 1, 1)
+    scratch = (q.new_empty(grid[0] * _CUDA_HANDED // 2),) if spec.heads <= _CUDA_HEADS else ()
+    main = Launch("attention_paged", grid, (*tensors, *scratch, *scalars, whole, rows))
+    if splits == 1:
+        return (main,)
+    joined = (*sink, partial_out, partial_lse, out, lse, splits, whole)
+    return (main, Launch("combine", ((rows - whole) * spec.heads, 1, 1), joined))
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> tuple[int, int]:
+    """(rows that a cluster takes whole, parts that each of the others is split into), so that all end soonest.
+
+    The unit is a tile, 2 µs: a cluster starts in 1.5, joining takes 1.5, and a quarter for every MB of parts.
+    """
+    tiles = -(-spec.topk // _CUDA_TILE) + -(-spec.extra_topk // _CUDA_TILE)
+    part = 4 * spec.layout.d_v * spec.heads
+    least = 2 if spec.heads > _CUDA_HEADS else 4
+
+    def duration(shares: tuple[int, int]) -> float:
+        whole, splits = shares
+        joining = 1.5 + (rows - whole) * splits * part / 4e6 if splits > 1 else 0
+        return until_done(rows, clusters, tiles, whole, splits, start=1.5) + joining
+
+    def fits(shares: tuple[int, int]) -> bool:
+        whole, splits = shares
+        return splits == 1 or (least * splits <= tiles and (rows - whole) * splits * part <= _PARTIAL_BYTES)
+
+    waves = rows // clusters
+    whole = (0, max(waves - 1, 0) * clusters, waves * clusters)
+    return min(filter(fits, itertools.product(whole, _SPLITS)), key=duration)
+
+
 def _pool(inputs: Inputs, layout: AnyKvLayout, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """What a kernel takes of a pool: its tensors; its slots, pages and lists in numbers."""
     cache, indices, lengths = (inputs[f"{prefix}{name}"] for name in ("cache", "indices", "lengths"))
@@ -194,7 +290,7 @@ def _pool(inputs: Inputs, layout: AnyKvLayout, prefix: str = "") -> tuple[tuple[
 
 
 def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
-    return -(-spec.heads // (_GLUON_TILE if config.backend == "gluon" else int(config["block_h"])))
+    return -(-spec.heads // int(config["block_h"] if config.backend == "triton" else _GLUON_TILE))
 
 
 def _splits(spec: AttentionPagedSpec, config: Config, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
