@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA decode: clusters that split channels (CUDA C++), groups with roles (Gluon), tiles; rows that are split."""
+"""Kernels of sparse MLA decode: clusters that split channels (CUDA C++), groups with roles (Gluon), tiles; split rows."""
 
 from __future__ import annotations
 
