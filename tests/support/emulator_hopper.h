@@ -2,6 +2,7 @@
 // one block does on a Hopper GPU. A copy lands when its thread signals it, so that whoever does not wait finds the poison.
 #pragma once
 #include "emulator_cuda.h"
+#include <deque>
 
 #define DEVICE static inline
 #define __cvta_generic_to_shared(address) 0
@@ -29,6 +30,12 @@ struct Copy {
 };
 static Meeting meetings[named_barriers];
 static std::vector<Copy> copies[max_threads];
+struct Staged {  // no bytes: the end of a group
+  u32 to;
+  const unsigned char *from;  // none: zeros
+  u32 bytes;
+};
+static std::deque<Staged> staged[max_threads];
 static long idle_turns;
 
 static Barrier &barrier_at(u32 address) { return *(Barrier *)(shared + address); }
@@ -152,14 +159,26 @@ DEVICE void store16(u32 address, u32 a, u32 b, u32 c, u32 d) {
   const u32 words[] = {a, b, c, d};
   memcpy(emulator::shared + address, words, 16);
 }
-template <class T> static T load_if(const unsigned char *from, bool valid) {
-  T value = {};
-  if (valid) memcpy(&value, from, sizeof(T));
-  return value;
+// Bytes that are staged land when they are waited for: whoever reads before, or what another thread staged, finds the poison.
+DEVICE void stage(u32 to, const unsigned char *from, bool valid, u32 bytes) {
+  emulator::staged[emulator::current].push_back({to, valid ? from : nullptr, bytes});
 }
-DEVICE uint4 load16_if(const unsigned char *from, bool valid) { return load_if<uint4>(from, valid); }
-DEVICE uint2 load8_if(const unsigned char *from, bool valid) { return load_if<uint2>(from, valid); }
-DEVICE u32 load4_if(const unsigned char *from, bool valid) { return load_if<u32>(from, valid); }
+DEVICE void stage16(u32 to, const unsigned char *from, bool valid) { stage(to, from, valid, 16); }
+DEVICE void stage8(u32 to, const unsigned char *from, bool valid) { stage(to, from, valid, 8); }
+DEVICE void stage4(u32 to, const unsigned char *from, bool valid) { stage(to, from, valid, 4); }
+DEVICE void stage_commit() { stage(0, nullptr, false, 0); }
+template <int left> DEVICE void stage_wait() {
+  auto &copies = emulator::staged[emulator::current];
+  int groups = 0;
+  for (auto &copy : copies) groups += copy.bytes == 0;
+  for (; groups > left; copies.pop_front()) {
+    const auto &copy = copies.front();
+    if (copy.from) memcpy(emulator::shared + copy.to, copy.from, copy.bytes);
+    else memset(emulator::shared + copy.to, 0, copy.bytes);
+    groups -= copy.bytes == 0;
+  }
+}
+DEVICE uint2 load8(u32 address) { return *(uint2 *)(emulator::shared + address); }
 static float e4m3(u32 byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
   const float magnitude = (byte & 127) == 127 ? NAN : exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
@@ -170,7 +189,6 @@ DEVICE uint2 widened(u32 word, float scale) {
   for (int i = 0; i < 2; i++) pairs[i] = pack(e4m3(word >> 16 * i & 255) * scale, e4m3(word >> (16 * i + 8) & 255) * scale);
   return uint2{pairs[0], pairs[1]};
 }
-DEVICE void prefetch(const bf16 *) {}
 DEVICE void wait_for_last() {}
 DEVICE void let_next_start() {}
 DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }

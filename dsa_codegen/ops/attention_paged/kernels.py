@@ -29,7 +29,8 @@ _GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_register
 _CUDA_TILE = 64  # entries per step
 _CUDA_THREADS = 384  # two groups of 128 multiply, one gathers
 _CUDA_REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
-_CUDA_STAGES = (5, 4, 3)  # tiles in flight, as many as fit
+_CUDA_STAGES = ((4, 2), (4, 1), (3, 2), (3, 1))  # tiles to be multiplied, tiles whose bytes are on their way: the first that fit
+_CUDA_STAGED = 5 * 16 * 4 + 8  # bytes of a token on their way: five words of each of four threads, scales
 _CUDA_HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
 _CUDA_HANDED = 33 * 128 * 16  # bytes that one then hands to the other
 _CUDA_COMBINERS = 128  # threads that join the parts of a row and head
@@ -206,15 +207,17 @@ def _fixed_splits(spec: AttentionPagedSpec) -> int:
 def _cuda_derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
     layout = spec.layout
     d_qk = layout.d_nope + layout.d_rope
-    stages = next(stages for stages in _CUDA_STAGES if _cuda_smem(spec, stages) <= _HOPPER_SMEM)
+    stages, stagings = next(both for both in _CUDA_STAGES if _cuda_staged(spec, *both) <= _HOPPER_SMEM)
     return {
         "d_qk": d_qk,
         "half": layout.d_v // 2,
         "half_tail": (d_qk - layout.d_v) // 2,
         "turns": True,
         "num_stages": stages,
+        "stagings": stagings,
         "threads": _CUDA_THREADS,
         "smem": _cuda_smem(spec, stages),
+        "smem_with_staging": _cuda_staged(spec, stages, stagings),
         "combine_threads": _CUDA_COMBINERS,
         **_CUDA_REGISTERS,
     }
@@ -225,6 +228,10 @@ def _cuda_smem(spec: AttentionPagedSpec, stages: int) -> int:
     tile, mailbox, barrier = _CUDA_TILE * (spec.layout.d_nope + spec.layout.d_rope), 2048 + 1024 + 128, 8
     q = -(-spec.heads // _CUDA_HEADS) * tile
     return stages * (tile + 8 + 2 * barrier) + q + 2 * barrier + 8 * (mailbox + 2 * barrier)
+
+
+def _cuda_staged(spec: AttentionPagedSpec, stages: int, stagings: int) -> int:
+    return -(-_cuda_smem(spec, stages) // 16) * 16 + stagings * _CUDA_TILE * _CUDA_STAGED
 
 
 def _cuda_launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
