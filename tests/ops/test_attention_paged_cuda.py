@@ -67,7 +67,7 @@ def test_kernels_get_their_arguments(spec, splits):
     ("rows", "heads", "clusters", "joined"),
     [
         (1, 128, 16, 128),  # no part is shorter than two tiles
-        (1, 64, 8, 64),  # of 64 heads, than four
+        (1, 64, 16, 64),
         (8, 128, 64, 8 * 128),
         (64, 128, 64, 0),  # about a wave
         (128, 64, 66, 0),

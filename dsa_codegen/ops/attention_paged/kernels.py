@@ -29,10 +29,11 @@ _GLUON_REGISTERS = {"registers": 128, "follow_registers": 160, "produce_register
 _CUDA_TILE = 64  # entries per step
 _CUDA_THREADS = 384  # two groups of 128 multiply, one gathers
 _CUDA_REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
-_CUDA_STAGES = ((4, 2), (4, 1), (3, 2), (3, 1))  # tiles to be multiplied, tiles whose bytes are on their way: the first that fit
+_CUDA_STAGES = (4, 3)  # tiles that are gathered, waiting or in use, as many as fit
 _CUDA_STAGED = 5 * 16 * 4 + 8  # bytes of a token on their way: five words of each of four threads, scales
 _CUDA_HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
 _CUDA_HANDED = 33 * 128 * 16  # bytes that one then hands to the other
+_CUDA_ROWS = 16  # and more of more than 64 heads are served by clusters where no record says otherwise
 _CUDA_COMBINERS = 128  # threads that join the parts of a row and head
 _HOPPER_SMEM = 232448  # bytes of a block
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
@@ -107,8 +108,10 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         few = wide.replace(block_h=16, block_n=32, num_warps=4)
         widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
         best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
-        # On an H100 at batch 64 with 128 heads: 101 µs against 194.
         fixed = _fixed_splits(spec)
+        if not spec.batch_invariant and (spec.extra_topk or _clusters_pay(spec, sizes)):
+            yield Config.of("cuda", splits=0)
+        # On an H100 at batch 64 with 128 heads: 101 µs against Triton's 194.
         yield Config.of("gluon", splits=fixed if spec.batch_invariant else 0)
         for config in (best, best.replace(block_n=32), some, few, few.replace(block_n=16)):
             yield config.replace(splits=fixed if spec.batch_invariant else _splits(spec, config, sizes, gpu))
@@ -198,6 +201,11 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         return (main, Launch("combine", combined, joined))
 
 
+def _clusters_pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
+    """Whether clusters take less than Gluon's blocks of 64 heads: an H200's 82 µs against 98 at 64 rows of 128 heads, 25 each at 8."""
+    return spec.heads > _CUDA_HEADS and sizes.batch * sizes.next_n >= _CUDA_ROWS
+
+
 def _fixed_splits(spec: AttentionPagedSpec) -> int:
     """Of a batch-invariant row: parts of eight tiles, the compromise between a single row and many."""
     tiles = -(-(spec.topk + spec.extra_topk) // _GLUON_TILE)
@@ -207,17 +215,16 @@ def _fixed_splits(spec: AttentionPagedSpec) -> int:
 def _cuda_derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
     layout = spec.layout
     d_qk = layout.d_nope + layout.d_rope
-    stages, stagings = next(both for both in _CUDA_STAGES if _cuda_staged(spec, *both) <= _HOPPER_SMEM)
+    stages = next(stages for stages in _CUDA_STAGES if _cuda_staged(spec, stages) <= _HOPPER_SMEM)
     return {
         "d_qk": d_qk,
         "half": layout.d_v // 2,
         "half_tail": (d_qk - layout.d_v) // 2,
         "turns": True,
         "num_stages": stages,
-        "stagings": stagings,
         "threads": _CUDA_THREADS,
         "smem": _cuda_smem(spec, stages),
-        "smem_with_staging": _cuda_staged(spec, stages, stagings),
+        "smem_with_staging": _cuda_staged(spec, stages),
         "combine_threads": _CUDA_COMBINERS,
         **_CUDA_REGISTERS,
     }
@@ -230,8 +237,9 @@ def _cuda_smem(spec: AttentionPagedSpec, stages: int) -> int:
     return stages * (tile + 8 + 2 * barrier) + q + 2 * barrier + 8 * (mailbox + 2 * barrier)
 
 
-def _cuda_staged(spec: AttentionPagedSpec, stages: int, stagings: int) -> int:
-    return -(-_cuda_smem(spec, stages) // 16) * 16 + stagings * _CUDA_TILE * _CUDA_STAGED
+def _cuda_staged(spec: AttentionPagedSpec, stages: int) -> int:
+    """The same with a tile of the cache's bytes on their way."""
+    return -(-_cuda_smem(spec, stages) // 16) * 16 + _CUDA_TILE * _CUDA_STAGED
 
 
 def _cuda_launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
@@ -269,7 +277,6 @@ def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> t
     """
     tiles = -(-spec.topk // _CUDA_TILE) + -(-spec.extra_topk // _CUDA_TILE)
     part = 4 * spec.layout.d_v * spec.heads
-    least = 2 if spec.heads > _CUDA_HEADS else 4
 
     def duration(shares: tuple[int, int]) -> float:
         whole, splits = shares
@@ -278,7 +285,7 @@ def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> t
 
     def fits(shares: tuple[int, int]) -> bool:
         whole, splits = shares
-        return splits == 1 or (least * splits <= tiles and (rows - whole) * splits * part <= _PARTIAL_BYTES)
+        return splits == 1 or (2 * splits <= tiles and (rows - whole) * splits * part <= _PARTIAL_BYTES)
 
     waves = rows // clusters
     whole = (0, max(waves - 1, 0) * clusters, waves * clusters)
