@@ -30,7 +30,21 @@ STAGES = (
     "attention_backward",
     "indexer_backward",
 )
-KEYS = ("tokens", "rows", "queries", "batch", "next_n", "context", "heads", "kv_heads", "head_dim", "k", "block", "page")
+KEYS = (
+    "tokens",
+    "rows",
+    "queries",
+    "batch",
+    "next_n",
+    "context",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "k",
+    "extra_k",
+    "block",
+    "page",
+)
 """The keys of a shape, in the order in which they are shown."""
 SUITES = ("core", "distributions", "flashmla", "deepgemm")
 """core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
@@ -45,8 +59,10 @@ IN_ORDER = "in order"
 """Causal lists, and the tokens' gradient is added up in a fixed order: the same bits in every run."""
 PLACED = "placed"
 """Every row has a slot of its own, as in serving."""
-V4_K = 128 + 512
-"""A window and a selection, as DeepSeek-V4 attends to both at once."""
+V4_WINDOW, V4_SELECTION = 128, 512
+"""Entries of the two pools that DeepSeek-V4 attends to at once; `extra_k` of a shape are those of the second."""
+V4_K = V4_WINDOW + V4_SELECTION
+"""As many of one."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,8 @@ def _attention_decode() -> Iterator[BenchCase]:
     for heads in (128, 64):
         for batch in (64, 1, 8, 128):
             yield one(batch, 1, heads, head_dim=512, k=V4_K)
+        for batch in (64, 1, 128):
+            yield one(batch, 1, heads, head_dim=512, k=V4_WINDOW, extra_k=V4_SELECTION)
     for heads in (16, 8):
         for indices in ("random", LOCAL):
             yield one(64, 4, heads, indices=indices)

@@ -214,6 +214,8 @@ def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
     op = ops.get("attention_paged")
     layout = _KV_LAYOUTS[case["head_dim"]]
     spec: dict[str, Any] = {"heads": case["heads"], "topk": case["k"], "kv_layout": layout, "page": case["page"]}
+    if "extra_k" in dict(case.shape):
+        spec |= {"extra_topk": case["extra_k"], "extra_page": case["page"]}
     if "queries" in dict(case.shape):
         sizes = {"batch": case["queries"], "next_n": 1, "tokens": case["context"]}
     else:
@@ -244,7 +246,8 @@ def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
 
 def _attention_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     x = inputs
-    return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"])
+    second = {name: x.get(name) for name in ("extra_cache", "extra_indices")}
+    return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"], **second)
 
 
 def masked_logits(op_name: str, spec: Spec, inputs: Inputs) -> Tensor:

@@ -52,6 +52,7 @@ ATTENTION_FP8 = case("attention_prefill", FP8_PRODUCTS, dict(ATTENTION.shape))
 PROMPT = case("attention_prefill_paged", "random", {**dict(ATTENTION.shape), "page": 64})
 ATTENTION_DECODE = case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 576, "k": 64})
 ATTENTION_DECODE_V4 = case("attention_decode", "random", {**_PAGED, "next_n": 2, "heads": 16, "head_dim": 512, "k": 64})
+TWO_POOLS = case("attention_decode", "random", {**_PAGED, "heads": 64, "head_dim": 512, "k": 128, "extra_k": 64})
 CHOICE = case("index_select_prefill", "causal", {"queries": 4, "context": 2100, "k": 2048, **_INDEX})
 CHOICE_DECODE = case("index_select_decode", "full", {**_PAGED, "context": 2112, "k": 2048, **_INDEX})
 LAYER = case("layer_prefill", "real", {"queries": 2, "context": 2100, "heads": 64, "head_dim": 576, "k": 2048})
@@ -174,11 +175,17 @@ def sgl_flash_mla_operators():
 
 
 def _legacy_decode(q, kv, indices, length, sink, tiles, splits, extra, extra_indices, extra_length, d_v, sm_scale, layout):
-    assert (tiles is None) == (splits is None) and (length, extra, extra_indices, extra_length) == (None,) * 4
+    assert (tiles is None) == (splits is None) and (length, extra_length) == (None,) * 2
     assert layout == {576: "V32", 512: "V4"}[q.shape[3]]
     if tiles is None:
         tiles, splits = q.new_zeros(4, 8, dtype=torch.int32), q.new_zeros(len(q) + 1, dtype=torch.int32)
     lengths = q.new_zeros(len(q), dtype=torch.int32)
+    if extra is not None:
+        pools = ((kv, indices), (extra, extra_indices))
+        assert all(cache.shape[3] == 584 and slots.shape[2] % 64 == 0 for cache, slots in pools)
+        kv, extra = (cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1)) for cache in (kv, extra))
+        second = {"extra_cache": extra, "extra_indices": extra_indices, "sink": sink}
+        return *functions.sparse_attention_paged(q, kv, indices, sm_scale, **second), tiles, splits
     out, lse = _decode(q, kv, d_v, lengths, lengths[:, None], sm_scale, False, tiles, splits, True, indices, sink)
     return out, lse, tiles, splits
 
@@ -330,6 +337,7 @@ def python_libraries(monkeypatch):
         (sgl_flash_mla, "sgl-flash-mla", ATTENTION_512, ""),
         (sgl_flash_mla, "sgl-flash-mla", ATTENTION_DECODE, ""),
         (sgl_flash_mla, "sgl-flash-mla", ATTENTION_DECODE_V4, " (padded to 64)"),
+        (sgl_flash_mla, "sgl-flash-mla", TWO_POOLS, ""),
         (sgl_flash_mla, "sgl-flash-mla", PROMPT, " (padded to 64)"),
         (sgl_flash_mla, "gather_kv + sgl-flash-mla", PROMPT, " (padded to 64)"),
         (triton_mla, "SGLang Triton MLA", ATTENTION, ""),
@@ -417,6 +425,7 @@ def named(module, name):
         (q8kv8, "SGLang Q8KV8", ATTENTION),
         (vllm_fa3, "FA3 (vLLM)", ATTENTION_512),
         (cudnn_frontend, "cuDNN indexer", INDEXER),
+        (flashmla, "FlashMLA", TWO_POOLS),
         (flashmla, "gather_kv + FlashMLA", case("attention_prefill_paged", "random", {**dict(PROMPT.shape), "head_dim": 512})),
     ],
     ids=lambda value: getattr(value, "id", value) if not hasattr(value, "PEERS") else "",

@@ -66,8 +66,8 @@ def test_kernels_get_their_arguments(spec, splits):
 @pytest.mark.parametrize(
     ("rows", "heads", "clusters", "joined"),
     [
-        (1, 128, 16, 128),  # no part is shorter than two tiles
-        (1, 64, 16, 64),
+        (1, 128, 16, 128),  # no longest part is shorter than two tiles
+        (1, 64, 12, 64),  # of 64 heads, than three
         (8, 128, 64, 8 * 128),
         (64, 128, 64, 0),  # about a wave
         (128, 64, 66, 0),

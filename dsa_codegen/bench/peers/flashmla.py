@@ -27,7 +27,9 @@ _V4_BYTES = 584  # of a token of the cache that goes with 512 channels
 Attend = Callable[[Tensor, Tensor], Sequence[Tensor]]
 """Queries and indices to outputs, the first of which is the attention's."""
 PrefillOf = Callable[[Tensor, float], Attend]
-DecodeOf = Callable[[Tensor, torch.Size, int, int, float], Attend]
+Pool = tuple[Tensor, Tensor]
+"""A second cache, and each row's slots in it."""
+DecodeOf = Callable[[Tensor, torch.Size, int, int, float, Pool | None], Attend]
 
 
 def reason() -> str | None:
@@ -67,8 +69,8 @@ def prefill_of(kv: Tensor, sm_scale: float) -> Attend:
     return lambda q, indices: attend(q, kv, indices, sm_scale, _D_V)
 
 
-def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scale: float) -> Attend:
-    """FP8 decode attention of queries of that shape and of slots; its schedule is made beforehand."""
+def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scale: float, extra: Pool | None = None) -> Attend:
+    """FP8 decode attention of queries of that shape and of slots; its schedule is made beforehand. There is no second pool."""
     batch, next_n, heads, _ = shape
     lengths = torch.full((batch,), context, dtype=torch.int32, device=cache.device)
     table = torch.zeros(batch, 1, dtype=torch.int32, device=cache.device)  # for dense attention only
@@ -89,7 +91,8 @@ def over_cache(case: BenchCase, inputs: Inputs, decode: DecodeOf) -> Run:
     """The decode kernel over the case's cache. The rows of a prompt are sequences of one query, as SGLang calls it there."""
     q, indices = padded(inputs["q"]), inputs["indices"]
     cache = as_tokens(inputs["cache"], case["page"])
-    attend = decode(cache, q.shape, case["context"], case["k"], inputs["sm_scale"])
+    extra = (as_tokens(inputs["extra_cache"], case["page"]), inputs["extra_indices"]) if "extra_k" in dict(case.shape) else None
+    attend = decode(cache, q.shape, case["context"], case["k"], inputs["sm_scale"], extra)
     return lambda: attend(q, indices)
 
 
@@ -113,6 +116,7 @@ class FlashMlaPeer(Peer):
         prefill, decode: make its calls.
         reason: why it cannot be used here.
         gathered: over the cache of a prompt, read back the latents and run the prefill kernel on them.
+        pools: how many caches its decode kernel attends to at once.
     """
 
     def __init__(
@@ -123,11 +127,12 @@ class FlashMlaPeer(Peer):
         reason: Callable[[], str | None],
         distribution: str,
         gathered: bool = False,
+        pools: int = 1,
     ) -> None:
         self.name = f"gather_kv + {name}" if gathered else name
         self.stages = ("attention_prefill_paged",) if gathered else STAGES
         self.distributions = (distribution,)
-        self._prefill, self._decode, self._reason, self._gathered = prefill, decode, reason, gathered
+        self._prefill, self._decode, self._reason, self._gathered, self._pools = prefill, decode, reason, gathered, pools
 
     def available(self) -> str | None:
         return self._reason()
@@ -138,6 +143,8 @@ class FlashMlaPeer(Peer):
     def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
         heads = case["heads"]
         if not serves(case) or (self._gathered and case["head_dim"] != _V32_CHANNELS):
+            return None
+        if "extra_k" in dict(case.shape) and self._pools < 2:
             return None
         return Prepared(label(self.name, heads), self._run(case, inputs), lambda results: {"out": results[0][..., :heads, :]})
 

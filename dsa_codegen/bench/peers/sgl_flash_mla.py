@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .flashmla import Attend, FlashMlaPeer
+from .flashmla import Attend, FlashMlaPeer, Pool
 from .libraries import loaded, needs_gpu
 
 NAME = "sgl-flash-mla"
@@ -27,15 +27,23 @@ def prefill_of(kv: Tensor, sm_scale: float, sink: Tensor | None = None) -> Atten
     return lambda q, indices: attend(q, kv, indices, sm_scale, _D_V, sink, None, True, True)
 
 
-def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scale: float, sink: Tensor | None = None) -> Attend:
+def decode_of(
+    cache: Tensor,
+    shape: torch.Size,
+    context: int,
+    topk: int,
+    sm_scale: float,
+    extra: Pool | None = None,
+    sink: Tensor | None = None,
+) -> Attend:
     """FP8 decode attention; its schedule depends on shapes only, and is the one that its first call made."""
     attend = torch.ops.flash_mla_legacy.sparse_decode_fwd.default
-    layout = _FORMATS[shape[3]]
+    layout, second = _FORMATS[shape[3]], extra or (None, None)
     schedule: list[Tensor] = []
 
     def run(q: Tensor, slots: Tensor) -> Sequence[Tensor]:
         tiles, splits = schedule or (None, None)
-        results = attend(q, cache, slots, None, sink, tiles, splits, None, None, None, _D_V, sm_scale, layout)
+        results = attend(q, cache, slots, None, sink, tiles, splits, *second, None, _D_V, sm_scale, layout)
         if not schedule:
             schedule.extend(results[2:])
         return results
@@ -45,4 +53,4 @@ def decode_of(cache: Tensor, shape: torch.Size, context: int, topk: int, sm_scal
     return run
 
 
-PEERS = tuple(FlashMlaPeer(NAME, prefill_of, decode_of, reason, NAME, gathered) for gathered in (False, True))
+PEERS = tuple(FlashMlaPeer(NAME, prefill_of, decode_of, reason, NAME, gathered, pools=2) for gathered in (False, True))

@@ -68,7 +68,10 @@ def shape(row: Row) -> str:
         words += [f"next_n {of['next_n']}"] if of.get("next_n", 1) > 1 else []
     words += [f"{of['heads']} heads"] if "heads" in of else []
     words += [f"{of['kv_heads']} KV heads, blocks of {of['block']}"] if "kv_heads" in of else []
-    words += [f"k {of['k']}"] if of.get("k", 2048) != 2048 else []
+    if "extra_k" in of:
+        words.append(f"k {of['k']} + {of['extra_k']} of two pools")
+    elif of.get("k", 2048) != 2048:
+        words.append(f"k {of['k']}")
     words += [f"d {of['head_dim']}"] if of.get("head_dim", 576) not in (128, 576) else []
     distribution: str = row["distribution"]
     words += [_WORDS.get(distribution, distribution)] if distribution not in _USUAL else []

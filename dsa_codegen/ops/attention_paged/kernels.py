@@ -33,7 +33,7 @@ _CUDA_STAGES = (4, 3)  # tiles that are gathered, waiting or in use, as many as 
 _CUDA_STAGED = 5 * 16 * 4 + 8  # bytes of a token on their way: five words of each of four threads, scales
 _CUDA_HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
 _CUDA_HANDED = 33 * 128 * 16  # bytes that one then hands to the other
-_CUDA_ROWS = 16  # and more of more than 64 heads are served by clusters where no record says otherwise
+_CUDA_ROWS = 16  # from which on clusters serve more than 64 heads where no record says otherwise
 _CUDA_COMBINERS = 128  # threads that join the parts of a row and head
 _HOPPER_SMEM = 232448  # bytes of a block
 _PARTIAL_BYTES = 1 << 30  # of the parts that splits leave, at most
@@ -109,7 +109,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         widest = wide if gpu.capability == 90 else some  # 64 heads spill 216 to 304 bytes elsewhere
         best = few if spec.heads <= 16 else some if spec.heads <= 32 else widest
         fixed = _fixed_splits(spec)
-        if not spec.batch_invariant and (spec.extra_topk or _clusters_pay(spec, sizes)):
+        if not spec.batch_invariant and (spec.extra_topk or _clusters_pay(spec, sizes, gpu)):
             yield Config.of("cuda", splits=0)
         # On an H100 at batch 64 with 128 heads: 101 µs against Triton's 194.
         yield Config.of("gluon", splits=fixed if spec.batch_invariant else 0)
@@ -201,9 +201,16 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         return (main, Launch("combine", combined, joined))
 
 
-def _clusters_pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
-    """Whether clusters take less than Gluon's blocks of 64 heads: an H200's 82 µs against 98 at 64 rows of 128 heads, 25 each at 8."""
-    return spec.heads > _CUDA_HEADS and sizes.batch * sizes.next_n >= _CUDA_ROWS
+def _clusters_pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
+    """Whether clusters are known to take less than Gluon's blocks of 64 heads.
+
+    On an H200 with 128 heads 33.6 µs against 36.6 at 16 rows, 87 against 103 at 64, 25 each at 8; with 64 heads 63 against 66 at
+    64 rows, where each has a cluster of its own, 28 against 26 at 16, 123 against 106 at 128.
+    """
+    rows, clusters = sizes.batch * sizes.next_n, gpu.sms // 2
+    if spec.heads > _CUDA_HEADS:
+        return rows >= _CUDA_ROWS
+    return spec.heads > _CUDA_HEADS // 2 and clusters // 2 < rows <= clusters
 
 
 def _fixed_splits(spec: AttentionPagedSpec) -> int:
@@ -277,6 +284,7 @@ def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> t
     """
     tiles = -(-spec.topk // _CUDA_TILE) + -(-spec.extra_topk // _CUDA_TILE)
     part = 4 * spec.layout.d_v * spec.heads
+    least = 2 if spec.heads > _CUDA_HEADS else 3  # of the longest part: fewer are filled up, to two of each group
 
     def duration(shares: tuple[int, int]) -> float:
         whole, splits = shares
@@ -285,7 +293,7 @@ def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> t
 
     def fits(shares: tuple[int, int]) -> bool:
         whole, splits = shares
-        return splits == 1 or (2 * splits <= tiles and (rows - whole) * splits * part <= _PARTIAL_BYTES)
+        return splits == 1 or (-(-tiles // splits) >= least and (rows - whole) * splits * part <= _PARTIAL_BYTES)
 
     waves = rows // clusters
     whole = (0, max(waves - 1, 0) * clusters, waves * clusters)
