@@ -63,7 +63,7 @@ class PaddedFlashMla(Peer):
 def over_rows(case: BenchCase, inputs: Inputs) -> tuple[sgl_flash_mla.Attend, Tensor, Tensor]:
     """The call of its FP8 decode kernel, with what it takes."""
     q, sink = padded(inputs["q"]), padded_sink(inputs["sink"])
-    decode = sgl_flash_mla.decode_of(inputs["cache"], q.shape, case["context"], case["k"], inputs["sm_scale"], sink)
+    decode = sgl_flash_mla.decode_of(inputs["cache"], q.shape, case["context"], case["k"], inputs["sm_scale"], sink=sink)
     return decode, q, inputs["indices"]
 
 

@@ -204,7 +204,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 def _clusters_pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
     """Whether clusters are known to take less than Gluon's blocks of 64 heads.
 
-    On an H200 with 128 heads 33.6 µs against 36.6 at 16 rows, 87 against 103 at 64, 25 each at 8; with 64 heads 63 against 66 at
+    On an H200 with 128 heads 33.6 µs against 36.6 at 16 rows, 87 against 103 at 64, 25 each at 8; with 64 heads 63 and 66 at
     64 rows, where each has a cluster of its own, 28 against 26 at 16, 123 against 106 at 128.
     """
     rows, clusters = sizes.batch * sizes.next_n, gpu.sms // 2
