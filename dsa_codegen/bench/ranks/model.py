@@ -37,7 +37,7 @@ _COPY = 3.0e6  # bytes per µs, read and written
 # 84 MB in 450, 759 MB in 3236), between nodes assumed.
 _BEGIN, _LINK = 13.0, 0.22e6
 _BEGIN_FAR, _LINK_FAR = 40.0, 0.20e6
-_MERGING = 250.0  # of choices and outputs by position: 85 small kernels of torch, on two H200s; 60 since
+_MERGING = 195.0  # of choices and outputs by position, by 36 small kernels of torch, as seen on two H200s (250 with 49)
 
 
 def all_gather_us(total: float, world: int) -> float:
