@@ -246,7 +246,7 @@ def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
 
 def _attention_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     x = inputs
-    second = {name: x.get(name) for name in ("extra_cache", "extra_indices")}
+    second: dict[str, Any] = {name: x.get(name) for name in ("extra_cache", "extra_indices")}
     return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"], **second)
 
 
