@@ -35,7 +35,8 @@ PAGE = ROOT / "docs" / "amd.md"
 LOCAL_MEMORY = {"gfx942": 65536, "gfx950": 163840}
 """Bytes that a block may have: MI300's, MI350's."""
 WAVE = 64
-MODEL = "deepseek-v3.2"
+MODELS = ("deepseek-v3.2", "glm-5.3-flash", "minimax-m3")
+"""The first of them that calls an operation states its spec."""
 Row = tuple[str, str, str]
 """(operation, target, what came of it)."""
 
@@ -62,14 +63,18 @@ def compiled(text: str, name: str, target: str) -> int:
 
 
 def subject(op: Op, target: str) -> tuple[Spec, Config]:
-    """The model's first spec, and the config that an NVIDIA GPU without matrix instructions of its own generation would get."""
+    """A model's first spec, and the config that an NVIDIA GPU without matrix instructions of its own generation would get."""
     ada = resolve("L40S")
     gpu = dataclasses.replace(ada, smem_per_block=LOCAL_MEMORY[target])
-    spec = op.specs(presets.preset(MODEL))[0]
+    spec = _specs(op)[0]
     try:
         return spec, _portable(op, spec, gpu)
     except NoConfig:
         return spec, _portable(op, spec, ada)  # it will be told that it does not fit
+
+
+def _specs(op: Op) -> list[Spec]:
+    return [spec for name in MODELS for spec in op.specs(presets.preset(name))]
 
 
 def _portable(op: Op, spec: Spec, gpu: Gpu) -> Config:
@@ -79,7 +84,7 @@ def _portable(op: Op, spec: Spec, gpu: Gpu) -> Config:
 
 def rows(targets: list[str], names: list[str], seconds: float) -> Iterator[Row]:
     """One for each operation and target, each compiled by a process of its own, which may take so much of a CPU's time."""
-    able = [op for op in ops.all_ops().values() if "triton" in op.backends and op.specs(presets.preset(MODEL))]
+    able = [op for op in ops.all_ops().values() if "triton" in op.backends and _specs(op)]
     for op in able:
         for target in targets if not names or op.name in names else ():
             command = [sys.executable, __file__, "--one", op.name, "--target", target]
@@ -112,7 +117,8 @@ def page(found: list[Row], targets: list[str]) -> str:
         "Nothing of this package runs on AMD's GPUs: there is no launcher, no record, no measurement. What can be said without",
         "one is which of the plain Triton templates Triton's HIP backend compiles, and how much local memory they take of what",
         f"a block may have ({of_blocks}). `python scripts/amd_targets.py` writes this page; here it was",
-        f"Triton {installed_triton()}, and the first spec of `{MODEL}` of each operation.",
+        f"Triton {installed_triton()}, and the first spec of `{MODELS[0]}` of each operation; pooled keys are",
+        f"those of `{MODELS[1]}`, grouped queries those of `{MODELS[2]}`.",
         "",
         f"| operation | {' | '.join(targets)} |",
         f"| --- | {' | '.join('---' for _ in targets)} |",
