@@ -5,8 +5,9 @@
 Everything is built first, without the tool. A piece is a few cases of one operation and backend in a process of its
 own, verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
 looked at, torch's are not. Models are `tiny` and, for grouped queries, `tiny-gqa`; operations of training are among them.
-Kernels in CUDA C++ are checked on the same models with 128 heads, too, for which they have other designs. synccheck and
-racecheck look at barriers and shared memory, memcheck at every address, every tensor in an allocation of its own.
+Kernels in CUDA C++ are checked on the same models with 128 heads, too, and prefill attention's with 64 and a longer k, for
+which they have other designs, on two SMs, where a block takes several queries. synccheck and racecheck look at barriers and
+shared memory, memcheck at every address, every tensor in an allocation of its own.
 
 Exit status: 0 where all pieces are clean, 1 where one is not or did not finish within its seconds. Reports: ``--out``.
 """
@@ -35,29 +36,43 @@ import torch  # noqa: E402
 from dsa_codegen import ops, paths  # noqa: E402
 from dsa_codegen.command import verification  # noqa: E402
 from dsa_codegen.gpu import Gpu, resolve  # noqa: E402
-from dsa_codegen.kernels.build import build  # noqa: E402
+from dsa_codegen.kernels.build import Built, build  # noqa: E402
 from dsa_codegen.kernels.render import render  # noqa: E402
 from dsa_codegen.kernels.variant import Variant  # noqa: E402
 from dsa_codegen.problem.op import Case  # noqa: E402
 from dsa_codegen.problem.presets import Model, preset  # noqa: E402
 from dsa_codegen.proof.verify import verify  # noqa: E402
+from scripts import source_lines  # noqa: E402
 
 MODELS = ("tiny", "tiny-gqa")
 TOOLS = ("memcheck", "racecheck", "synccheck")  # the slowest first: no long piece is left when the others are done
 TOGETHER = {"memcheck": 20, "racecheck": 40, "synccheck": 40}  # cases of a piece, about as long as the start of a process
+LONG_TOPK = 1024  # eight pairs of tiles: enough to be cut in two
+SMS = {"attention": 2}
+"""On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
+several queries of a case there, where on all SMs each would take one."""
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
 _RACE = re.compile(r"Race reported between .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r" in (\w+\.py):(\d+)")
-ORDERED = {
-    ("attention_paged", "gluon"): ("def attention_paged(", "gl.warp_specialize(", "per_row."),
-    ("indexer_paged", "gluon"): ("def indexer_paged(", "gl.warp_specialize("),
+ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
+    ("attention_paged", "gluon"): [("def attention_paged(", "gl.warp_specialize(", "per_row.")],
+    ("indexer_paged", "gluon"): [("def indexer_paged(", "gl.warp_specialize(")],
+    ("attention", "cuda"): [
+        ("load16(from), pass)", "copy_rows(copy16)"),
+        ("load4(base + AT_MASK + 8 * value_stage)", "store4(base + AT_MASK + 8 * stage, valid)"),
+    ],
 }
-"""Lines between which racecheck (2025.3) misses the order; a report of others than these is an error.
+"""Groups of lines between which racecheck (2025.3) misses the order; a report of others than one group's is an error.
 
 Triton tells its roles what to run through shared memory: the first warp group writes, all warps meet at ``barrier.sync 1``, the
 others read, all meet again; a meeting is another instruction for other warps. ``per_row`` passes from one warp group to another
 under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group, and all of the other wait for. Both can be read
 off the PTX.
+
+In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before they
+fill the place again. With few heads the warp has read the output that went through the place, and passed ``__syncwarp``. In a
+cluster all lanes read a tile's mask at once, and its products, which the warp issues together, need what came of it; the first
+lane arrives behind these. The tool sees the order of the thread that arrives only.
 """
 
 
@@ -99,11 +114,12 @@ def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[
 
 
 def sources_of(model: Model, gpu: Gpu, names: Sequence[str]) -> list[verification.Subject]:
-    """A model's sources, and in CUDA C++, whose designs for many heads are others, those of 128 heads."""
+    """A model's sources, and in CUDA C++, whose designs for many heads are others, those of 128 and of 64 heads."""
     own = verification.subjects(model, gpu, names)
     known = {(subject.op.name, subject.spec) for subject in own}
-    wide = of_backend(verification.subjects(replace(model, heads=128), gpu, names), "cuda")
-    return [*own, *(subject for subject in wide if (subject.op.name, subject.spec) not in known)]
+    wide = verification.subjects(replace(model, heads=128), gpu, names)
+    long = verification.subjects(replace(model, heads=64, topk=LONG_TOPK), gpu, ["attention"]) if "attention" in names else []
+    return [*own, *(each for each in of_backend([*wide, *long], "cuda") if (each.op.name, each.spec) not in known)]
 
 
 def of_backend(subjects: Iterable[verification.Subject], backend: str) -> list[verification.Subject]:
@@ -150,7 +166,8 @@ def run_piece(piece: Piece, models: Sequence[str], gpu: Gpu) -> None:
     found = all_cases(own, piece.tool)[piece.share :: piece.shares]
     for subject, together in itertools.groupby(found, key=operator.itemgetter(0)):
         op, spec, config = subject.op, subject.spec, subject.config
-        variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load())
+        sms = SMS.get(op.name) if config.backend == "cuda" and piece.tool != "memcheck" else None
+        variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load()).within(sms or gpu.sms)
         for _, case in together:
             accuracy = verify(variant, case, "cuda")
             if not accuracy.passed:
@@ -160,8 +177,13 @@ def run_piece(piece: Piece, models: Sequence[str], gpu: Gpu) -> None:
 
 def kernels_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> set[str]:
     """The names, or parts of them, of the kernels that a piece launches."""
+    return {name for built in builds_of(piece, subjects, gpu) for name in built.resources}
+
+
+def builds_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> list[Built]:
+    """What a piece may launch, from the cache."""
     mine = of(subjects, piece.op, piece.backend)
-    return {name for subject in mine for name in build(render(subject.op, subject.spec, subject.config), gpu).resources}
+    return [build(render(subject.op, subject.spec, subject.config), gpu) for subject in mine]
 
 
 def command_of(piece: Piece, kernels: Iterable[str], models: Sequence[str], option: str) -> list[str]:
@@ -178,8 +200,8 @@ def filter_option() -> str:
     return "--kernel-name" if "--kernel-name " in known else "--kernel-regex"
 
 
-def check(piece: Piece, command: Sequence[str], seconds: float, out: Path) -> Outcome:
-    """Run a piece; its report lies in ``out``."""
+def check(piece: Piece, command: Sequence[str], seconds: float, out: Path, builds: Sequence[Built] = ()) -> Outcome:
+    """Run a piece, which may launch what is in ``builds``; its report lies in ``out``."""
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     start, report = time.monotonic(), out / f"{piece.name}.txt"
     with report.open("w") as written:
@@ -189,14 +211,14 @@ def check(piece: Piece, command: Sequence[str], seconds: float, out: Path) -> Ou
             status = None
     text = report.read_text(errors="replace")
     done = re.search(r"verified (\d+) cases", text)
-    return Outcome(piece, _verdict(piece, status, text), int(done[1]) if done else 0, time.monotonic() - start)
+    return Outcome(piece, _verdict(piece, status, text, builds), int(done[1]) if done else 0, time.monotonic() - start)
 
 
-def _verdict(piece: Piece, status: int | None, text: str) -> str:
+def _verdict(piece: Piece, status: int | None, text: str, builds: Sequence[Built]) -> str:
     if status is None:
         return "timeout"
     errors = sum(map(int, _SUMMARY.findall(text)))
-    ordered = sum(in_order(piece, race) for race in _RACE.findall(text)) if errors else 0
+    ordered = sum(in_order(piece, race, builds) for race in _RACE.findall(text)) if errors else 0
     if errors > ordered:
         return f"{errors - ordered} errors"
     if "verified" not in text or (status and not errors):
@@ -204,11 +226,13 @@ def _verdict(piece: Piece, status: int | None, text: str) -> str:
     return f"clean but for {ordered} reports of what is in order" if ordered else "clean"
 
 
-def in_order(piece: Piece, race: str) -> bool:
+def in_order(piece: Piece, race: str, builds: Sequence[Built]) -> bool:
     """Whether a report is about lines between which the tool misses the order."""
-    known = ORDERED.get((piece.op, piece.backend), ())
-    places = _PLACE.findall(race)
-    return bool(places) and all(any(part in line_of(file, int(line)) for part in known) for file, line in places)
+    groups = ORDERED.get((piece.op, piece.backend), ())
+    if piece.backend == "cuda":
+        return source_lines.explained(race, groups, builds)
+    lines = [line_of(file, int(line)) for file, line in _PLACE.findall(race)]
+    return bool(lines) and any(all(any(part in line for part in group) for line in lines) for group in groups)
 
 
 @functools.cache
@@ -229,7 +253,7 @@ def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
 
     def one(piece: Piece) -> Outcome:
         command = command_of(piece, kernels_of(piece, subjects, gpu), arguments.preset or MODELS, option)
-        outcome = check(piece, command, arguments.seconds, arguments.out)
+        outcome = check(piece, command, arguments.seconds, arguments.out, builds_of(piece, subjects, gpu))
         print(f"{piece.name}: {outcome.verdict}, {outcome.cases} cases, {outcome.seconds:.0f} s", flush=True)
         return outcome
 

@@ -106,11 +106,21 @@ def of(built: Built) -> dict[str, Anatomy]:
     """
     found = {}
     for cubin in sorted(built.folder.rglob("*.cubin")):
-        kernels = read(report_of(_tool(), "-c", cubin, remedy=_REMEDY))
+        kernels = read(listing(cubin))
         # A file of one kernel may name it as its compiler pleases; the folder or the file has the kernel's own name.
         names = [name for name in built.resources if name in cubin.relative_to(built.folder).parts or name == cubin.stem]
         found.update({names[0]: next(iter(kernels.values()))} if len(kernels) == len(names) == 1 else kernels)
     return {name: found[name] for name in built.resources if name in found}
+
+
+def listing(cubin: Path, *options: str) -> str:
+    """What nvdisasm says of machine code.
+
+    Raises:
+        ToolMissing: there is none.
+        ToolBroken: it cannot read the machine code.
+    """
+    return report_of(_tool(), "-c", *options, cubin, remedy=_REMEDY)
 
 
 def _tool() -> Path:

@@ -25,11 +25,12 @@ def gatherers_registers(consumer_registers: int) -> int:
     return 3 * REGISTERS - 2 * consumer_registers
 
 
-def derived(d_qk: int, consumer_registers: int, max_logits: bool = False) -> dict[str, Scalar]:
-    """Names for the template."""
+def derived(d_qk: int, consumer_registers: int, max_logits: bool = False, divides: bool = False) -> dict[str, Scalar]:
+    """Names for the template; ``divides``: whether the last lists may be cut."""
     return {
         "threads": THREADS,
         "producer_registers": gatherers_registers(consumer_registers),
         "smem": smem(d_qk, max_logits),
         "split": _SPLIT,
+        "divides": divides,
     }

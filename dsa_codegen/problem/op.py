@@ -104,6 +104,8 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
+    touched: int | None = None
+    """Bytes of its tensors that it touches, where that is not about all of them: its share of a call's time is judged by it."""
 
 
 @dataclass(frozen=True)

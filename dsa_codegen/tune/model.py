@@ -97,5 +97,7 @@ def _stages(config: Config) -> int:
 
 
 def _touched(launch: Launch) -> int:
-    """Bytes of the tensors a launch is given: its share of the operation's work, where there are several launches."""
+    """Bytes of the tensors a launch is given, or that it says: its share of the operation's work, where there are several."""
+    if launch.touched is not None:
+        return launch.touched
     return sum(arg.numel() * arg.element_size() for arg in launch.args if isinstance(arg, Tensor))

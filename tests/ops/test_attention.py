@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
@@ -15,6 +16,7 @@ from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels import build, render
 from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
+from dsa_codegen.ops.attention.kernels import cut_last
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
@@ -118,6 +120,20 @@ def test_pairs_match_the_reference(spec, config, order, tmp_path):
     for sizes, distribution in (((1, 1), "ragged"), ((3, 333), "ragged"), ((2, 400), "steep")):
         accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cpu")
         assert accuracy.passed, (sizes, accuracy.detail)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_cut_lists_of_pairs_match_the_reference(tmp_path):
+    """On three SMs: of four queries the last is cut in three, and parts of short lists are empty."""
+    spec = AttentionSpec(64, 512, topk=700, lengths=True, sink=True, max_logits=True)
+    kernels = emulator.cuda_kernels(render.render(OP, spec, PAIR), tmp_path, "shuffled")
+    variant = Variant(OP, spec, PAIR, replace(H200, sms=3), kernels)
+    inputs, outputs = OP.inputs(spec, Case(AttentionSizes(4, 900), "ragged"), Draw(1)), {}
+    for length in (700, 200):
+        inputs["lengths"][3] = length
+        outputs = OP.allocate(spec, inputs)
+        assert [launch.kernel for launch in variant.launch(inputs, outputs)] == ["attention", "combine"]
+        assert OP.check(spec, inputs, outputs, OP.reference(spec, inputs)).passed, length
 
 
 IN_A_BLOCK = [
@@ -244,6 +260,33 @@ def test_a_persistent_grid_of_pairs_gets_its_arguments(heads, queries, blocks):
     (facts,) = namespace["KERNELS"].values()
     assert facts["args"] == ("ptr",) * len(tensors) + ("i32",) * 3 + ("u32",) * 4 + ("f32",)
     assert (facts["cluster"], len(launch.args)) == (1, len(facts["args"]))
+
+
+def test_only_full_rounds_of_pairs_are_whole():
+    """4096 queries of 64 heads and one round of some; lists too short to be cut, and blocks too few to share one."""
+    cuts = [cut_last(*each) for each in ((4096, 16, 132), (140, 16, 132), (3, 16, 132), (66, 16, 132))]
+    assert cuts == [(4092, 16), (132, 16), (0, 16), (0, 2)]
+    assert [cut_last(*each) for each in ((4096, 4, 132), (67, 16, 132), (264, 16, 132))] == [(4096, 1), (67, 1), (264, 1)]
+
+
+@pytest.mark.parametrize("queries", [3, 500])
+def test_the_last_lists_of_pairs_are_cut(queries):
+    """All blocks get a part, and a second kernel adds up those of each head; not where bits must not depend on it."""
+    spec = AttentionSpec(64, 576, 1024, sink=True)
+    inputs = OP.inputs(spec, Case(AttentionSizes(queries, 3), "random"), Draw(0))
+    outputs = OP.allocate(spec, inputs)
+    first, second = launches = OP.launches(spec, PAIR, inputs, outputs, replace(H200, sms=99))
+    whole, cut = cut_last(queries, 8, 99)
+    assert (first.grid, second.grid) == ((min(whole + (queries - whole) * cut, 99), 1, 1), ((queries - whole) * 64, 1, 1))
+    namespace: dict = {}
+    exec(render.render(OP, spec, PAIR).code, namespace)
+    for launch in launches:
+        facts = namespace["KERNELS"][launch.kernel]
+        kinds = tuple("ptr" if isinstance(arg, Tensor) else "f32" if isinstance(arg, float) else "int" for arg in launch.args)
+        assert kinds == tuple({"i32": "int", "u32": "int"}.get(kind, kind) for kind in facts["args"])
+    assert second.touched == 2048 * 64 * (queries - whole) * cut
+    invariant = replace(spec, batch_invariant=True)
+    assert [launch.kernel for launch in OP.launches(invariant, PAIR, inputs, outputs, H200)] == ["attention"]
 
 
 def test_clusters_leave_calls_without_tokens_to_torch():

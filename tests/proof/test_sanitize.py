@@ -112,3 +112,48 @@ def test_where_none_is_named_all_are_checked(sanitize, monkeypatch):
     monkeypatch.setattr(sanitize, "sources_of", lambda model, gpu, names: asked.append((model.name, set(names))) or [])
     sanitize.sources(sanitize.MODELS, sanitize.resolve("h200"))
     assert asked == [(name, set(sanitize.ops.all_ops())) for name in sanitize.MODELS]
+
+
+LISTING = """
+//--------------------- .text.attention --------------------------
+	//## File "/b/kernels.cu", line 1 inlined at "/b/kernels.cu", line 3
+	//## File "/b/kernels.cu", line 3
+        /*0010*/                   LDS.128 R20, [R110+UR12] ;
+        /*0020*/                   IMAD R1, R1, R1, R1 ;
+	//## File "/usr/include/intrinsics.hpp", line 900 inlined at "/b/kernels.cu", line 4
+	//## File "/b/kernels.cu", line 4
+        /*0030*/              @!P5 LDGSTS.E.128 [R21], desc[UR6][R50.64], !P6 ;
+        /*0040*/                   STS [R21], R20 ;
+"""
+TEXT = ["asm(ld.shared);", "asm(st.shared);", "store16(target, load16(from), pass);", "copy_rows(copy16);"]
+
+
+def test_lines_are_read_off_a_listing(sanitize):
+    found = sanitize.source_lines.read(LISTING, TEXT)
+    assert found["attention", 0x10] == ("LDS", (TEXT[0], TEXT[2]))
+    assert found["attention", 0x30] == ("LDGSTS", (TEXT[3],))
+    assert found["attention", 0x40] == ("STS", (TEXT[3],))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "builds", "known"),
+    [
+        ("Read access at attention+0x10", "Write access at attention+0x30", "a", True),
+        ("Read access at attention+0x10", "Write access at attention+0x40", "a", True),
+        ("Read access at attention+0x10", "Write access at attention+0x50", "a", False),  # of no build
+        ("Write access at attention+0x10", "Read access at attention+0x30", "a", False),
+        ("Read access at attention+0x10", "Write access at attention+0x30", "ab", False),  # b's are other lines
+        ("Read access at attention+0x10", "Write access at attention+0x40", "ab", True),  # and nothing is stored there
+        ("Read access at other+0x10", "Write access at other+0x30", "a", False),
+    ],
+)
+def test_reports_in_cuda_are_known_by_the_lines_of_every_build_they_may_be_of(
+    sanitize, monkeypatch, first, second, builds, known
+):
+    lines = sanitize.source_lines
+    found = {"a": lines.read(LISTING, TEXT), "b": lines.read(LISTING.replace(" STS", " LDS"), ["x"] * 4)}
+    monkeypatch.setattr(lines, "places", lambda folder, gpu: found[folder])
+    monkeypatch.setattr(lines, "instructions", lambda folder: {at: name for at, (name, _) in found[folder].items()})
+    race = f"Race reported between {first}\n=========     and {second} [8 hazards]"
+    piece = sanitize.Piece("racecheck", "attention", "cuda", 0, 1)
+    assert sanitize.in_order(piece, race, [SimpleNamespace(folder=name, gpu=None) for name in builds]) == known

@@ -93,7 +93,7 @@ _ASSEMBLY = re.compile(r"\basm(?: volatile)?\(.*?\);(?: *//[^\n]*)?\n", re.DOTAL
 # The copy engine, in a function of its own; a wait for it, which is over at once.
 _BRING = re.compile(r"(void bring\([^)]*\) \{\n) *asm volatile\(.*?\);\n", re.DOTALL)
 _RECEIVE = re.compile(r"\basm volatile\(\"[^\"]*mbarrier\.try_wait.*?\);\n", re.DOTALL)
-_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\w+, \w+\)\s*(\w+)\(([^)]*)\)')
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(([^)]*)\)')
 _SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) ((?:unsigned )?char) (\w+)\[\];")
 _CONSUMERS = re.compile(r"    // The consumers: .*?(?=  }\n  cluster_sync\(\);)", re.DOTALL)
 _RANK = re.compile(r"DEVICE u32 rank_in_cluster\(\) \{.*?\n}\n", re.DOTALL)

@@ -20,7 +20,7 @@ from . import nvcc
 from .base import Backend, Launchable, Resources, cubin_usage, import_module
 from .driver import CudaKernel, load_module
 
-_TEXT, _BINARY, _REPORT = "kernels.cu", "kernels.cubin", "kernels.log"
+TEXT, BINARY, _REPORT = "kernels.cu", "kernels.cubin", "kernels.log"
 _SMEM_OF_THE_SYSTEM = 1024
 
 
@@ -34,22 +34,23 @@ class CudaBackend(Backend):
 
     def compile(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Resources]:
         module = import_module(source)
-        (out / _TEXT).write_text(module.SOURCE)
-        run = subprocess.run(_command(gpu, out), capture_output=True, text=True)
+        (out / TEXT).write_text(module.SOURCE)
+        run = subprocess.run(command(gpu, out), capture_output=True, text=True)
         report = run.stdout + run.stderr
         if run.returncode:
             raise BuildError(f"{source.stem} for {gpu.arch}", nvcc.telling_line(report) or f"exit status {run.returncode}")
         (out / _REPORT).write_text(report)  # the assembler's warnings: products that it serialised, say
-        usage = cubin_usage(out / _BINARY)
+        usage = cubin_usage(out / BINARY)
         return {kernel: _resources(usage[kernel], facts, gpu) for kernel, facts in module.KERNELS.items()}
 
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         kernels = import_module(source).KERNELS
-        loaded = load_module((out / _BINARY).read_bytes())
+        loaded = load_module((out / BINARY).read_bytes())
         return {kernel: CudaKernel(loaded, kernel, **facts) for kernel, facts in kernels.items()}
 
 
-def _command(gpu: Gpu, out: Path) -> list[str | Path]:
+def command(gpu: Gpu, out: Path) -> list[str | Path]:
+    """What makes ``BINARY`` of ``TEXT`` in a folder."""
     host = os.environ.get("CXX") or os.environ.get("CC")  # preprocesses; by default nvcc takes gcc
     return [
         nvcc.find(),
@@ -59,8 +60,8 @@ def _command(gpu: Gpu, out: Path) -> list[str | Path]:
         "-O3",
         f"-gencode=arch={gpu.arch.replace('sm', 'compute')},code={gpu.arch}",
         "-o",
-        out / _BINARY,
-        out / _TEXT,
+        out / BINARY,
+        out / TEXT,
     ]
 
 

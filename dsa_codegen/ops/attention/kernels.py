@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ...gpu import Gpu
 from ...problem.channels import D_V, padded, padded_to
@@ -28,6 +29,8 @@ _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pas
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
 _PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_registers=216)
 _PAIR_TOPK = 512  # shorter lists were not measured
+_PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
+_LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
@@ -157,10 +160,10 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
-            # Blocks or clusters take one query, or 64 heads of one, after another.
-            alone = _design(spec, config) == "pair"
-            blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms) if alone else 2 * min(len(q), max(gpu.sms // 2, 1))
-            return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
+            if _design(spec, config) == "pair":
+                return _pair_launches(spec, inputs, outputs, (tensors, scalars), gpu)
+            # Clusters take one query after another.
+            return (Launch("attention", (2 * min(len(q), max(gpu.sms // 2, 1)), 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
         if config.backend == "tilelang":  # reads sizes and strides from the tensors
             return (Launch("attention", grid, (*tensors, sm_scale)),)
@@ -183,6 +186,40 @@ def _few_launches(spec: AttentionSpec, inputs: Inputs, outputs: Outputs, gpu: Gp
     strides = (step(q, 0), step(q, 1), step(kv, 0), listed)
     args = (q, kv, lists, *optional, *outputs.values(), *sizes, share * spec.topk, *strides, inputs["sm_scale"])
     return (*before, Launch("attention", (min(bundles, gpu.sms), 1, 1), args))
+
+
+def _pair_launches(
+    spec: AttentionSpec, inputs: Inputs, outputs: Outputs, args: tuple[Sequence[Any], Sequence[Any]], gpu: Gpu
+) -> Sequence[Launch]:
+    """Blocks that stay, each with 64 heads of a query after another; the last lists may be cut, and a second kernel adds up."""
+    tensors, scalars = args
+    items = len(inputs["q"]) * spec.heads // pair.HEADS
+    if not _divides(spec):
+        return (Launch("attention", (min(items, gpu.sms), 1, 1), (*tensors, *scalars)),)
+    whole, cut = cut_last(items, -(-spec.topk // _PAIR_TILES), gpu.sms)
+    units, heads = (items - whole) * cut, (items - whole) * pair.HEADS
+    sums, facts = (outputs["lse"].new_empty(units, pair.HEADS, width) for width in (D_V, 4))
+    first = Launch("attention", (min(whole + units, gpu.sms), 1, 1), (*tensors, sums, facts, whole, cut, *scalars))
+    if not units:
+        return (first,)
+    sink = () if inputs["sink"] is None else (inputs["sink"],)
+    combine = (sums, facts, *sink, *outputs.values(), whole, cut, inputs["sm_scale"])
+    return (first, Launch("combine", (heads, 1, 1), combine, touched=sums.nbytes))
+
+
+def cut_last(items: int, pairs: int, blocks: int) -> tuple[int, int]:
+    """How many items blocks take whole, in full rounds, and into how many parts each one behind is cut.
+
+    ``pairs``: of tiles, which a whole item has.
+    """
+    rest = items % blocks
+    cut = min(blocks // rest, pairs) if rest else 1
+    return (items - rest, cut) if pairs + (-pairs // cut) >= _LEAST_SAVED else (items, 1)
+
+
+def _divides(spec: AttentionSpec) -> bool:
+    """Whether lists may be cut at all: where bits may depend on what is beside a row, and parts would be long enough."""
+    return not spec.batch_invariant and -(-spec.topk // _PAIR_TILES) > _LEAST_SAVED
 
 
 def _head_blocks(spec: AttentionSpec, config: Config) -> int:
@@ -268,7 +305,7 @@ def _chunks(spec: AttentionSpec) -> int:
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     design = _design(spec, config)
     if design == "pair":
-        return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], spec.max_logits)}
+        return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], spec.max_logits, _divides(spec))}
     values: dict[str, Scalar] = {
         "threads": pair.THREADS,
         "producer_registers": pair.gatherers_registers(config["consumer_registers"]),
