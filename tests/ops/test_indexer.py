@@ -38,9 +38,10 @@ SPECS = [
 SMALL = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=2)
 TILELANG = Config.of("tilelang", block_q=2, block_n=64, num_stages=3, splits=1, pipeline="plain", threads=128, blocks_per_sm=4)
 PAIRED = TILELANG.replace(pipeline="paired", num_stages=4, blocks_per_sm=2)
-GLUON = Config.of("gluon", accumulators=1, block_n=64, num_stages=4, blocks_per_sm=3)
+GLUON = Config.of("gluon", accumulators=1, block_n=64, num_stages=4, blocks_per_sm=3, edges=False, unrolled=False)
 WIDE = GLUON.replace(block_n=128, num_stages=2)
 IN_TURN = GLUON.replace(accumulators=2, blocks_per_sm=2)
+EDGES = WIDE.replace(edges=True)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -89,6 +90,8 @@ def test_tilelang_is_for_hopper_only():
         (IndexerSpec(64, 128, compressed=True), WIDE),
         (SPECS[5], WIDE),
         (IndexerSpec(8, 128, clean=True, compressed=True), IN_TURN),
+        (IndexerSpec(8, 128, clean=True), EDGES),
+        (IndexerSpec(16, 128, score="relu_bias", logits="bf16"), EDGES.replace(unrolled=True)),
     ],
     ids=lambda value: value.id if isinstance(value, IndexerSpec) else "",
 )
@@ -158,7 +161,7 @@ def test_keys_lie_beyond_two_gigabytes(interpreter):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [SMALL, TILELANG, PAIRED, GLUON], ids=str)
+@pytest.mark.parametrize("config", [SMALL, TILELANG, PAIRED, GLUON, EDGES], ids=str)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_keys_and_logits_lie_beyond_two_billion(config, compressed):
     """130 rows of 2^24 columns, of keys that take 2 GiB."""
@@ -173,6 +176,25 @@ def test_keys_and_logits_lie_beyond_two_billion(config, compressed):
     logits = outputs["logits"][:, :100] if compressed else outputs["logits"][:, -100:]
     accuracy = OP.check(spec, near, {"logits": logits}, OP.reference(spec, near))
     assert accuracy.passed, accuracy.detail
+
+
+@pytest.mark.gpu
+def test_rows_of_a_block_lie_further_apart_than_32_bits_count():
+    spec, gpu, stride = IndexerSpec(8, 128), detect(), (1 << 26) + 64
+    if OP.violations(spec, EDGES, gpu):
+        pytest.skip(f"not for {gpu.name}")
+    inputs = OP.inputs(spec, Case(IndexerSizes(33, 130), "causal"), Draw(5, "cuda"))
+    logits = torch.empty(33 * stride, device="cuda").as_strided((33, 130), (stride, 1))
+    kernels = build.build(render.render(OP, spec, EDGES), gpu).load()
+    Variant(OP, spec, EDGES, gpu, kernels).run(inputs, {"logits": logits})
+    accuracy = OP.check(spec, inputs, {"logits": logits}, OP.reference(spec, inputs))
+    assert accuracy.passed, accuracy.detail
+
+
+def test_columns_that_begin_with_each_window_are_always_masked():
+    spec = IndexerSpec(8, 128, compressed=True)
+    texts = {render.render(OP, spec, WIDE.replace(edges=edges)).code for edges in (False, True)}
+    assert len(texts) == 1
 
 
 def test_is_registered_by_its_stem():

@@ -30,7 +30,7 @@ FP8 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SCORES = ["weighted_relu", "relu_bias"]
 INDEXERS = {
-    "gluon": Config.of("gluon", accumulators=1, block_n=64, num_stages=2, blocks_per_sm=2),
+    "gluon": Config.of("gluon", accumulators=1, block_n=64, num_stages=2, blocks_per_sm=2, edges=False, unrolled=False),
     "triton": Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, splits=1),
     "tilelang": Config.of(
         "tilelang", block_q=2, block_n=64, num_stages=2, splits=1, pipeline="plain", threads=128, blocks_per_sm=1

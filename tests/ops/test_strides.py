@@ -173,7 +173,11 @@ def test_parts_of_wider_rows_are_served_by_triton(interpreter, name):
 
 MANY_HEADS = AttentionSpec(128, 576, 70, lengths=True)
 ON_HOPPER = [
-    ("indexer", Config.of("gluon", accumulators=1, block_n=64, num_stages=2, blocks_per_sm=2), None),
+    (
+        "indexer",
+        Config.of("gluon", accumulators=1, block_n=64, num_stages=2, blocks_per_sm=2, edges=False, unrolled=False),
+        None,
+    ),
     (
         "indexer",
         Config.of("tilelang", block_q=2, block_n=64, num_stages=2, splits=1, pipeline="plain", threads=128, blocks_per_sm=1),

@@ -20,6 +20,7 @@ from .problem import (
 
 _NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the templates for Hopper
 _GLUON_COLUMNS = 256  # queries × heads of a block
+_WITHIN = 1 << 31  # elements from a block's first row of logits that 32 bits count
 
 
 class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
@@ -36,6 +37,8 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
                 Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
                 Parameter("num_stages", (2, 3, 4, 5, 6, 8), "stages of keys in flight"),
                 Parameter("blocks_per_sm", (2, 3), "resident blocks: registers are capped and waves counted for so many"),
+                Parameter("edges", (False, True), "whether only tiles that reach beyond a window are masked", before=False),
+                Parameter("unrolled", (False, True), "whether the tiles of a stage are written out one by one", before=False),
             )
         tiles = (
             Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),
@@ -88,12 +91,15 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         return "-".join([config.backend, *(str(config[name]) for name in shape)])
 
     def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
-        # One accumulator and three blocks per SM, where that spills nothing.
-        hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3)
-        if spec.heads == 8:
+        # One accumulator and three blocks per SM, where that spills nothing. Up to 32 heads a tile has so many scores that
+        # masks are worth avoiding: 4096 queries of 32768 tokens on an H200 with 8, 16, 32, 64 heads 276, 520, 902, 1770 us,
+        # with all masks 306, 561, 922, 1777. Unrolled 8 heads spill.
+        edges = spec.heads <= 32 and not spec.compressed
+        hopper = Config.of("gluon", accumulators=1, block_n=128, num_stages=2, blocks_per_sm=3, edges=edges, unrolled=False)
+        if edges:
+            hopper = hopper.replace(unrolled=spec.heads > 8)
+        elif spec.heads == 8:
             hopper = hopper.replace(accumulators=2, block_n=64, num_stages=4, blocks_per_sm=2)
-        elif spec.heads == 16 and spec.clean and not spec.compressed:
-            hopper = hopper.replace(block_n=64, num_stages=4)
         yield hopper
         # Where the operands lie in registers too, 256 spill 250 to 380 bytes.
         columns = 256 if gpu.capability == 90 and spec.scores == "fp8" else 128
@@ -156,7 +162,8 @@ def _gluon_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[
     smem = (_GLUON_COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * (config["num_stages"] + 1)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights, and a window and an address for each of a thread's queries; ptxas reported up to 8 above that.
-    registers = 64 * config["accumulators"] + 64 + 4 * (64 // spec.heads) + 20
+    each = 1 if config["edges"] and not spec.compressed else 4
+    registers = 64 * config["accumulators"] + 64 + each * (64 // spec.heads) + 20
     yield from exceeds("registers", registers, _gluon_registers(config))
 
 
@@ -182,6 +189,8 @@ def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         "score_registers": str([[8, 0], *([0, query] for query in next_queries)]),
         "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
         "maxnreg": _gluon_registers(config),
+        "edges": config["edges"] and not spec.compressed,  # columns of compressed rows begin where each window does
+        "near": _WITHIN // (part_queries * query_parts),
     }
 
 

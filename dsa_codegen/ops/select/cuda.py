@@ -138,6 +138,7 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
     ahead = slots and _pages(spec, config) > 1
     return {
         "across": cluster > 1,
+        "plateaus": cluster == 1 and items >= 32,  # where many rows make it count: a branch more for normal scores, 0.4 %
         "slots": slots,
         "paged_ahead": ahead,
         "page_steps": -(-_pages(spec, config) // threads),
