@@ -53,6 +53,7 @@ _sparse_attention_gqa_paged = direct("sparse_attention_gqa", k="k_cache", v="v_c
 _sparse_attention_gqa_paged_into = direct("sparse_attention_gqa_into", k="k_cache", v="v_cache")
 _quantize_q = direct("quantize", source="q")
 _quantize_k = direct("quantize", source="k")
+_quantize_latents = direct("quantize", source="latents")
 _store_k = direct("quantize_paged", source="k")
 _store_kv = direct("quantize_paged", source="nope")
 _gather_paged = direct("gather_paged")
@@ -338,6 +339,9 @@ def sparse_attention(
     d_v: int = D_V,
     sms: int | None = None,
     batch_invariant: bool = False,
+    math: str = "bf16",
+    q_scale: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, prefill: every query attends to its own tokens; one latent vector per token is key and value of all heads.
 
@@ -358,12 +362,20 @@ def sparse_attention(
         d_v: 64 to 512 in steps of 16: 512 of DeepSeek-V3.2 (d 576) and V4 (d 512), 128 of A.X-K2 (d 160).
         sms: as in ``indexer_logits``.
         batch_invariant: as there; then none share.
+        math: "bf16", or "fp8": queries and tokens in e4m3 with a scale each, weights rounded to e4m3, on GPUs from sm_89 on
+            (docs/performance.md: speed and error). What comes in bf16 is quantised first; what many calls attend to comes as
+            ``quantize_latents`` gives it. No ``max_logits`` then, and none share.
+        q_scale: fp32 [queries, heads], positive, where math is "fp8" and q e4m3.
+        kv_scale: fp32 [tokens, 1], likewise of kv.
 
     Returns:
         out bf16 [queries, heads, d_v] and lse fp32 [queries, heads] (natural logarithm). A query without a token gets 0, -inf.
     """
     invariant = batch_invariant or invariance.always()
-    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share, invariant, d_v)
+    if math == "fp8":
+        q, q_scale = _as_fp8(q, q_scale)
+        kv, kv_scale = _as_fp8(kv, kv_scale)
+    arguments = (q, kv, _as_int32(indices), sm_scale, lengths, sink, share, invariant, d_v, math, q_scale, kv_scale)
     if out is None and lse is None and max_logits is None:
         return _sparse_attention(*arguments, sms=sms)
     out, lse = _results(q, out, lse, d_v)
@@ -531,10 +543,17 @@ def _as_int32(indices: Tensor) -> Tensor:
     return indices.clamp(-1, 2**31 - 1).int() if narrow else indices
 
 
+def _as_fp8(rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows in e4m3 and their scales: quantised where they came in bf16, and without scales."""
+    wide = getattr(rows, "dtype", None) is torch.bfloat16 and rows.dim() == 3 and scale is None
+    return quantize_latents(rows) if wide else (rows, scale)
+
+
 def _results(q: Tensor, out: Tensor | None, lse: Tensor | None, d_v: int = D_V) -> tuple[Tensor, Tensor]:
     """Buffers for what the caller brought none for; the operator checks those that came."""
     rows = q.shape[:-1]
-    out = q.new_empty(*rows, d_v) if out is None else out
+    dtype = torch.bfloat16 if q.dtype is checks.FP8 else q.dtype
+    out = q.new_empty(*rows, d_v, dtype=dtype) if out is None else out
     return out, q.new_empty(rows, dtype=torch.float32) if lse is None else lse
 
 
@@ -561,6 +580,18 @@ def quantize_index_k(k: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, 
     multiplied out.
     """
     return _quantize_k(k, None, power_of_two)
+
+
+def quantize_latents(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries or tokens of ``sparse_attention``, bf16 [rows, heads or 1, d], to e4m3, and fp32 scales [rows, heads or 1].
+
+    A scale is the largest magnitude over 448, at least 1e-4 / 448.
+    """
+    if not isinstance(latents, Tensor) or latents.dim() != 3:
+        came = f"shape {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise InputError("latents", came, "a tensor [rows, heads or 1, d]")
+    values, scales = _quantize_latents(latents.flatten(0, 1), None, False)
+    return values.view(latents.shape), scales.view(latents.shape[:2])
 
 
 def store_index_k(k: Tensor, slots: Tensor, cache: Tensor, *, power_of_two: bool = False) -> None:

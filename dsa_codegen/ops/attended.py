@@ -22,13 +22,18 @@ def check_scale(sm_scale: float) -> None:
 def check_buffers(
     names: Sequence[str], brought: Sequence[object], rows: Sequence[int], d_v: int, q: Tensor
 ) -> dict[str, Tensor]:
-    """Check the buffers of ``names`` that a caller brought: out [*rows, d_v] of the dtype of q, the others fp32 rows."""
+    """Check the buffers of ``names`` that a caller brought: out [*rows, d_v] of the results' dtype, the others fp32 rows."""
     buffers = {}
     for name, value in zip(names, brought, strict=False):
         if value is not None:
-            shape, dtype = ((*rows, d_v), q.dtype) if name == "out" else (rows, torch.float32)
+            shape, dtype = ((*rows, d_v), result_dtype(q)) if name == "out" else (rows, torch.float32)
             buffers[name] = checks.tensor(name, value, shape, dtype, like=q)
     return buffers
+
+
+def result_dtype(q: Tensor) -> torch.dtype:
+    """Of ``out``: that of the queries, and bf16 where they are FP8."""
+    return torch.bfloat16 if q.dtype is checks.FP8 else q.dtype
 
 
 def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = False) -> Outputs:
@@ -37,7 +42,7 @@ def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = F
     device = q.device
     out, lse, highest = (inputs.get(name) for name in ("out", "lse", "max_logits"))
     results = {
-        "out": torch.empty(*rows, d_v, dtype=q.dtype, device=device) if out is None else out,
+        "out": torch.empty(*rows, d_v, dtype=result_dtype(q), device=device) if out is None else out,
         "lse": torch.empty(*rows, dtype=torch.float32, device=device) if lse is None else lse,
     }
     if max_logits:
@@ -45,10 +50,12 @@ def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = F
     return results
 
 
-def compare_attended(outputs: Outputs, reference: Outputs) -> Accuracy:
-    """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention."""
+def compare_attended(
+    outputs: Outputs, reference: Outputs, out: compare.Limit = compare.ATTENTION, statistic: compare.Limit = compare.LSE
+) -> Accuracy:
+    """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention or those given."""
     statistics = (name for name in reference if name != "out")
     return compare.worst(
-        compare.close("out", outputs["out"], reference["out"], compare.ATTENTION),
-        *(compare.close(name, outputs[name], reference[name], compare.LSE) for name in statistics),
+        compare.close("out", outputs["out"], reference["out"], out),
+        *(compare.close(name, outputs[name], reference[name], statistic) for name in statistics),
     )

@@ -18,6 +18,8 @@ MOST_TAIL = 128
 INDEX_WIDTHS = tuple(range(32, 257, 16))
 """Channels of the indexer's heads."""
 MOST_INDEX_HEADS = 64
+ROW_WIDTHS = tuple(range(32, MOST + MOST_TAIL + 1, STEP))
+"""Channels of rows that are quantised with a scale each: the indexer's, and those of attention's queries and tokens."""
 
 
 def require(spec: Value, d_qk: str = "d_qk", d_v: str = "d_v") -> None:

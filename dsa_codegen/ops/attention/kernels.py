@@ -12,6 +12,7 @@ from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from .. import pair
+from . import fp8
 from .problem import AttentionSizes, AttentionSpec, sharing
 
 _SPECIALISED_THREADS = 384  # one group of 128 gathers, one scores, one adds up
@@ -31,6 +32,8 @@ _PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, consumer_
 _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
+_FP8_CAPABILITY = 89
+_FP8_STEP = 32  # channels that a product of FP8 takes at least
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
@@ -94,6 +97,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             reason = f"channels: {spec.d_qk} of {spec.d_v} are served by the Triton template, the others take 512 + 64 or 512"
             yield Violation("channels", 1.0, reason)
             return
+        if spec.math == "fp8" and (config.backend != "triton" or gpu.capability < _FP8_CAPABILITY):
+            served = f"in Triton, from sm_{_FP8_CAPABILITY} on"
+            reason = f"math: FP8 products are served {served}, not by {config.backend} on {gpu.name}"
+            yield Violation("math", 1.0, reason)
+            return
         if config.backend == "cuda":
             yield from _cuda_constraints(spec, config, gpu)
             return
@@ -120,6 +128,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         return "-".join([config.backend, *(str(config[name]) for name in shape)])
 
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
+        if spec.math == "fp8":
+            few = (_FEW.replace(num_warps=8), _FEW.replace(block_n=32)) if spec.heads <= 16 else ()
+            return (*few, *_DEFAULTS[2:], *_DEFAULTS)  # values widen in registers: wider tiles spill
         if spec.heads <= _FEW_HEADS:
             registers = 216 if _columns(spec) > 16 else pair.REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
@@ -135,9 +146,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         values: dict[str, Scalar] = {
             "d_tail": spec.d_qk - spec.d_v,
             "padded_v": padded_to(spec.d_v),
-            "padded_tail": padded_to(spec.d_qk - spec.d_v),
+            "padded_tail": _padded_tail(spec),
             "head_blocks": _head_blocks(spec, config),
         }
+        if spec.math == "fp8":
+            values["top"] = fp8.TOP
         if config.backend == "tilelang":
             gatherers = 128 if _specialised(config) else config["threads"]
             values["rounds"] = config["block_n"] * 8 // gatherers
@@ -154,8 +167,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
                 outputs[name].fill_(-math.inf)
             return ()
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
-        tensors = (q, kv, inputs["indices"], *optional, *outputs.values())
-        if config.backend == "cuda" and spec.heads <= _FEW_HEADS:
+        scales = [inputs[name] for name in ("q_scale", "kv_scale") if spec.math == "fp8"]
+        tensors = (q, kv, *scales, inputs["indices"], *optional, *outputs.values())
+        if config.backend == "cuda" and _design(spec, config) == "few":
             return _few_launches(spec, inputs, outputs, gpu)
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
@@ -224,6 +238,11 @@ def _divides(spec: AttentionSpec) -> bool:
 
 def _head_blocks(spec: AttentionSpec, config: Config) -> int:
     return -(-spec.heads // int(config["block_h"]))
+
+
+def _padded_tail(spec: AttentionSpec) -> int:
+    tail = padded_to(spec.d_qk - spec.d_v)
+    return max(tail, _FP8_STEP) if tail and spec.math == "fp8" else tail
 
 
 def _specialised(config: Config) -> bool:

@@ -2,7 +2,8 @@
 
 ``s[h,i] = sm_scale · q[h] · kv[indices[i]]``, ``out[h] = Σ_i softmax(s[h])[i] · kv[indices[i], :d_v]``,
 ``lse[h] = ln Σ_i exp(s[h,i])`` (DeepSeek-V3.2-Exp report, section 2: MLA in its MQA mode). With a sink, ``exp(sink[h])``
-joins the softmax's denominator; lse stays as it is. An index of -1 or >= the number of tokens means "no token".
+joins the softmax's denominator; lse stays as it is. An index of -1 or >= the number of tokens means "no token". With FP8
+products (``fp8``) q and kv are e4m3 with a scale each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...problem import channels, checks
+from ...problem import channels, checks, compare
 from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
@@ -24,6 +25,7 @@ from ...problem.presets import MLA, Model
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 from ..logits import exact
+from . import fp8
 
 SHARES = (1, 2, 4)
 """Of how many neighbouring queries lists may be joined."""
@@ -50,6 +52,8 @@ class AttentionSpec(Spec):
     """Whether a row's bits may depend on nothing beside it: one order of summation, whatever the sizes and the records."""
     d_v: int = D_V
     """Channels of a token, the first ones, that are also its value."""
+    math: str = "bf16"
+    """What is multiplied: "bf16", or "fp8", queries and tokens in e4m3 and weights rounded to it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +61,10 @@ class AttentionSpec(Spec):
         channels.require(self)
         self.require_range("topk", 1, 1 << 20)
         self.require_in("share", SHARES)
+        self.require_in("math", fp8.MATHS)
+        if self.math == "fp8":
+            self.require_in("share", (1,))
+            self.require_in("max_logits", (False,))
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     function = "sparse_attention"
     schema = (
         "(Tensor q, Tensor kv, Tensor indices, float sm_scale, Tensor? lengths=None, Tensor? sink=None, "
-        "int share=1, bool batch_invariant=False, int d_v=512) -> (Tensor, Tensor)"
+        "int share=1, bool batch_invariant=False, int d_v=512, str math='bf16', Tensor? q_scale=None, Tensor? kv_scale=None) "
+        "-> (Tensor, Tensor)"
     )
     buffers = ("out", "lse", "max_logits")
     spec_type = AttentionSpec
@@ -91,12 +100,14 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         return (AttentionSpec(model.heads, model.d_qk, model.entries, lengths=model.pool > 1, **options),)
 
     def bind(self, *args: Any) -> tuple[AttentionSpec, AttentionSizes, Inputs]:
-        q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, *brought = args
-        q = checks.rows("q", q, (None, None, None), checks.floating(q))
+        q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, products, q_scale, kv_scale, *brought = args
+        checks.one_of("math", products, fp8.MATHS)
+        q = checks.rows("q", q, (None, None, None), checks.FP8 if products == "fp8" else checks.floating(q))
         queries, heads, d_qk = q.shape
         channels.check("q", d_qk, d_v)
         kv = checks.rows("kv", kv, (None, 1, d_qk), q.dtype, like=q)
         indices = checks.rows("indices", indices, (queries, 1, None), torch.int32, like=q, whole=False)
+        scales = fp8.check_scales(q, kv, products, q_scale, kv_scale)
         tokens, topk = kv.shape[0], indices.shape[2]
         if lengths is not None:
             lengths = checks.tensor("lengths", lengths, (queries,), torch.int32, like=q)
@@ -106,11 +117,14 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         if share not in SHARES:
             raise InputError("share", str(share), "1, 2 or 4")
         buffers = check_buffers(self.buffers, brought, (queries, heads), d_v, q)
-        share = 1 if invariant else share  # a union of lists would be added up in an order that the neighbours decide
+        if scales and "max_logits" in buffers:
+            raise InputError("max_logits", "a tensor", 'None where math is "fp8", which keeps no highest scores')
+        # A union of lists would be added up in an order that the neighbours decide; and none joins lists of FP8 tokens.
+        share = 1 if invariant or scales else share
         options = (lengths is not None, sink is not None, "max_logits" in buffers, sharing(heads, share), invariant)
-        spec = AttentionSpec(heads, d_qk, topk, *options, d_v)
-        inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink, **buffers}
-        return spec, AttentionSizes(queries, tokens), inputs
+        spec = AttentionSpec(heads, d_qk, topk, *options, d_v, products)
+        inputs = {"q": q, "kv": kv, "indices": indices, "sm_scale": sm_scale, "lengths": lengths, "sink": sink}
+        return spec, AttentionSizes(queries, tokens), {**inputs, **scales, **buffers}
 
     def inputs(self, spec: AttentionSpec, case: Case[AttentionSizes], draw: Draw) -> Inputs:
         queries, tokens = case.sizes.queries, case.sizes.tokens
@@ -122,8 +136,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         q = draw.normal(queries, spec.heads, spec.d_qk, dtype=torch.bfloat16, scale=10.0)
         kv = draw.normal(tokens, 1, spec.d_qk, dtype=torch.bfloat16, scale=0.1)
         if case.distribution == "steep":
-            _make_steep(draw, kv, spec.d_v)
-        return {
+            _make_steep(draw, kv, spec.d_v, 30.0 if spec.math == "fp8" else 300.0)
+        inputs = {
             "q": q,
             "kv": kv,
             "indices": indices[:, None],
@@ -131,11 +145,13 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
             "lengths": draw.integers(-1, spec.topk + 3, queries) if spec.lengths else None,
             "sink": draw.normal(spec.heads, scale=2.0) if spec.sink else None,
         }
+        return fp8.quantised(draw, inputs) if spec.math == "fp8" else inputs
 
     def reference(self, spec: AttentionSpec, inputs: Inputs) -> Outputs:
         q = inputs["q"]
         step = 1 if spec.batch_invariant else _CHUNK  # products of one shape add up in one order
-        parts = [_attend(inputs, slice(first, first + step), spec.d_v) for first in range(0, max(len(q), 1), step)]
+        attend = fp8.attend if spec.math == "fp8" else _attend
+        parts = [attend(inputs, slice(first, first + step), spec.d_v) for first in range(0, max(len(q), 1), step)]
         names = self.buffers if spec.max_logits else self.buffers[:2]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
@@ -143,6 +159,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         return attended(inputs, inputs["q"].shape[:2], spec.d_v, spec.max_logits)
 
     def check(self, spec: AttentionSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
+        if spec.math == "fp8":
+            return compare_attended(outputs, reference, compare.FP8_ATTENTION, compare.FP8_LSE)
         return compare_attended(outputs, reference)
 
     def cost(self, spec: AttentionSpec, case: Case[AttentionSizes]) -> Cost:
@@ -151,7 +169,8 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
         flops = 2 * queries * spec.heads * chosen * (spec.d_qk + spec.d_v)
         rows = min(tokens, queries * chosen)
         results = queries * spec.heads * (2 * spec.d_v + 4)
-        return Cost(flops, 2 * spec.d_qk * (queries * spec.heads + rows) + 4 * queries * spec.topk + results, "bf16")
+        row = spec.d_qk + 4 if spec.math == "fp8" else 2 * spec.d_qk
+        return Cost(flops, row * (queries * spec.heads + rows) + 4 * queries * spec.topk + results, spec.math)
 
     def cases(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
         sizes = ((1, 1), (5, 333), (2, 3000), (3, 0), (0, 40))
@@ -165,8 +184,10 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def options(self, spec: AttentionSpec) -> Sequence[AttentionSpec]:
         plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
         share = sharing(spec.heads, SHARES[-1])
+        if spec.math == "fp8":
+            return plain
         together = [replace(plain[-1], share=share)] if share > 1 and not spec.batch_invariant else []
-        return (*plain, replace(plain[-1], max_logits=True), *together)
+        return (*plain, replace(plain[-1], max_logits=True), *together, replace(plain[-1], share=1, math="fp8"))
 
     def workloads(self, spec: AttentionSpec) -> Sequence[Case[AttentionSizes]]:
         sizes = ((4096, 32768), (4096, 131072), (512, 32768), (512, 131072))
@@ -205,9 +226,9 @@ def _spoiled(draw: Draw, indices: Tensor, tokens: int) -> Tensor:
     return spoiled
 
 
-def _make_steep(draw: Draw, kv: Tensor, d_v: int) -> None:
-    """A token's channels that are key only times 1, 30 or 300: maxima rise by hundreds within a row."""
-    steps = torch.tensor([1.0, 30.0, 300.0], dtype=kv.dtype, device=kv.device)
+def _make_steep(draw: Draw, kv: Tensor, d_v: int, most: float) -> None:
+    """A token's channels that are key only times 1, a tenth of ``most``, or ``most``: by 300, maxima rise by hundreds."""
+    steps = torch.tensor([1.0, most / 10, most], dtype=kv.dtype, device=kv.device)
     kv[..., d_v:] *= steps[draw.integers(0, 3, len(kv), 1, 1).long()]
 
 

@@ -81,7 +81,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
         q, kv, indices, sm_scale, out, lse, do, dlse, lengths, sink, order, offsets = args
         checks.check_kind("out", out, "Tensor")
         d_v = out.shape[-1] if out.dim() else 0
-        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1, False, d_v)
+        _, sizes, inputs = FORWARD.bind(q, kv, indices, sm_scale, lengths, sink, 1, False, d_v, "bf16", None, None)
         q, kv, indices = inputs["q"], inputs["kv"], inputs["indices"]
         (queries, heads, d_qk), topk = q.shape, indices.shape[2]
         for name, value in (("out", out), ("do", do)):

@@ -1,4 +1,4 @@
-"""Kernels that quantise the indexer's rows (Triton)."""
+"""Kernels that quantise rows (Triton)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class QuantizeKernels(Kernels[QuantizeSpec, QuantizeSizes]):
             yield Config.of("triton", block_t=1, num_warps=1)
         else:
             yield Config.of("triton", block_t=16, num_warps=4)
+        yield Config.of("triton", block_t=4, num_warps=4)  # of rows of more than 256 channels
 
     def derived(self, spec: QuantizeSpec, config: Config) -> dict[str, Scalar]:
         return {**rows.limits(), "width_padded": next_power_of_two(spec.width), "weight_factor": repr(weight_factor(spec))}

@@ -1,4 +1,5 @@
-"""BF16 -> flat FP8: index keys with a scale per token, or the indexer's queries with their scales folded into its weights.
+"""BF16 -> flat FP8: rows with a scale each (index keys, attention's queries and tokens), or the indexer's queries, with their
+scales folded into its weights.
 
 A row with largest magnitude ``a`` becomes e4m3 values times the fp32 scale ``max(a, 1e-4) / 448`` (``power_of_two``: the next
 power of two). ``folded = weights · scale · d^-0.5 · heads^-0.5``, so that the indexer's logits need no scale of the queries
@@ -29,7 +30,7 @@ class QuantizeSpec(Spec):
     """What changes the code."""
 
     width: int
-    """Channels of a row: head_dim of the indexer."""
+    """Channels of a row: head_dim of the indexer; without weights also those of attention's queries and tokens."""
     heads: int = 1
     """Heads of the queries; 1 for keys."""
     weights: str = "none"
@@ -39,7 +40,7 @@ class QuantizeSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("width", channels.INDEX_WIDTHS)
+        self.require_in("width", channels.ROW_WIDTHS if self.weights == "none" else channels.INDEX_WIDTHS)
         self.require_in("weights", ("none", *WEIGHTS))
         self.require_range("heads", 1, 1 if self.weights == "none" else channels.MOST_INDEX_HEADS)
 

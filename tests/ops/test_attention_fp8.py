@@ -1,0 +1,171 @@
+"""Sparse MLA of FP8 products: its kernels against the reference, what scales mean, what it refuses, what it compiles to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dsa_codegen as dsa
+from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.gpu import resolve
+from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
+from dsa_codegen.problem.compare import similarity_gap
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+
+from support import H200, assert_compiles, assert_matches_reference, completed, run_interpreted
+
+TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
+SPECS = [
+    AttentionSpec(5, 576, 70, math="fp8"),
+    AttentionSpec(20, 512, 33, lengths=True, sink=True, math="fp8"),
+    AttentionSpec(9, 352, 50, lengths=True, d_v=336, math="fp8"),
+]
+SIZES = ((1, 1, "ragged"), (3, 333, "ragged"), (2, 0, "ragged"), (2, 200, "steep"))
+CASES = [Case(AttentionSizes(queries, tokens), distribution) for queries, tokens, distribution in SIZES]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_matches_the_reference(interpreter, spec, case):
+    assert_matches_reference(interpreter, OP, spec, TRITON, case)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (AttentionSpec(128, 576, 2048, math="fp8"), TRITON.replace(block_h=64, block_n=64, num_warps=8)),
+        (AttentionSpec(16, 512, 512, lengths=True, sink=True, math="fp8"), TRITON),
+    ],
+    ids=["128 heads", "16 heads"],
+)
+def test_compiles_for_hopper(spec, config):
+    assert_compiles(OP, spec, config)
+
+
+def drawn(spec, queries=3, tokens=90, distribution="random"):
+    return dict(OP.inputs(spec, Case(AttentionSizes(queries, tokens), distribution), Draw(5)))
+
+
+def test_reference_is_attention_to_what_was_rounded():
+    """But for the weights, which cost less than the rounding of tokens does."""
+    spec = SPECS[1]
+    inputs = drawn(spec, distribution="ragged")
+    wide = {name: inputs[name].double() * inputs[f"{name}_scale"][..., None] for name in ("q", "kv")}
+    plain = OP.reference(replace(spec, math="bf16"), {**inputs, **wide})
+    found = OP.reference(spec, inputs)
+    assert torch.allclose(found["lse"].double(), plain["lse"], atol=1e-5, rtol=1e-5)
+    assert 1e-6 < similarity_gap(found["out"], plain["out"]) < 6e-4
+    assert not found["out"][0].count_nonzero()
+
+
+def test_weights_that_are_powers_of_two_are_exact():
+    """Queries of zeros weigh all alike: scales of 1, 2 and 4 give weights that e4m3 states."""
+    spec = replace(SPECS[0], topk=48)
+    inputs = drawn(spec, tokens=48)
+    inputs["q"] = torch.zeros_like(inputs["q"])
+    inputs["kv_scale"] = 2.0 ** torch.arange(48).remainder(3)[:, None]
+    found = OP.reference(spec, inputs)["out"]
+    mean = (inputs["kv"].float() * inputs["kv_scale"][..., None])[inputs["indices"][:, 0].long(), 0, :512].mean(1)
+    assert torch.allclose(found, mean[:, None].expand_as(found), atol=1e-5, rtol=1e-5)
+
+
+def test_a_scale_is_its_tokens(interpreter):
+    """A token stored at twice the scale and half the value is the same token; one whose scale alone is doubled is not."""
+    spec = replace(SPECS[0], topk=48)
+    inputs = drawn(spec)
+    plain = run_interpreted(interpreter, OP.name, spec, TRITON, inputs)["out"]
+    inputs["kv"][::3] = (inputs["kv"][::3].float() / 2).to(inputs["kv"].dtype)  # exact but for the smallest
+    inputs["kv_scale"][::3] *= 2
+    same = run_interpreted(interpreter, OP.name, spec, TRITON, inputs)["out"]
+    assert similarity_gap(plain, same) < 1e-4
+    inputs["kv_scale"][1::3] *= 2
+    assert similarity_gap(plain, run_interpreted(interpreter, OP.name, spec, TRITON, inputs)["out"]) > 1e-2
+
+
+def test_what_comes_in_bf16_is_quantised():
+    q, kv = torch.randn(3, 4, 576).bfloat16(), torch.randn(90, 1, 576).bfloat16()
+    lists = torch.arange(30, dtype=torch.int32).expand(3, 1, 30).contiguous()
+    (q8, q_scale), (kv8, kv_scale) = dsa.quantize_latents(q), dsa.quantize_latents(kv)
+    assert (q8.shape, q_scale.shape, kv8.shape, kv_scale.shape) == (q.shape, (3, 4), kv.shape, (90, 1))
+    scales = {"q_scale": q_scale, "kv_scale": kv_scale}
+    buffer = torch.empty(3, 4, 512, dtype=torch.bfloat16)
+    given, lse = dsa.sparse_attention(q8, kv8, lists, 0.04, math="fp8", **scales, out=buffer)
+    assert given is buffer
+    for mixed in ({"q": q, "kv": kv}, {"q": q, "kv": kv8, "kv_scale": kv_scale}, {"q": q8, "kv": kv, "q_scale": q_scale}):
+        out, other = dsa.sparse_attention(**mixed, indices=lists, sm_scale=0.04, math="fp8")
+        assert torch.equal(out, given)
+        assert torch.equal(other, lse)
+    plain, _ = dsa.sparse_attention(q, kv, lists, 0.04)
+    assert 1e-4 < similarity_gap(given, plain) < 3e-3
+    strided = torch.randn(3, 4, 640).bfloat16()[..., :576]
+    assert torch.equal(dsa.quantize_latents(strided)[0].float(), dsa.quantize_latents(strided.contiguous())[0].float())
+
+
+def arguments(**changes):
+    spec = AttentionSpec(4, 576, 8, lengths=True, sink=True, math="fp8")
+    given = {**drawn(spec, 3, 20), "share": 1, "batch_invariant": False, "d_v": 512, "math": "fp8"}
+    scales = {name: given.pop(name) for name in ("q_scale", "kv_scale")}
+    return list({**given, **scales, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("math", {"math": "int8"}),
+        ("q", {"q": torch.zeros(3, 4, 576)}),
+        ("kv", {"kv": torch.zeros(20, 1, 576, dtype=torch.bfloat16)}),
+        ("q_scale", {"q_scale": None}),
+        ("q_scale", {"q_scale": torch.ones(4, 3)}),
+        ("kv_scale", {"kv_scale": torch.ones(20)}),
+        ("kv_scale", {"kv_scale": torch.ones(20, 1, dtype=torch.bfloat16)}),
+        ("q", {"math": "bf16"}),
+        ("kv_scale", {"math": "bf16", "q": torch.zeros(3, 4, 576), "kv": torch.zeros(20, 1, 576), "q_scale": None}),
+    ],
+    ids=str,
+)
+def test_call_refuses(argument, changes):
+    with pytest.raises(InputError, match=f"^{argument}: "):
+        OP.bind(*completed(OP, *arguments(**changes)))
+
+
+def test_highest_scores_are_refused_and_nobody_shares():
+    with pytest.raises(InputError, match=r"^max_logits"):
+        OP.bind(*arguments(), None, None, torch.zeros(3, 4))
+    assert OP.bind(*arguments(share=4))[0].share == 1
+    with pytest.raises(InputError, match=r"^latents"):
+        dsa.quantize_latents(torch.zeros(3, 576, dtype=torch.bfloat16))
+    for field in ({"max_logits": True}, {"share": 2}, {"math": "fp4"}):
+        with pytest.raises(SpecError):
+            AttentionSpec.from_dict({"heads": 4, "d_qk": 576, "topk": 8, "math": "fp8", **field})
+
+
+@pytest.mark.parametrize(
+    ("heads", "d_v", "gpu", "backend"),
+    [
+        (128, 512, "h200", "triton"),
+        (16, 512, "h200", "triton"),
+        (64, 256, "h200", "triton"),
+        (128, 512, "b200", "triton"),
+        (128, 512, "l40s", "triton"),
+    ],
+)
+def test_defaults(heads, d_v, gpu, backend):
+    spec = AttentionSpec(heads, d_v + 64, 2048, d_v=d_v, math="fp8")
+    config = OP.default_config(spec, AttentionSizes(4096, 32768), resolve(gpu))
+    assert config.backend == backend
+    assert not OP.violations(spec, config, resolve(gpu))
+
+
+def test_products_of_fp8_are_an_option_of_every_spec_and_none_before_ada():
+    plain = AttentionSpec(128, 576, 2048)
+    (option,) = [spec for spec in OP.options(plain) if spec.math == "fp8"]
+    assert set(OP.options(option)) == {replace(option, lengths=a, sink=b) for a in (False, True) for b in (False, True)}
+    assert {violation.name for violation in OP.violations(option, TRITON, resolve("a100"))} == {"math"}
+    specialised = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
+    assert [violation.name for violation in OP.violations(option, specialised, H200)] == ["math"]
+    case = OP.workloads(plain)[0]
+    assert OP.cost(option, case).unit == "fp8"
+    assert OP.cost(option, case).bytes < OP.cost(plain, case).bytes
