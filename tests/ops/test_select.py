@@ -124,6 +124,16 @@ def test_a_block_that_stays_matches_the_reference(order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_many_keys_of_one_digit_match_the_reference(tmp_path):
+    """More than four a thread: of one value, found at once, and of many, counted in turn."""
+    config = CUDA.replace(threads=256, items=32, early=False, digit_bits=11)
+    kernels = emulator.cuda_kernels(render(OP, PLAIN, config), tmp_path, "shuffled")
+    for kind in ("equal", "relu", "narrow", "few", "special", "ragged_equal", "ragged_narrow"):
+        accuracy = verify(Variant(OP, PLAIN, config, H200, kernels), Case(SelectSizes(2, 3001), kind), "cpu", repeats=2)
+        assert accuracy.passed, (kind, accuracy.detail)
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "backend"),
     [
