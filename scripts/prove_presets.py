@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dsa_codegen import gpu as gpus  # noqa: E402
+from dsa_codegen import ops  # noqa: E402
 from dsa_codegen.command.verification import Subject, run_cases, subjects_of  # noqa: E402
 from dsa_codegen.ops.needs import specs  # noqa: E402
 from dsa_codegen.problem import presets  # noqa: E402
@@ -41,13 +42,13 @@ def key_of(subject: Subject) -> str:
     return key(subject.op.name, subject.spec.to_dict(), subject.config.to_dict(), subject.config.backend)
 
 
-def wanted(names: list[str], gpu: gpus.Gpu, own: bool, ops: Sequence[str] = ()) -> dict[str, dict[str, Subject]]:
+def wanted(names: list[str], gpu: gpus.Gpu, own: bool, only: Sequence[str] = ()) -> dict[str, dict[str, Subject]]:
     """By preset and key; with ``own`` the specs that the model itself calls, without their options."""
     known: dict[tuple[str, Spec], list[Subject]] = {}  # presets share most of their specs
     found: dict[str, dict[str, Subject]] = {}
     for name in names:
         for op, spec in specs(presets.preset(name), (), gpu):
-            if ops and op.name not in ops:
+            if only and op.name not in only:
                 continue
             if (op.name, spec) not in known:
                 known[op.name, spec] = list(subjects_of(op, spec, gpu))
@@ -90,9 +91,13 @@ def summary(named: dict[str, dict[str, Subject]], rows: dict[str, Row]) -> dict[
 
 
 def earlier(file: Path | None) -> dict[str, Row]:
-    """What passed in an earlier run, by key."""
-    rows = json.loads(file.read_text())["rows"] if file else []
-    return {key(row["op"], row["spec"], row["config"], row["backend"]): row for row in rows if not row["wrong"]}
+    """What passed in an earlier run, by key; fields that specs have grown since are at their defaults."""
+    found = {}
+    for row in json.loads(file.read_text())["rows"] if file else []:
+        spec = ops.get(row["op"]).spec_type.from_dict(row["spec"]).to_dict()
+        if not row["wrong"]:
+            found[key(row["op"], spec, row["config"], row["backend"])] = row
+    return found
 
 
 def arguments() -> argparse.Namespace:
