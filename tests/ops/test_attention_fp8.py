@@ -14,8 +14,9 @@ from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
 from dsa_codegen.problem.compare import similarity_gap
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import interpret
 
-from support import H200, assert_compiles, assert_matches_reference, completed, run_interpreted
+from support import H200, assert_compiles, completed, run_interpreted
 
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
 SPECS = [
@@ -30,7 +31,10 @@ CASES = [Case(AttentionSizes(queries, tokens), distribution) for queries, tokens
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_matches_the_reference(interpreter, spec, case):
-    assert_matches_reference(interpreter, OP, spec, TRITON, case)
+    """On the CPU sums are exact, and weights are rounded as the reference rounds them: closer than a GPU has to be."""
+    accuracy = interpreter.call(interpret, OP.name, spec, TRITON, case, H200, 1)
+    assert accuracy.passed, accuracy.detail
+    assert accuracy.similarity < 5e-6
 
 
 @pytest.mark.parametrize(
