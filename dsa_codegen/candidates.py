@@ -15,6 +15,7 @@ from .problem.caches import valid_slots
 from .problem.paged import check_cache, check_plain_cache
 from .problem.presets import PRECISIONS
 
+_ALIGNED_ROWS = 4  # kernels read lengths of 4 bytes that lie on 16-byte addresses
 _NONE = 1 << 30  # in place of a number that is no candidate: sorts behind all others
 
 
@@ -50,7 +51,7 @@ def index_select_candidates(
         topk: as in ``select``.
         block: tokens of a block, a divisor of the cache's page; the page where absent.
         slots: physical slots of the cache's pages; False gives token numbers.
-        max_bytes: of logits in memory at once, and of copied keys.
+        max_bytes: of logits in memory at once, and of copied keys; or what 4 queries take where that is more.
         score, logits, scores, sms, batch_invariant: as in ``index_select_paged``.
 
     Returns:
@@ -69,7 +70,9 @@ def index_select_candidates(
         candidates, page_table = candidates[..., :0], page_table[:, :0]
     numbers, places, seen = _in_order(candidates, lengths, page_table, cache, block)
     rows, page = batch * next_n, cache.shape[1]
-    copied = rows if block == page else max(1, max_bytes // max(listed * block * (cache.shape[3] * cache.element_size()), 1))
+    bytes_of_row = listed * block * cache.shape[3] * cache.element_size()
+    fitting = max_bytes // max(bytes_of_row, 1) // _ALIGNED_ROWS * _ALIGNED_ROWS
+    copied = rows if block == page else max(_ALIGNED_ROWS, fitting)
     found = []
     for first in range(0, max(rows, 1), copied):
         own = slice(first, min(first + copied, rows))
