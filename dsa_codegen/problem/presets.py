@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import re
 from collections.abc import Mapping
@@ -222,7 +223,9 @@ def dump(model: Model) -> str:
     return yaml.safe_dump(model.to_dict(), sort_keys=False)
 
 
+@functools.cache
 def _shipped() -> dict[str, Model]:
+    """Read once: 20 ms of YAML, which tests and commands ask for hundreds of times."""
     text = importlib.resources.files(__package__).joinpath("presets.yaml").read_text()
     presets: dict[str, Any] = yaml.load(text, _Loader)
     return {name: Model.from_dict({"name": name, **fields}) for name, fields in presets.items()}
