@@ -390,12 +390,21 @@ def test_constraints_name_what_does_not_fit(config, gpu, name):
         (RING.replace(turns=True), 16, "turns"),
         (RING.replace(num_stages=13), 16, "smem"),
         (RING, 17, "accumulator registers"),
-        (Config.of("cuda", num_stages=3, turns=False, interleave=False, consumer_registers=168), 8, "stages of a tile"),
+        (RING.replace(num_stages=4), 8, "stages of a tile"),
     ],
     ids=lambda value: "" if isinstance(value, Config) else str(value).replace(" ", "_"),
 )
 def test_constraints_of_few_heads(config, heads, name):
     assert [violation.name for violation in OP.violations(AttentionSpec(heads, 512, 512), config, H200)] == [name]
+
+
+@pytest.mark.parametrize(("d_qk", "least"), [(576, 4), (512, 5)])
+def test_the_ring_of_few_heads_holds_more_than_a_tile(d_qk, least):
+    """With a tile's parts alone a group read tiles that had not come, and the GPU lost the context."""
+    spec = AttentionSpec(24, d_qk, 1024)
+    (choices,) = (parameter.choices for parameter in OP.parameters("cuda") if parameter.name == "num_stages")
+    configs = [RING.replace(num_stages=stages, consumer_registers=216) for stages in choices]
+    assert min(config["num_stages"] for config in configs if not OP.violations(spec, config, H200)) == least
 
 
 def test_a_list_of_one_tile_needs_more_shared_memory():
