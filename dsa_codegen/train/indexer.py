@@ -79,7 +79,7 @@ def _lists(indices: Tensor | None, lengths: Tensor | None, tokens: int) -> Tenso
         if lengths is not None:
             raise InputError("lengths", "lengths without lists", "None: windows have starts and ends")
         return None
-    indices = functions._as_int32(indices)
+    indices = functions.as_int32(indices)
     return indices if lengths is None else torch.where(listed(indices, tokens, lengths)[:, None], indices, -1)
 
 

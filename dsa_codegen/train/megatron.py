@@ -147,7 +147,7 @@ def run_fused_absorbed_sparse_attention(
     lengths = [None] * query.shape[1] if topk_length is None else topk_length.int().contiguous()
     parts = []
     for i in range(query.shape[1]):
-        lists = functions._as_int32(topk_indices[i].contiguous())[:, None]
+        lists = functions.as_int32(topk_indices[i].contiguous())[:, None]
         q, kv = query[:, i].contiguous(), key[:, i].contiguous()
         parts.append(sparse_attention(q, kv, lists, softmax_scale, lengths=lengths[i], d_v=v_channels)[0])
     return torch.stack(parts, 1)

@@ -49,7 +49,7 @@ def sparse_attention(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    narrow = functions._as_int32(indices)
+    narrow = functions.as_int32(indices)
     return torch.ops.dsa_codegen.sparse_attention_train(q, kv, narrow, sm_scale, lengths, sink, deterministic, d_v)
 
 

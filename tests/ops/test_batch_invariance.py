@@ -10,8 +10,9 @@ import torch
 from some_rows import BY_ROW, POISON, assert_same, outputs_of, rows_of
 
 import dsa_codegen as dsa
-from dsa_codegen import functions, invariance, ops, paths
+from dsa_codegen import invariance, ops, paths
 from dsa_codegen.errors import NoConfig
+from dsa_codegen.functions import operators
 from dsa_codegen.gpu import GPUS, detect
 from dsa_codegen.kernels.build import build
 from dsa_codegen.kernels.render import render
@@ -222,7 +223,7 @@ def test_a_process_or_a_model_may_ask_for_it(monkeypatch):
     assert not any(spec.batch_invariant for spec in ops.get("indexer").specs(model))
     assert all(spec.batch_invariant for name in BY_ROW for spec in ops.get(name).specs(replace(model, batch_invariant=True)))
     asked = []
-    monkeypatch.setattr(functions, "_sparse_attention", lambda *args, sms=None: asked.append(args[7]))
+    monkeypatch.setattr(operators, "sparse_attention", lambda *args, sms=None: asked.append(args[7]))
     q = torch.zeros(1, 2, 576)
     before = dsa.use_batch_invariant()
     try:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_codegen import functions, ops
+from dsa_codegen import ops
+from dsa_codegen.functions import operators
 from dsa_codegen.gpu import Gpu
 from dsa_codegen.kernels.backends import Launchable
 from dsa_codegen.kernels.render import Rendered
@@ -19,8 +20,8 @@ from dsa_codegen.runtime import dispatch, guards
 
 from support import H200
 
-_NAMES = {"quantize": ("_quantize_q", "_quantize_k"), "quantize_paged": ("_store_k", "_store_kv")}
-_NAMES["sparse_attention_gqa"] = ("_sparse_attention_gqa", "_sparse_attention_gqa_paged")
+_NAMES = {"quantize": ("quantize_q", "quantize_k"), "quantize_paged": ("store_k", "store_kv")}
+_NAMES["sparse_attention_gqa"] = ("sparse_attention_gqa", "sparse_attention_gqa_paged")
 """What the public functions call an operator that serves several of them."""
 
 
@@ -41,8 +42,8 @@ def under_public_functions(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         return call
 
     for op in (op for op in ops.all_ops().values() if not op.training):
-        for name in _NAMES.get(op.function, (f"_{op.function}",)):
-            monkeypatch.setattr(functions, name, function(op))
+        for name in _NAMES.get(op.function, (op.function,)):
+            monkeypatch.setattr(operators, name, function(op))
     dispatch.reset()
     return FakeGpu(monkeypatch)
 
