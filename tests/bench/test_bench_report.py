@@ -173,6 +173,7 @@ def test_the_worst_case_stands_beside_the_headline():
     rows = [row(HEADLINE, 8.0, {"fast_topk": 37.0}), row(SELECT, 8.2, {"SGLang topk_v2": 3.9})]
     beside = "| Selection | 1 row of 64K | 8.00 | fast_topk 37.0 | 4.62× | 1 row of 8K | 8.20 | SGLang topk_v2 3.90 | 0.48× |"
     assert beside in tables.headlines(rows)
+    assert "| 8.00 | fast_topk 37.0 | 4.62× | the same |  |  |  |" in tables.headlines(rows[:1])
     failed = row(SELECT, None, {"SGLang topk_v2": 3.9})
     assert labels.worst([*rows, failed]) is failed, "no time is worse than any"
     assert labels.worst([row(SELECT, 8.2, {})]) is None

@@ -65,7 +65,7 @@ def headlines(rows: Sequence[Row]) -> str:
             labels.microseconds(row["ours_us"]),
             labels.best_peer(row),
             labels.ratio(row["ratio"]),
-            *_worst(labels.by_stage(rows)[row["stage"]]),
+            *_worst(labels.by_stage(rows)[row["stage"]], row),
         )
         for row in rows
         if results.key_of(row) in first
@@ -74,10 +74,10 @@ def headlines(rows: Sequence[Row]) -> str:
     return markdown(head, body, right=(2, 4, 6, 8))
 
 
-def _worst(rows: Sequence[Row]) -> Sequence[str]:
+def _worst(rows: Sequence[Row], headline: Row) -> Sequence[str]:
     row = labels.worst(rows)
-    if row is None:
-        return "–", "–", "–", "–"
+    if row is None or row is headline:
+        return "–" if row is None else "the same", "", "", ""
     return labels.shape(row), labels.microseconds(row["ours_us"]), labels.best_peer(row), labels.ratio(row["ratio"])
 
 
