@@ -65,27 +65,27 @@ def unreached(cases: Sequence[BenchCase], budget_s: float) -> Printer:
     return lines(f"{len(cases)} cases were not reached within {budget_s:.0f} s; the same command with --resume measures them")
 
 
+NEAREST = 10
+"""How many ratios are shown where all agree: those that differ most."""
+
+
 def comparison(found: Comparison, what: str = "") -> Printer:
-    """Two files of results beside each other, the ratios that differ most first.
+    """Two files of results beside each other, the ratios that differ most first: all beyond the limit, and which times moved.
 
     Args:
         what: the title; by default how many differ.
     """
+    shown = found.outside or found.pairs[:NEAREST]
     body = [
-        (
-            each.stage,
-            each.shape,
-            labels.ratio(each.first),
-            labels.ratio(each.second),
-            f"{100 * each.difference:+.1f} %",
-            each.why,
-        )
-        for each in found.pairs
+        (f"{each.stage}: {each.shape}", labels.ratio(each.first), labels.ratio(each.second), f"{100 * each.difference:+.1f} %")
+        for each in shown
     ]
     title = what or f"{len(found.pairs)} ratios in both; {len(found.outside)} differ by more than {100 * found.limit:g} %"
-    columns = ("stage", "case", "# first", "# second", "# difference", "times that moved, first → second µs")
+    why = lines(*(f"{each.stage}: {each.shape}: {each.why} µs" for each in found.outside))
+    rest = len(found.pairs) - len(shown)
+    more = lines(*([f"{rest} more differ by {100 * abs(found.pairs[len(shown)].difference):.1f} % at most"] if rest else []))
     alone = lines(*(f"only in one: {text}" for text in found.alone))
-    return together(table(title, columns, body), alone)
+    return together(table(title, ("case", "# first", "# second", "# difference"), body), more, why, alone)
 
 
 def regression(found: Comparison) -> Printer:
