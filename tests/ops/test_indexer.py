@@ -311,7 +311,7 @@ def test_chunks_are_the_rows_of_the_whole(options, rows, sizes):
 
 
 def test_a_loop_over_chunks_keeps_the_budget(monkeypatch):
-    alive, most, compute = weakref.WeakSet(), [], dsa.functions.indexer_logits
+    alive, most, compute = weakref.WeakSet(), [], dsa.functions.indexer.indexer_logits
 
     def watched(*args, **options):
         logits = compute(*args, **options)
@@ -319,7 +319,7 @@ def test_a_loop_over_chunks_keeps_the_budget(monkeypatch):
         most.append(sum(len(chunk) * chunk.stride(0) * chunk.element_size() for chunk in alive))
         return logits
 
-    monkeypatch.setattr(dsa.functions, "indexer_logits", watched)
+    monkeypatch.setattr(dsa.functions.indexer, "indexer_logits", watched)
     tensors = OP.inputs(SPECS[0], Case(IndexerSizes(40, 130), "causal"), Draw(4)).values()
     budget = 17 * 1024
     for _first, _logits in dsa.indexer_logits_chunks(*tensors, max_bytes=budget):
