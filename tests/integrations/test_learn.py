@@ -19,15 +19,6 @@ from tiny_models import TOPK, VOCABULARY, prompts, tiny
 SHORT, LONG, PADDING = TOPK - 14, TOPK + 26, 17
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products of tiny matrices wait longer for other threads than they take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def model_of(kind):
     return tiny(kind, num_hidden_layers=2, attention_dropout=0.0).train()

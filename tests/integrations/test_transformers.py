@@ -28,15 +28,6 @@ LENGTH, PADDING, NEW = 4 * TOPK, 37, 64  # topk is a quarter of the prompt
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products of tiny matrices wait longer for other threads than they take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def model_of(kind):
     return tiny(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +13,18 @@ from dsa_codegen.errors import NoConfig
 from dsa_codegen.gpu import resolve
 from dsa_codegen.problem import presets
 
-from support import FURTHER, assert_compiles, of_preset
+from support import assert_compiles, of_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]
 SMALL_SPILL = 64  # bytes; a spill of this size costs less than the smaller tile that would avoid it
 
 
-def dealt_out(first: bool = True) -> list[tuple[str, str]]:
-    """Every operation for Hopper and for one of the other generations, each of which has its share; or all that is left."""
-    others = itertools.cycle(gpu for gpu in GPUS if gpu != "h200")
-    asked = [(op, gpu) for op in ops.all_ops() for gpu in ("h200", next(others))]
-    return asked if first else [(op, gpu) for op in ops.all_ops() for gpu in GPUS if (op, gpu) not in asked]
-
-
-@pytest.mark.parametrize(("op", "gpu"), [*dealt_out(), *(pytest.param(*each, marks=FURTHER) for each in dealt_out(False))])
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("op", ops.all_ops().values(), ids=lambda op: op.name)
 def test_the_default_compiles(op, gpu):
     """The first workload's; all of them, of every preset and Triton, stand in docs/matrix.md."""
-    op, target = ops.get(op), resolve(gpu)
+    target = resolve(gpu)
     if target.capability < op.min_capability:
         pytest.skip(f"{op.name} needs FP8 arithmetic (sm_{op.min_capability})")
     for spec in of_preset(op, "deepseek-v3.2")[:1]:
