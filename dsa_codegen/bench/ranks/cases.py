@@ -30,7 +30,7 @@ class Case:
         return replace(model, heads=model.heads // world)
 
 
-CASES = (Case("decode", 65536, 64), Case("prefill", 32768), Case("prefill", 131072))
+CASES = (Case("decode", 65536, 64), Case("prefill", 32768), Case("prefill", 131072), Case("decode", 262144, 64))
 """The shortest first: a run that is cut short has something."""
 SMALL = (Case("decode", 256, 4, "tiny"), Case("prefill", 200, model="tiny"))
 """That a CPU runs in seconds."""
