@@ -53,8 +53,8 @@ def _maker(tensor: Tensor) -> Callable[[], Tensor]:
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if tensor.numel() else -1
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if held == last + 1:
-        return guards.allocator(tensor)
-    whole = guards.allocator(tensor.as_strided((held,), (1,)))  # the last row is padded too
+        return guards.allocator(shape, stride, tensor.dtype, tensor.device)
+    whole = guards.allocator((held,), (1,), tensor.dtype, tensor.device)  # the last row is padded too
     return lambda: whole().as_strided(shape, stride)
 
 
@@ -111,7 +111,7 @@ class Plan:
         self._outputs = tuple(outputs.items())
         # Where addresses will do, all lie in one allocation; each costs about as much as half a launch.
         self._offsets, room = _side_by_side(workspaces if by_address else ())
-        self._room = _maker(torch.empty(room, dtype=torch.uint8, device=workspaces[0].device)) if room else None
+        self._room = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device) if room else None
         self._workspaces = () if by_address else tuple(map(_maker, workspaces))
         self._views = tuple(views)
         self._constants = tuple(constants)

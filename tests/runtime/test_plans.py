@@ -41,6 +41,14 @@ def guarded(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("guarded")
+def test_a_plan_allocates_nothing_until_it_runs():
+    """Beside a first call that would be its results and workspaces once more: 4.5 GB of the gradient of 32K queries."""
+    make = guards.allocator((1 << 60,), (1,), torch.uint8, torch.device("cpu"))
+    with pytest.raises(RuntimeError):
+        make()
+
+
+@pytest.mark.usefixtures("guarded")
 def test_what_changes_a_launch_changes_the_key(monkeypatch):
     """Each of these calls differs in one thing from one that left a plan."""
     _, kernels = gpu(monkeypatch)
