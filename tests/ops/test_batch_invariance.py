@@ -211,7 +211,7 @@ def test_every_row_is_split_alike_however_many_there_are(interpreter, monkeypatc
     inputs = drawn(op, spec, {"batch": 9, "next_n": 1, "tokens": 300}, ragged=False)
     outputs = op.allocate(spec, inputs)
     assert len(op.launches(spec, config, inputs, outputs, H200)) == 2
-    module = "dsa_codegen.ops.attention_paged.kernels._PARTIAL_BYTES"
+    module = "dsa_codegen.ops.attention_paged.shared.PARTIAL_BYTES"
     monkeypatch.setattr(module, 4 * 512 * spec.heads * 2 * 4)  # parts of 4 rows
     launches = op.launches(spec, config, inputs, outputs, H200)
     assert [launch.kernel for launch in launches] == ["attention_paged", "combine"] * 3

@@ -1,0 +1,124 @@
+"""Paged attention in CUDA C++: clusters of two blocks that split the channels, each with rows or parts of rows in turn."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+
+from ...gpu import Gpu
+from ...kernels.waves import until_done
+from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation
+from ...problem.paged import FIXED
+from ...problem.values import Scalar
+from . import shared
+from .problem import AttentionPagedSizes, AttentionPagedSpec
+
+PARAMETERS = (
+    Parameter("splits", (0, *shared.SPLITS), "blocks that share a row's entries; 0: as many as end soonest", launch_only=True),
+)
+CONFIG = Config.of("cuda", splits=0)
+_THREADS = 384  # two groups of 128 multiply, one gathers
+_REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
+_STAGES = (4, 3)  # tiles that are gathered, waiting or in use, as many as fit
+_STAGED = 5 * 16 * 4 + 8  # bytes of a token on their way: five words of each of four threads, scales
+_HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
+_HANDED = 33 * 128 * 16  # bytes that one then hands to the other
+_ROWS = 16  # from which on clusters serve more than 64 heads where no record says otherwise
+_COMBINERS = 128  # threads that join the parts of a row and head
+_HOPPER_SMEM = 232448  # bytes of a block
+
+
+def constraints(spec: AttentionPagedSpec, gpu: Gpu) -> Iterable[Violation]:
+    """What the template cannot do."""
+    if gpu.capability != 90:
+        reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
+        yield Violation("capability", 1.0, reason)
+    if spec.kv_layout not in FIXED:
+        yield Violation("layout", 1.0, f"layout: the CUDA template reads v32 and v4, Triton's {spec.kv_layout}")
+
+
+def pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
+    """Whether clusters are known to take less than Gluon's blocks of 64 heads.
+
+    On an H200 with 128 heads 33.6 µs against 36.6 at 16 rows, 87 against 103 at 64, 25 each at 8; with 64 heads 63 and 66 at
+    64 rows, where each has a cluster of its own, 28 against 26 at 16, 123 against 106 at 128.
+    """
+    rows, clusters = sizes.batch * sizes.next_n, gpu.sms // 2
+    if spec.heads > _HEADS:
+        return rows >= _ROWS
+    return spec.heads > _HEADS // 2 and clusters // 2 < rows <= clusters
+
+
+def derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
+    """Names for the template."""
+    layout = spec.layout
+    d_qk = layout.d_nope + layout.d_rope
+    stages = next(stages for stages in _STAGES if _smem_with_staging(spec, stages) <= _HOPPER_SMEM)
+    return {
+        "d_qk": d_qk,
+        "half": layout.d_v // 2,
+        "half_tail": (d_qk - layout.d_v) // 2,
+        "turns": True,
+        "num_stages": stages,
+        "threads": _THREADS,
+        "smem": _smem(spec, stages),
+        "smem_with_staging": _smem_with_staging(spec, stages),
+        "combine_threads": _COMBINERS,
+        **_REGISTERS,
+    }
+
+
+def _smem(spec: AttentionPagedSpec, stages: int) -> int:
+    """Bytes of shared memory per block: half of the channels of tiles and of q, mail, masks, barriers."""
+    tile, mailbox, barrier = shared.TILE * (spec.layout.d_nope + spec.layout.d_rope), 2048 + 1024 + 128, 8
+    q = -(-spec.heads // _HEADS) * tile
+    return stages * (tile + 8 + 2 * barrier) + q + 2 * barrier + 8 * (mailbox + 2 * barrier)
+
+
+def _smem_with_staging(spec: AttentionPagedSpec, stages: int) -> int:
+    """The same with a tile of the cache's bytes on their way."""
+    return -(-_smem(spec, stages) // 16) * 16 + shared.TILE * _STAGED
+
+
+def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+    """Clusters that stay, each with one row or part of a row after another; then the parts are joined."""
+    q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
+    rows = q.shape[0] * q.shape[1]
+    clusters = max(gpu.sms // 2, 1)
+    whole, splits = (0, config["splits"]) if config["splits"] else _shared_by_clusters(spec, rows, clusters)
+    splits = min(splits, shared.most_splits(spec, rows - whole or 1))
+    partial = shared.partials(spec, (rows - whole) * spec.heads * splits if splits > 1 else 0, q.device)
+    sink = (inputs["sink"],) if spec.sink else ()
+    tensors, scalars = shared.arguments(spec, inputs, (q, sink, (out, lse, *partial)))
+    grid = (2 * min(whole + (rows - whole) * splits, clusters), 1, 1)
+    scratch = (q.new_empty(grid[0] * _HANDED // 2),) if spec.heads <= _HEADS else ()
+    main = Launch("attention_paged", grid, (*tensors, *scratch, *scalars, splits, inputs["sm_scale"], whole, rows))
+    if splits == 1:
+        return (main,)
+    joined = (*sink, *partial, out, lse, splits, whole)
+    return (main, Launch("combine", ((rows - whole) * spec.heads, 1, 1), joined))
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> tuple[int, int]:
+    """(rows that a cluster takes whole, parts that each of the others is split into), so that all end soonest.
+
+    The unit is a tile, 2 µs: a cluster starts in 1.5, joining takes 1.5, and a quarter for every MB of parts.
+    """
+    tiles = -(-spec.topk // shared.TILE) + -(-spec.extra_topk // shared.TILE)
+    part = 4 * spec.layout.d_v * spec.heads
+    least = 2 if spec.heads > _HEADS else 3  # of the longest part: fewer are filled up, to two of each group
+
+    def duration(shares: tuple[int, int]) -> float:
+        whole, splits = shares
+        joining = 1.5 + (rows - whole) * splits * part / 4e6 if splits > 1 else 0
+        return until_done(rows, clusters, tiles, whole, splits, start=1.5) + joining
+
+    def fits(shares: tuple[int, int]) -> bool:
+        whole, splits = shares
+        return splits == 1 or (-(-tiles // splits) >= least and (rows - whole) * splits * part <= shared.PARTIAL_BYTES)
+
+    waves = rows // clusters
+    whole = (0, max(waves - 1, 0) * clusters, waves * clusters)
+    return min(filter(fits, itertools.product(whole, shared.SPLITS)), key=duration)
