@@ -277,10 +277,11 @@ def _training() -> Iterator[BenchCase]:
         for queries in (4096, 8192):
             yield case("attention_backward", "causal", {**shape, "queries": queries, "context": 8192, "heads": heads})
         yield case("attention_backward", IN_ORDER, {**shape, "queries": 4096, "context": 8192, "heads": heads})
-    for heads in (128, 16):
-        of = {"queries": 4096, "context": 8192, "heads": heads, "head_dim": 576}
-        yield case("indexer_backward", "causal", {**of, "k": 2048})
-        yield case("indexer_backward", "whole windows", of)
+    for heads in (128, 64, 16):
+        for queries in (4096, 8192):
+            of = {"queries": queries, "context": 8192, "heads": heads, "head_dim": 576}
+            yield case("indexer_backward", "causal", {**of, "k": 2048})
+            yield case("indexer_backward", "whole windows", of)
 
 
 def all_cases() -> list[BenchCase]:

@@ -25,7 +25,8 @@ def name(record) -> str:
 
 UNMEASURED = {"h100": support.UNMEASURED_H100, "h200": support.UNMEASURED}
 """By GPU. Where the templates have changed since a GPU was measured, what serves there is borrowed."""
-SERVES = {"select": "cuda", "attention": "cuda", "indexer": "gluon", "indexer_paged": "gluon", "attention_paged": "cuda"}
+_CUDA = ("select", "attention", "attention_dense", "attention_paged")
+SERVES = {**dict.fromkeys(_CUDA, "cuda"), "indexer": "gluon", "indexer_paged": "gluon"}
 """The backend that wins an operation's first workload on an H200; Triton elsewhere."""
 
 
