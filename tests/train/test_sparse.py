@@ -149,3 +149,24 @@ def test_gradients_on_a_gpu_are_the_formulas(heads, deterministic):
     for mine, other, third in zip(found, wanted, again, strict=True):
         assert (mine.float() - other).norm() < 5e-3 * other.norm()
         assert torch.equal(mine, third) or not deterministic
+
+
+@pytest.mark.gpu
+def test_inductor_and_recomputed_activations_have_the_same_gradients():
+    """What a training loop does: the compiler that is torch's default, with kernels of its own around the operator."""
+    draw = Draw(6, "cuda")
+    q = draw.normal(70, 16, 576, dtype=torch.bfloat16).requires_grad_()
+    kv = draw.normal(200, 1, 576, dtype=torch.bfloat16).requires_grad_()
+    indices = draw.uniform(70, 220).topk(64).indices[:, None].int()
+
+    def attend(q, kv):
+        return dsa.train.sparse_attention(q * 0.5, kv + 1, indices, SCALE, deterministic=True)[0].float().square()
+
+    def recompute(q, kv):
+        return checkpoint(attend, q, kv, use_reentrant=False)
+
+    torch._dynamo.reset()
+    wanted = torch.autograd.grad(attend(q, kv).sum(), [q, kv])
+    for call in (recompute, torch.compile(attend, fullgraph=True), torch.compile(recompute, fullgraph=True)):
+        for mine, other in zip(torch.autograd.grad(call(q, kv).sum(), [q, kv]), wanted, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
