@@ -31,6 +31,7 @@ from dsa_codegen.proof.crew import at_once  # noqa: E402
 
 Row = dict[str, Any]
 BY_NVCC = ("tilelang", "cuda")
+_KEEP_EVERY = 10  # checks
 
 
 def key(op: str, spec: dict[str, Any], config: dict[str, Any], backend: str) -> str:
@@ -90,6 +91,12 @@ def summary(named: dict[str, dict[str, Subject]], rows: dict[str, Row]) -> dict[
     return found
 
 
+def keep(file: Path | None, gpu: str, counts: dict[str, dict[str, int]], rows: dict[str, Row]) -> None:
+    """Write the ``--json``, where one is wanted."""
+    if file:
+        file.write_text(json.dumps({"gpu": gpu, "presets": counts, "rows": list(rows.values())}, indent=1))
+
+
 def earlier(file: Path | None) -> dict[str, Row]:
     """What passed in an earlier run, by key; fields that specs have grown since are at their defaults."""
     found = {}
@@ -128,11 +135,12 @@ def main() -> int:
         row = rows[checks[number]] = row_of(todo[checks[number]], outcome)
         if row["wrong"]:
             print(f"WRONG {row}", flush=True)
+        if len(rows) % _KEEP_EVERY == 0:  # whoever ends this run early has what it found
+            keep(asked.json, gpu.id, summary(named, rows), rows)
 
     at_once(run_cases, calls, asked.workers, seconds=asked.seconds - (time.monotonic() - start), told=told)
     counts = summary(named, rows)
-    if asked.json:
-        asked.json.write_text(json.dumps({"gpu": gpu.id, "presets": counts, "rows": list(rows.values())}, indent=1))
+    keep(asked.json, gpu.id, counts, rows)
     for name, each in counts.items():
         print(f"{name:24} " + " ".join(f"{what} {number:5}" for what, number in each.items()))
     seconds, left = time.monotonic() - start, len(todo) - sum(check in rows for check in checks)

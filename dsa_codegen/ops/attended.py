@@ -51,11 +51,20 @@ def attended(inputs: Inputs, rows: Sequence[int], d_v: int, max_logits: bool = F
 
 
 def compare_attended(
-    outputs: Outputs, reference: Outputs, out: compare.Limit = compare.ATTENTION, statistic: compare.Limit = compare.LSE
+    outputs: Outputs,
+    reference: Outputs,
+    out: compare.Limit = compare.ATTENTION,
+    statistic: compare.Limit = compare.LSE,
+    slack: Tensor | None = None,
 ) -> Accuracy:
-    """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention or those given."""
+    """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention or those given.
+
+    Args:
+        slack: what each value of ``lse`` may differ by beside its limit.
+    """
     statistics = (name for name in reference if name != "out")
+    beside = None if slack is None else slack.double() + statistic.absolute
     return compare.worst(
         compare.close("out", outputs["out"], reference["out"], out),
-        *(compare.close(name, outputs[name], reference[name], statistic) for name in statistics),
+        *(compare.close(name, outputs[name], reference[name], statistic, beside) for name in statistics),
     )

@@ -54,7 +54,8 @@ def _attention_paged(draw: random.Random, native: bool) -> dict[str, Any]:
     common = {"heads": _heads(draw), "topk": draw.randint(1, 300), "page": draw.choice((1, 16, 64, draw.randint(1, 256)))}
     common |= {"lengths": draw.random() < 0.5, "sink": draw.random() < 0.5, **({} if native else extra)}
     if native:
-        return {**common, "kv_layout": draw.choice(paged.FIXED)}
+        layout = draw.choice((*paged.FIXED, "v41"))
+        return {**common, "kv_layout": layout, **({} if layout in paged.FIXED else {"d_rope": 0})}
     layout = draw.choice(KV_LAYOUTS)
     if layout in paged.FIXED:
         return {**common, "kv_layout": layout}

@@ -154,6 +154,10 @@ def listed(spec, inputs, row):
         pytest.param(AttentionPagedSpec(100, 150, page=7, lengths=True), 1, 0, marks=FURTHER),
         pytest.param(AttentionPagedSpec(128, 200), 3, 1, marks=FURTHER),
         pytest.param(AttentionPagedSpec(64, 300, "v4", 53), 1, 1, marks=FURTHER),
+        (AttentionPagedSpec(64, 150, "v41", 53, d_rope=0), 1, 1),
+        pytest.param(AttentionPagedSpec(100, 150, "v41", d_rope=0, lengths=True), 3, 0, marks=FURTHER),
+        pytest.param(AttentionPagedSpec(100, 150, "fp8_fp32_128", 7, d_rope=0), 1, 1, marks=FURTHER),
+        pytest.param(AttentionPagedSpec(40, 150, "fp8_ue8m0_32", d_rope=0), 1, 1, marks=FURTHER),
     ],
     ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else str(value),
 )

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
 from ...kernels.waves import until_done
+from ...problem import channels
+from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation
-from ...problem.paged import FIXED
+from ...problem.paged import FIXED, scales_of
 from ...problem.values import Scalar
 from . import shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
@@ -21,7 +23,9 @@ CONFIG = Config.of("cuda", splits=0)
 _THREADS = 384  # two groups of 128 multiply, one gathers
 _REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
 _STAGES = (4, 3)  # tiles that are gathered, waiting or in use, as many as fit
-_STAGED = 5 * 16 * 4 + 8  # bytes of a token on their way: five words of each of four threads, scales
+_STAGED = 4 * 16 * 4 + 8  # bytes of a token on their way: four words of each of four threads, scales
+_STAGED_ROPE = 16 * 4  # of them more where rotary channels follow: a word of each
+_SCALES = (("e8m0", 32), ("fp32", 128))  # of rows without rotary part: 8 bytes for each block
 _HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
 _HANDED = 33 * 128 * 16  # bytes that one then hands to the other
 _ROWS = 16  # from which on clusters serve more than 64 heads where no record says otherwise
@@ -34,8 +38,17 @@ def constraints(spec: AttentionPagedSpec, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
-    if spec.kv_layout not in FIXED:
-        yield Violation("layout", 1.0, f"layout: the CUDA template reads v32 and v4, Triton's {spec.kv_layout}")
+    if not _halves(spec):
+        reads = "v32, v4 and rows of 512 channels without rotary part"
+        yield Violation("layout", 1.0, f"layout: the CUDA template reads {reads}, Triton's {spec.kv_layout}")
+
+
+def _halves(spec: AttentionPagedSpec) -> bool:
+    """Whether a token can be split: 256 channels with their scales for each block, and half of the rotary part."""
+    layout = spec.layout
+    if spec.kv_layout in FIXED or isinstance(layout, KvPlainLayout):
+        return spec.kv_layout in FIXED
+    return layout.d_nope == channels.D_V and not layout.d_rope and (scales_of(layout), layout.group) in _SCALES
 
 
 def pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
@@ -78,7 +91,8 @@ def _smem(spec: AttentionPagedSpec, stages: int) -> int:
 
 def _smem_with_staging(spec: AttentionPagedSpec, stages: int) -> int:
     """The same with a tile of the cache's bytes on their way."""
-    return -(-_smem(spec, stages) // 16) * 16 + shared.TILE * _STAGED
+    staged = _STAGED + (_STAGED_ROPE if spec.layout.d_rope else 0)
+    return -(-_smem(spec, stages) // 16) * 16 + shared.TILE * staged
 
 
 def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
