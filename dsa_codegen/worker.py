@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import DsaError
+from .nursery import Child, Nursery, append_to
 
 _START_SECONDS = 120.0  # on top of a job's own time, where the child has to start (imports) before it
 _GRACE_SECONDS = 1.0
@@ -63,12 +64,16 @@ class Worker:
     Args:
         environment: variables set in the child before it imports anything (``{"TRITON_INTERPRET": "1"}``).
         log: a file that what the child prints is appended to (compilers print dumps); by default the parent's terminal.
+        nursery: forks the child, with what it has imported; by default the child is a process that begins from nothing.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, log: Path | None = None, nursery: Nursery | None = None
+    ) -> None:
         self._environment = dict(environment or {})
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._nursery = nursery
+        self._process: subprocess.Popen[bytes] | Child | None = None
         self._connection: Connection | None = None
         self._deadline: float | None = None
         self._timeout = 0.0
@@ -176,19 +181,27 @@ class Worker:
             return self._connection
         self.kill()
         self._connection, child = Pipe()
+        self._process = self._child(child)
+        self._finalizer = weakref.finalize(self, self._process.terminate)  # called at this process's end, too
+        child.close()
+        return self._connection
+
+    def _child(self, child: Connection) -> subprocess.Popen[bytes] | Child:
+        if self._nursery is not None:
+            try:
+                return self._nursery.child(child.fileno(), self._environment, self._log)
+            except OSError:
+                self._nursery = None  # it has ended: from nothing, then
         boot = _BOOT.format(path=sys.path, handle=child.fileno(), log=str(self._log or ""), parent=os.getpid())
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", boot],
             env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             pass_fds=(child.fileno(),),
         )
-        self._finalizer = weakref.finalize(self, self._process.terminate)  # called at this process's end, too
-        child.close()
-        return self._connection
 
 
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+def _ended(process: subprocess.Popen[bytes] | Child, seconds: float) -> int | None:
     """The exit code, waiting so long for it; None where the process still runs."""
     try:
         return process.wait(seconds)
@@ -208,11 +221,7 @@ def serve(handle: int, log: str, parent: int) -> None:
     threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     connection = Connection(handle)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-    if log:
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+    append_to(log)
     connection.send(None)  # the sign of life
     while True:
         try:

@@ -39,7 +39,8 @@ def tuned(report: Report) -> Printer:
     kept = sum(rival is not None for rival in rivals)
     aside = [f"{kept} of {len(chosen)} choices were not kept: measured records serve those calls, as shown"] if kept else []
     head = f"tuned in {report.elapsed_s / 60:.1f} min" + (" (interrupted; run it again to go on)" if report.interrupted else "")
-    told = lines(_outcomes(report), *_failures(report), *_changes(report), *files, *aside)
+    account = report.account.lines() if report.account else ()
+    told = lines(_outcomes(report), *account, *_failures(report), *_changes(report), *files, *aside)
     return together(records(serving, head), told, lines(*report.notes, style="yellow"))
 
 

@@ -58,6 +58,15 @@ def _toolchain(backend: str) -> str:
     return json.dumps(backends.get(backend).toolchain(), sort_keys=True)
 
 
+def preload(names: Iterable[str]) -> None:
+    """Import compilers and ask for their versions, ahead of processes that are forked from this one; what lacks is left out."""
+    for name in names:
+        try:
+            _toolchain(name)
+        except (ImportError, DsaError):
+            continue
+
+
 def folder_of(rendered: Rendered, gpu: Gpu) -> Path:
     """Where the entry of this source for this GPU lies, built or not."""
     key = hashlib.sha256("\n".join((rendered.code, _toolchain(rendered.backend), gpu.arch, _FORMAT)).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -69,9 +69,18 @@ class Evaluator(ABC):
         """Tasks that are not done."""
         return len(self._compiling) + len(self._ready)
 
+    @property
+    def spent(self) -> Sequence[tuple[Mapping[str, float], int]]:
+        """What each GPU did since ``begin``: seconds by activity, and how many candidates it judged."""
+        return []
+
+    def begin(self) -> None:
+        """A search begins."""
+        return
+
     def submit(self, study: Study, problem: Problem, candidate: Candidate) -> None:
-        """Begin with a candidate."""
-        charged = self.pool.request(candidate.rendered)
+        """Begin with a candidate; what a study tries first, its default, is compiled first."""
+        charged = self.pool.request(candidate.rendered, not study.seen)
         self._compiling.append(Task(study, problem, candidate, charged))
 
     def poll(self) -> list[Done]:

@@ -15,6 +15,7 @@ from ..proof.measure import Measured
 from ..proof.timing import Timing
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from . import jobs
+from .account import INPUTS, JUDGING, STARTING, Stopwatch
 from .evaluate import Task
 from .outcome import Kind, Outcome
 from .problem import Entrant, Problem
@@ -76,16 +77,25 @@ class Lane:
         self._warming: Problem | None = None
         self._warmed = False
         self._slowest: dict[str, float] = {}
+        self._opening = False
+        self.spent = Stopwatch()
+        self.judged = 0
 
     @property
     def busy(self) -> bool:
         """Whether there is nothing to collect and nothing can be begun."""
         return self.worker.busy and not self.worker.ready()
 
+    def open(self) -> None:
+        """Start the process while nothing is known of what it will run: until its device is up it takes seconds."""
+        self._opening = True
+        self.submit(self._jobs.card, timeout=PREPARE_SECONDS)
+
     def warm(self, task: Task) -> None:
         """While its first candidates compile: starting the process and drawing inputs takes about as long."""
         if not self._warmed:
             self._warmed, self._warming = True, task.problem
+            self.spent.turn_to(INPUTS)
             self.submit(self._jobs.prepare, task.problem, task.candidate.config.backend, timeout=PREPARE_SECONDS)
 
     def begin(self, task: Task, built: Built) -> None:
@@ -93,6 +103,7 @@ class Lane:
         self.current, self._built, self._begun = task, built, time.monotonic()
         self._preparing = task.problem.id != self.at_hand
         if self._preparing:
+            self.spent.turn_to(INPUTS if self.worker.alive else STARTING)
             self.submit(self._jobs.prepare, task.problem, task.candidate.config.backend, timeout=PREPARE_SECONDS)
         else:
             self._run(task)
@@ -102,6 +113,7 @@ class Lane:
         assert self._built is not None
         entrant = Entrant(task.candidate, self._built)
         timeout = self._patience(task.problem)
+        self.spent.turn_to(JUDGING)
         self._ran = time.monotonic()
         self.submit(self._jobs.evaluate, task.problem, entrant, best.time_us if best else None, timeout=timeout)
 
@@ -112,7 +124,7 @@ class Lane:
 
     def collect(self) -> Judged | None:
         """Take the result of the job that is over; nothing is judged yet where that was a preparation."""
-        if self._warming is not None:
+        if self._opening or self._warming is not None:
             self._end_warming()
             return None
         task = self.current
@@ -129,6 +141,7 @@ class Lane:
         else:
             outcome = failure or result
         self.current = None
+        self.judged += 1
         self._learn(task.problem, outcome)
         return Judged(task, outcome, time.monotonic() - self._begun)
 
@@ -141,7 +154,7 @@ class Lane:
             self.end()
 
     def _end_warming(self) -> None:
-        problem, self._warming = self._warming, None
+        problem, self._warming, self._opening = self._warming, None, False
         _, failure = self.attempt(self.worker.result)
         if failure is None and problem is not None:
             self.at_hand = problem.id  # a failure will show again, where it has a task to be told to
@@ -172,9 +185,8 @@ class Lane:
 
     def wait_for(self, job: Callable[..., Any], *args: Any, timeout: float, meanwhile: Callable[[], None]) -> Any:
         """The result of a job, ``meanwhile`` being called several times a second."""
-        if self._warming is not None:  # the search ended before the process was up
-            self.attempt(self.worker.result)
-            self._warming = None
+        if self._opening or self._warming is not None:  # the search ended before the process was up
+            self._end_warming()
         self.submit(job, *args, timeout=timeout)
         while not self.worker.ready():
             meanwhile()

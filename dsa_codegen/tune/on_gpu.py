@@ -6,13 +6,14 @@ Candidates are dealt out to all GPUs of a host that are alike. What is compared 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
 from ..proof.timing import Timing
+from .account import BUILDS, QUESTIONS
 from .evaluate import Done, Evaluator, Task
 from .lane import JOBS, PREPARE_SECONDS, Jobs, Lane
 from .outcome import Kind, Outcome
@@ -51,6 +52,20 @@ class GpuEvaluator(Evaluator):
     def width(self) -> int:
         return len(self.lanes)
 
+    @property
+    def spent(self) -> Sequence[tuple[Mapping[str, float], int]]:
+        return [(lane.spent.seconds, lane.judged) for lane in self.lanes]
+
+    def begin(self) -> None:
+        for lane in self.lanes:
+            lane.judged = 0
+            lane.spent.restart()
+
+    def __enter__(self) -> GpuEvaluator:
+        for lane in self.lanes:
+            lane.open()
+        return self
+
     def _advance(self) -> list[Done]:
         done = []
         for lane in self.lanes:
@@ -61,6 +76,8 @@ class GpuEvaluator(Evaluator):
                 done.append(Done(judged.task, judged.outcome, judged.seconds + self._compile_cost(judged.task)))
             if lane.current is None and not lane.worker.busy:
                 self._occupy(lane)
+            if not lane.worker.busy:
+                lane.spent.turn_to(BUILDS if self._compiling else QUESTIONS)
         return done
 
     def _occupy(self, lane: Lane) -> None:

@@ -13,6 +13,7 @@ from ..kernels.backends import NAMES
 from ..problem.op import Case, Op
 from ..problem.values import Bucket, Spec
 from ..records.record import Record
+from .account import Account
 from .incumbent import Change
 from .outcome import Kind
 from .problem import Problem
@@ -109,6 +110,8 @@ class Report:
     """Those that a candidate is to blame for; what is infeasible is none."""
     changes: tuple[Change, ...] = ()
     """What each record replaces, with both times."""
+    account: Account | None = None
+    """Where the search's time went; None where it did not come to its end, or other hosts searched."""
 
 
 def problems(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu) -> list[Problem]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ..gpu import Gpu
-from ..kernels.build import Built, build
+from ..kernels.build import Built, build, preload
 from ..kernels.render import Rendered
+from ..nursery import Nursery
 from ..worker import JobFailed, Worker, WorkerDied, WorkerTimeout
 from .outcome import Kind, Outcome
 from .stock import used
@@ -33,6 +34,7 @@ class CompilePool:
         cache: the build cache of tuning runs, apart from the user's, so that losers can go; builds found there are used.
         compile: the job; another one for tests.
         log: what the compilers print is appended to it.
+        backends: whose compilers are imported once, for all processes.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class CompilePool:
         compile: Compile = build,
         deadline_s: float = COMPILE_SECONDS,
         log: Path | None = None,
+        backends: Sequence[str] = (),
     ) -> None:
         environment = {"DSA_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._gpu, self._compile, self._deadline_s = gpu, compile, deadline_s
-        self._workers = [Worker(environment, log) for _ in range(size)]
+        self._nursery = Nursery(_prepare, (compile, tuple(backends)), environment, log)
+        self._workers = [Worker(environment, log, self._nursery) for _ in range(size)]
         self._running: dict[Worker, tuple[Rendered, float]] = {}
         self._queue: deque[Rendered] = deque()
         self._requested: set[str] = set()
@@ -66,12 +70,18 @@ class CompilePool:
         """Sources that wait for a process or are in one."""
         return len(self._queue) + len(self._running)
 
-    def request(self, rendered: Rendered) -> bool:
-        """Compile a source; False where that was asked for before."""
+    @property
+    def busy_s(self) -> float:
+        """Seconds that all processes together have compiled, or waited for the nursery to load."""
+        now = time.monotonic()
+        return sum(self.seconds.values()) + sum(now - since for _, since in self._running.values())
+
+    def request(self, rendered: Rendered, first: bool = False) -> bool:
+        """Compile a source, ahead of all others where it is to be the first; False where that was asked for before."""
         if rendered.sha in self._requested:
             return False
         self._requested.add(rendered.sha)
-        self._queue.append(rendered)
+        (self._queue.appendleft if first else self._queue.append)(rendered)
         self._start()
         return True
 
@@ -102,6 +112,8 @@ class CompilePool:
                     self._running[worker] = (rendered, time.monotonic())
 
     def __enter__(self) -> CompilePool:
+        if self._workers:
+            self._nursery.start()  # imports begin now, while the studies are opened
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -109,6 +121,12 @@ class CompilePool:
             worker.terminate()  # all at once, so that their last second is one second
         for worker in self._workers:
             worker.kill()
+        self._nursery.close()
+
+
+def _prepare(compile: Compile, backends: Sequence[str]) -> None:
+    """Runs in the nursery; to know ``compile`` its module was imported."""
+    preload(backends)
 
 
 def _result(worker: Worker) -> Built | Outcome:

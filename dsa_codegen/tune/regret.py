@@ -106,11 +106,11 @@ def regret(sweep: Sweep, case: int, runs: Sequence[Run]) -> Regret:
     return Regret(sweep, case, tuple(runs), best, times[best], band_us, times[swept.default])
 
 
-def search(sweep: Sweep, case: int, seed: int, *, trials: int = ON_GPU.trials) -> Run:
-    """One search of a sweep's case, as a run of that budget does it, and its final."""
+def search(sweep: Sweep, case: int, seed: int, *, trials: int = ON_GPU.trials, gpus: int = 1) -> Run:
+    """One search of a sweep's case, as a run of that budget on so many GPUs does it, and its final."""
     space, swept, clock = SweptSpace.of(sweep, case), sweep.cases[case], Clock()
     problem = Problem(sweep.op, sweep.spec, swept.case, space.gpu)
-    evaluator = ReplayEvaluator(sweep, case, seed, clock)
+    evaluator = ReplayEvaluator(sweep, case, seed, clock, gpus)
     seeds = [swept.default]
     study = Study(space, swept.case, Path(), method=METHOD, trials=trials, seeds=seeds, seed=seed, shelf=Memory())
     Search({study: problem}, evaluator, lambda: None, clock).run(float("inf"))

@@ -1,7 +1,8 @@
 """Replay: the search over a sweep's times instead of a GPU, on a clock of its own, and how much it loses by not trying all.
 
 Study, search, finals and the choice of the winner are those of every run. What stands in is what takes time: compilers, of
-which several work at once, and the GPU, which times one candidate after another; both take as long as they took in the sweep.
+which several work at once, and GPUs, each of which times one candidate after another; both take as long as they took in the
+sweep. Asking takes its time too, and there is one who asks, however many GPUs there are.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from .outcome import Kind, Outcome
 from .pool import CompilePool
 from .problem import Problem
 from .space import Candidate, Space
+from .study import Study
 from .sweep import Sweep, Times, gpu_of
 
 METHOD = "replayed"
-PROCESSES = 14
-"""Compilers of a machine with one GPU and 16 cores."""
+CORES = 16
+"""Of a machine for each of its GPUs; all but one, and one for each GPU, compile."""
 EVALUATE_S = 0.2
 """Seconds to check and time a candidate: wall seconds by trials of the records in ``tuned/``."""
+ASK_S = 0.015
+"""Seconds to find and to note the next candidate: of a study with 30 known, on one core."""
 DOMINATED = 2.0  # as on the GPU: what is so many times slower than the best does not reach the final
 _PASSED = Accuracy(True, 0.0, 0.0)
 
@@ -91,10 +95,15 @@ class Clock:
         return self.now
 
 
+def processes(gpus: int) -> int:
+    """Compilers of a machine with so many GPUs."""
+    return CORES * gpus - 1 - gpus
+
+
 class ReplayedPool(CompilePool):
     """Stands in for the compilers: a source is done when its seconds have passed."""
 
-    def __init__(self, sweep: Sweep, clock: Clock, size: int = PROCESSES) -> None:
+    def __init__(self, sweep: Sweep, clock: Clock, size: int) -> None:
         super().__init__(gpu_of(sweep), Path(), 0)
         self._size, self._clock = size, clock
         self._sources = {_rendered(sweep, number).sha: source for number, source in enumerate(sweep.sources)}
@@ -140,6 +149,7 @@ class ReplayEvaluator(Evaluator):
 
     Args:
         seed: which visit a candidate gets; two runs of one seed see the same times.
+        gpus: that candidates are dealt out to.
     """
 
     method = METHOD
@@ -147,29 +157,39 @@ class ReplayEvaluator(Evaluator):
     measures = True
     free = False
 
-    def __init__(self, sweep: Sweep, case: int, seed: int, clock: Clock) -> None:
-        self._pool = ReplayedPool(sweep, clock)
+    def __init__(self, sweep: Sweep, case: int, seed: int, clock: Clock, gpus: int = 1) -> None:
+        self._pool = ReplayedPool(sweep, clock, processes(gpus))
         super().__init__(self._pool)
-        self._sweep, self._case, self._clock = sweep, sweep.cases[case], clock
+        self._sweep, self._case, self._clock, self._gpus = sweep, sweep.cases[case], clock, gpus
         self._draw = random.Random(seed)
-        self._current: tuple[float, Task] | None = None
+        self._judging: list[tuple[float, Task]] = []
+        self._asked = False
+
+    @property
+    def width(self) -> int:
+        return self._gpus
 
     @property
     def backlog(self) -> int:
-        return super().backlog + (self._current is not None)
+        return super().backlog + len(self._judging)
+
+    def submit(self, study: Study, problem: Problem, candidate: Candidate) -> None:
+        self._clock.now += ASK_S
+        self._asked = True
+        super().submit(study, problem, candidate)
 
     def _advance(self) -> list[Done]:
-        """Begin what is ready, and let the time pass until the GPU or a compiler is done with something."""
-        if self._current is None and self._ready:
-            self._current = self._clock.now + EVALUATE_S, self._ready.pop(0)
-        end = self._current[0] if self._current else math.inf
-        upcoming = min(end, self._pool.next_end)
-        if math.isfinite(upcoming):
+        """Begin what is ready and end what is over; the time passes until there is something, or there is nothing to ask."""
+        while self._ready and len(self._judging) < self._gpus:
+            self._judging.append((self._clock.now + EVALUATE_S, self._ready.pop(0)))
+        upcoming = min((end for end, _ in self._judging), default=math.inf)
+        upcoming = min(upcoming, self._pool.next_end)
+        if math.isfinite(upcoming) and not self._asked:
             self._clock.now = max(self._clock.now, upcoming)
-        if self._current is None or self._clock.now < end:
-            return []
-        task, self._current = self._current[1], None
-        return [Done(task, self._judge(task), EVALUATE_S + self._compile_cost(task))]
+        self._asked = False
+        over = [task for end, task in self._judging if end <= self._clock.now]
+        self._judging = [each for each in self._judging if each[0] > self._clock.now]
+        return [Done(task, self._judge(task), EVALUATE_S + self._compile_cost(task)) for task in over]
 
     def estimate_us(self, problem: Problem, candidate: Candidate) -> float:
         source = self._sweep.sources[self._sweep.entries[self._sweep.number[candidate.config]].source]

@@ -19,6 +19,7 @@ from ..records import files as records
 from ..records.lookup import search_path
 from ..records.record import GpuKey, Record
 from . import ranking
+from .account import Account
 from .cluster import Cluster
 from .effort import NORMAL, Effort, most_needed
 from .evaluate import Evaluator
@@ -98,7 +99,9 @@ def tune(
     size = 0 if cluster else processes or cores(spare=0 if offline else 1 + len(devices))
     with (
         ledger,
-        CompilePool(gpu, ledger.builds, size, compile=ranking.compile, log=ledger.log) as pool,
+        CompilePool(
+            gpu, ledger.builds, size, compile=ranking.compile, log=ledger.log, backends=_compiled(wanted, backends)
+        ) as pool,
     ):
         evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
         with evaluator:
@@ -116,6 +119,11 @@ def tune(
                 effort.narrow,
             )
             return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
+
+
+def _compiled(wanted: Sequence[tuple[Op, Spec]], backends: Sequence[str]) -> list[str]:
+    """The backends whose compilers a run may need."""
+    return list(dict.fromkeys(name for op, _ in wanted for name in op.backends if not backends or name in backends))
 
 
 def _named(effort: Effort) -> list[str]:
@@ -139,6 +147,7 @@ class _Run:
     changes: list[Change] = field(default_factory=list)
     phase: str = "search"
     cluster: Cluster | None = None
+    account: Account | None = None
 
     def go(self, wanted: Sequence[Problem], evaluator: Evaluator) -> Report:
         """The whole run."""
@@ -154,7 +163,7 @@ class _Run:
                 if self.cluster:
                     self._elsewhere(self.cluster, evaluator.search_share)
                 else:
-                    Search(self.opened.studies, evaluator, self._tell).run(self.ledger.deadline(evaluator.search_share))
+                    self._search(evaluator)
                     self._finals(evaluator)
             except KeyboardInterrupt:
                 interrupted = True
@@ -172,8 +181,22 @@ class _Run:
         notes = tuple(self.opened.notes)
         failures = tuple(failure for study in self.opened.studies for failure in _failures(study))
         return Report(
-            found, tuple(files), statuses, notes, interrupted, self.ledger.elapsed_s, missing, failures, tuple(self.changes)
+            found,
+            tuple(files),
+            statuses,
+            notes,
+            interrupted,
+            self.ledger.elapsed_s,
+            missing,
+            failures,
+            tuple(self.changes),
+            self.account,
         )
+
+    def _search(self, evaluator: Evaluator) -> None:
+        search, begun = Search(self.opened.studies, evaluator, self._tell), time.monotonic()
+        search.run(self.ledger.deadline(evaluator.search_share))
+        self.account = search.account(time.monotonic() - begun)
 
     def _elsewhere(self, cluster: Cluster, share: float) -> None:
         """Search and finals on a cluster's hosts."""

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import ranking
+from .account import Account
 from .evaluate import Done, Evaluator
 from .problem import Problem
 from .space import Candidate, Space
 from .study import Study
 
 _IDLE_SECONDS = 0.005
-_ASKS_PER_TURN = 4  # an ask takes up to 0.2 s; results must not wait behind many
-_IN_FLIGHT = 4  # candidates of a study; with 18, which 14 compilers would take, searches of 541 configs lost 3 % more
+_ASKS_PER_TURN = 4  # that find nothing; after one that does GPUs are looked at: an ask takes 15 ms and more, judging 200
+_IN_FLIGHT = 4  # candidates of a study, for each GPU; with 18 on one, searches of 541 configs lost 3 % more
 _SCREENED = 24  # candidates that are compiled to be ranked, where that is known to say something
 _AHEAD = 4  # candidates compiled, for each GPU, beyond what the processes work on
 
@@ -45,7 +46,7 @@ class Search:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._problems, self._evaluator, self._on_change, self._clock = studies, evaluator, on_change, clock
-        self._told = 0.0
+        self._told, self._asked, self._asking_s = 0.0, 0, 0.0
         self._by_space: dict[Space, list[Study]] = {}
         for study in studies:
             self._by_space.setdefault(study.space, []).append(study)
@@ -53,6 +54,7 @@ class Search:
 
     def run(self, deadline: float) -> None:
         """Search until every study is exhausted or the clock passes the deadline."""
+        self._evaluator.begin()
         while self._clock() < deadline:
             asked = self._feed()
             self._screens = [screen for screen in self._screens if not self._ended(screen)]
@@ -70,9 +72,14 @@ class Search:
                 self._take(each)
             time.sleep(_IDLE_SECONDS)
 
-    def _feed(self) -> int:
-        """Ask for candidates while there is room for them; returns how many were asked for."""
-        asked = 0
+    def account(self, wall_s: float) -> Account:
+        """What was done with the seconds of a search that took so long."""
+        pool, gpus = self._evaluator.pool, self._evaluator.spent
+        spent, judged = [seconds for seconds, _ in gpus], [count for _, count in gpus]
+        return Account(wall_s, spent, judged, pool.size, pool.busy_s, self._asked, self._asking_s)
+
+    def _feed(self) -> bool:
+        """Ask for a candidate where there is room for one; whether there is a new one."""
         for _ in range(_ASKS_PER_TURN):
             if self._evaluator.backlog >= self._evaluator.pool.size + _AHEAD * self._evaluator.width:
                 break
@@ -81,9 +88,12 @@ class Search:
                 break
             begun = time.monotonic()
             candidate = study.ask()
-            study.spent_s += time.monotonic() - begun  # a space that is mostly infeasible must not hold up the others
-            asked += self._submit(study, candidate)
-        return asked
+            took = time.monotonic() - begun
+            self._asked, self._asking_s = self._asked + 1, self._asking_s + took
+            study.spent_s += took  # a space that is mostly infeasible must not hold up the others
+            if self._submit(study, candidate):
+                return True
+        return False
 
     def _of_one_code(self) -> Iterator[_Screen]:
         """The studies that begin, have trials for it, and whose candidates can be ranked by their machine code."""
@@ -117,7 +127,7 @@ class Search:
 
     def _neediest(self) -> Study | None:
         """The study to ask next: one that has not tried its default, else the one that has had the least time."""
-        most = math.inf if self._evaluator.free else max(_IN_FLIGHT, 2 * self._evaluator.width)
+        most = math.inf if self._evaluator.free else _IN_FLIGHT * self._evaluator.width
         open_studies = [study for study in self._problems if not study.exhausted and study.in_flight < most]
         return min(open_studies, key=lambda study: (study.begun, self._claim(study), study.evaluated), default=None)
 

@@ -6,6 +6,7 @@ import functools
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import filelock
@@ -104,6 +105,19 @@ def create(storage: BaseStorage, name: str) -> optuna.Study:
     return optuna.create_study(
         storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner(), study_name=name, load_if_exists=True
     )
+
+
+def begin(study: optuna.Study, params: Mapping[str, int], ranges: Mapping[str, int]) -> optuna.Trial:
+    """A trial of these parameters, of 0 to ``ranges`` each, that is under way.
+
+    It is noted by one line of a journal, where asking for an enqueued trial and drawing its parameters writes eight and waits
+    for the disk after each; whoever deals out candidates to several GPUs has no time for that.
+    """
+    distributions = {name: optuna.distributions.IntDistribution(0, high) for name, high in ranges.items()}
+    running = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, params=dict(params), distributions=dict(distributions)
+    )
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=running))
 
 
 @functools.lru_cache(maxsize=4)

@@ -76,6 +76,11 @@ class Space:
         """Number of points, feasible or not."""
         return math.prod(len(parameter.choices) for parameter in self.table)
 
+    @property
+    def ranges(self) -> dict[str, int]:
+        """The highest index of each parameter's choices."""
+        return {p.name: len(p.choices) - 1 for p in self.table}
+
     def suggest(self, trial: Suggests) -> Config:
         """The config that a trial proposes; the ranges never change, as the sampler requires."""
         return self.decode({p.name: trial.suggest_int(p.name, 0, len(p.choices) - 1) for p in self.table})

@@ -21,7 +21,7 @@ from ..problem.values import describe
 from .journal import Journal
 from .outcome import Kind, Outcome
 from .proposals import Proposals
-from .shelf import Files, Shelf
+from .shelf import Files, Shelf, begin
 from .space import Candidate, Key, Space
 
 _FREE_ASKS = 24  # repeated proposals in one ask: each takes the sampler about 10 ms
@@ -230,10 +230,7 @@ class Study:
 
     def _enqueued(self, config: Config) -> optuna.Trial:
         """A trial of this config; the ranges never change, as Optuna requires."""
-        self._study.enqueue_trial(self.space.encode(config))
-        trial = self._study.ask()
-        self.space.suggest(trial)
-        return trial
+        return begin(self._study, self.space.encode(config), self.space.ranges)
 
     def _conclude(self, trial: optuna.Trial, candidate: Candidate, outcome: Outcome) -> None:
         self._noted.add(trial.number)

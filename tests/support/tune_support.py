@@ -50,7 +50,7 @@ class InstantEvaluator(Evaluator):
     method, search_share, measures, free = "measured", 0.8, False, False
 
     def __init__(self, judge=lambda task: timed(landscape(task.candidate.config)), seconds: float = 0.1) -> None:
-        super().__init__(SimpleNamespace(size=2, cancel=lambda: None, poll=lambda: None, results={}, seconds={}))
+        super().__init__(SimpleNamespace(size=2, cancel=lambda: None, poll=lambda: None, results={}, seconds={}, busy_s=0.0))
         self.judge, self.seconds = judge, seconds
         self.judged: list[Task] = []
 
@@ -70,7 +70,7 @@ class InstantGpu(InstantEvaluator):
 
     def __init__(self, judge=lambda task: timed(landscape(task.candidate.config)), folder: Path | None = None) -> None:
         super().__init__(judge)
-        self.pool.request, self.pool.backlog = lambda rendered: True, 0
+        self.pool.request, self.pool.backlog = lambda rendered, first=False: True, 0
         self.folder = folder or Path(tempfile.mkdtemp())
         self.finals: list[list[Config]] = []
         self.refusals = 0
