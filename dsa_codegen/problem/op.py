@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -263,6 +264,16 @@ class Kernels(ABC, Generic[S, Z]):
 _CANONICAL: dict[Any, str] = {}
 
 
+def table(op: Kernels[Any, Any], backend: str) -> tuple[Parameter, ...]:
+    """An operation's parameters; to open the studies of a model's selection asks for them two million times."""
+    return _table(op.parameters, backend)
+
+
+@functools.cache
+def _table(parameters: Callable[[str], tuple[Parameter, ...]], backend: str) -> tuple[Parameter, ...]:
+    return parameters(backend)
+
+
 class Op(Problem[S, Z], Kernels[S, Z]):
     """An operation of sparse attention: the one contract. One instance lives in ``ops/<name>/`` as ``OP``."""
 
@@ -280,7 +291,7 @@ class Op(Problem[S, Z], Kernels[S, Z]):
             bucket: the sizes that the config is to serve, which must be in its reach; None where none are meant.
         """
         found = []
-        for parameter in self.parameters(config.backend):
+        for parameter in table(self, config.backend):
             if config[parameter.name] not in parameter.choices:
                 allowed = ", ".join(map(str, parameter.choices))
                 found.append(Violation(parameter.name, 1.0, f"{parameter.name}: {config[parameter.name]}, not in {allowed}"))

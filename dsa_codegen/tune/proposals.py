@@ -129,12 +129,8 @@ class Proposals:
 
     def _some(self, feasible: Sequence[Config] | None) -> Sequence[Config]:
         if feasible is None:
-            drawn = dict.fromkeys(self._at_random() for _ in range(_DRAWS))
-            feasible = [config for config in drawn if self._space.fits(config)]
+            feasible = self._space.drawn(_DRAWS)
         return self._order.sample(feasible, LIMIT) if len(feasible) > LIMIT else feasible
-
-    def _at_random(self) -> Config:
-        return Config.of(self._space.backend, **{p.name: self._order.choice(p.choices) for p in self._space.table})
 
 
 def _scale(parameter: Parameter) -> Mapping[Any, float]:
