@@ -73,7 +73,7 @@ def tune(
     if again:
         return tune_modes.again(context, again, as_json)
     if replay:
-        return tune_modes.replay(context, replay, seeds, trials, as_json)
+        return tune_modes.replay(context, replay, seeds, trials, most, as_json)
     if dashboard:
         return tune_modes.dashboard(context, port)
     tune_modes.unmixed(context, "--refresh" if refresh else "--check" if check else "")

@@ -58,12 +58,14 @@ def again(context: typer.Context, name: str, as_json: bool) -> None:
     raise typer.Exit(0 if seen.now.ok else 1)
 
 
-def replay(context: typer.Context, files: Sequence[Path], seeds: int, trials: int, as_json: bool) -> None:
-    """Search sweeps with many seeds, and say what is lost."""
-    _alone(context, "--replay", ("replay", "seeds", "trials", "as_json"))
+def replay(context: typer.Context, files: Sequence[Path], seeds: int, trials: int, most: int, as_json: bool) -> None:
+    """Search sweeps with many seeds, and say what is lost, and how long it would have taken on so many GPUs."""
+    _alone(context, "--replay", ("replay", "seeds", "trials", "most", "as_json"))
     cases = [(each, number) for each in map(sweep.read, files) for number in range(len(each.cases))]
     runs = [(*case, seed) for case in cases for seed in range(seeds)]
-    found = waiting.progress(err, "replay", runs, lambda run: regret.search(*run, trials=trials or ON_GPU.trials))
+    found = waiting.progress(
+        err, "replay", runs, lambda run: regret.search(*run, trials=trials or ON_GPU.trials, gpus=most or 1)
+    )
     losses = [regret.regret(*case, found[n * seeds : (n + 1) * seeds]) for n, case in enumerate(cases)]
     consoles.show(as_json, show_tuning.regrets(losses), [show_tuning.regret_row(each) for each in losses])
 

@@ -194,7 +194,7 @@ def _regret(each: Regret) -> Iterable[str]:
     trials = max(run.trials for run in each.runs)
     yield f"{each.label} on {each.sweep.gpu.id}: {each.configs} configs, the best {each.best_us:.4g} µs"
     yield (
-        f"  {trials} trials lose {lost[0]} on average, {lost[1]} in nine of ten, {lost[2]} at worst "
+        f"  {trials} trials, {each.seconds:.0f} s, lose {lost[0]} on average, {lost[1]} in nine of ten, {lost[2]} at worst "
         f"(the default {100 * each.of(each.default_us):.2f} %)"
     )
     yield f"  of {count} seeds {same} end with the best or a tie, {top1} with the best; {flips} finals overruled the search"
@@ -215,5 +215,6 @@ def regret_row(each: Regret) -> dict[str, Any]:
         "same_or_tied": each.same,
         "top1": each.top1,
         "flips": each.flips,
+        "seconds": each.seconds,
         "runs": [{"config": run.config.to_dict(), "time_us": run.time_us, "trials": run.trials} for run in each.runs],
     }

@@ -79,6 +79,11 @@ class Regret:
         return self.losses[max(0, -(-9 * len(self.losses) // 10) - 1)]
 
     @property
+    def seconds(self) -> float:
+        """That a search and its final would have taken, on average."""
+        return statistics.fmean(run.seconds for run in self.runs)
+
+    @property
     def same(self) -> float:
         """Share of the runs that ended with the best, or with what noise cannot tell from it."""
         return sum(run.config == self.best or run.time_us <= self.band_us for run in self.runs) / len(self.runs)
@@ -108,11 +113,9 @@ def regret(sweep: Sweep, case: int, runs: Sequence[Run]) -> Regret:
 
 def search(sweep: Sweep, case: int, seed: int, *, trials: int = ON_GPU.trials, gpus: int = 1) -> Run:
     """One search of a sweep's case, as a run of that budget on so many GPUs does it, and its final."""
-    space, swept, clock = SweptSpace.of(sweep, case), sweep.cases[case], Clock()
-    problem = Problem(sweep.op, sweep.spec, swept.case, space.gpu)
-    evaluator = ReplayEvaluator(sweep, case, seed, clock, gpus)
-    seeds = [swept.default]
-    study = Study(space, swept.case, Path(), method=METHOD, trials=trials, seeds=seeds, seed=seed, shelf=Memory())
+    study, problem = _study(sweep, case, seed, trials)
+    swept, clock = sweep.cases[case], Clock()
+    evaluator = ReplayEvaluator(sweep, seed, clock, gpus)
     Search({study: problem}, evaluator, lambda: None, clock).run(float("inf"))
     field, _ = timed_in_turns(problem, contenders([study], swept.default), evaluator, FINAL_S)
     winner = winner_of(problem, field, evaluator, lambda found, outcome: None)
@@ -122,3 +125,19 @@ def search(sweep: Sweep, case: int, seed: int, *, trials: int = ON_GPU.trials, g
     time_us = swept.time_us(sweep.number[config])
     assert time_us is not None
     return Run(config, time_us, len(study.seen), clock.now, fastest.key != winner.candidate.key)
+
+
+def pace(sweep: Sweep, seconds: float, *, gpus: int, cores: int, trials: int = ON_GPU.trials, seed: int = 0) -> int:
+    """How many candidates a search of all cases of a sweep judges in so many seconds on so many GPUs and cores."""
+    clock = Clock()
+    evaluator = ReplayEvaluator(sweep, seed, clock, gpus, cores)
+    studies = dict(_study(sweep, case, seed, trials) for case in range(len(sweep.cases)))
+    Search(studies, evaluator, lambda: None, clock).run(seconds)
+    return evaluator.judged
+
+
+def _study(sweep: Sweep, case: int, seed: int, trials: int) -> tuple[Study, Problem]:
+    space, swept = SweptSpace.of(sweep, case), sweep.cases[case]
+    seeds = [swept.default]
+    study = Study(space, swept.case, Path(), method=METHOD, trials=trials, seeds=seeds, seed=seed, shelf=Memory())
+    return study, Problem(sweep.op, sweep.spec, swept.case, space.gpu)

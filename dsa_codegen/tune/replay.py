@@ -30,7 +30,7 @@ from .sweep import Sweep, Times, gpu_of
 
 METHOD = "replayed"
 CORES = 16
-"""Of a machine for each of its GPUs; all but one, and one for each GPU, compile."""
+"""Of a machine, for each of its GPUs."""
 EVALUATE_S = 0.2
 """Seconds to check and time a candidate: wall seconds by trials of the records in ``tuned/``."""
 ASK_S = 0.015
@@ -95,11 +95,6 @@ class Clock:
         return self.now
 
 
-def processes(gpus: int) -> int:
-    """Compilers of a machine with so many GPUs."""
-    return CORES * gpus - 1 - gpus
-
-
 class ReplayedPool(CompilePool):
     """Stands in for the compilers: a source is done when its seconds have passed."""
 
@@ -150,6 +145,7 @@ class ReplayEvaluator(Evaluator):
     Args:
         seed: which visit a candidate gets; two runs of one seed see the same times.
         gpus: that candidates are dealt out to.
+        cores: of the machine; by default ``CORES`` for each GPU. All but one, and one for each GPU, compile.
     """
 
     method = METHOD
@@ -157,11 +153,14 @@ class ReplayEvaluator(Evaluator):
     measures = True
     free = False
 
-    def __init__(self, sweep: Sweep, case: int, seed: int, clock: Clock, gpus: int = 1) -> None:
-        self._pool = ReplayedPool(sweep, clock, processes(gpus))
+    def __init__(self, sweep: Sweep, seed: int, clock: Clock, gpus: int = 1, cores: int = 0) -> None:
+        self._pool = ReplayedPool(sweep, clock, max(1, (cores or CORES * gpus) - 1 - gpus))
         super().__init__(self._pool)
-        self._sweep, self._case, self._clock, self._gpus = sweep, sweep.cases[case], clock, gpus
+        self._sweep, self._clock, self._gpus = sweep, clock, gpus
+        self._cases = {each.case.id: each for each in sweep.cases}
         self._draw = random.Random(seed)
+        self.judged = 0
+        """Candidates, so far."""
         self._judging: list[tuple[float, Task]] = []
         self._asked = False
 
@@ -189,6 +188,7 @@ class ReplayEvaluator(Evaluator):
         self._asked = False
         over = [task for end, task in self._judging if end <= self._clock.now]
         self._judging = [each for each in self._judging if each[0] > self._clock.now]
+        self.judged += len(over)
         return [Done(task, self._judge(task), EVALUATE_S + self._compile_cost(task)) for task in over]
 
     def estimate_us(self, problem: Problem, candidate: Candidate) -> float:
@@ -204,7 +204,7 @@ class ReplayEvaluator(Evaluator):
                 self._clock.now = max(self._clock.now, self._pool.next_end)
 
     def _judge(self, task: Task) -> Outcome:
-        result = self._result(task.candidate)
+        result = self._result(task.problem, task.candidate)
         if isinstance(result, str):
             return Outcome(Kind(result), detail="as in the sweep")
         time_us, best = self._draw.choice(result), task.study.best
@@ -214,12 +214,12 @@ class ReplayEvaluator(Evaluator):
 
     def final(self, problem: Problem, candidates: Sequence[Candidate], limit_s: float) -> list[Measured] | None:
         self._clock.now += limit_s
-        results = [self._result(candidate) for candidate in candidates]
+        results = [self._result(problem, candidate) for candidate in candidates]
         timed = [result for result in results if isinstance(result, tuple)]
         return [Measured(Timing.of(self._draw.choices(result, k=len(result))), COLD, 1) for result in timed]
 
-    def _result(self, candidate: Candidate) -> Times | str:
-        result = self._case.results[self._sweep.number[candidate.config]]
+    def _result(self, problem: Problem, candidate: Candidate) -> Times | str:
+        result = self._cases[problem.case.id].results[self._sweep.number[candidate.config]]
         assert result is not None, "the space holds what was swept"
         return result
 

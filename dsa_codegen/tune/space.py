@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ..gpu import Gpu
 from ..kernels import backends
@@ -21,13 +20,6 @@ from ..problem.op import Config, Op, Parameter, Violation, table
 from ..problem.values import Bucket, Scalar, Spec
 
 ENUMERABLE = 50_000  # points whose constraints are checked in about a second
-
-
-class Suggests(Protocol):
-    """What of ``optuna.Trial`` is needed to draw a config."""
-
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        """An integer in [low, high]."""
 
 
 Key = tuple[str, tuple[tuple[str, Scalar], ...]]
@@ -79,12 +71,8 @@ class Space:
 
     @property
     def ranges(self) -> dict[str, int]:
-        """The highest index of each parameter's choices."""
+        """The highest index of each parameter's choices; they never change, as Optuna requires."""
         return {p.name: len(p.choices) - 1 for p in self.table}
-
-    def suggest(self, trial: Suggests) -> Config:
-        """The config that a trial proposes; the ranges never change, as the sampler requires."""
-        return self.decode({p.name: trial.suggest_int(p.name, 0, len(p.choices) - 1) for p in self.table})
 
     def decode(self, indices: Mapping[str, int]) -> Config:
         """The config at these indices of the choices."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsa_codegen.tune import regret, sweep
-from dsa_codegen.tune.replay import Clock, ReplayEvaluator, SweptSpace
+from dsa_codegen.tune.problem import Problem
+from dsa_codegen.tune.replay import EVALUATE_S, Clock, ReplayEvaluator, SweptSpace
 from dsa_codegen.tune.study import Study
 
 from command_line import cli
@@ -48,6 +49,22 @@ def test_every_sweep_is_searched_well(path):
         assert found.same >= 0.9, "the best, or what noise cannot tell from it"
 
 
+def test_two_gpus_judge_nearly_twice_as_many(select):
+    """Of one host, whose 32 cores they share."""
+    judged = {gpus: regret.pace(select, 6.0, gpus=gpus, cores=32, trials=23) for gpus in (1, 2)}
+    assert 12 <= judged[1] <= 6 / EVALUATE_S and judged[2] >= 1.7 * judged[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_more_gpus_judge_more_and_lose_as_little(path):
+    swept = sweep.read(path)
+    judged = {gpus: regret.pace(swept, 25.0, gpus=gpus, cores=32, trials=150) for gpus in (1, 2, 4)}
+    assert judged[2] >= 1.8 * judged[1] and judged[4] >= 3.2 * judged[1]
+    for case in range(len(swept.cases)):
+        assert losses(swept, case, range(8), gpus=2).mean <= LOST
+
+
 def test_trying_all_finds_the_best_or_a_tie(select):
     found = losses(select, 2, [0], trials=10**6)
     assert found.same == 1.0 and found.runs[0].trials == found.configs
@@ -63,11 +80,12 @@ def test_the_space_is_what_was_swept(select):
 
 
 def test_a_candidate_gets_one_of_its_visits_and_a_final_draws_again(select):
-    evaluator = ReplayEvaluator(select, 0, 7, Clock())
+    evaluator = ReplayEvaluator(select, 7, Clock())
     space, case = SweptSpace.of(select, 0), select.cases[0]
+    problem = Problem(select.op, select.spec, case.case, space.gpu)
     candidate = space.candidate(case.default)
     visits = case.results[select.number[case.default]]
-    taken = [evaluator.final(None, [candidate], 1.0)[0].timing for _ in range(5)]
+    taken = [evaluator.final(problem, [candidate], 1.0)[0].timing for _ in range(5)]
     assert {timing.n for timing in taken} == {len(visits)}
     assert all(min(visits) <= timing.median <= max(visits) for timing in taken)
     assert statistics.median(visits) == case.time_us(select.number[case.default])

@@ -98,6 +98,39 @@ def test_every_default_is_tried_before_anything_else(tmp_path):
     assert {task.candidate.config for task in evaluator.judged[:4]} == {DEFAULT}
 
 
+def test_gpus_are_looked_at_after_every_question(tmp_path):
+    """What is built does not wait until all are asked that there is room for."""
+    at_once: list[int] = []
+
+    class Evaluator(InstantEvaluator):
+        def _advance(self):
+            at_once.append(len(self._ready))
+            return super()._advance()
+
+    evaluator = Evaluator()
+    evaluator.pool.size = 40
+    search([open_study(tmp_path, trials=12), open_study(tmp_path, trials=12, case=OTHER)], evaluator)
+    assert max(at_once) == 1
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_every_gpu_has_four_candidates_of_a_study_under_way(tmp_path, gpus):
+    """Compilers take longer than a GPU does: fewer would leave it waiting, many more are asked for before much is known."""
+    study, most = open_study(tmp_path, trials=24), []
+
+    class Evaluator(InstantEvaluator):
+        width = gpus
+
+        def _advance(self):
+            most.append(study.in_flight)
+            return super()._advance() if len(self._ready) == 4 * gpus or study.exhausted else []
+
+    evaluator = Evaluator()
+    evaluator.pool.size = 40
+    search([study], evaluator)
+    assert max(most) == 4 * gpus
+
+
 def test_failures_do_not_stop_the_search(tmp_path):
     def judge(task):
         if task.candidate.config["block_n"] == 64:

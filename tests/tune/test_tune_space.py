@@ -12,22 +12,17 @@ from toy import OP
 from tune_support import DEFAULT, SPACE, config
 
 
-class Recorder:
-    """Suggests the highest index and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.ranges: dict[str, tuple[int, int]] = {}
-
-    def suggest_int(self, name, low, high):
-        self.ranges[name] = (low, high)
-        return high
+def test_a_config_is_indices_of_ordered_choices():
+    last = Config.of("triton", **{parameter.name: parameter.choices[-1] for parameter in OP.parameters("triton")})
+    assert SPACE.decode(SPACE.ranges) == last
+    assert SPACE.ranges == {parameter.name: len(parameter.choices) - 1 for parameter in OP.parameters("triton")}
 
 
-def test_a_config_is_drawn_as_indices_of_ordered_choices():
-    recorder = Recorder()
-    drawn = SPACE.suggest(recorder)
-    assert recorder.ranges == {parameter.name: (0, len(parameter.choices) - 1) for parameter in OP.parameters("triton")}
-    assert drawn == Config.of("triton", **{parameter.name: parameter.choices[-1] for parameter in OP.parameters("triton")})
+def test_of_a_space_too_large_to_list_some_are_drawn_that_fit():
+    drawn, feasible = SPACE.drawn(500), set(SPACE.feasible())
+    assert 10 < len(drawn) == len(set(drawn)) < 500 and feasible.issuperset(drawn)
+    assert SPACE.drawn(500) == drawn, "the same for every study"
+    assert SPACE.drawn(500) != SPACE.drawn(501)[: len(drawn)]
 
 
 def test_decode_undoes_encode():

@@ -119,6 +119,18 @@ def test_every_outcome_survives_the_journal(tmp_path):
     assert [outcome.time_us for _, outcome in again.fastest(5)] == [5.0], "a dominated candidate is not a finalist"
 
 
+def test_a_trial_is_three_lines_of_the_journal(tmp_path):
+    """Each waits for the disk: when it begins, what came of it, and that it is over."""
+    study = open_study(tmp_path)
+    lines = lambda: len(study.path.read_text().splitlines())  # noqa: E731
+    before, candidate = lines(), study.ask()
+    assert lines() == before + 1
+    study.tell(candidate, timed(5.0))
+    assert lines() == before + 3
+    (trial,) = study._study.get_trials()
+    assert study.space.decode(trial.params) == candidate.config and trial.value == 5.0
+
+
 def test_what_a_dead_run_left_open_is_released(tmp_path):
     dead = open_study(tmp_path)
     lost = dead.ask()

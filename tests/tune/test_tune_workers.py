@@ -147,3 +147,12 @@ def test_one_compilation_serves_every_launch(tmp_path, shared):
     outcomes = collect(shared, study, [config(num_stages=2, splits=splits) for splits in (1, 2, 4)])
     assert all(outcome.ok for outcome in outcomes)
     assert len(shared.pool.results) == before + 1
+
+
+def test_what_a_study_tries_first_is_compiled_first(tmp_path):
+    """Its default stands before what is compiled to be ranked; a GPU has nothing to judge until then."""
+    sources = [SPACE.candidate(config(num_stages=stages)).rendered for stages in (2, 3, 4)]
+    pool = CompilePool(H200, tmp_path, 0, compile=fake.compile_well)
+    for rendered, first in zip(sources, (False, False, True), strict=True):
+        pool.request(rendered, first)
+    assert list(pool._queue) == [sources[2], *sources[:2]]
