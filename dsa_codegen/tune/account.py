@@ -60,6 +60,5 @@ class Account:
         for number, (seconds, judged) in enumerate(zip(self.gpus, self.judged, strict=True)):
             shares = (f"{activity} {100 * each / wall_s:.0f} %" for activity, each in seconds.items() if each > 0)
             yield f"  GPU {number}: {judged} candidates; {', '.join(shares)}"
-        busy, asking = self.compiling_s / max(self.compilers, 1), self.asking_s
-        shares = f"busy {100 * busy / wall_s:.0f} %; {self.asked} questions, {100 * asking / wall_s:.0f} %"
-        yield f"  {self.compilers} compilers, {shares}"
+        busy, asking = self.compiling_s / max(self.compilers, 1) / wall_s, self.asking_s / wall_s
+        yield f"  {self.compilers} compilers, busy {100 * busy:.0f} %; {self.asked} questions, {100 * asking:.0f} %"
