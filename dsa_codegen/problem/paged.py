@@ -141,7 +141,7 @@ def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | N
     shape = (None, None) if flat else (None, None, 1, bytes_per_token)
     cache = checks.tensor(name, value, shape, torch.uint8, like=like, inner_contiguous=True)
     blocks, page = cache.shape[0], _flat_page(name, cache, int(bytes_per_token)) if flat else cache.shape[1]
-    if not flat and page > 1 and cache.stride(1) != bytes_per_token:
+    if blocks and not flat and page > 1 and cache.stride(1) != bytes_per_token:
         raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {bytes_per_token} between tokens)")
     if blocks > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * bytes_per_token):
         allowed = f"a multiple of {_ALIGNMENT} of at least {page * bytes_per_token}"
@@ -165,7 +165,7 @@ def check_plain_rows(name: str, value: object, head_dim: int | None, dtype: torc
     cache = checks.tensor(name, value, (None, None, 1, head_dim), dtype, like=like, inner_contiguous=True)
     head_dim = cache.shape[3]
     page = cache.shape[1]
-    if page > 1 and cache.stride(1) != head_dim:
+    if cache.shape[0] and page > 1 and cache.stride(1) != head_dim:
         raise InputError(name, f"strides {cache.stride()}", f"contiguous pages (stride {head_dim} between tokens)")
     if cache.shape[0] > 1 and (cache.stride(0) % _ALIGNMENT or cache.stride(0) < page * head_dim):
         allowed = f"a multiple of {_ALIGNMENT} of at least {page * head_dim}"

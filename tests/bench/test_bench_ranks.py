@@ -16,7 +16,7 @@ from dsa_codegen.errors import NoGpu
 from support import H200
 
 FACTS = {"date": "2026-01-02T03:04:05Z", "commit": "abc1234", "toolchain": {}}
-DECODE, PREFILL = SMALL
+DECODE, PREFILL, _ = SMALL
 
 
 def timed(name: str, us: float, sent: int = 8) -> Timed:

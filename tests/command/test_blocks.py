@@ -27,6 +27,7 @@ ELSEWHERE = {
     r"pip install .*": "packages that are installed beside the environment of the tests; peers need a GPU",
     r"python -m pytest -m gpu.*": "needs a GPU",
     r"python scripts/sanitize\.py": "needs a GPU and compute-sanitizer",
+    r"python scripts/several_gpus\.py .*": "needs several GPUs; tests/bench/test_bench_several.py has it run over gloo",
     r"git add .*": "commits",
     r"python cli\.py verify --(preset deepseek-v3\.2|spec my-model\.yaml)": "minutes of interpreter; that of tiny runs",
     r"python cli\.py tune --gpu auto .*": "for the GPU that serves; for one that is named it runs",

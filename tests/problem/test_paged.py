@@ -27,6 +27,12 @@ def test_both_shapes_state_the_page(layout):
     assert check_cache("cache", exact.unflatten(1, (layout.page, 1, -1)), layout.bytes_per_token) == layout.page
 
 
+def test_a_cache_without_blocks_has_a_page_too():
+    """That of a rank which holds none of a short sequence: torch gives what it picks from nothing strides of 0."""
+    none = torch.zeros(3, 64, 1, 656, dtype=torch.uint8)[torch.zeros(0, dtype=torch.int64)]
+    assert none.stride(1) == 0 and check_cache("cache", none, 656) == 64
+
+
 @BY_LAYOUT
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_a_block_with_room_for_further_tokens_is_not_a_larger_page(layout, tokens):

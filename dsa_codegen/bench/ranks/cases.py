@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...problem.presets import Model, preset
@@ -16,6 +17,8 @@ class Case:
     context: int
     batch: int = 1
     model: str = "deepseek-v3.2"
+    least: int = 1
+    """GPUs that it needs: groups of fewer do not hold it. One GPU then takes its rows in so many stretches, as engines do."""
 
     @property
     def shape(self) -> dict[str, int]:
@@ -30,7 +33,23 @@ class Case:
         return replace(model, heads=model.heads // world)
 
 
-CASES = (Case("decode", 65536, 64), Case("prefill", 32768), Case("prefill", 131072), Case("decode", 262144, 64))
+CASES = (
+    Case("decode", 65536, 64),
+    Case("prefill", 32768),
+    Case("prefill", 131072),
+    Case("decode", 262144, 64),
+    Case("prefill", 1 << 20, least=8),  # queries of 154 GB, some 75 GB a GPU with all else
+)
 """The shortest first: a run that is cut short has something."""
-SMALL = (Case("decode", 256, 4, "tiny"), Case("prefill", 200, model="tiny"))
+SMALL = (Case("decode", 256, 4, "tiny"), Case("prefill", 200, model="tiny"), Case("prefill", 320, model="tiny", least=8))
 """That a CPU runs in seconds."""
+
+
+def served(cases: Sequence[Case], devices: int) -> list[Case]:
+    """Those that so many GPUs hold together."""
+    return [case for case in cases if case.least <= devices]
+
+
+def groups(case: Case, sizes: Sequence[int]) -> list[int]:
+    """Of the sizes of groups those that a case is timed in: one GPU, and all that hold it."""
+    return [world for world in sizes if world == 1 or world >= case.least]

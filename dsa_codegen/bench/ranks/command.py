@@ -19,7 +19,7 @@ from ...runtime.dispatch import chosen
 from ...runtime.serving import Limits, calls
 from ..results import Row, groups_in, merge_rows, read_rows, rows_path
 from . import process
-from .cases import CASES, Case
+from .cases import CASES, Case, groups, served
 from .process import Timed
 from .ways import ALONE, PLAIN
 
@@ -56,6 +56,7 @@ def run(
     devices = devices or torch.cuda.device_count()
     if devices < 2:
         raise NoGpu("bench --distributed, with two GPUs or more,")
+    cases = served(cases, devices)
     with tempfile.TemporaryDirectory() as store:
         try:
             wanted = kernels(cases, sizes_of(devices), gpu) if device == "cuda" else []
@@ -72,9 +73,9 @@ def kernels(cases: Iterable[Case], sizes: Iterable[int], gpu: Gpu) -> list[Rende
     """What the dispatcher will want built."""
     found: dict[str, Rendered] = {}
     for case in cases:
-        rows = {"max_queries": case.context, "max_batch": 0} if case.stage == "prefill" else {}
+        rows = {"max_queries": case.context // case.least, "max_batch": 0} if case.stage == "prefill" else {}
         limits = Limits(**{"max_queries": 0, "max_batch": case.batch, **rows}, max_context=case.context, next_n=(1,))
-        for world in sizes:
+        for world in groups(case, sizes):
             for op, spec, size in calls(case.of_rank(world), limits):
                 if op.name != "gather_paged" and all(
                     getattr(spec, name, allowed[0]) in allowed for name, allowed in _ONLY.items()

@@ -107,6 +107,15 @@ def speedup(stage: str, way: str, context: int, world: int) -> float:
     return time_us(way, context, 1) / time_us(way, context, world)
 
 
+_STEPS = (
+    ("prefill", 32768, "prefill, 32K"),
+    ("prefill", 131072, "prefill, 128K"),
+    ("prefill", 1 << 20, "prefill, 1M"),
+    ("decode", 65536, "decode, 64 × 64K"),
+    ("decode", 262144, "decode, 64 × 256K"),
+)
+
+
 def table(worlds: Sequence[int] = WORLDS[1:]) -> str:
     """What the model says, in Markdown: milliseconds on one GPU, and speed-ups."""
     head = ("step", "way", "one GPU, ms", *(f"{world} GPUs" for world in worlds))
@@ -115,8 +124,12 @@ def table(worlds: Sequence[int] = WORLDS[1:]) -> str:
 
 
 def _rows(worlds: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    steps = (("prefill", 32768, "prefill, 32K"), ("prefill", 131072, "prefill, 128K"), ("decode", 65536, "decode, 64 × 64K"))
-    for stage, context, text in steps:
+    for stage, context, text in _STEPS:
         for way in WAYS[stage]:
             one = (prefill_us if stage == "prefill" else decode_us)(way, context, 1)
-            yield text, way, f"{one / 1e3:.3g}", *(f"{speedup(stage, way, context, world):.2f}" for world in worlds)
+            yield (
+                text,
+                way,
+                f"{one / 1e3:.{3 if one < 1e6 else 4}g}",
+                *(f"{speedup(stage, way, context, world):.2f}" for world in worlds),
+            )

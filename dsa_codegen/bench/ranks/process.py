@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from ...problem.compare import similarity_gap
 from . import transport
-from .cases import Case
+from .cases import Case, groups
 from .ways import PROBLEMS, Results, Way
 
 BUILT = "built"
 """A file in the store that says that all kernels are built: ranks start, and meet, meanwhile."""
 _CALLS = 20  # of decode in a graph
-_ROUNDS = 5
+_ROUNDS, _FEW, _LONG = 5, 2, 1e6  # a run of more than a second is timed twice
 _AGREEING = 0.999  # of the chosen; a kernel that serves other sizes rounds sums otherwise
 
 
@@ -94,14 +94,16 @@ def _time_way(way: Way, rank: Rank, captured: bool) -> Timed:
     with transport.noted() as messages:
         agreeing, similarity = _compared(way, rank)
     run, calls, graph = _prepared(way.run, rank, captured)
-    times = [rank.time_us(run) / calls for _ in range(_ROUNDS)]
+    times = [rank.time_us(run) / calls]
+    rounds = _FEW if times[0] > _LONG else _ROUNDS
+    times += [rank.time_us(run) / calls for _ in range(rounds - 1)]
     exchange = exposed = 0.0
     if messages:
         collectives, count, _ = _prepared(transport.Collectives(messages, rank.device), rank, captured)
-        exchange = statistics.median(rank.time_us(collectives) / count for _ in range(_ROUNDS))
+        exchange = statistics.median(rank.time_us(collectives) / count for _ in range(rounds))
         with transport.absent(rank.world):
             silent, count, _ = _prepared(way.run, rank, captured)
-            exposed = statistics.median(times) - statistics.median(rank.time_us(silent) / count for _ in range(_ROUNDS))
+            exposed = statistics.median(times) - statistics.median(rank.time_us(silent) / count for _ in range(rounds))
     spread = min(times), max(times)
     return Timed(
         way.name,
@@ -165,14 +167,14 @@ def main(rank: int, processes: int, cases: Sequence[Case], sizes: Sequence[int],
         torch.set_num_threads(1)
     transported = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(transported, store=dist.FileStore(str(store / "ranks"), processes), rank=rank, world_size=processes)
-    groups = {world: dist.new_group(list(range(world))) for world in sizes}
+    joined = {world: dist.new_group(list(range(world))) for world in sizes}
     while not (store / BUILT).exists():
         time.sleep(0.05)
     done: list[tuple[Case, int, Timed]] = []
     for case in cases:
-        for world in sizes:
+        for world in groups(case, sizes):
             if rank < world:
-                done += [(case, world, each) for each in time_case(case, Rank(rank, world, groups[world], where))]
+                done += [(case, world, each) for each in time_case(case, Rank(rank, world, joined[world], where))]
                 if device == "cuda":
                     torch.cuda.empty_cache()
             if rank == 0:

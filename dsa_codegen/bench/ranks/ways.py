@@ -54,26 +54,39 @@ class Prefill:
         self._index_q = _normal(tokens, model.index_heads, model.index_head_dim, device=device)
         self._weights = torch.randn(tokens, model.index_heads, device=device)
         self._ends = torch.arange(1, tokens + 1, dtype=torch.int32, device=device)
-        self._flat_q = _normal(tokens * model.heads * width, device=device, scale=10.0)
+        self._zigzag, self._consecutive = Deal.zigzag(tokens, world), _stretches(tokens, world)
+        rows = tokens // case.least if world == 1 else max(self._zigzag.most, self._consecutive.most)
+        self._flat_q = _normal(rows * model.heads * width, device=device, scale=10.0)  # of all heads, or all rows of some
 
     def ways(self) -> Iterator[Way]:
         """One rank's first, as there is only one; plain ones before ours."""
         tokens, world, rank = self._case.context, self._world, self._rank
         everything = slice(0, tokens)
         if world == 1:
-            yield self._way(ALONE, Layer(self._model), self._step(everything))
+            yield self._alone()
             return
         bounds = balanced_bounds(list(range(1, tokens + 1)), world)
         mine = self._case.of_rank(world)
         yield self._way(f"tensor, {PLAIN}", Layer(mine), self._step(everything, mine.heads))
         dealt = Layer(mine, parallel=TensorParallel(self._group, bounds))
         yield self._way("tensor", dealt, self._step(everything, mine.heads))
-        consecutive = Deal([torch.arange(tokens * r // world, tokens * (r + 1) // world) for r in range(world)])
-        first = self._step(consecutive.rows(rank, self._device))
-        yield Way(f"context, {PLAIN}", lambda: self._gather_first(first, consecutive), *self._compared(first))
-        zigzag = Deal.zigzag(tokens, world)
-        layer = Layer(self._model, parallel=ContextParallel(zigzag, group=self._group))
-        yield self._way("context", layer, self._step(zigzag.rows(rank, self._device)))
+        first = self._step(self._consecutive.rows(rank, self._device))
+        yield Way(f"context, {PLAIN}", lambda: self._gather_first(first, self._consecutive), *self._compared(first))
+        layer = Layer(self._model, parallel=ContextParallel(self._zigzag, group=self._group))
+        yield self._way("context", layer, self._step(self._zigzag.rows(rank, self._device)))
+
+    def _alone(self) -> Way:
+        """One GPU, in stretches of rows one after another where it does not hold all; of those the last is compared."""
+        tokens, parts = self._case.context, self._case.least
+        layer = Layer(self._model)
+        steps = [self._step(slice(tokens // parts * part, tokens // parts * (part + 1))) for part in range(parts)]
+
+        def run() -> Results:
+            for step in steps[:-1]:
+                layer.prefill(**step)  # its outputs go before the next one's come
+            return layer.prefill(**steps[-1])
+
+        return Way(ALONE, run, *self._compared(steps[-1]))
 
     def _step(self, rows: slice | Tensor, heads: int = 0) -> dict[str, Any]:
         """Arguments of ``Layer.prefill``: the rows' own, of keys and latents all or the rows' own."""
@@ -113,6 +126,10 @@ class Prefill:
             return (*functions.sparse_attention(step["q"][rows], self._kv, chosen[:, None], scale), chosen)
 
         return lambda results: tuple(each[rows] for each in results), expected
+
+
+def _stretches(tokens: int, world: int) -> Deal:
+    return Deal([torch.arange(tokens * rank // world, tokens * (rank + 1) // world) for rank in range(world)])
 
 
 class Decode:
