@@ -69,7 +69,7 @@ def run(
     return rows
 
 
-def kernels(cases: Iterable[Case], sizes: Iterable[int], gpu: Gpu) -> list[Rendered]:
+def kernels(cases: Iterable[Case], sizes: Sequence[int], gpu: Gpu) -> list[Rendered]:
     """What the dispatcher will want built."""
     found: dict[str, Rendered] = {}
     for case in cases:
