@@ -32,6 +32,7 @@ PARAMETERS = (
         "rounds of scores in flight where a row streams through shared memory; 0: its registers hold it",
         before=0,
     ),
+    Parameter("longest", (streamed.REACH, streamed.FAR), "columns of the longest row that streams", before=streamed.REACH),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
 _EARLY_ROWS = 256  # as rows are read whole, whatever their windows: with more of them the bytes would count
@@ -75,7 +76,7 @@ _GUESSES = (
 def reach_of(config: Config) -> int:
     """Columns of the longest row that the registers hold, or whose chosen tokens a bitmap in shared memory holds."""
     if config["stages"]:
-        return streamed.REACH
+        return int(config["longest"])
     return config["cluster"] * config["threads"] * config["items"]
 
 
@@ -99,6 +100,7 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     if config["stages"]:
         yield from streamed.constraints(spec, config, gpu)
         return
+    yield from exceeds("columns of a row that does not stream", config["longest"], streamed.REACH)
     threads, blocks = config["threads"], config["blocks_per_sm"]
     yield from exceeds("scores of a block", threads * config["items"], _LONGEST_PART)
     yield from exceeds("warps for the cluster's bins", config["cluster"], threads // 32)
@@ -119,7 +121,7 @@ def guess(sizes: SelectSizes) -> Config | None:
     for each in _GUESSES:
         if columns <= each.columns and rows <= each.rows:
             values = {name: getattr(each, name) for name in ("cluster", "threads", "items", "blocks_per_sm", "persistent")}
-            return Config.of("cuda", digit_bits=12, early=rows <= _EARLY_ROWS, stages=0, **values)
+            return Config.of("cuda", digit_bits=12, early=rows <= _EARLY_ROWS, stages=0, longest=streamed.REACH, **values)
     return None
 
 

@@ -11,10 +11,12 @@ from ...problem.values import Scalar, upper
 from .problem import SCORES, SelectSizes, SelectSpec
 from .shared_memory import size_of
 
-REACH = 131072  # columns; a longer row's bitmap and sample would want more
-_BITMAP = (REACH + 1056) // 8  # bytes; from a multiple of 32 tokens on, in whole groups of 32 words
+REACH = 131072  # columns
+FAR = 1048576  # columns that a bitmap of the whole ring reaches, with a sample that grows with the row
 _MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
+_SAMPLE = 16384  # scores of a row of FAR, so that 64 stand for one as in a row of REACH
 _FEW = 128  # scores of a bin that are compared with each other
+_SPLIT_ROWS = 16  # of so few longer rows, each is better read by many blocks: one of 262144 by 32 16.6 us, by one 34.7
 _PAGED_AHEAD = 32  # tokens; shorter pages are too many to keep
 
 
@@ -28,7 +30,7 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     yield from exceeds("threads for a sample", 512, threads)
     yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
     yield from exceeds("registers", (items + 40) * threads * blocks, gpu.regs_per_sm)
-    yield from exceeds("bitmap", _BITMAP, config["stages"] * threads * items * SCORES[spec.scores].itemsize, " B")
+    yield from exceeds("bitmap", _bitmap(config), config["stages"] * threads * items * SCORES[spec.scores].itemsize, " B")
     smem = _smem(spec, config)
     yield from exceeds("smem", smem, gpu.smem_per_block, " B")
     yield from exceeds("smem per SM", (smem + 1024) * blocks, gpu.smem_per_sm, " B")
@@ -37,11 +39,15 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
 def guesses(sizes: SelectSizes) -> Iterator[Config]:
     """Configs by judgement for long rows that are many; none for others."""
     rows, columns = (upper(sizes.bucket(), name) for name in ("rows", "columns"))
-    if not 32768 < columns <= REACH:
+    if not 32768 < columns <= FAR or (columns > REACH and rows <= _SPLIT_ROWS):
         return
+    longest = REACH if columns <= REACH else FAR
     # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
-    yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2)
-    yield _config(cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3)  # what a larger pool leaves room for
+    yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=longest)
+    # What a larger pool leaves room for.
+    yield _config(cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3 if longest == REACH else 4, longest=longest)
+    if longest > REACH:  # scores of 2 bytes
+        yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=4, longest=longest)
 
 
 def _config(**values: Scalar) -> Config:
@@ -54,13 +60,15 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
     return {
         "across": config["cluster"] > 1,
         "slots": spec.output == "slots",
-        "paged_ahead": _pages(spec) > 1,
-        "pages": _pages(spec),
-        "page_steps": -(-_pages(spec) // threads),
+        "paged_ahead": _pages(spec, config) > 1,
+        "pages": _pages(spec, config),
+        "page_steps": -(-_pages(spec, config) // threads),
         "warps": threads // 32,
         "threads_log2": threads.bit_length() - 1,
         "chunk": threads * config["items"],
-        "reach": REACH,
+        "reach": config["longest"],
+        "far": config["longest"] > REACH,
+        "samples_log2": (_SAMPLE // (_vector(spec) * threads)).bit_length() - 1,
         "vector": _vector(spec),
         "capacity": capacity,
         "margin": _MARGIN,
@@ -69,9 +77,15 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
     }
 
 
-def _pages(spec: SelectSpec) -> int:
+def _bitmap(config: Config) -> int:
+    """Bytes: from a multiple of 32 tokens on, in whole groups of 32 words; of long rows no token is beyond the ring's bits."""
+    return (config["longest"] + (1056 if config["longest"] == REACH else 0)) // 8
+
+
+def _pages(spec: SelectSpec, config: Config) -> int:
     """Entries of the page table that a block keeps; 1 where it looks each token's up by itself."""
-    return REACH // spec.page + 2 if spec.output == "slots" and spec.page >= _PAGED_AHEAD else 1
+    kept = spec.output == "slots" and spec.page >= _PAGED_AHEAD and config["longest"] == REACH
+    return REACH // spec.page + 2 if kept else 1
 
 
 def _vector(spec: SelectSpec) -> int:
@@ -89,5 +103,5 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     stages, capacity = config["stages"], 4 * _capacity(spec, config)
     stage = config["threads"] * config["items"] * SCORES[spec.scores].itemsize
     members = [(16, stages * stage), (16, capacity), (16, capacity), (16, 4 << config["digit_bits"]), (8, 8 * _FEW)]
-    members += [(8, 8 * stages), (8, 8), (4, 3 * 128), (4, 16), (4, 12), (4, 8), (4, 4 * _pages(spec)), (4, 12)]
+    members += [(8, 8 * stages), (8, 8), (4, 3 * 128), (4, 16), (4, 12), (4, 8), (4, 4 * _pages(spec, config)), (4, 12)]
     return size_of(members)
