@@ -101,7 +101,7 @@ IN_A_STREAM = [
 @pytest.mark.parametrize(("spec", "changes", "margin", "order"), IN_A_STREAM, ids=["tokens", "slots", "wrong-guess"])
 def test_a_row_that_streams_matches_the_reference(spec, changes, margin, order, tmp_path, monkeypatch):
     """Also where the pool overflows (a third of LONG), and where the sample asks for too few, so that rows are read twice."""
-    monkeypatch.setattr(streamed, "_MARGIN", margin)
+    monkeypatch.setattr(streamed, "MARGIN", margin)
     config = STREAMED.replace(**changes)
     assert not OP.violations(spec, config, H200)
     variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))

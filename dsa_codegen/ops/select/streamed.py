@@ -13,7 +13,7 @@ from .shared_memory import size_of
 
 REACH = 131072  # columns
 FAR = 1048576  # columns that a bitmap of the whole ring reaches, with a sample that grows with the row
-_MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
+MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
 _SAMPLE = 16384  # scores of a row of FAR, so that 64 stand for one as in a row of REACH
 _FEW = 128  # scores of a bin that are compared with each other
 _SPLIT_ROWS = 16  # of so few longer rows, each is better read by many blocks: one of 262144 by 32 16.6 us, by one 34.7
@@ -25,6 +25,7 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     threads, items, blocks = config["threads"], config["items"], config["blocks_per_sm"]
     yield from exceeds("scores loaded before their window", int(config["early"]), 0)
     yield from exceeds("blocks that stay", int(config["persistent"]), 0)
+    yield from exceeds("samples of keys in registers", int(config["sampled"]), 0)
     yield from exceeds("scores of a vector", _vector(spec), items)
     yield from exceeds("scores of a thread", items, 32)
     yield from exceeds("threads for a sample", 512, threads)
@@ -51,7 +52,7 @@ def guesses(sizes: SelectSizes) -> Iterator[Config]:
 
 
 def _config(**values: Scalar) -> Config:
-    return Config.of("cuda", digit_bits=11, early=False, persistent=False, **values)
+    return Config.of("cuda", digit_bits=11, early=False, persistent=False, sampled=False, **values)
 
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
@@ -71,7 +72,7 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         "samples_log2": (_SAMPLE // (_vector(spec) * threads)).bit_length() - 1,
         "vector": _vector(spec),
         "capacity": capacity,
-        "margin": _MARGIN,
+        "margin": MARGIN,
         "balance": math.isqrt(spec.topk * capacity),
         "smem": _smem(spec, config),
     }
