@@ -23,8 +23,8 @@ class PoolKernels(Kernels[PoolSpec, PoolSizes]):
         yield from values_per_thread(config, spec.head_dim)
 
     def guesses(self, spec: PoolSpec, sizes: PoolSizes, gpu: Gpu) -> Iterable[Config]:
-        # Each token is one load behind the other: few values a thread, so that many blocks hide them.
-        yield Config.of("triton", block_t=1 if sizes.blocks < 8 * gpu.sms else 4, num_warps=1)
+        # Each token is one load behind the other: few values a thread, so that many blocks hide them. On an H200 256 blocks of
+        # 16 tokens 16.5 us and 8192 34.6 us, with four blocks a program 31.6 and 39.2.
         yield Config.of("triton", block_t=1, num_warps=1)
 
     def derived(self, spec: PoolSpec, config: Config) -> dict[str, Scalar]:
