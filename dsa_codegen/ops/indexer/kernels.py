@@ -39,7 +39,6 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
                 Parameter("blocks_per_sm", (2, 3), "resident blocks: registers are capped and waves counted for so many"),
                 Parameter("edges", (False, True), "whether only tiles that reach beyond a window are masked", before=False),
                 Parameter("unrolled", (False, True), "whether the tiles of a stage are written out one by one", before=False),
-                Parameter("pairs", (False, True), "whether lanes exchange scores, to store two tokens at once", before=False),
             )
         tiles = (
             Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),
@@ -188,7 +187,6 @@ def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         "next_query": part_queries if query_parts == 2 else 0,
         "next_head": 0 if query_parts == 2 else part_heads,
         "score_registers": str([[8, 0], *([0, query] for query in next_queries)]),
-        "pair_registers": str([[1, 0], *([0, query] for query in next_queries)]),
         "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
         "maxnreg": _gluon_registers(config),
         "edges": config["edges"] and not spec.compressed,  # columns of compressed rows begin where each window does

@@ -32,7 +32,7 @@ PARAMETERS = (
         "rounds of scores in flight where a row streams through shared memory; 0: its registers hold it",
         before=0,
     ),
-    Parameter("sampled", (False, True), "whether a sample tells which keys of a row are ranked, where blocks stay", before=False),
+    Parameter("sampled", (False, True), "whether a sample tells which keys are ranked, where blocks stay", before=False),
     Parameter("longest", (streamed.REACH, streamed.FAR), "columns of the longest row that streams", before=streamed.REACH),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
@@ -127,7 +127,8 @@ def guess(sizes: SelectSizes) -> Config | None:
     for each in _GUESSES:
         if columns <= each.columns and rows <= each.rows:
             values = {name: getattr(each, name) for name in ("cluster", "threads", "items", "blocks_per_sm", "persistent")}
-            return Config.of("cuda", digit_bits=12, early=rows <= _EARLY_ROWS, stages=0, sampled=False, longest=streamed.REACH, **values)
+            values |= {"digit_bits": 12, "early": rows <= _EARLY_ROWS, "stages": 0, "sampled": False, "longest": streamed.REACH}
+            return Config.of("cuda", **values)
     return None
 
 
