@@ -38,8 +38,9 @@ _FP8_STEP = 32  # channels that a product of FP8 takes at least
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
 _RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, together=False, consumer_registers=168)
-_RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6))
-_MASKS = 8  # of tiles in the ring
+_RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6, 5))
+_MASKS = 8  # of tiles in the ring; of narrow ones there are more
+_NARROW = 256  # channels of value, with which a tile is one part of the ring
 _TOKEN_BITS = 28  # of an entry of a union; a cache of as many tokens would have 300 GB
 _UNITERS = 512  # threads that join the lists of neighbouring queries
 _WINDOW = 1 << 16  # tokens that they look at together
@@ -99,9 +100,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         return (*tile, stages, Parameter("threads", (128, 256, _SPECIALISED_THREADS), "threads per block"), pipeline)
 
     def constraints(self, spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        if config.backend != "triton" and (spec.d_v != D_V or spec.d_qk not in (D_V, D_V + 64)):
+        if config.backend != "triton" and not (_wide(spec) or (config.backend == "cuda" and _narrow(spec))):
             reason = f"channels: {spec.d_qk} of {spec.d_v} are served by the Triton template, the others take 512 + 64 or 512"
-            yield Violation("channels", 1.0, reason)
+            yield Violation("channels", 1.0, f"{reason}, up to {_FEW_HEADS} heads a value of 64, 128, 192 or 256")
             return
         if spec.math == "fp8" and (config.backend != "triton" or gpu.capability < _FP8_CAPABILITY):
             served = f"in Triton, from sm_{_FP8_CAPABILITY} on"
@@ -138,7 +139,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             few = (_FEW.replace(num_warps=8), _FEW.replace(block_n=32)) if spec.heads <= 16 else ()
             return (*few, *_DEFAULTS[2:], *_DEFAULTS)  # values widen in registers: wider tiles spill
         if spec.heads <= _FEW_HEADS:
-            registers = 216 if _columns(spec) > 16 else pair.REGISTERS
+            registers = 216 if _columns(spec) > 16 and _wide(spec) else pair.REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
             return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
         clusters = (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
@@ -285,7 +286,7 @@ def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]
     # One more than a tile has parts. Else a group that waits for its next tile passes while the other's before it has not come
     # yet: the phase before the awaited one looks like it. 3 parts in 3 stages lost the context on an H200, 4 and 6 are right.
     yield from exceeds("stages of a tile", _chunks(spec) + 1, config["num_stages"])
-    yield from exceeds("accumulator registers", _columns(spec) * D_V / 128 + 88, config["consumer_registers"])
+    yield from exceeds("accumulator registers", _columns(spec) * spec.d_v / 128 + 88, config["consumer_registers"])
 
 
 def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
@@ -316,13 +317,23 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
         return tiles + 2 * tile + 2 * barrier + 8 * (mailbox + 2 * barrier)
-    columns, chunk = _columns(spec), 128 * spec.d_qk // _chunks(spec)
-    q, weights, facts = columns * spec.d_qk * 2, columns * 128, columns * 16
+    columns, width = _columns(spec), 64 * _pieces(spec)
+    chunk = 128 * width // _chunks(spec)
+    q, weights, facts = columns * width * 2, columns * 128, columns * 16
     return (
         config["num_stages"] * (chunk + 2 * barrier)
         + 2 * (q + weights + facts + 2 * barrier)
-        + 8 * _MASKS * sharing(spec.heads, spec.share)
+        + 8 * _masks(spec) * sharing(spec.heads, spec.share)
     )
+
+
+def _masks(spec: AttentionSpec) -> int:
+    return _MASKS if _wide(spec) else 2 * _MASKS
+
+
+def _pieces(spec: AttentionSpec) -> int:
+    """Pieces of 64 channels, of which the last may have fewer."""
+    return -(-spec.d_qk // 64)
 
 
 def _columns(spec: AttentionSpec) -> int:
@@ -330,8 +341,20 @@ def _columns(spec: AttentionSpec) -> int:
     return sharing(spec.heads, spec.share) * next(columns for columns in (8, 16, _FEW_HEADS) if columns >= spec.heads)
 
 
+def _wide(spec: AttentionSpec) -> bool:
+    """Whether channels are those that all designs take."""
+    return spec.d_v == D_V and spec.d_qk in (D_V, D_V + 64)
+
+
+def _narrow(spec: AttentionSpec) -> bool:
+    """Whether few heads' channels fit a tile that comes as a whole."""
+    return spec.heads <= _FEW_HEADS and spec.d_v % 64 == 0 and spec.d_v <= _NARROW
+
+
 def _chunks(spec: AttentionSpec) -> int:
-    """Parts of a tile of few heads: 3 of 192 channels, or 4 of 128."""
+    """Parts of a tile of few heads: 3 of 192 channels, or 4 of 128; of narrow ones the whole."""
+    if not _wide(spec):
+        return 1
     return 3 if spec.d_qk > D_V else 4
 
 
@@ -357,7 +380,9 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "near_tokens": _NEAR_BYTES // (2 * spec.d_qk),
         "columns": _columns(spec),
         "chunks": chunks,
-        "chunk_pieces": spec.d_qk // 64 // chunks,
+        "chunk_pieces": _pieces(spec) // chunks,
+        "masks": _masks(spec),
+        "narrow": not _wide(spec),
         "registers": pair.REGISTERS,
     }
     return {**values, "design": "few", **few}
