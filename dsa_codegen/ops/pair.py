@@ -45,4 +45,5 @@ def derived(
         "divides": divides,
         "cluster": 2 if together else 1,
         "apart": _APART,
+        "shares": False,
     }
