@@ -46,4 +46,5 @@ def derived(
         "cluster": 2 if together else 1,
         "apart": _APART,
         "shares": False,
+        "held": False,
     }

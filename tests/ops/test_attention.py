@@ -95,8 +95,9 @@ def test_clusters_compile_for_hopper(spec, config):
         (AttentionSpec(64, 576, 2048), PAIR),
         pytest.param(AttentionSpec(128, 576, 130, lengths=True, sink=True, max_logits=True), PAIR, marks=FURTHER),
         pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR.replace(interleave=True), marks=FURTHER),
+        pytest.param(AttentionSpec(128, 576, 2048), PAIR.replace(together=True), marks=FURTHER),
     ],
-    ids=["plain", "all options", "without a tail"],
+    ids=["plain", "all options", "without a tail", "together"],
 )
 def test_pairs_compile_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
@@ -140,6 +141,9 @@ IN_A_BLOCK = [
     (AttentionSpec(20, 512, topk=33, lengths=True), RING.replace(num_stages=9, consumer_registers=216), "descending"),
     (AttentionSpec(16, 576, topk=96, sink=True), RING, "shuffled"),
     (AttentionSpec(3, 512, topk=150, lengths=True, sink=True, max_logits=True), RING.replace(num_stages=5), "shuffled"),
+    # Tiles that come as a whole: a last piece that is not full, columns of the output that do not divide a group's threads.
+    (AttentionSpec(32, 160, topk=70, lengths=True, d_v=128), RING.replace(num_stages=5), "shuffled"),
+    (AttentionSpec(9, 208, topk=150, sink=True, max_logits=True, d_v=192), RING.replace(num_stages=3), "descending"),
 ]
 
 
@@ -211,6 +215,8 @@ def test_as_many_queries_share_as_fit_the_columns():
         (AttentionSpec(16, 576, 2048, lengths=True, sink=True, max_logits=True), RING),
         (AttentionSpec(32, 576, 2048), RING.replace(num_stages=6, consumer_registers=216)),
         (AttentionSpec(32, 512, 512, sink=True), RING.replace(num_stages=9, consumer_registers=216)),
+        (AttentionSpec(32, 160, 2048, d_v=128), RING.replace(num_stages=8)),
+        pytest.param(AttentionSpec(32, 256, 512, lengths=True, d_v=256), RING.replace(num_stages=5), marks=FURTHER),
     ],
     ids=lambda value: value.id if isinstance(value, AttentionSpec) else "",
 )
