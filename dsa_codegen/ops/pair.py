@@ -29,13 +29,21 @@ def gatherers_registers(consumer_registers: int) -> int:
 
 
 def derived(
-    d_qk: int, consumer_registers: int, max_logits: bool = False, divides: bool = False, together: bool = False
+    d_qk: int,
+    consumer_registers: int,
+    max_logits: bool = False,
+    divides: bool = False,
+    together: bool = False,
+    held: bool = False,
+    lines: bool = False,
 ) -> dict[str, Scalar]:
     """Names for the template.
 
     Args:
         divides: whether the last lists may be cut.
         together: whether the two blocks of 128 heads of a query keep in step.
+        lines: whether the L2 brings 128 bytes at a time, not 256.
+        held: whether parts of tiles wait in registers; of blocks that keep in step each gathers half, and stores it in both.
     """
     return {
         "threads": THREADS,
@@ -45,6 +53,7 @@ def derived(
         "divides": divides,
         "cluster": 2 if together else 1,
         "apart": _APART,
-        "shares": False,
-        "held": False,
+        "held": held,
+        "lines": lines,
+        "shares": held and together,
     }

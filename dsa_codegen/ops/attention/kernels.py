@@ -22,13 +22,13 @@ _SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n
 _WIDE = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8)
 _FEW = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4)
 # 128 heads, H100: 3864 µs at 4096 x 8192 and 4013 at 32768, where TileLang's takes 8 to 15 % longer. As many tiles as fit.
-_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, together=False, consumer_registers=224)
+_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
-_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, together=False, consumer_registers=216)
+_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=216)
 _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
@@ -37,7 +37,7 @@ _FP8_STEP = 32  # channels that a product of FP8 takes at least
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
-_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, together=False, consumer_registers=168)
+_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=168)
 _RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6, 5))
 _MASKS = 8  # of tiles in the ring; of narrow ones there are more
 _NARROW = 256  # channels of value, with which a tile is one part of the ring
@@ -79,6 +79,18 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
                     (False, True),
                     "whether the two blocks of 128 heads of a query keep in step and find each other's rows in the L2",
                     before=False,
+                ),
+                Parameter(
+                    "held",
+                    (False, True),
+                    "whether parts of tiles wait in registers until their place is free; of two blocks in step each gathers half",
+                    before=False,
+                ),
+                Parameter(
+                    "l2_prefetch",
+                    (256, 128),
+                    "bytes that the L2 brings at a time; of rows of 1152 that memory has, 256 bring a ninth more",
+                    before=256,
                 ),
                 Parameter(
                     "consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"
@@ -277,12 +289,12 @@ def _design(spec: AttentionSpec, config: Config) -> str:
 
 def _without(config: Config, *names: str) -> Iterable[Violation]:
     for name in names:
-        if config[name]:
+        if config[name] != _PAIR[name]:
             yield Violation(name, 1.0, f"{name}: this design has no choice")
 
 
 def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "turns", "interleave", "together")
+    yield from _without(config, "turns", "interleave", "together", "held", "l2_prefetch")
     # One more than a tile has parts. Else a group that waits for its next tile passes while the other's before it has not come
     # yet: the phase before the awaited one looks like it. 3 parts in 3 stages lost the context on an H200, 4 and 6 are right.
     yield from exceeds("stages of a tile", _chunks(spec) + 1, config["num_stages"])
@@ -299,7 +311,7 @@ def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation
 
 
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "interleave", "together")
+    yield from _without(config, "interleave", "together", "held", "l2_prefetch")
     if spec.heads != _CLUSTER_HEADS:
         excess = _CLUSTER_HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_CLUSTER_HEADS} of one query, not {spec.heads}")
@@ -362,6 +374,7 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     design = _design(spec, config)
     if design == "pair":
         options = {"max_logits": spec.max_logits, "divides": _divides(spec), "together": bool(config["together"])}
+        options |= {"held": bool(config["held"]), "lines": config["l2_prefetch"] == 128}
         return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], **options)}
     values: dict[str, Scalar] = {
         "threads": pair.THREADS,
