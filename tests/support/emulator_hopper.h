@@ -127,12 +127,6 @@ DEVICE u64 pass_through_l2() { return 0; }
 DEVICE void store4(u32 address, u32 value) { *(u32 *)(emulator::shared + address) = value; }
 DEVICE u32 load4(u32 address) { return *(u32 *)(emulator::shared + address); }
 DEVICE uint4 load16(u32 address) { return *(uint4 *)(emulator::shared + address); }
-DEVICE uint4 load_row(const bf16 *from, bool valid, u64) {
-  uint4 value = {};
-  if (valid) memcpy(&value, from, 16);
-  return value;
-}
-DEVICE void store16_here(u32 to, uint4 value) { memcpy(emulator::shared + to, &value, 16); }
 DEVICE void store16(bf16 *to, uint4 value, u64) { memcpy(to, &value, 16); }
 DEVICE float load_float(u32 address) { return *(float *)(emulator::shared + address); }
 DEVICE void store_float(u32 address, float value) { *(float *)(emulator::shared + address) = value; }

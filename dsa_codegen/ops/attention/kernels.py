@@ -22,22 +22,23 @@ _SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n
 _WIDE = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8)
 _FEW = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4)
 # 128 heads, H100: 3864 µs at 4096 x 8192 and 4013 at 32768, where TileLang's takes 8 to 15 % longer. As many tiles as fit.
-_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=224)
+_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Gatherers of fewer than 72 registers spill.
-_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=216)
+_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
 _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
+_LINE = 128  # bytes
 _FP8_CAPABILITY = 89
 _FP8_STEP = 32  # channels that a product of FP8 takes at least
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
-_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, together=False, held=False, l2_prefetch=256, consumer_registers=168)
+_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168)
 _RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6, 5))
 _MASKS = 8  # of tiles in the ring; of narrow ones there are more
 _NARROW = 256  # channels of value, with which a tile is one part of the ring
@@ -75,20 +76,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
                     before=False,
                 ),
                 Parameter(
-                    "together",
-                    (False, True),
-                    "whether the two blocks of 128 heads of a query keep in step and find each other's rows in the L2",
-                    before=False,
-                ),
-                Parameter(
-                    "held",
-                    (False, True),
-                    "whether parts of tiles wait in registers until their place is free; of two blocks in step each gathers half",
-                    before=False,
-                ),
-                Parameter(
                     "l2_prefetch",
-                    (256, 128),
+                    (256, _LINE),
                     "bytes that the L2 brings at a time; of rows of 1152 that memory has, 256 bring a ninth more",
                     before=256,
                 ),
@@ -194,8 +183,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
             if _design(spec, config) == "pair":
-                blocks = gpu.sms // 2 * 2 if config["together"] else gpu.sms
-                return _pair_launches(spec, inputs, outputs, (tensors, scalars), blocks)
+                return _pair_launches(spec, inputs, outputs, (tensors, scalars), gpu)
             # Clusters take one query after another.
             return (Launch("attention", (2 * min(len(q), max(gpu.sms // 2, 1)), 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
@@ -223,20 +211,17 @@ def _few_launches(spec: AttentionSpec, inputs: Inputs, outputs: Outputs, gpu: Gp
 
 
 def _pair_launches(
-    spec: AttentionSpec, inputs: Inputs, outputs: Outputs, args: tuple[Sequence[Any], Sequence[Any]], blocks: int
+    spec: AttentionSpec, inputs: Inputs, outputs: Outputs, args: tuple[Sequence[Any], Sequence[Any]], gpu: Gpu
 ) -> Sequence[Launch]:
-    """Blocks that stay, each with 64 heads of a query after another; the last lists may be cut, and a second kernel adds up.
-
-    Items and units are even in number where ``blocks`` and the blocks of a query are: clusters of two divide them.
-    """
+    """Blocks that stay, each with 64 heads of a query after another; the last lists may be cut, and a second kernel adds up."""
     tensors, scalars = args
     items = len(inputs["q"]) * spec.heads // pair.HEADS
     if not _divides(spec):
-        return (Launch("attention", (min(items, blocks), 1, 1), (*tensors, *scalars)),)
-    whole, cut = cut_last(items, -(-spec.topk // _PAIR_TILES), blocks)
+        return (Launch("attention", (min(items, gpu.sms), 1, 1), (*tensors, *scalars)),)
+    whole, cut = cut_last(items, -(-spec.topk // _PAIR_TILES), gpu.sms)
     units, heads = (items - whole) * cut, (items - whole) * pair.HEADS
     sums, facts = (outputs["lse"].new_empty(units, pair.HEADS, width) for width in (D_V, 4))
-    first = Launch("attention", (min(whole + units, blocks), 1, 1), (*tensors, sums, facts, whole, cut, *scalars))
+    first = Launch("attention", (min(whole + units, gpu.sms), 1, 1), (*tensors, sums, facts, whole, cut, *scalars))
     if not units:
         return (first,)
     sink = () if inputs["sink"] is None else (inputs["sink"],)
@@ -294,7 +279,7 @@ def _without(config: Config, *names: str) -> Iterable[Violation]:
 
 
 def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "turns", "interleave", "together", "held", "l2_prefetch")
+    yield from _without(config, "turns", "interleave", "l2_prefetch")
     # One more than a tile has parts. Else a group that waits for its next tile passes while the other's before it has not come
     # yet: the phase before the awaited one looks like it. 3 parts in 3 stages lost the context on an H200, 4 and 6 are right.
     yield from exceeds("stages of a tile", _chunks(spec) + 1, config["num_stages"])
@@ -305,13 +290,11 @@ def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation
     yield from _without(config, "turns")
     if spec.heads % pair.HEADS:
         yield Violation("heads", 1.0, f"heads: a block takes {pair.HEADS}, of which {spec.heads} are no multiple")
-    if config["together"] and spec.heads % (2 * pair.HEADS):
-        yield Violation("together", 1.0, f"together: two blocks take {2 * pair.HEADS} heads, of which {spec.heads} are no multiple")
     yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "interleave", "together", "held", "l2_prefetch")
+    yield from _without(config, "interleave", "l2_prefetch")
     if spec.heads != _CLUSTER_HEADS:
         excess = _CLUSTER_HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_CLUSTER_HEADS} of one query, not {spec.heads}")
@@ -324,7 +307,7 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     """Bytes of shared memory per block, as the templates lay it out."""
     barrier = 8
     if _design(spec, config) == "pair":
-        return pair.smem(spec.d_qk, spec.max_logits, bool(config["together"]))
+        return pair.smem(spec.d_qk, spec.max_logits)
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -373,8 +356,7 @@ def _chunks(spec: AttentionSpec) -> int:
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     design = _design(spec, config)
     if design == "pair":
-        options = {"max_logits": spec.max_logits, "divides": _divides(spec), "together": bool(config["together"])}
-        options |= {"held": bool(config["held"]), "lines": config["l2_prefetch"] == 128}
+        options = {"max_logits": spec.max_logits, "divides": _divides(spec), "lines": config["l2_prefetch"] == _LINE}
         return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], **options)}
     values: dict[str, Scalar] = {
         "threads": pair.THREADS,
