@@ -40,7 +40,7 @@ MULTISTAGE = Config.of("tilelang", pipeline="multistage", block_h=16, block_n=32
 SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384)
 CLUSTER = Config.of("cuda", num_stages=3, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224)
 PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
-RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168)  # of up to 16 heads
+RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168)
 SPILLS_BETWEEN_QUERIES = 72  # bytes; none is touched in the loop over tiles
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 
