@@ -146,9 +146,14 @@ def test_who_watches_operators_sees_the_call():
 
 SMALL = {
     "attention": {"queries": 200, "tokens": 3000},
+    "attention_paged": {"batch": 150},
     "indexer_paged": {"batch": 5, "context": 3000},
     "select": {"rows": 700, "columns": 5000},
 }
+
+
+def test_every_kernel_whose_blocks_stay_has_a_small_case():
+    assert {name.split("-")[0] for name in STAYING} == SMALL.keys()
 
 
 @pytest.mark.gpu
