@@ -1,11 +1,12 @@
 """Prove the presets on a GPU: all that ``cli.py verify`` checks of each of them, what several share once, in processes at once.
 
-    python scripts/prove_presets.py [--preset NAME ...] [--op NAME ...] [--own] [--after FILE]
+    python scripts/prove_presets.py [--preset NAME ...] [--op NAME ...] [--own] [--after FILE] [--gpu NAME]
                                     [--repeats 2] [--workers 8] [--seconds 600] [--json FILE]
 
 Every operation, option and template of a preset runs its cases (fresh inputs, poisoned outputs, the plain PyTorch reference,
 repeats bit for bit). A model's own specs come first, ``--own`` ends there; ``--after`` leaves out what an earlier run's file
-shows as passed. It prints a line for each preset, and fails where something is wrong or was left for want of time.
+shows as passed. With ``--gpu``, for a machine without one, they are compiled for it and what is Triton's is interpreted, one
+after another. It prints a line for each preset, and fails where something is wrong or was left for want of time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 from dsa_codegen import gpu as gpus  # noqa: E402
 from dsa_codegen import ops  # noqa: E402
-from dsa_codegen.command.verification import Subject, run_cases, subjects_of  # noqa: E402
+from dsa_codegen.cli.verify import OFFLINE  # noqa: E402
+from dsa_codegen.command.verification import Subject, offline, run_cases, subjects_of  # noqa: E402
 from dsa_codegen.ops.needs import specs  # noqa: E402
 from dsa_codegen.problem import presets  # noqa: E402
 from dsa_codegen.problem.values import Spec  # noqa: E402
 from dsa_codegen.proof.crew import at_once  # noqa: E402
+from dsa_codegen.worker import Worker  # noqa: E402
 
 Row = dict[str, Any]
 BY_NVCC = ("tilelang", "cuda")
@@ -107,12 +110,22 @@ def earlier(file: Path | None) -> dict[str, Row]:
     return found
 
 
+def without_gpu(subjects: Sequence[Subject], gpu: gpus.Gpu, seconds: float, told: Callable[[int, Any], None]) -> None:
+    """Compile and interpret until time is up."""
+    end = time.monotonic() + seconds
+    with Worker(OFFLINE) as interpreter:
+        for number, subject in enumerate(subjects):
+            if time.monotonic() < end:
+                told(number, list(offline(subject, gpu, interpreter)))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", action="append", help="all, where none is named")
     parser.add_argument("--op", action="append", default=[], help="all, where none is named")
     parser.add_argument("--own", action="store_true", help="the specs that the models call, without their options")
     parser.add_argument("--after", type=Path, metavar="FILE", help="the --json of an earlier run")
+    parser.add_argument("--gpu", help="compile for this one, and interpret: nothing runs on a GPU")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=8, help="processes that build and run at once")
     parser.add_argument("--seconds", type=float, default=600.0, help="for it all")
@@ -122,9 +135,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     asked, start = arguments(), time.monotonic()
-    gpu = gpus.detect()
+    gpu = gpus.resolve(asked.gpu) if asked.gpu else gpus.detect()
     if gpu is None:
-        print("no GPU here: python cli.py verify --preset NAME --gpu H100 interprets and compiles")
+        print("no GPU here: --gpu H100 interprets and compiles")
         return 2
     names = asked.preset or presets.names()
     named, rows = wanted(names, gpu, asked.own, asked.op), earlier(asked.after)
@@ -138,13 +151,17 @@ def main() -> int:
         if len(rows) % _KEEP_EVERY == 0:  # whoever ends this run early has what it found
             keep(asked.json, gpu.id, summary(named, rows), rows)
 
-    at_once(run_cases, calls, asked.workers, seconds=asked.seconds - (time.monotonic() - start), told=told)
+    rest = asked.seconds - (time.monotonic() - start)
+    if asked.gpu:
+        without_gpu(list(todo.values()), gpu, rest, told)
+    else:
+        at_once(run_cases, calls, asked.workers, seconds=rest, told=told)
     counts = summary(named, rows)
     keep(asked.json, gpu.id, counts, rows)
     for name, each in counts.items():
         print(f"{name:24} " + " ".join(f"{what} {number:5}" for what, number in each.items()))
     seconds, left = time.monotonic() - start, len(todo) - sum(check in rows for check in checks)
-    print(f"{len(todo)} checks of {len(names)} presets on {gpu.id} in {seconds:.0f} s, {left} left")
+    print(f"{len(todo)} checks of {len(names)} presets {'for' if asked.gpu else 'on'} {gpu.id} in {seconds:.0f} s, {left} left")
     return int(any(each["failed"] or each["left"] for each in counts.values()))
 
 
