@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import resource
 import signal
 import subprocess
@@ -37,8 +38,16 @@ LOCAL_MEMORY = {"gfx942": 65536, "gfx950": 163840}
 WAVE = 64
 MODELS = ("deepseek-v3.2", "glm-5.3-flash", "minimax-m3")
 """The first of them that calls an operation states its spec."""
-Row = tuple[str, str, str]
-"""(operation, target, what came of it)."""
+FURTHER = {
+    "attention": ("deepseek-v4-flash", "ax-k2"),
+    "attention_gqa": ("qwen4-exp",),
+    "attention_paged": ("deepseek-v3.2-bf16", "deepseek-v4-flash", "deepseek-v4.1", "ax-k2", "hy4-tp8"),
+    "indexer": ("hy4",),
+    "indexer_paged": ("hy4",),
+}
+"""Other models whose shapes another text serves."""
+Row = tuple[str, str, str, str]
+"""(operation, model, target, what came of it)."""
 
 
 def compiled(text: str, name: str, target: str) -> int:
@@ -62,19 +71,21 @@ def compiled(text: str, name: str, target: str) -> int:
         return most
 
 
-def subject(op: Op, target: str) -> tuple[Spec, Config]:
-    """A model's first spec, and the config that an NVIDIA GPU without matrix instructions of its own generation would get."""
+def subject(op: Op, model: str, target: str) -> tuple[Spec, Config]:
+    """The model's first spec, and the config that an NVIDIA GPU without matrix instructions of its own generation would get."""
     ada = resolve("L40S")
     gpu = dataclasses.replace(ada, smem_per_block=LOCAL_MEMORY[target])
-    spec = _specs(op)[0]
+    spec = op.specs(presets.preset(model))[0]
     try:
         return spec, _portable(op, spec, gpu)
     except NoConfig:
         return spec, _portable(op, spec, ada)  # it will be told that it does not fit
 
 
-def _specs(op: Op) -> list[Spec]:
-    return [spec for name in MODELS for spec in op.specs(presets.preset(name))]
+def models(op: Op) -> list[str]:
+    """The first model that calls an operation, and those with shapes of their own."""
+    first = [name for name in MODELS if op.specs(presets.preset(name))][:1]
+    return [*first, *FURTHER.get(op.name, ())]
 
 
 def _portable(op: Op, spec: Spec, gpu: Gpu) -> Config:
@@ -83,23 +94,23 @@ def _portable(op: Op, spec: Spec, gpu: Gpu) -> Config:
 
 
 def rows(targets: list[str], names: list[str], seconds: float) -> Iterator[Row]:
-    """One for each operation and target, each compiled by a process of its own, which may take so much of a CPU's time."""
-    able = [op for op in ops.all_ops().values() if "triton" in op.backends and _specs(op)]
-    for op in able:
-        for target in targets if not names or op.name in names else ():
-            command = [sys.executable, __file__, "--one", op.name, "--target", target]
-            done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True)
-            if done.returncode == -signal.SIGXCPU:
-                yield op.name, target, f"not within {seconds:.0f} s"
-                continue
-            said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["it crashed"]
-            yield op.name, target, said[-1][:160]
+    """One for each operation, model and target, each compiled by a process of its own, which may take so much CPU time."""
+    able = [op for op in ops.all_ops().values() if "triton" in op.backends and op.name in (names or ops.all_ops())]
+    wanted = [(op, model) for op in able for model in models(op)]
+    for (op, model), target in itertools.product(wanted, targets):
+        command = [sys.executable, __file__, "--one", op.name, "--model", model, "--target", target]
+        done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True)
+        if done.returncode == -signal.SIGXCPU:
+            yield op.name, model, target, f"not within {seconds:.0f} s"
+            continue
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["it crashed"]
+        yield op.name, model, target, said[-1][:160]
 
 
-def one(name: str, target: str) -> str:
+def one(name: str, model: str, target: str) -> str:
     """What came of an operation: the local memory that its hungriest kernel takes."""
     op = ops.get(name)
-    spec, config = subject(op, target)
+    spec, config = subject(op, model, target)
     rendered = render(op, spec, config)
     taken, limit = compiled(rendered.text, rendered.module_name, target), LOCAL_MEMORY[target]
     return f"{taken} B" if taken <= limit else f"compiles, but takes {taken} of {limit} B"
@@ -107,9 +118,9 @@ def one(name: str, target: str) -> str:
 
 def page(found: list[Row], targets: list[str]) -> str:
     """docs/amd.md."""
-    by_name: dict[str, dict[str, str]] = {}
-    for name, target, result in found:
-        by_name.setdefault(name, {})[target] = result
+    by_name: dict[tuple[str, str], dict[str, str]] = {}
+    for name, model, target, result in found:
+        by_name.setdefault((name, model), {})[target] = result
     of_blocks = ", ".join(f"{LOCAL_MEMORY[target]} B on {target}" for target in targets)
     lines = [
         "# AMD",
@@ -117,12 +128,14 @@ def page(found: list[Row], targets: list[str]) -> str:
         "Nothing of this package runs on AMD's GPUs: there is no launcher, no record, no measurement. What can be said without",
         "one is which of the plain Triton templates Triton's HIP backend compiles, and how much local memory they take of what",
         f"a block may have ({of_blocks}). `python scripts/amd_targets.py` writes this page; here it was",
-        f"Triton {installed_triton()}, and the first spec of `{MODELS[0]}` of each operation; pooled keys are",
-        f"those of `{MODELS[1]}`, grouped queries those of `{MODELS[2]}`.",
+        f"Triton {installed_triton()}, and the first spec of each model that is named.",
         "",
-        f"| operation | {' | '.join(targets)} |",
-        f"| --- | {' | '.join('---' for _ in targets)} |",
-        *(f"| `{name}` | {' | '.join(of.get(target, 'not tried') for target in targets)} |" for name, of in by_name.items()),
+        f"| operation | model | {' | '.join(targets)} |",
+        f"| --- | --- | {' | '.join('---' for _ in targets)} |",
+        *(
+            f"| `{name}` | `{model}` | {' | '.join(of.get(target, 'not tried') for target in targets)} |"
+            for (name, model), of in by_name.items()
+        ),
         "",
         "gfx942 has e4m3 of another kind (another bias): conversions are emulated, and take compilers long. Templates in",
         "Gluon, TileLang and CUDA C++ are Hopper's.",
@@ -137,10 +150,11 @@ def main() -> int:
     parser.add_argument("--op", action="append", default=[])
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--one", metavar="OP", help="compile this one, here")
+    parser.add_argument("--model", default=MODELS[0], help="of that one")
     asked = parser.parse_args()
     if asked.one:
         resource.setrlimit(resource.RLIMIT_CPU, (int(asked.seconds), int(asked.seconds) + 5))
-        print(one(asked.one, asked.target[0]))
+        print(one(asked.one, asked.model, asked.target[0]))
         return 0
     targets = asked.target or list(LOCAL_MEMORY)
     found = []
