@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ nursery.serve({handle}, {log!r}, worker.serve)
 
 
 class Nursery:
-    """One process, started by the first child that is asked for or by ``start``.
+    """One process, started by the first child that is asked for or by ``start``; threads may share it.
 
     Args:
         job: called there once, before anything is forked: what it loads, all children have. What it raises is left to them.
@@ -51,6 +52,7 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._unborn: deque[Child] = deque()
+        self._lock = threading.RLock()  # a question and its answer belong together
 
     def start(self) -> None:
         """Begin to import, unless it has begun; nothing waits for it."""
@@ -73,17 +75,19 @@ class Nursery:
         Raises:
             OSError: the nursery has ended.
         """
-        self.start()
-        child = Child(self)
-        self._send({"environment": dict(environment), "log": str(log or "")}, handle)
-        self._unborn.append(child)
-        return child
+        with self._lock:
+            self.start()
+            child = Child(self)
+            self._send({"environment": dict(environment), "log": str(log or "")}, handle)
+            self._unborn.append(child)
+            return child
 
     def await_birth(self, child: Child) -> None:
         """Wait until the child has its number; children are born in the order that they were asked for in."""
-        while child in self._unborn:
-            number = self._receive()["pid"]
-            self._unborn.popleft().pid = number
+        with self._lock:
+            while child in self._unborn:
+                number = self._receive()["pid"]
+                self._unborn.popleft().pid = number
 
     def code_of(self, pid: int) -> int | None:
         """The exit code of a child that has ended; None while it runs.
@@ -91,11 +95,12 @@ class Nursery:
         Raises:
             OSError: the nursery has ended, and its children with it.
         """
-        while self._unborn:
-            self.await_birth(self._unborn[-1])
-        self._send({"ended": pid})
-        code: int | None = self._receive()["code"]
-        return code
+        with self._lock:
+            while self._unborn:
+                self.await_birth(self._unborn[-1])
+            self._send({"ended": pid})
+            code: int | None = self._receive()["code"]
+            return code
 
     def close(self) -> None:
         """End the process; children that are left end soon after it."""

@@ -7,10 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from ..errors import DsaError
+from ..kernels.build import preload
+from ..nursery import Nursery
 from ..worker import Worker, WorkerTimeout
+
+_IMPORTED = ("triton",)  # once, for all children; TileLang asks for GPUs as it is imported, after which no fork can use them
+_ASKS_NOT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # nor may torch ask the driver
 
 
 def at_once(
@@ -42,9 +48,10 @@ def at_once(
             outcomes[number] = outcome
             told(number, outcome)
 
-    with ThreadPoolExecutor(workers) as threads:
+    nursery = Nursery(preload, (_IMPORTED,), {**_ASKS_NOT, **(environment or {})})
+    with closing(nursery), ThreadPoolExecutor(workers) as threads:
         each = [
-            threads.submit(_serve, job, waiting, Worker(environment), end, timeout, keep)
+            threads.submit(_serve, job, waiting, Worker(environment, nursery=nursery), end, timeout, keep)
             for _ in range(min(workers, len(calls)))
         ]
     for served in each:

@@ -39,7 +39,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
         splits = shared.fixed_splits(spec) if spec.batch_invariant else 0
-        if spec.general or (not spec.batch_invariant and (spec.extra_topk or cuda.pay(spec, sizes, gpu))):
+        # One order serves all sizes: that of clusters where Gluon's do not.
+        if spec.general if spec.batch_invariant else (spec.extra_topk or cuda.pay(spec, sizes, gpu)):
             yield cuda.CONFIG.replace(splits=splits)
         # On an H100 at batch 64 with 128 heads: 101 µs against Triton's 194.
         yield gluon.CONFIG.replace(splits=splits)
