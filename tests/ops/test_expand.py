@@ -11,7 +11,7 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.expand import OP, ExpandSizes, ExpandSpec
 from dsa_codegen.ops.pool import OP as POOL
 from dsa_codegen.ops.pool import PoolSizes, PoolSpec
-from dsa_codegen.problem import presets
+from dsa_codegen.problem import compare, presets
 from dsa_codegen.problem.caches import IndexKLayout
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Config
@@ -166,3 +166,33 @@ def test_kernels_equal_their_references():
             for case in op.cases_for(spec, config):
                 result = verify(variant, case, "cuda", repeats=2)
                 assert result.passed, (spec, case, result.detail)
+
+
+@pytest.mark.gpu
+def test_the_end_of_a_million_tokens():
+    """GLM-5.3-Flash at its longest: 65536 pooled keys, 1 GB of latents; as on the CPU, ties of rounded scores aside."""
+    model, tokens, queries, draw = dsa.preset("glm-5.3-flash"), 1 << 20, 24, Draw(7, "cuda")
+    keys = draw.normal(tokens, model.index_head_dim, dtype=torch.bfloat16)
+    gates, bias = draw.normal(tokens, model.index_head_dim), draw.normal(model.pool, model.index_head_dim)
+    first = torch.arange(0, tokens, model.pool, dtype=torch.int32, device="cuda")
+    pooled, scales = dsa.quantize_index_k(dsa.pool_index_k(keys, gates, bias, first))
+    index_q = draw.normal(queries, model.index_heads, model.index_head_dim, dtype=torch.bfloat16)
+    q8, folded = dsa.quantize_index_q(index_q, draw.normal(queries, model.index_heads))
+    none = torch.zeros(queries, dtype=torch.int32, device="cuda")
+    ends = tokens - torch.arange(queries, dtype=torch.int32, device="cuda") * 7
+    asked = (q8, pooled, scales, folded, none, none, ends)
+    listed, lengths = dsa.index_select_pooled(*asked, model.topk, model.pool)
+    expected, counts = dsa.index_select_pooled(*(value.cpu() for value in asked), model.topk, model.pool)
+    assert torch.equal(lengths.cpu(), counts)
+    for row in range(queries):
+        chosen, wanted = (set(each[row, : counts[row]].tolist()) for each in (listed.cpu(), expected))
+        assert len(chosen) == counts[row] and len(chosen - wanted) <= 3 * model.pool, row
+        assert set(range(int(ends[row]) // model.pool * model.pool, int(ends[row]))) <= chosen, "the tail"
+    kv = draw.normal(tokens, 1, model.d_v, dtype=torch.bfloat16)
+    q = draw.normal(queries, model.heads, model.d_v, dtype=torch.bfloat16)
+    out, lse = dsa.sparse_attention(q, kv, listed[:, None], model.d_v**-0.5, lengths=lengths)
+    for row in range(queries):
+        latents = kv[listed[row, : counts[row]].long(), 0].float()
+        scores = q[row].float() @ latents.T * model.d_v**-0.5
+        assert compare.close("lse", lse[row], scores.logsumexp(-1), compare.LSE).passed, row
+        assert compare.close("out", out[row], scores.softmax(-1) @ latents, compare.ATTENTION).passed, row
