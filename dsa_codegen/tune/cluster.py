@@ -27,6 +27,7 @@ from .. import gpu as gpus
 from ..errors import InputError, ToolMissing
 from ..gpu import Gpu
 from ..invocation import install
+from ..kernels.backends import NAMES
 from ..problem.op import Config
 from . import ranking
 from .evaluate import Evaluator
@@ -73,7 +74,12 @@ class Workshop:
         with (
             tempfile.TemporaryDirectory(prefix="dsa-ray-") as folder,
             CompilePool(
-                gpu, Path(folder), self.processes or _share(self.gpus), compile=ranking.compile, log=Path(folder) / "log"
+                gpu,
+                Path(folder),
+                self.processes or _share(self.gpus),
+                compile=ranking.compile,
+                log=Path(folder) / "log",
+                backends=NAMES,
             ) as pool,
             ModelEvaluator(pool) if self.offline else GpuEvaluator(pool, log=Path(folder) / "log") as evaluator,
         ):

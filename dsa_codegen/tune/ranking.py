@@ -145,7 +145,7 @@ def _table(sweep: Sweep, number: int) -> tuple[_Row, _Row]:
         if time_us is None or (entry.source, launch_only) in seen:
             continue
         seen.add((entry.source, launch_only))  # configs of one text were timed once
-        launches = model.plan(sweep.op, sweep.spec, entry.config, swept.case, gpu)
+        launches = model.plan(sweep.op, sweep.spec, sweep.today(entry.config), swept.case, gpu)
         rows.append(features(launches, source.resources, source.mix, gpu))
         times.append(math.log(time_us))
     order = np.random.default_rng(0).permutation(len(rows))

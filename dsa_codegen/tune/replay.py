@@ -193,7 +193,7 @@ class ReplayEvaluator(Evaluator):
 
     def estimate_us(self, problem: Problem, candidate: Candidate) -> float:
         source = self._sweep.sources[self._sweep.entries[self._sweep.number[candidate.config]].source]
-        launches = model.plan(problem.op, problem.spec, candidate.config, problem.case, problem.gpu)
+        launches = model.plan(problem.op, problem.spec, self._sweep.today(candidate.config), problem.case, problem.gpu)
         found = ranking.calibrations()[f"{problem.op.name}.{candidate.config.backend}"]
         return found.time_us(ranking.features(launches, source.resources, source.mix, problem.gpu))
 

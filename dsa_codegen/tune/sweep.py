@@ -82,6 +82,14 @@ class Sweep:
         """The number of each config's entry."""
         return {entry.config: number for number, entry in enumerate(self.entries)}
 
+    def today(self, config: Config) -> Config:
+        """A config with what it stands for in parameters that the template has got since the sweep.
+
+        Raises:
+            SpecError: the template has lost one.
+        """
+        return self.op.config(self.backend, config.to_dict())
+
     def write(self, path: Path) -> None:
         """One config a line, the same bytes for the same sweep."""
         path.parent.mkdir(parents=True, exist_ok=True)

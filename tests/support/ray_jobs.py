@@ -20,8 +20,8 @@ from dsa_codegen.tune.replay import Clock, ReplayEvaluator
 class Paced(ReplayEvaluator):
     """Every candidate takes a while, and a line says which host judged it."""
 
-    def __init__(self, sweep, case, seed, clock, log: Path, pace_s: float) -> None:
-        super().__init__(sweep, case, seed, clock)
+    def __init__(self, sweep, log: Path, pace_s: float) -> None:
+        super().__init__(sweep, 0, Clock())
         self._log, self._pace_s = log, pace_s
 
     def _judge(self, task: Task) -> Outcome:
@@ -34,32 +34,16 @@ class Paced(ReplayEvaluator):
 
 @dataclass(frozen=True)
 class Replays:
-    """Opens what judges by one case of a sweep."""
+    """Opens what judges by the cases of a sweep."""
 
     path: Path
     log: Path
     pace_s: float = 0.05
 
     def __call__(self, gpu: Gpu):
-        """A host's evaluator; which case is meant, the first task says."""
+        """A host's evaluator."""
         return self._open()
 
     @contextmanager
     def _open(self) -> Iterator[Evaluator]:
-        yield AnyCase(sweeps.read(self.path), self.log, self.pace_s)
-
-
-class AnyCase(Paced):
-    """Judges candidates of whichever case is asked for."""
-
-    def __init__(self, sweep, log: Path, pace_s: float) -> None:
-        super().__init__(sweep, 0, 0, Clock(), log, pace_s)
-        self._cases = {swept.case.id: swept for swept in sweep.cases}
-
-    def _judge(self, task: Task) -> Outcome:
-        self._case = self._cases[task.problem.case.id]
-        return super()._judge(task)
-
-    def final(self, problem, candidates, limit_s):
-        self._case = self._cases[problem.case.id]
-        return super().final(problem, candidates, limit_s)
+        yield Paced(sweeps.read(self.path), self.log, self.pace_s)

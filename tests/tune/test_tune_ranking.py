@@ -42,7 +42,9 @@ def test_the_calibration_is_better_than_the_model():
     case = swept.cases[0]
     took = [case.time_us(number) for number in range(len(swept.entries))]
     modelled = [
-        model.modelled_us(swept.op, swept.spec, entry.config, case.case, H200, swept.sources[entry.source].resources)
+        model.modelled_us(
+            swept.op, swept.spec, swept.today(entry.config), case.case, H200, swept.sources[entry.source].resources
+        )
         for entry in swept.entries
     ]
     assert ranking.spearman(np.array(modelled), np.array(took)) < 0.3 < 0.9 < ranking.calibrate(swept).correlation[case.case.id]
