@@ -33,7 +33,7 @@ PARAMETERS = (
         before=0,
     ),
     Parameter("sampled", (False, True), "whether a sample tells which keys are ranked, where blocks stay", before=False),
-    Parameter("longest", (streamed.REACH, streamed.FAR), "columns of the longest row that streams", before=streamed.REACH),
+    Parameter("longest", streamed.LONGEST, "columns of the longest row that streams", before=streamed.REACH),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
 _EARLY_ROWS = 256  # as rows are read whole, whatever their windows: with more of them the bytes would count

@@ -13,6 +13,7 @@ from .shared_memory import size_of
 
 REACH = 131072  # columns
 FAR = 1048576  # columns that a bitmap of the whole ring reaches, with a sample that grows with the row
+LONGEST = (REACH, FAR // 2, FAR)
 MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
 _SAMPLE = 16384  # scores of a row of FAR, so that 64 stand for one as in a row of REACH
 _FEW = 128  # scores of a bin that are compared with each other
@@ -28,7 +29,7 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     yield from exceeds("samples of keys in registers", int(config["sampled"]), 0)
     yield from exceeds("scores of a vector", _vector(spec), items)
     yield from exceeds("scores of a thread", items, 32)
-    yield from exceeds("threads for a sample", 512, threads)
+    yield from exceeds("threads for a sample", 512 if config["longest"] == REACH else 256, threads)
     yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
     yield from exceeds("registers", (items + 40) * threads * blocks, gpu.regs_per_sm)
     yield from exceeds("bitmap", _bitmap(config), config["stages"] * threads * items * SCORES[spec.scores].itemsize, " B")
@@ -94,9 +95,12 @@ def _vector(spec: SelectSpec) -> int:
 
 
 def _capacity(spec: SelectSpec, config: Config) -> int:
-    """Scores that the pool holds: three times what is wanted, to be sure of a sample's guess, and a histogram's bins."""
-    threads = config["threads"]
-    return max(-(-3 * spec.topk // threads) * threads, 4096)
+    """Scores that the pool holds: three times what is wanted, to be sure of a sample's guess, and a histogram's bins.
+
+    Less where two blocks share an SM, whose samples may be larger.
+    """
+    threads, quarters = config["threads"], 9 if config["blocks_per_sm"] > 1 and config["longest"] > REACH else 12
+    return max(-(-quarters * spec.topk // (4 * threads)) * threads, 4096)
 
 
 def _smem(spec: SelectSpec, config: Config) -> int:
