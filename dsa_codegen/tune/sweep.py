@@ -169,11 +169,14 @@ def _source_row(source: Source) -> list[Any]:
 
 def _parse(values: Mapping[str, Any]) -> Sweep:
     op = ops.get(values["op"])
-    table = tuple(Parameter(p["name"], tuple(p["choices"]), "", p["launch_only"]) for p in values["table"])
-    width = len(table)
+    swept = tuple(Parameter(p["name"], tuple(p["choices"]), "", p["launch_only"]) for p in values["table"])
+    width, later = len(swept), _later(op, values["backend"], swept)
+    table = (*swept, *later)
 
     def config(indices: Sequence[int]) -> Config:
-        chosen: dict[str, Scalar] = {p.name: p.choices[index] for p, index in zip(table, indices, strict=True)}
+        chosen: dict[str, Scalar] = {
+            p.name: p.choices[index] for p, index in zip(table, [*indices, *(0 for _ in later)], strict=True)
+        }
         return Config.of(values["backend"], **chosen)
 
     rows = values["rows"]
@@ -197,6 +200,13 @@ def _parse(values: Mapping[str, Any]) -> Sweep:
         tuple(Entry(config(row[:width]), row[width]) for row in rows),
         cases,
     )
+
+
+def _later(op: Op, backend: str, swept: Sequence[Parameter]) -> list[Parameter]:
+    """Parameters that the template has got since, with the one value that it had in effect when it was swept."""
+    known = {each.name for each in swept}
+    found = [each for each in op.parameters(backend) if each.name not in known]
+    return [Parameter(each.name, (each.before,), each.meaning, each.launch_only) for each in found if each.before is not None]
 
 
 def _source(row: Sequence[Any], mix: Sequence[str]) -> Source:
