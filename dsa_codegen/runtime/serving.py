@@ -50,7 +50,7 @@ class Limits:
             "attention": {"queries": self.max_queries, "tokens": self.max_context},
             "indexer_paged": {"batch": self.max_batch, "context": self.max_context},
             "select-slots": {"rows": decoded, "columns": self.max_context},
-            "attention_paged": {"batch": self.max_batch},
+            "attention_paged": {"batch": self.max_batch, "next_n": max(self.next_n)},
             "attention_gqa": {"rows": rows},
             "resolve": {"rows": decoded},
         }

@@ -8,13 +8,21 @@ from collections.abc import Iterable, Sequence
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.paged import scales_of
-from ...problem.values import Scalar
-from . import cuda, gluon, shared, triton
+from ...problem.values import Bucket, Scalar
+from . import clusters, flat, gluon, shared, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
-_PARAMETERS = {"cuda": cuda.PARAMETERS, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_LAUNCHES = {"cuda": cuda.launches, "gluon": gluon.launches, "triton": triton.launches}
+_CUDA = (
+    *gluon.PARAMETERS,
+    Parameter(
+        "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
+    ),
+    Parameter("interleave", (False, True), "as in attention, of which flat rows are", before=False),
+)
+_PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
+_CLUSTERS = Config.of("cuda", splits=0, flat=False, interleave=False)
+_FLAT = _CLUSTERS.replace(flat=True)
 
 
 class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
@@ -27,21 +35,30 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         return _PARAMETERS[backend]
 
     def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        if config.backend == "cuda":
-            return cuda.constraints(spec, gpu)
-        return gluon.constraints(spec, gpu) if config.backend == "gluon" else triton.constraints(spec, config, gpu)
+        if config.backend == "gluon":
+            return gluon.constraints(spec, gpu)
+        if config.backend == "triton":
+            return triton.constraints(spec, config, gpu)
+        return flat.constraints(spec, config, gpu) if config["flat"] else clusters.constraints(spec, config, gpu)
+
+    def reach(self, spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
+        return flat.reach(spec, bucket) if _is_flat(config) else ()
 
     def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
         """A row's entries tile by tile, in as many parts as the config says; by the number of rows where it says none."""
-        if config.backend != "triton":
-            return f"{config.backend}-{config['splits']}" if config["splits"] else None
-        return "-".join(["triton", *(str(config[name]) for name in triton.ORDER)])
+        if config.backend == "triton":
+            return "-".join(["triton", *(str(config[name]) for name in triton.ORDER)])
+        if _is_flat(config):
+            return flat.order(spec, config)
+        return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
+        if flat.is_first_choice(spec, sizes):
+            yield _FLAT.replace(interleave=flat.interleaves(spec, sizes))
         splits = shared.fixed_splits(spec) if spec.batch_invariant else 0
         # One order serves all sizes: that of clusters where Gluon's do not.
-        if spec.general if spec.batch_invariant else (spec.extra_topk or cuda.pay(spec, sizes, gpu)):
-            yield cuda.CONFIG.replace(splits=splits)
+        if spec.general if spec.batch_invariant else (spec.extra_topk or clusters.pay(spec, sizes, gpu)):
+            yield _CLUSTERS.replace(splits=splits)
         # On an H100 at batch 64 with 128 heads: 101 µs against Triton's 194.
         yield gluon.CONFIG.replace(splits=splits)
         yield from triton.guesses(spec, sizes, gpu)
@@ -57,7 +74,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             **shared.places_of(layout),
         }
         if config.backend == "cuda":
-            return names | cuda.derived(spec)
+            return names | (flat.derived(spec, config) if config["flat"] else clusters.derived(spec))
         return names | (gluon.derived(spec) if config.backend == "gluon" else triton.derived(spec, config))
 
     def launches(
@@ -73,4 +90,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if spec.batch_invariant and config["splits"] > shared.most_splits(spec, rows):
             turns = in_turns(inputs, outputs, shared.rows_of_turn(spec, config["splits"]))
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
-        return _LAUNCHES[config.backend](spec, config, inputs, outputs, gpu)
+        design = {"cuda": clusters.launches, "gluon": gluon.launches, "triton": triton.launches}[config.backend]
+        return (flat.launches if _is_flat(config) else design)(spec, config, inputs, outputs, gpu)
+
+
+def _is_flat(config: Config) -> bool:
+    return config.backend == "cuda" and bool(config["flat"])

@@ -29,12 +29,13 @@ from ...problem.paged import FIXED, check_cache, check_plain_rows, scales_of
 from ...problem.paged import check_scale as check_cache_scale
 from ...problem.presets import MLA, NO_CACHE, Model
 from ...problem.quantization import quantize_groups
-from ...problem.values import Sizes, Spec
+from ...problem.values import Bucket, Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 from .rounding import slack_of_lse
 
 _SHARED = 0.02  # scale of a cache whose values share one
 _BY_CHANNELS = {576: "v32", 512: "v4"}
+_PROMPTS = (513, 2048, 8192)  # rows of calls that are no decode step
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
 
@@ -114,8 +115,19 @@ class AttentionPagedSizes(Sizes):
     batch: int
     next_n: int
     tokens: int
-    """Slots of the cache."""
-    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 65)}
+    """Slots of the cache, or of both."""
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "batch": (2, 17, 65, *_PROMPTS),
+        "next_n": _PROMPTS,
+        "tokens": (65537, (1 << 20) + 1),
+    }
+
+    def bucket(self) -> Bucket:
+        """A decode step's by its batch alone; a prompt's, as sequences of one row or as rows of a few, by its slots too."""
+        batch, next_n, tokens = super().bucket()
+        if self.batch >= _PROMPTS[0]:
+            return batch, tokens
+        return (batch,) if self.next_n < _PROMPTS[0] else (("batch", 0, _PROMPTS[0]), next_n, tokens)
 
 
 class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
@@ -164,7 +176,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         inputs |= {"extra_cache": extra_cache, "extra_indices": extra_indices, "extra_lengths": extra_lengths}
         inputs |= check_cache_scale(known, scale)
         buffers = check_buffers(self.buffers, brought, (batch, next_n, heads), known.d_v, q)
-        return spec, AttentionPagedSizes(batch, next_n, cache.shape[0] * page), {**inputs, **buffers}
+        slots = cache.shape[0] * page + (extra_cache.shape[0] * spec.extra_page if spec.extra_topk else 0)
+        return spec, AttentionPagedSizes(batch, next_n, slots), {**inputs, **buffers}
 
     def inputs(self, spec: AttentionPagedSpec, case: Case[AttentionPagedSizes], draw: Draw) -> Inputs:
         batch, next_n = case.sizes.batch, case.sizes.next_n
@@ -231,7 +244,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
 
     def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         # Far more tokens than fit in L2 where a batch would bring them.
-        sizes = ((64, 1, 1 << 20), (1, 1, 1 << 16), (8, 1, 1 << 18), (128, 1, 1 << 20))
+        sizes = ((64, 1, 1 << 20), (1, 1, 1 << 16), (8, 1, 1 << 18), (128, 1, 1 << 20), (4096, 1, 1 << 15))
         return [Case(AttentionPagedSizes(*size), "random") for size in sizes]
 
 

@@ -10,16 +10,12 @@ from ...gpu import Gpu
 from ...kernels.waves import until_done
 from ...problem import channels
 from ...problem.kv_layouts import KvPlainLayout
-from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation
+from ...problem.op import Config, Inputs, Launch, Outputs, Violation
 from ...problem.paged import FIXED, scales_of
 from ...problem.values import Scalar
 from . import shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
-PARAMETERS = (
-    Parameter("splits", (0, *shared.SPLITS), "blocks that share a row's entries; 0: as many as end soonest", launch_only=True),
-)
-CONFIG = Config.of("cuda", splits=0)
 _THREADS = 384  # two groups of 128 multiply, one gathers
 _REGISTERS = {"consumer_registers": 216, "producer_registers": 72}  # per thread; 3 * 168 of a block
 _STAGES = (4, 3)  # tiles that are gathered, waiting or in use, as many as fit
@@ -34,14 +30,16 @@ _COMBINERS = 128  # threads that join the parts of a row and head
 _HOPPER_SMEM = 232448  # bytes of a block
 
 
-def constraints(spec: AttentionPagedSpec, gpu: Gpu) -> Iterable[Violation]:
+def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What the template cannot do."""
+    if config["interleave"]:
+        yield Violation("interleave", 1.0, "interleave: clusters have no choice")
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
     if not _halves(spec):
         reads = "v32, v4 and rows of 512 channels without rotary part"
-        yield Violation("layout", 1.0, f"layout: the CUDA template reads {reads}, Triton's {spec.kv_layout}")
+        yield Violation("layout", 1.0, f"layout: clusters read {reads}, Triton's {spec.kv_layout}")
 
 
 def _halves(spec: AttentionPagedSpec) -> bool:

@@ -1,0 +1,254 @@
+"""Paged attention by prefill's kernels, over BF16 rows: a BF16 cache has them, of an FP8 cache what lists name is read back.
+
+A prompt's rows name the same tokens again and again: dequantising them for each row took 1.5 times what reading them back once
+and prefill's kernel take (4096 rows of 32K, H200).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import InputError
+from ...gpu import GPUS, Gpu
+from ...problem.checks import step
+from ...problem.kv_layouts import AnyKvLayout, KvPlainLayout
+from ...problem.op import Config, Inputs, Launch, Outputs, Violation
+from ...problem.paged import FIXED
+from ...problem.values import Bucket, Scalar, upper
+from ..attention import OP as PREFILL
+from ..attention import AttentionSizes, AttentionSpec
+from .problem import AttentionPagedSizes, AttentionPagedSpec
+
+MOST_SLOTS = 1 << 20
+"""Of caches that are read back: their BF16 rows take up to 1.2 GB for the time of a call."""
+_ENTRIES_PER_SLOT = 4  # of all lists, from which on reading all slots back takes no longer than it saves
+_PROMPT = AttentionSizes(4096, 32768)  # for which prefill's kernel is chosen
+_HOPPER = GPUS["h200"]
+_UNCUT_HEADS, _UNCUT_ROWS = 32, 65  # up to so many heads a list has one block, or half of one
+_CHUNK_BITS = 6  # 64 slots are read back or left
+_MOST_CHUNKS = 1 << 14
+_MARKERS, _READERS, _LISTERS = 512, 256, 256  # threads of a block
+
+
+def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What cannot be served so."""
+    if gpu.capability != _HOPPER.capability:
+        yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
+    if spec.kv_layout not in (*FIXED, "bf16"):
+        yield Violation("layout", 1.0, f"layout: v32, v4 and bf16 are read as BF16 rows, Triton reads {spec.kv_layout}")
+    if spec.kv_layout == "bf16" and spec.extra_topk:
+        yield Violation("second pool", 1.0, "second pool: two caches of BF16 rows are no one cache; Triton attends to both")
+    if config["splits"]:
+        yield Violation("splits", 1.0, "splits: prefill's kernels cut lists by themselves")
+    if kernel_of(spec, bool(config["interleave"])) is None:
+        served = "up to 32 heads, 64 and 128, and 512 channels of value with 64 more or none"
+        reason = (
+            f"prefill: its CUDA template serves {served}, not {spec.heads} heads, {spec.layout.d_v} of {spec.d_qk} channels"
+        )
+        yield Violation("prefill", 1.0, reason)
+
+
+def reach(spec: AttentionPagedSpec, bucket: Bucket) -> Iterable[Violation]:
+    """What is read back lies in memory: no more than so many slots, whatever lists name."""
+    slots = upper(bucket, "tokens")
+    if spec.kv_layout != "bf16" and slots > MOST_SLOTS:
+        yield Violation("slots", 1.0, f"slots: caches of more than {MOST_SLOTS} are not read back")
+
+
+def is_first_choice(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
+    """Whether prefill's kernels are known to take less, for any lists of the sizes' bucket.
+
+    On an H200 an entry of a list costs 0.12 ns (64 heads) to 0.17 (128) more where it is dequantised for each row, a slot that
+    is read back 0.5. BF16 rows only want as many lists as there are blocks, where heads are too few for one to be cut.
+    """
+    low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
+    rows = low.get("batch", 1) * low.get("next_n", 1)
+    if spec.kv_layout == "bf16":
+        return spec.heads > _UNCUT_HEADS or spec.batch_invariant or rows >= _UNCUT_ROWS
+    return rows * (spec.topk + spec.extra_topk) >= _ENTRIES_PER_SLOT * upper(sizes.bucket(), "tokens")
+
+
+def interleaves(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
+    """As prefill has it for so many tokens."""
+    least = next((low for name, low, _ in sizes.bucket() if name == "tokens"), 0)
+    prompt = replace(_PROMPT, tokens=max(least, _PROMPT.tokens))
+    guess = next((each for each in PREFILL.guesses(prefill_of(spec), prompt, _HOPPER) if each.backend == "cuda"), None)
+    return guess is not None and bool(guess["interleave"])
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def prefill_of(spec: AttentionPagedSpec) -> AttentionSpec:
+    """What prefill's kernels are asked for: both lists of a row one behind the other."""
+    lengths, entries = spec.lengths or spec.extra_lengths, spec.topk + spec.extra_topk
+    return AttentionSpec(
+        spec.heads, spec.d_qk, entries, lengths, spec.sink, batch_invariant=spec.batch_invariant, d_v=spec.layout.d_v
+    )
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def kernel_of(spec: AttentionPagedSpec, interleave: bool) -> Config | None:
+    """Prefill's first choice in CUDA C++ for a prompt; None where there is none."""
+    prefill = prefill_of(spec)
+    for guess in PREFILL.guesses(prefill, _PROMPT, _HOPPER):
+        if guess.backend == "cuda":
+            config = guess.replace(interleave=interleave)
+            if not any(PREFILL.constraints(prefill, config, _HOPPER)):
+                return config
+    return None
+
+
+def order(spec: AttentionPagedSpec, config: Config) -> str | None:
+    """That of prefill's kernel."""
+    kernel = kernel_of(spec, bool(config["interleave"]))
+    return None if kernel is None else PREFILL.order(prefill_of(spec), kernel)
+
+
+def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the template: those of prefill's, and of the kernels before it."""
+    prefill, kernel = prefill_of(spec), kernel_of(spec, bool(config["interleave"]))
+    assert kernel is not None, "constraints"
+    return {
+        **prefill.to_dict(),
+        **kernel.to_dict(),
+        **PREFILL.derived(prefill, kernel),
+        "prefill_template": f"{PREFILL.name}/cuda.py.jinja",
+        "plain": spec.kv_layout == "bf16",
+        "spreads": spec.lengths and not spec.extra_topk,
+        "first_lengths": spec.lengths,
+        "most_chunks": _MOST_CHUNKS,
+        "markers": _MARKERS,
+        "readers": _READERS,
+        "listers": _LISTERS,
+    }
+
+
+def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+    """Rows and lists as prefill takes them, then its own launches."""
+    prefill, kernel = prefill_of(spec), kernel_of(spec, bool(config["interleave"]))
+    assert kernel is not None, "constraints"
+    rows = _as_they_are(inputs) if spec.kv_layout == "bf16" else _read_back(spec, inputs, gpu)
+    if rows.lengths is not None and rows.lengths.shape != inputs["q"].shape[:2]:
+        rows = _spread(rows, inputs)
+    found = list(rows.before)
+    for some, written in _parts(rows, inputs, outputs):
+        found += PREFILL.launches(prefill, kernel, some, written, gpu)
+    return _of_the_call(found, {**inputs, **outputs})
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A call in prefill's terms, and what is launched before."""
+
+    kv: Tensor
+    """bf16 [rows, 1, d_qk]."""
+    indices: Tensor
+    """int32 [batch, next_n, topk], row numbers."""
+    lengths: Tensor | None
+    before: tuple[Launch, ...] = ()
+
+
+def _as_they_are(inputs: Inputs) -> _Rows:
+    """A BF16 cache; where its blocks lie apart, lists count in the largest step that leads to every token."""
+    cache, indices, lengths = inputs["cache"], inputs["indices"], inputs["lengths"]
+    blocks, page, _, width = cache.shape
+    apart = cache.stride(0) if blocks > 1 else page * width
+    if page == 1 or apart == page * width:
+        stride = apart if page == 1 else width
+        return _Rows(cache.as_strided((blocks * page, 1, width), (stride, width, 1)), indices, lengths)
+    unit = math.gcd(apart, width)
+    count = ((blocks - 1) * apart + (page - 1) * width) // unit + 1
+    if count >= 1 << 31:
+        raise InputError("cache", f"{count} steps of {unit} elements", "fewer than 2^31, or blocks without a gap")
+    q = inputs["q"]
+    batch, next_n, topk = indices.shape
+    lists = indices.new_empty(batch, next_n, topk)
+    args = (indices, lists, blocks * page, page, apart // unit, width // unit, topk, step(indices, 0), step(indices, 1), next_n)
+    before = (Launch("relist", (q.shape[0] * next_n, 1, 1), args),)
+    return _Rows(cache.as_strided((count, 1, width), (unit, width, 1)), lists, lengths, before)
+
+
+def _read_back(spec: AttentionPagedSpec, inputs: Inputs, gpu: Gpu) -> _Rows:
+    """Chunks of the caches that are in any list, as BF16 in the slots' order; of two pools one behind the other."""
+    layouts: Mapping[str, AnyKvLayout] = {"": spec.layout, **({"extra_": spec.extra_layout} if spec.extra_topk else {})}
+    batch, next_n = inputs["q"].shape[:2]
+    rows = batch * next_n
+    caches = [inputs[f"{prefix}cache"] for prefix in layouts]
+    slots = [len(cache) * layout.page for cache, layout in zip(caches, layouts.values(), strict=True)]
+    bits = next(bits for bits in range(_CHUNK_BITS, 32) if sum(-(-each >> bits) for each in slots) <= _MOST_CHUNKS)
+    chunks = sum(-(-each >> bits) for each in slots)
+    blocks = min(gpu.sms, -(-rows * 32 // _MARKERS))
+    indices, lengths = inputs["indices"], inputs["lengths"]
+    marks = indices.new_empty(-(-chunks // 32), blocks)
+    latents = inputs["q"].new_empty(sum(slots), 1, spec.d_qk)
+    joined: tuple[Tensor, ...] = ()
+    if spec.extra_topk:
+        joined = indices.new_empty(batch, next_n, spec.topk + spec.extra_topk), indices.new_empty(batch, next_n)
+        indices, lengths = joined[0], joined[1] if spec.lengths or spec.extra_lengths else None
+    listed, places = _lists(inputs, layouts, slots)
+    mark = Launch("mark", (blocks, 1, 1), (*listed, marks, *joined, *places, next_n, rows, bits))
+    stored: list[int] = []
+    for cache, layout, each in zip(caches, layouts.values(), slots, strict=True):
+        assert not isinstance(layout, KvPlainLayout), "constraints"
+        stored += (each, cache.stride(0), layout.page, layout.scales.base)
+    back = Launch("read_back", (chunks << bits - _CHUNK_BITS, 1, 1), (*caches, marks, latents, *stored, blocks, bits))
+    return _Rows(latents, indices, lengths, (mark, back))
+
+
+def _lists(inputs: Inputs, layouts: Iterable[str], slots: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """Lists and lengths of the pools as ``mark`` takes them: tensors, and whole numbers."""
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    for prefix, each in zip(layouts, slots, strict=True):
+        indices, lengths = inputs[f"{prefix}indices"], inputs[f"{prefix}lengths"]
+        tensors += (indices,) if lengths is None else (indices, lengths)
+        per_length = indices.shape[1] if lengths is not None and lengths.dim() == 1 else 1
+        numbers += (each, indices.shape[2], step(indices, 0), step(indices, 1), per_length)
+    return tensors, numbers
+
+
+def _spread(rows: _Rows, inputs: Inputs) -> _Rows:
+    """Lengths of rows for those of sequences."""
+    assert rows.lengths is not None
+    batch, next_n = inputs["q"].shape[:2]
+    if next_n == 1:
+        return replace(rows, lengths=rows.lengths[:, None])
+    entries = rows.lengths.new_empty(batch, next_n)
+    args = (rows.lengths, entries, batch * next_n, next_n)
+    spread = Launch("spread", (-(-batch * next_n // _LISTERS), 1, 1), args)
+    return replace(rows, lengths=entries, before=(*rows.before, spread))
+
+
+def _parts(rows: _Rows, inputs: Inputs, outputs: Outputs) -> Iterator[tuple[Inputs, Outputs]]:
+    """Prefill's inputs and outputs: of all rows where they are evenly apart, else of one sequence after another."""
+    q = inputs["q"]
+    batch, next_n = q.shape[:2]
+    together = 1 in (batch, next_n) or all(each.stride(0) == next_n * each.stride(1) for each in (q, rows.indices))
+    for first in (slice(None),) if together else (slice(each, each + 1) for each in range(batch)):
+        given: dict[str, Any] = {"q": _flat(q[first]), "indices": _flat(rows.indices[first])[:, None], "kv": rows.kv}
+        given |= {"lengths": None if rows.lengths is None else _flat(rows.lengths[first])}
+        given |= {"sink": inputs["sink"], "sm_scale": inputs["sm_scale"]}
+        yield given, {name: _flat(each[first]) for name, each in outputs.items()}
+
+
+def _flat(value: Tensor) -> Tensor:
+    """Without its first dimension, of which the rows are evenly apart."""
+    batch, next_n, *rest = value.shape
+    apart = value.stride(1) if batch == 1 or next_n > 1 else value.stride(0)
+    return value.as_strided((batch * next_n, *rest), (apart, *value.stride()[2:]))
+
+
+def _of_the_call(found: Iterable[Launch], tensors: Mapping[str, Any]) -> Sequence[Launch]:
+    """Launches with the call's own tensors in place of views that begin where these do: kernels see addresses alone."""
+    own = {value.data_ptr(): value for value in tensors.values() if isinstance(value, Tensor) and value.numel()}
+    own.pop(0, None)  # of a tensor without memory
+
+    def back(value: Any) -> Any:
+        return own.get(value.data_ptr(), value) if isinstance(value, Tensor) and value.numel() else value
+
+    return [replace(launch, args=tuple(map(back, launch.args))) for launch in found]

@@ -1,0 +1,156 @@
+"""Paged attention by prefill's kernels: what is read back and listed, what is launched, when it serves; emulated as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_codegen.gpu import GPUS
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec, flat
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import verify
+from dsa_codegen.records import lookup
+
+import emulator
+from support import FURTHER, H200, assert_compiles
+
+FLAT = Config.of("cuda", splits=0, flat=True, interleave=False)
+POOLS = AttentionPagedSpec(16, 70, "v4", lengths=True, sink=True, extra_topk=90, extra_page=2, extra_lengths=True)
+NEEDS_COMPILER = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionPagedSpec(128, 2048),
+        pytest.param(POOLS, marks=FURTHER),
+        pytest.param(AttentionPagedSpec(64, 512, "v4", lengths=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 2048, "bf16", lengths=True), marks=FURTHER),
+    ],
+    ids=lambda spec: spec.id,
+)
+def test_it_compiles_for_hopper_without_spills(spec):
+    assert_compiles(OP, spec, FLAT, spills=0)
+
+
+def emulated(spec, folder, order="shuffled", sms=1):
+    return Variant(OP, spec, FLAT, replace(H200, sms=sms), emulator.cuda_kernels(render(OP, spec, FLAT), folder, order))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionPagedSpec(16, 70, page=7, lengths=True, sink=True),
+        POOLS,
+        pytest.param(AttentionPagedSpec(9, 70, "v4"), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(64, 150, lengths=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 70, "bf16", lengths=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(64, 70, "bf16", sink=True, d_rope=0), marks=FURTHER),
+    ],
+    ids=lambda spec: spec.id,
+)
+def test_matches_the_reference(spec, tmp_path):
+    variant = emulated(spec, tmp_path)
+    for case in OP.cases(spec):
+        accuracy = verify(variant, case, "cpu")
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
+@NEEDS_COMPILER
+def test_only_chunks_that_are_listed_are_read_back(tmp_path, monkeypatch):
+    """A row beyond its length names none; chunks grow where there are too many to mark."""
+    monkeypatch.setattr(flat, "_MOST_CHUNKS", 5)
+    spec = AttentionPagedSpec(8, 40, lengths=True)
+    variant = emulated(spec, tmp_path, "descending", sms=3)
+    inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(40, 1, 580), "random"), Draw(2)))
+    inputs["indices"] = inputs["indices"] % 128 + 256
+    inputs["indices"][:, :, 20:] = 600
+    inputs["lengths"][:] = 20
+    inputs["indices"][7, 0, 3] = 639
+    mark, back, *_ = launches = OP.launches(spec, FLAT, inputs, OP.allocate(spec, inputs), variant.gpu)
+    (latents,) = (arg for arg in back.args if isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16)
+    latents.fill_(7)
+    for launch in launches[:2]:
+        variant.kernels[launch.kernel](launch.grid, launch.args)
+    assert mark.grid == (3, 1, 1) and back.grid == (10, 1, 1)
+    slots = torch.arange(640)
+    expected = spec.layout.dequantize(inputs["cache"], slots).bfloat16()
+    read = (slots // 128 == 2) | (slots // 128 == 4)
+    assert latents[read, 0].equal(expected[read])
+    assert (latents[~read] == 7).all()
+
+
+@NEEDS_COMPILER
+def test_blocks_of_bf16_rows_may_lie_apart(tmp_path):
+    """As those of a cache that holds several layers; lists then count in steps that divide both distances."""
+    spec = AttentionPagedSpec(8, 70, "bf16", page=16)
+    inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(2, 2, 100), "ragged"), Draw(4)))
+    expected = OP.reference(spec, inputs)
+    apart = torch.full((len(inputs["cache"]), 16 * 576 + 64), torch.nan, dtype=torch.bfloat16)
+    apart[:, : 16 * 576] = inputs["cache"].flatten(1)
+    inputs["cache"] = apart[:, : 16 * 576].view(-1, 16, 1, 576)
+    variant, outputs = emulated(spec, tmp_path), OP.allocate(spec, inputs)
+    assert [launch.kernel for launch in variant.launch(inputs, outputs)] == ["relist", "attention"]
+    assert OP.check(spec, inputs, outputs, expected).passed
+
+
+def test_rows_that_are_not_evenly_apart_go_by_sequences():
+    spec = AttentionPagedSpec(64, 300, "bf16", lengths=True)
+    inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(3, 2, 400), "random"), Draw(1)))
+    outputs = OP.allocate(spec, inputs)
+    names = [launch.kernel for launch in OP.launches(spec, FLAT, inputs, outputs, H200)]
+    assert names == ["spread", "attention"]
+    inputs["q"] = torch.zeros(3, 4, 64, 576, dtype=torch.bfloat16)[:, :2]
+    names = [launch.kernel for launch in OP.launches(spec, FLAT, inputs, outputs, H200)]
+    assert names == ["spread", "attention", "attention", "attention"]
+
+
+def test_launches_name_the_tensors_of_the_call():
+    """Not views that begin where they do: so that a plan knows them again."""
+    spec = AttentionPagedSpec(64, 2048, "bf16")
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(1, 1, 4096), "random"), Draw(1))
+    outputs = OP.allocate(spec, inputs)
+    main, joining = OP.launches(spec, FLAT, inputs, outputs, H200)
+    for tensor in (inputs["q"], inputs["cache"], inputs["indices"]):
+        assert any(tensor is arg for arg in main.args)
+    assert all(any(tensor is arg for arg in joining.args) for tensor in outputs.values())
+
+
+PROMPT, DECODE = AttentionPagedSizes(4096, 1, 1 << 15), AttentionPagedSizes(64, 1, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "first"),
+    [
+        (AttentionPagedSpec(128, 2048), PROMPT, True),
+        (AttentionPagedSpec(16, 2048), AttentionPagedSizes(1, 4096, 1 << 20), True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(1000, 1, 1 << 15), True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(1000, 1, 1 << 20), False),
+        (AttentionPagedSpec(64, 512, "v4"), AttentionPagedSizes(4096, 1, 1 << 20), False),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(4096, 1, (1 << 20) + 1), False),
+        (AttentionPagedSpec(128, 2048), DECODE, False),
+        (AttentionPagedSpec(128, 2048, batch_invariant=True), PROMPT, False),
+        (AttentionPagedSpec(100, 2048), PROMPT, False),
+        (AttentionPagedSpec(128, 2048, "bf16"), DECODE, True),
+        (AttentionPagedSpec(128, 2048, "bf16", batch_invariant=True), DECODE, True),
+        (AttentionPagedSpec(16, 2048, "bf16"), AttentionPagedSizes(1, 1, 1 << 16), False),
+        (AttentionPagedSpec(64, 2048, "bf16", extra_topk=64), PROMPT, False),
+        (AttentionPagedSpec(64, 2048, "fp8_ue8m0_32", d_rope=0), PROMPT, False),
+    ],
+)
+def test_it_serves_without_a_record(spec, sizes, first, tmp_path):
+    found = lookup.lookup(OP, spec, sizes, H200, {"tuned": tmp_path})
+    assert bool(found.config.backend == "cuda" and found.config["flat"]) == first
+
+
+def test_no_other_gpu_has_it():
+    assert OP.default_config(AttentionPagedSpec(128, 2048, "bf16"), PROMPT, GPUS["a100"]).backend == "triton"
+    assert not OP.violations(AttentionPagedSpec(128, 2048), FLAT, H200, PROMPT.bucket())
+    (broken,) = OP.violations(AttentionPagedSpec(128, 2048), FLAT, H200, DECODE.bucket())
+    assert broken.name == "slots"
