@@ -52,6 +52,9 @@ def emulated(spec, folder, order="shuffled", sms=1):
         pytest.param(AttentionPagedSpec(64, 150, lengths=True), marks=FURTHER),
         pytest.param(AttentionPagedSpec(16, 70, "bf16", lengths=True), marks=FURTHER),
         pytest.param(AttentionPagedSpec(64, 70, "bf16", sink=True, d_rope=0), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 70, "v41", d_rope=0), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 70, "fp8_fp32_64", lengths=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 70, "fp8_ue8m0_32", d_rope=64, rope_in_value=True), marks=FURTHER),
     ],
     ids=lambda spec: spec.id,
 )
@@ -141,7 +144,8 @@ PROMPT, DECODE = AttentionPagedSizes(4096, 1, 1 << 15), AttentionPagedSizes(64, 
         (AttentionPagedSpec(128, 2048, "bf16", batch_invariant=True), DECODE, True),
         (AttentionPagedSpec(16, 2048, "bf16"), AttentionPagedSizes(1, 1, 1 << 16), False),
         (AttentionPagedSpec(64, 2048, "bf16", extra_topk=64), PROMPT, False),
-        (AttentionPagedSpec(64, 2048, "fp8_ue8m0_32", d_rope=0), PROMPT, False),
+        (AttentionPagedSpec(64, 2048, "fp8_ue8m0_32", d_rope=0), PROMPT, True),
+        (AttentionPagedSpec(64, 2048, "fp8_tensor", d_rope=0), PROMPT, False),
     ],
 )
 def test_it_serves_without_a_record(spec, sizes, first, tmp_path):

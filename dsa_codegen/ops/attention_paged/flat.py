@@ -19,7 +19,7 @@ from ...gpu import GPUS, Gpu
 from ...problem.checks import step
 from ...problem.kv_layouts import AnyKvLayout, KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation
-from ...problem.paged import FIXED
+from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar, upper
 from ..attention import OP as PREFILL
 from ..attention import AttentionSizes, AttentionSpec
@@ -31,6 +31,7 @@ _ENTRIES_PER_SLOT = 4  # of all lists, from which on reading all slots back take
 _PROMPT = AttentionSizes(4096, 32768)  # for which prefill's kernel is chosen
 _HOPPER = GPUS["h200"]
 _UNCUT_HEADS, _UNCUT_ROWS = 32, 65  # up to so many heads a list has one block, or half of one
+_WORD = 16  # bytes, and channels in e4m3
 _CHUNK_BITS = 6  # 64 slots are read back or left
 _MOST_CHUNKS = 1 << 14
 _MARKERS, _READERS, _LISTERS = 512, 256, 256  # threads of a block
@@ -40,8 +41,9 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
     """What cannot be served so."""
     if gpu.capability != _HOPPER.capability:
         yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
-    if spec.kv_layout not in (*FIXED, "bf16"):
-        yield Violation("layout", 1.0, f"layout: v32, v4 and bf16 are read as BF16 rows, Triton reads {spec.kv_layout}")
+    if not _readable(spec.layout):
+        reads = "BF16 rows, and FP8 rows whose scales are of 16 channels or a multiple"
+        yield Violation("layout", 1.0, f"layout: {reads} are read as BF16, Triton reads {spec.kv_layout}")
     if spec.kv_layout == "bf16" and spec.extra_topk:
         yield Violation("second pool", 1.0, "second pool: two caches of BF16 rows are no one cache; Triton attends to both")
     if config["splits"]:
@@ -52,6 +54,14 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
             f"prefill: its CUDA template serves {served}, not {spec.heads} heads, {spec.layout.d_v} of {spec.d_qk} channels"
         )
         yield Violation("prefill", 1.0, reason)
+
+
+def _readable(layout: AnyKvLayout) -> bool:
+    """Whether words of 16 bytes of a token have one scale each, which lies beside them."""
+    if isinstance(layout, KvPlainLayout):
+        return True
+    bytes_ = layout.nope.base, layout.nope.stride, layout.rope.base
+    return scales_of(layout) in ("fp32", "e8m0") and not any(each % _WORD for each in (layout.group, *bytes_))
 
 
 def reach(spec: AttentionPagedSpec, bucket: Bucket) -> Iterable[Violation]:
@@ -138,7 +148,7 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     found = list(rows.before)
     for some, written in _parts(rows, inputs, outputs):
         found += PREFILL.launches(prefill, kernel, some, written, gpu)
-    return _of_the_call(found, {**inputs, **outputs})
+    return _of_the_call(found, (*inputs.values(), *outputs.values(), rows.indices, rows.lengths))
 
 
 @dataclass(frozen=True)
@@ -243,9 +253,9 @@ def _flat(value: Tensor) -> Tensor:
     return value.as_strided((batch * next_n, *rest), (apart, *value.stride()[2:]))
 
 
-def _of_the_call(found: Iterable[Launch], tensors: Mapping[str, Any]) -> Sequence[Launch]:
-    """Launches with the call's own tensors in place of views that begin where these do: kernels see addresses alone."""
-    own = {value.data_ptr(): value for value in tensors.values() if isinstance(value, Tensor) and value.numel()}
+def _of_the_call(found: Iterable[Launch], tensors: Iterable[Any]) -> Sequence[Launch]:
+    """Launches with these tensors in place of views that begin where they do: kernels see addresses, plans know tensors."""
+    own = {value.data_ptr(): value for value in tensors if isinstance(value, Tensor) and value.numel()}
     own.pop(0, None)  # of a tensor without memory
 
     def back(value: Any) -> Any:
