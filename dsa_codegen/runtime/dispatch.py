@@ -6,9 +6,10 @@ What a folder of kernels built ahead holds (``prebuilt``) comes before all recor
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +36,9 @@ class Untuned(UserWarning):
     """No record serves a call: the default config is used. The message names the command that tunes it."""
 
 
+# Without torch's question whether CUDA is there: where there is a plan it is.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 Key = tuple[str, Spec, Bucket, int]
 """What a loaded variant serves: operation, spec, bucket of sizes, CUDA device."""
 
@@ -47,8 +51,9 @@ _lock = threading.Lock()
 _plans: dict[plans.Key, plans.Plan] = {}
 _MOST_PLANS = 4096
 """They are forgotten together: sizes of decoding change with every step, and a step's plans serve all of a model's layers."""
-_guarded: dict[plans.Key, tuple[tuple[guards.Guard, plans.Plan], ...]] = {}
-"""Plans again, the latest first, by what guards do not look at: to find one here takes a third of the time."""
+_guarded: dict[plans.Key, tuple[tuple[guards.Guard, plans.Plan, bool], ...]] = {}
+"""Plans again, the latest first, by what guards do not look at, and whether tensors require gradients: to find one here takes a
+third of the time."""
 _MOST_GUARDS = 8
 
 
@@ -70,7 +75,7 @@ def call(op: Op, args: Iterable[Any], sms: int | None = None) -> Outputs:
     apart = plans.taken_apart(op.name, args if sms is None else (*args, sms))
     plan = None if apart is None else _plans.get(apart[0])
     if apart is not None and plan is not None:
-        return _launched(plan, *apart[1:])
+        return dict(zip(plan.names, _launched(plan, *apart[1:]), strict=True))
     spec, sizes, inputs = op.bind(*args)
     device = _device(inputs)
     if device.type != "cuda":
@@ -81,38 +86,44 @@ def call(op: Op, args: Iterable[Any], sms: int | None = None) -> Outputs:
     return _run(op, spec, sizes, inputs, device, apart, sms)
 
 
-def call_again(op: Op, args: Sequence[Any], sms: int | None = None) -> Outputs | None:
+Results = tuple[Sequence[str], Sequence[Tensor]]
+"""Outputs as a plan gives them: names and tensors."""
+
+
+def call_again(op: Op, args: Sequence[Any], sms: int | None = None) -> Results | None:
     """What ``call`` does, where it was called before with arguments that look the same; None, and nothing done, elsewhere.
 
-    So it is where gradients are wanted: it is for torch's operator to say that there are none.
+    So it is where gradients are wanted, or something on this thread looks at the operators that torch runs: a guard that was
+    made without them tells.
     """
     sketch = guards.sketched(op.name, args if sms is None else (*args, sms))
     if sketch is None:
         return None
     key, tensors, addresses = sketch
-    if torch.is_grad_enabled() and True in [each.requires_grad for each in tensors]:
+    for guard, plan, gradients in _guarded.get(key, ()):
+        if guard(*tensors) and not (gradients and torch.is_grad_enabled()):
+            run = plan.run if plan.device == current_device() else functools.partial(_launched, plan)
+            return plan.names, run(tensors, addresses)
+    if guards.watched() or (torch.is_grad_enabled() and True in [each.requires_grad for each in tensors]):
         return None
-    for guard, plan in _guarded.get(key, ()):
-        if guard(*tensors):
-            return _launched(plan, tensors, addresses)
     apart = plans.completed(sketch)
     found = None if apart is None else _plans.get(apart[0])
     if apart is None or found is None:
         return None
     _guard(key, apart, found)
-    return _launched(found, tensors, addresses)
+    return found.names, _launched(found, tensors, addresses)
 
 
 def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> None:
     """Let the next call like this one be found by a guard; a few for calls that differ in their tensors alone."""
-    guard = guards.guard_of(apart[1])
+    guard, gradients = guards.guard_of(apart[1]), True in [each.requires_grad for each in apart[1]]
     with _lock:
         if guard is not None and _plans.get(apart[0]) is plan:
-            _guarded[key] = ((guard, plan), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
+            _guarded[key] = ((guard, plan, gradients), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
 
 
-def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Outputs:
-    if plan.device == torch.cuda.current_device():
+def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Sequence[Tensor]:
+    if plan.device == current_device():
         return plan.run(tensors, addresses)
     with torch.cuda.device(plan.device):
         return plan.run(tensors, addresses)

@@ -8,7 +8,7 @@ calls are compared by ``plans`` alone, which takes longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import itemgetter, or_
 from typing import Any
 
@@ -22,11 +22,13 @@ except ImportError:
     _torch_guards: Any = None  # type: ignore[no-redef]
 
 Guard = Callable[..., bool]
-"""Given the tensors of a call: whether they look the same. It knows nothing of their addresses."""
+"""Given the tensors of a call: whether they look the same, whether they require gradients too, and the thread's modes,
+transforms and traces do. It knows nothing of addresses, of profilers, of modes that look at functions and of ``no_grad``."""
 Sketch = tuple[tuple[Hashable, ...], Sequence[Tensor], list[int]]
 """What a guard does not look at: a key of everything but the tensors, the tensors in order, and their addresses."""
 
 _ALIGNMENT = 16  # bytes; `checks` refuses other addresses
+_address_of = Tensor.data_ptr
 _OPTIONS = frozenset((int, float, bool, str, type(None)))
 
 
@@ -41,7 +43,7 @@ def sketched(op: str, args: Sequence[Any]) -> Sketch | None:
         return None
     tensors = layout[0](args)
     try:
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(_address_of, tensors))
     except RuntimeError:  # a tensor without memory
         return None
     return None if reduce(or_, addresses, 0) % _ALIGNMENT else ((op, layout[2], layout[1](args)), tensors, addresses)
@@ -82,7 +84,7 @@ def allocator(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, d
         make((0,), (1,), dtype)
     except TypeError:
         return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return lambda: make(shape, stride, dtype)
+    return partial(make, shape, stride, dtype)
 
 
 def guard_of(tensors: Sequence[Tensor]) -> Guard | None:
@@ -94,3 +96,15 @@ def guard_of(tensors: Sequence[Tensor]) -> Guard | None:
         return check if check(*tensors) else None
     except (AttributeError, TypeError, RuntimeError):
         return None
+
+
+dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
+transforms = torch._C._functorch.peek_interpreter_stack
+is_tracing = torch._C._is_tracing
+profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+
+def watched() -> bool:
+    """Whether something on this thread wants to see the operators that torch runs."""
+    return dispatch_modes() > 0 or function_modes() > 0 or transforms() is not None or is_tracing() or profiler_enabled()

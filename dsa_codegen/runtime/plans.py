@@ -6,7 +6,9 @@ that went through all of them leaves a plan: its kernels, grids and arguments, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -92,58 +94,97 @@ class Plan:
     """The launches of one call, for other tensors.
 
     A call fills one row of values: its tensors (or their addresses), what is freshly allocated, views for TMA, and what stays
-    the same. Every kernel picks its arguments from that row.
+    the same. ``run`` is a function of straight lines that was written for it: to walk lists of outputs, launches and arguments
+    took half of a call.
+
+    Args:
+        results: the outputs by name, with their places in the row.
+        allocated, workspaces: tensors like those that a call allocates; where kernels take addresses, workspaces share one.
+        launches: kernels with their grids, and the places of their arguments.
     """
 
     def __init__(
         self,
         device: int,
         count: Callable[[], object],
-        outputs: Mapping[str, int | Callable[[], Tensor]],
+        results: Mapping[str, int],
+        given: int,
+        allocated: Sequence[Tensor],
         workspaces: Sequence[Tensor],
         views: Sequence[_Views],
         constants: Sequence[Any],
-        launches: Sequence[tuple[Launchable, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ...]]]],
+        launches: Sequence[tuple[Launchable, tuple[int, int, int], Sequence[int]]],
         by_address: bool,
     ) -> None:
-        self.device = device
-        self._count = count
-        self._outputs = tuple(outputs.items())
-        # Where addresses will do, all lie in one allocation; each costs about as much as half a launch.
-        self._offsets, room = _side_by_side(workspaces if by_address else ())
-        self._room = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device) if room else None
-        self._workspaces = () if by_address else tuple(map(_maker, workspaces))
+        self.device, self.names = device, tuple(results)
         self._views = tuple(views)
-        self._constants = tuple(constants)
-        self._launches = tuple(launches)
-        self._by_address = by_address
-
-    def run(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Outputs:
-        """Allocate the outputs and launch on the current stream; the plan's device must be the current one."""
-        self._count()
-        outputs: Outputs = {}
-        fresh: list[Tensor] = []
-        for name, how in self._outputs:
-            if isinstance(how, int):
-                outputs[name] = tensors[how]
-            else:
-                outputs[name] = made = how()
-                fresh.append(made)
-        row: list[Any]
-        if self._by_address:
-            row = [*addresses, *[made.data_ptr() for made in fresh]]
-            if self._room is not None:
-                room = self._room()  # stays until the last launch is on its way
-                base = room.data_ptr()
-                row += [base + offset for offset in self._offsets]
+        names: dict[str, Any] = {"count": count}
+        names |= {f"make_{number}": _maker(each) for number, each in enumerate(allocated)}
+        names |= {f"view_{number}": each.at for number, each in enumerate(views)}
+        names |= {f"constant_{number}": value for number, value in enumerate(constants)}
+        names |= {f"launch_{number}": _bound(kernel, grid, by_address) for number, (kernel, grid, _) in enumerate(launches)}
+        room = 0
+        if by_address:
+            offsets, room = _side_by_side(workspaces)
+            names |= {f"offset_{number}": offset for number, offset in enumerate(offsets)}
+            if room:
+                names["make_room"] = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device)
         else:
-            row = [*tensors, *fresh, *[make() for make in self._workspaces]]
-        for view in self._views:
-            row.append(view.at(addresses[view.place]))
-        row += self._constants
-        for kernel, grid, pick in self._launches:
-            kernel(grid, pick(row))
-        return outputs
+            names |= {f"work_{number}": _maker(each) for number, each in enumerate(workspaces)}
+        at = [view.place for view in views]
+        counts = given, len(allocated), len(workspaces), len(constants)
+        text = _written(counts, at, tuple(results.values()), tuple(tuple(places) for *_, places in launches), by_address)
+        exec(_compiled(text), names)
+        self.run: Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, ...]] = names["run"]
+        """Allocate the outputs and launch on the current stream; the plan's device must be the current one."""
+
+
+def _written(
+    counts: tuple[int, int, int, int],
+    viewed: Sequence[int],
+    results: Sequence[int],
+    launches: Sequence[Sequence[int]],
+    by_address: bool,
+) -> str:
+    """The text of ``Plan.run``.
+
+    Args:
+        counts: the values of a row: given tensors, allocated ones, workspaces, constants; views come before constants.
+        viewed: the place of the tensor that each view is of.
+        results, launches: places in the row.
+    """
+    given, allocated, workspaces, constants = counts
+    lines = ["count()", *(f"made_{number} = make_{number}()" for number in range(allocated))]
+    tensors = [*(f"tensors[{number}]" for number in range(given)), *(f"made_{number}" for number in range(allocated))]
+    row = list(tensors)
+    if by_address:
+        used = {place for places in launches for place in places}
+        lines += [f"at_{number} = made_{number}.data_ptr()" for number in range(allocated) if given + number in used]
+        row = [*(f"addresses[{number}]" for number in range(given)), *(f"at_{number}" for number in range(allocated))]
+        if workspaces:
+            lines += ["room = make_room()", "base = room.data_ptr()"]  # it stays until the last launch is on its way
+            row += [f"base + offset_{number}" for number in range(workspaces)]
+    else:
+        lines += [f"worked_{number} = work_{number}()" for number in range(workspaces)]
+        row += [f"worked_{number}" for number in range(workspaces)]
+    lines += [f"seen_{number} = view_{number}(addresses[{place}])" for number, place in enumerate(viewed)]
+    row += [*(f"seen_{number}" for number in range(len(viewed))), *(f"constant_{number}" for number in range(constants))]
+    lines += [f"launch_{number}({', '.join(row[place] for place in places)})" for number, places in enumerate(launches)]
+    lines.append("return (" + "".join(f"{tensors[place]}, " for place in results) + ")")
+    return "\n    ".join(["def run(tensors, addresses):", *lines])
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _compiled(text: str) -> CodeType:
+    """Calls that differ in sizes alone share it."""
+    return compile(text, "<plan>", "exec")
+
+
+def _bound(kernel: Launchable, grid: tuple[int, int, int], by_address: bool) -> Callable[..., None]:
+    """Launches the kernel with this grid, given its arguments one by one."""
+    bind = getattr(kernel, "bound", None) if by_address else None
+    launch: Callable[..., None] = (lambda *args: kernel(grid, args)) if bind is None else bind(grid)
+    return launch
 
 
 def record(
@@ -178,25 +219,14 @@ def record(
     if any(id(value.tensor) not in places for value in tiled) or _share_memory(tensors, [*allocated, *workspaces]):
         return None
     views = [_Views(places[id(value.tensor)], value) for value in tiled]
-    made = {name: places.get(id(output)) for name, output in outputs.items()}
     varying = known | {id(value) for value in (*workspaces, *tiled)}
     constants = [value for value in arguments if id(value) not in varying]  # among them workspaces of no elements
     for place, value in enumerate((*allocated, *workspaces, *tiled, *constants), len(tensors)):
         places[id(value)] = place
-    picked = [
-        (kernels[launch.kernel], launch.grid, guards.picker([places[id(value)] for value in launch.args]))
-        for launch in launches
-    ]
-    return Plan(
-        device,
-        count,
-        {name: _maker(outputs[name]) if place is None else place for name, place in made.items()},
-        workspaces,
-        views,
-        constants,
-        picked,
-        by_address,
-    )
+    placed = [(kernels[launch.kernel], launch.grid, [places[id(value)] for value in launch.args]) for launch in launches]
+    results = {name: places[id(output)] for name, output in outputs.items()}
+    rest = allocated, workspaces, views, constants, placed, by_address
+    return Plan(device, count, results, len(tensors), *rest)
 
 
 def _settled_places(tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict[int, int]:

@@ -6,7 +6,7 @@ traces, modes and gradients, which costs the host as much as a launch does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,15 @@ from .. import ops
 from ..errors import InputError
 from ..problem.checks import check_kind
 from ..problem.op import Op, Outputs
-from . import dispatch
+from . import dispatch, guards
 
 NAMESPACE = "dsa_codegen"
 _NO_GRADIENTS = "none that does: the operations have no backward; call them under torch.no_grad(), or detach the tensor"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Asked at every call, and found here at once.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_is_tracing = torch._C._is_tracing
-_profiler_enabled = torch._C._autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
+_function_modes, _profiler_enabled = guards.function_modes, guards.profiler_enabled
 
 
 def _forms(op: Op) -> dict[str, str]:
@@ -57,11 +54,11 @@ def _register(op: Op, function: str, form: str) -> None:
         return full, _checked_sms(full.pop()) if op.budgeted else None
 
     def run(*args: Any) -> Any:
-        return _returned(dispatch.call(op, *complete(args)), written, listed)
+        return _of(dispatch.call(op, *complete(args)), written, listed)
 
     def fake(*args: Any) -> Any:
         spec, _, inputs = op.bind(*complete(args)[0])
-        return _returned(op.allocate(spec, inputs), written, listed)
+        return _of(op.allocate(spec, inputs), written, listed)
 
     def refuse_gradients(*args: Any) -> Any:
         wanted = [argument.name for argument, value in zip(arguments, args, strict=False) if _wants_gradient(value)]
@@ -87,11 +84,16 @@ def _wants_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
-def _returned(outputs: Outputs, written: Sequence[str], listed: bool) -> Any:
-    values = tuple([value for name, value in outputs.items() if name not in written] if written else outputs.values())
+def _returned(names: Iterable[str], values: Sequence[Tensor], written: Sequence[str], listed: bool) -> Any:
+    if written:
+        values = tuple([value for name, value in zip(names, values, strict=True) if name not in written])
     if listed:
         return list(values)
     return None if not values else values[0] if len(values) == 1 else values
+
+
+def _of(outputs: Outputs, written: Sequence[str], listed: bool) -> Any:
+    return _returned(outputs, tuple(outputs.values()), written, listed)
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -124,12 +126,12 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
             raise error.renamed(public) from None
 
     def call(*args: Any, sms: int | None = None) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return operator(*args) if sms is None else operator(*args, sms)
-        outputs = None if _watched() else dispatch.call_again(op, args, sms)
-        if outputs is None:
+        results = None if _function_modes() or _profiler_enabled() else dispatch.call_again(op, args, sms)
+        if results is None:
             return first(args if sms is None else (*args, sms))
-        return _returned(outputs, written, listed)
+        return _returned(*results, written, listed)
 
     return call
 
@@ -138,11 +140,6 @@ def _results(schema: Any) -> tuple[list[str], bool]:
     """(arguments that are written to, whether the results come as a list)."""
     written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
     return written, [str(result.type) for result in schema.returns] == ["List[Tensor]"]
-
-
-def _watched() -> bool:
-    """Whether something on this thread wants to see the operators that torch runs."""
-    return _dispatch_modes() > 0 or _function_modes() > 0 or _transforms() is not None or _is_tracing() or _profiler_enabled()
 
 
 _BY_FUNCTION = {name: (op, form) for op in ops.all_ops().values() for name, form in _forms(op).items()}

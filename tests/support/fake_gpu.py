@@ -74,6 +74,7 @@ class FakeGpu:
         monkeypatch.setattr(dispatch, "_device", lambda inputs: torch.device("cuda", self.device))
         monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: capturing)
         monkeypatch.setattr(cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(dispatch, "current_device", lambda: self.current)
         monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, getattr(device, "index", device)))
         monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,12 @@ class TritonCubin(CudaKernel):
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         super().__call__(grid, (*self._expanded(args), 0, 0))
+
+    def bound(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        launch = super().bound(grid)
+        if self._expanded:
+            return lambda *args: launch(*self._expanded(args), 0, 0)
+        return lambda *args: launch(*args, 0, 0)
 
 
 def encode(view: Any, described: Mapping[str, Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_uint, c_void_p
 from typing import Any
 
@@ -109,7 +109,8 @@ class CudaKernel:
     ) -> None:
         self._name, self._threads, self._smem, self._cluster, self._pdl = name, threads, smem, cluster, pdl
         kinds = [_KINDS[kind] for kind in args]
-        self._pack = struct.Struct("@" + "".join(kinds))
+        packed = struct.Struct("@" + "".join(kinds))
+        self._pack, self._size = packed.pack_into, packed.size
         self._offsets = [struct.calcsize("@" + "".join(kinds[: i + 1])) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
         self._pointers = tuple(place for place, kind in enumerate(args) if kind == "ptr")
         self._device = torch.cuda.current_device()
@@ -133,20 +134,49 @@ class CudaKernel:
             value = values[place]
             if value.__class__ is not int:  # of a tensor with one element struct would take the element
                 values[place] = value.data_ptr()
-        try:
-            frame = self._frames.frame
-        except AttributeError:
-            frame = self._frames.frame = _Frame(self._pack.size, self._offsets, self._threads, self._smem, self._attributes())
-        self._pack.pack_into(frame.buffer, 0, *values)
+        frame = self._frame(self._frames)
         config = frame.config
         config.grid_x, config.grid_y, config.grid_z = grid
-        config.stream = self._stream(self._device)
+        self._run(frame, values)
+
+    def bound(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        """What launches with this grid again and again, given the arguments one by one, tensors as their addresses."""
+        frames = threading.local()
+        frame_of, run = self._frame, self._run
+
+        def launch(*values: Any) -> None:
+            try:
+                frame = frames.frame
+            except AttributeError:
+                frame = frame_of(frames)
+                frame.config.grid_x, frame.config.grid_y, frame.config.grid_z = grid
+            run(frame, values)
+
+        return launch
+
+    def _run(self, frame: _Frame, values: Sequence[Any]) -> None:
+        self._pack(frame.buffer, 0, *values)
+        frame.config.stream = self._stream(self._device)
         code = self._launch(frame.reference, self._function, frame.parameters, None)
+        if code:
+            self._failed(code, frame)
+
+    def _failed(self, code: int, frame: _Frame) -> None:
+        """Once more in the device's context, where this thread had none."""
         if code == _INVALID_CONTEXT:
             _enter_context(self._device)
             code = self._launch(frame.reference, self._function, frame.parameters, None)
-        if code:
-            check(code, f"to launch {self._name} with a grid of {grid}")
+        config = frame.config
+        check(code, f"to launch {self._name} with a grid of {(config.grid_x, config.grid_y, config.grid_z)}")
+
+    def _frame(self, frames: threading.local) -> _Frame:
+        """This thread's."""
+        try:
+            found: _Frame = frames.frame
+        except AttributeError:
+            sizes = self._size, self._offsets, self._threads, self._smem
+            found = frames.frame = _Frame(*sizes, self._attributes())
+        return found
 
     def _attributes(self) -> Sequence[_Attribute]:
         found = []

@@ -63,6 +63,13 @@ class TritonKernel:
         else:
             self._launch(x, y, z, self._stream(self._device), *self._fixed, *args)
 
+    def bound(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        """What launches with this grid again and again, given the arguments one by one, tensors as their addresses."""
+        if self._views or self._together:
+            return lambda *args: self(grid, args)
+        (x, y, z), launch, stream, device, fixed = grid, self._launch, self._stream, self._device, self._fixed
+        return lambda *args: launch(x, y, z, stream(device), *fixed, *args)
+
 
 def _encode(view: Any, described: Mapping[str, Any]) -> list[Any]:
     """The view's descriptor, shape and strides."""
