@@ -93,6 +93,8 @@ def sparse_attention_paged(
 ) -> tuple[Tensor, Tensor]:
     """Sparse MLA, decode: as ``sparse_attention``, over a paged cache, FP8 or BF16, or over two of them at once.
 
+    A prompt's many rows are read back to BF16 once on Hopper, in up to 1.2 GB of memory (docs/usage.md).
+
     Args:
         q: bf16 [batch, next_n, heads, d].
         cache: uint8 [blocks, page, 1, 656] ("v3.2") or the planar "v4" pages of 584 bytes a token; page 1 to 1024. Scales lie
