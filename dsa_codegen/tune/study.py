@@ -264,10 +264,9 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.number in self._noted:
                 continue
-            if trial.state is TrialState.RUNNING:
-                if own and not self._alive(trial):
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-            elif trial.state.is_finished():
+            if trial.state is TrialState.RUNNING and own and not self._alive(trial):
+                self._end(trial)
+            if trial.state.is_finished() or "outcome" in trial.user_attrs:
                 self._noted.add(trial.number)
                 if "outcome" in trial.user_attrs:
                     candidate = self.space.candidate(self.space.decode(trial.params))
@@ -276,6 +275,14 @@ class Study:
         for candidate, outcome, number in found.values():
             self._note(candidate, outcome, number)
             self._proposals.learn(candidate.config, outcome.time_us if outcome.ok else None)
+
+    def _end(self, trial: optuna.trial.FrozenTrial) -> None:
+        """A dead run's trial: where it was killed between its last two lines, what came of it is known, and counts."""
+        outcome = Outcome.from_json(trial.user_attrs["outcome"]) if "outcome" in trial.user_attrs else None
+        if outcome is not None and outcome.ok:
+            self._study.tell(trial.number, outcome.time_us)
+        else:
+            self._study.tell(trial.number, state=TrialState.PRUNED if outcome else TrialState.FAIL)
 
     def _alive(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether another machine may be at work on a trial."""

@@ -119,6 +119,20 @@ def test_every_outcome_survives_the_journal(tmp_path):
     assert [outcome.time_us for _, outcome in again.fastest(5)] == [5.0], "a dominated candidate is not a finalist"
 
 
+@pytest.mark.parametrize("outcome", [timed(5.0), Outcome(Kind.LAUNCH_ERROR, detail="too many registers")], ids=["ok", "failed"])
+def test_what_was_known_when_a_run_died_counts(tmp_path, outcome):
+    """It was killed between a trial's last two lines: those who go on from there do not know less than those who look."""
+    dead = open_study(tmp_path)
+    candidate = dead.ask()
+    dead._pending[candidate.key].set_user_attr("outcome", outcome.to_json())
+    dead._lock.release()
+    alive = open_study(tmp_path)
+    assert list(alive.seen) == [candidate.key] and alive.ask().key != candidate.key
+    alive.close()
+    assert alive._study.trials[0].state.name in ("COMPLETE", "PRUNED")
+    assert list(open_study(tmp_path).seen) == [candidate.key]
+
+
 def test_a_trial_is_three_lines_of_the_journal(tmp_path):
     """Each waits for the disk: when it begins, what came of it, and that it is over."""
     study = open_study(tmp_path)
