@@ -182,6 +182,28 @@ def test_arguments_reach_the_driver_as_a_kernel_reads_them(written, by_address):
     assert arguments == expected
 
 
+def test_a_bound_launch_is_the_same_with_the_grid_it_was_bound_to(written):
+    """From several threads, after a failure, and beside another grid of the same kernel."""
+    kernel = kernel_of(written)
+    launch, other = kernel.bound((5, 6, 7)), kernel.bound((1, 2, 3))
+    for each, grid in ((launch, (5, 6, 7)), (other, (1, 2, 3)), (launch, (5, 6, 7))):
+        values = VALUES.data_ptr(), -2, 1 << 40, 0.5, OUT.data_ptr()
+        kernel((9, 9, 9), values)
+        expected = (*grid, *written.launch()[0][3:]), written.launch()[1]
+        each(*values)
+        assert written.launch() == expected
+        kernel((9, 9, 9), values)
+        thread = threading.Thread(target=each, args=values)
+        thread.start()
+        thread.join()
+        assert written.launch() == expected
+    written.answer(701)
+    with pytest.raises(RuntimeError, match=r"to launch sums with a grid of \(1, 2, 3\)"):
+        other(VALUES.data_ptr(), 1, 1, 1.0, OUT.data_ptr())
+    written.answer(201, 0)
+    other(VALUES.data_ptr(), 1, 1, 1.0, OUT.data_ptr())
+
+
 def test_a_loaded_module_launches_what_it_states(written, source, tmp_path):
     (tmp_path / "kernels.cubin").write_bytes(b"\x09")
     kernel = cuda.BACKEND.load(source, H200, tmp_path)["sums"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dsa_codegen as dsa
 from dsa_codegen.gpu import GPUS
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
@@ -15,6 +16,7 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify
 from dsa_codegen.records import lookup
+from dsa_codegen.runtime import dispatch
 
 import emulator
 from support import FURTHER, H200, assert_compiles
@@ -158,3 +160,32 @@ def test_no_other_gpu_has_it():
     assert not OP.violations(AttentionPagedSpec(128, 2048), FLAT, H200, PROMPT.bucket())
     (broken,) = OP.violations(AttentionPagedSpec(128, 2048), FLAT, H200, DECODE.bucket())
     assert broken.name == "slots"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "spec", [AttentionPagedSpec(128, 2048), POOLS, AttentionPagedSpec(64, 300, "bf16")], ids=lambda spec: spec.id
+)
+def test_a_prompt_in_a_graph_on_a_gpu(spec):
+    """Replayed with other lists, over a cache that holds several layers."""
+    inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(1, 600, 20000), "ragged"), Draw(5, "cuda")))
+    cache = inputs["cache"]
+    layers = torch.zeros(len(cache), 3, *cache.shape[1:], dtype=cache.dtype, device="cuda")
+    layers[:, 1] = cache
+    inputs["cache"] = layers[:, 1]
+    options = {name: inputs[name] for name in ("lengths", "sink", "extra_cache", "extra_indices", "extra_lengths")}
+    options |= {"layout": "bf16"} if spec.kv_layout == "bf16" else {}
+
+    def attend():
+        return dsa.sparse_attention_paged(*(inputs[name] for name in ("q", "cache", "indices", "sm_scale")), **options)
+
+    graph = torch.cuda.CUDAGraph()
+    with dispatch.override(OP, FLAT):
+        attend()
+        with torch.cuda.graph(graph):
+            out, lse = attend()
+    inputs["indices"].copy_(inputs["indices"].flip(1))
+    out.fill_(torch.nan), lse.fill_(torch.nan)
+    graph.replay()
+    accuracy = OP.check(spec, inputs, {"out": out, "lse": lse}, OP.reference(spec, inputs))
+    assert accuracy.passed, accuracy.detail

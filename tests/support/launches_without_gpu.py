@@ -86,6 +86,7 @@ def main(libcuda: str, name: str, backend: str) -> None:
         for way in (ours, unknown, ahead):
             for args in (launch.args, launch.args, addresses):
                 assert written(way, launch.grid, args) == wanted, launch.kernel
+            assert written(way.bound(launch.grid), *addresses) == wanted, launch.kernel
 
 
 if __name__ == "__main__":
