@@ -326,11 +326,14 @@ def test_default_is_in_cuda_where_it_wins(heads, d_qk, topk, gpu, expected):
     assert found == expected or (expected is None and found.backend == "triton")
 
 
-def test_products_come_in_another_order_where_latents_are_far():
+def test_products_and_copies_are_others_where_latents_are_far():
     spec = AttentionSpec(64, 576, 2048)
     assert OP.default_config(spec, AttentionSizes(4096, 65536), H200) == PAIR
-    assert OP.default_config(spec, AttentionSizes(4096, 65537), H200) == PAIR.replace(interleave=True)
-    assert OP.default_config(replace(spec, heads=128), AttentionSizes(4096, 65537), H200) == PAIR
+    far = AttentionSizes(4096, 65537)
+    assert OP.default_config(spec, far, H200) == PAIR.replace(interleave=True, l2_prefetch=128)
+    assert OP.default_config(replace(spec, batch_invariant=True), far, H200) == PAIR.replace(l2_prefetch=128)
+    assert OP.default_config(replace(spec, d_qk=512), far, H200) == PAIR.replace(interleave=True)
+    assert OP.default_config(replace(spec, heads=128), far, H200) == PAIR
 
 
 def test_clusters_do_not_keep_the_exact_maxima():
