@@ -27,8 +27,8 @@ _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
-# and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Of lines of 128 bytes 64 heads of 131072 take
-# 2459 where they take 2561, interleaved 2466 and 2524; 128 heads 4463 and 4348. Gatherers of fewer than 72 registers spill.
+# and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Of lines of 128 bytes 64 heads of 131072
+# take 2459, 2561 without, interleaved 2466 and 2524; 128 heads 4463 and 4348. Gatherers of fewer than 72 registers spill.
 _PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
 _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
