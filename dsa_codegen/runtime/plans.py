@@ -121,6 +121,8 @@ class Plan:
         names: dict[str, Any] = {"count": count}
         names |= {f"make_{number}": _maker(each) for number, each in enumerate(allocated)}
         names |= {f"view_{number}": each.at for number, each in enumerate(views)}
+        if by_address:  # of workspaces of no elements
+            constants = [value.data_ptr() if isinstance(value, Tensor) else value for value in constants]
         names |= {f"constant_{number}": value for number, value in enumerate(constants)}
         names |= {f"launch_{number}": _bound(kernel, grid, by_address) for number, (kernel, grid, _) in enumerate(launches)}
         room = 0
