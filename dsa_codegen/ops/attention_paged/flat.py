@@ -1,7 +1,7 @@
 """Paged attention by prefill's kernels, over BF16 rows: a BF16 cache has them, of an FP8 cache what lists name is read back.
 
-A prompt's rows name the same tokens again and again: dequantising them for each row took 1.4 times (128 heads) to 2.2 times (16)
-what reading them back once and prefill's kernel take (4096 rows of 32K, H200).
+A prompt's rows name the same tokens again and again: dequantising them for each row took 1.4 (128 heads) to 2.2 (16) times what
+reading them back once and prefill's kernel take (4096 rows of 32K, H200).
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def reach(spec: AttentionPagedSpec, bucket: Bucket) -> Iterable[Violation]:
 def is_first_choice(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """Whether prefill's kernels are known to take less, for any lists of the sizes' bucket.
 
-    On an H200 an entry of a list costs 0.12 ns (64 heads) to 0.18 (128, 16) more where it is dequantised for each row, a slot that
-    is read back 0.5 to 0.7. Over BF16 rows 64 rows of 128 heads take 67 µs where Triton takes 186, one row 14 and 22; of 16 heads,
-    whose lists are not cut, 44 and 87, 41 and 50 at 32 rows, 40 and 14 at one.
+    On an H200 an entry of a list costs 0.12 ns (64 heads) to 0.18 (16, 128) more where it is dequantised for each row, a slot
+    that is read back 0.5 to 0.7. Over BF16 rows 64 rows of 128 heads take 67 µs where Triton takes 186, one row 14 and 22; of
+    16 heads, whose lists are not cut, 44 and 87, 41 and 50 at 32 rows, 40 and 14 at one.
     """
     low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
     rows = low.get("batch", 1) * low.get("next_n", 1)

@@ -35,7 +35,7 @@ from .rounding import slack_of_lse
 
 _SHARED = 0.02  # scale of a cache whose values share one
 _BY_CHANNELS = {576: "v32", 512: "v4"}
-_PROMPTS = (513, 2048, 8192)  # rows of calls that are no decode step
+_PROMPTS = (512, 2048, 8192)  # rows of calls that are no decode step
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
 
