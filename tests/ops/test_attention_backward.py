@@ -36,6 +36,7 @@ def config(spec, **changes):
         (PLAIN, Case(AttentionBackwardSizes(2, 60), "random")),
         (EVERYTHING, RAGGED),
         (WIDE, RAGGED),
+        (replace(WIDE, d_qk=576, lengths=True), RAGGED),
         (replace(WIDE, deterministic=True, lse_gradient=True), Case(AttentionBackwardSizes(1, 1), "ragged")),
         (EVERYTHING, Case(AttentionBackwardSizes(3, 0), "ragged")),
         (EVERYTHING, Case(AttentionBackwardSizes(0, 9), "ragged")),

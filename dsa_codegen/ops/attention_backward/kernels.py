@@ -25,21 +25,23 @@ _FLAT = 2048
 _TILES = 128  # the widest step of the three kernels
 _ROWS = 8
 _FEW_HEADS = 32  # so few are the columns of a product, whose rows are channels; tensor cores of Hopper want 64 rows
+_JOINED_HEADS, _JOINED_TOKENS = 64, 128
+"""Columns and rows of the scores whose two products are one (3.0 → 2.7 ms); with 64 rows that brings nothing."""
 _STEPS = ("score", "dq", "dkv")
 
-# The best of fourteen of each step at 4096 x 2048, of 128 heads on an H200: 18.3 ms (scores 5.7, dq 2.8, dkv 9.7); of 64 11.0.
-# What counts for dkv is two programs on an SM: one multiplies while the other waits for its atomics (one: 11.7 ms).
+# The best of each step at 4096 x 2048 on an H200, full lists, of 128 heads: 18.5 ms (scores 5.9, dq 3.0, dkv 9.5); of 64 10.5
+# (2.7, 1.6, 6.0; with a block of channels a program of dkv and two operands of the scores 11.8). Atomics alone take 5.05.
 _MANY = Config.of(
     "triton",
     **{"score_n": 128, "score_d": 32, "score_stages": 4, "score_warps": 8},
     **{"dq_n": 64, "dq_d": 128, "dq_stages": 2, "dq_warps": 4},
-    **{"dkv_n": 64, "dkv_d": 64, "dkv_stages": 2, "dkv_warps": 4},
+    **{"dkv_n": 64, "dkv_d": 64, "dkv_parts": 3, "dkv_stages": 3, "dkv_warps": 4},
 )
 _SMALL = Config.of(
     "triton",
     **{"score_n": 64, "score_d": 64, "score_stages": 2, "score_warps": 8},
     **{"dq_n": 32, "dq_d": 128, "dq_stages": 2, "dq_warps": 8},
-    **{"dkv_n": 64, "dkv_d": 64, "dkv_stages": 2, "dkv_warps": 4},
+    **{"dkv_n": 64, "dkv_d": 64, "dkv_parts": 1, "dkv_stages": 2, "dkv_warps": 4},
 )
 
 
@@ -55,15 +57,15 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
             channels = (32, 64, 128) if step == "score" else (64, 128, 256)
             found += [
                 Parameter(f"{step}_n", (32, 64, 128), f"tokens per step {of[step]}"),
-                Parameter(f"{step}_d", channels, f"channels per {'step' if step == 'score' else 'program'} {of[step]}"),
+                Parameter(f"{step}_d", channels, f"channels per {'step' if step == 'score' else 'sum'} {of[step]}"),
                 Parameter(f"{step}_stages", (1, 2, 3, 4), f"stages of the loop {of[step]}"),
                 Parameter(f"{step}_warps", (4, 8), f"warps per program {of[step]}"),
             ]
-        return tuple(found)
+        return (*found, Parameter("dkv_parts", (1, 2, 3, 5, 9), "sums of the tokens' gradient per step of a program"))
 
     def constraints(self, spec: AttentionBackwardSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         padded = _padded(spec)
-        sums = {"score": 2 * config["score_n"] * padded, "dq": config["dq_d"] * padded}
+        sums = {"score": 2 * config["score_n"] * padded, "dq": _dq_channels(spec, config) * padded}
         sums["dkv"] = config["dkv_n"] * config["dkv_d"]
         # Where a product's operands wait in registers (mma.sync), 128 numbers of sums a thread spill 168 bytes.
         most = 128 if 90 <= gpu.capability < 120 else 96
@@ -74,9 +76,10 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
 
     def guesses(self, spec: AttentionBackwardSpec, sizes: AttentionBackwardSizes, gpu: Gpu) -> Iterable[Config]:
         few = _MANY.replace(score_n=64, score_d=64, score_stages=2, score_warps=4)
-        some = _MANY.replace(dq_stages=3)
+        some = _MANY.replace(score_d=64, score_stages=3, dq_stages=3)
         first = few if spec.heads <= _FEW_HEADS else some if spec.heads <= 64 else _MANY
-        return (first, _MANY.replace(score_stages=3, dq_warps=8), _SMALL, _SMALL.replace(score_d=32, dq_d=64))
+        fewer = _MANY.replace(score_stages=3, dq_warps=8, dkv_parts=1, dkv_stages=2)
+        return (first, fewer, _SMALL, _SMALL.replace(score_d=32, dq_d=64))
 
     def derived(self, spec: AttentionBackwardSpec, config: Config) -> dict[str, Scalar]:
         return {
@@ -87,10 +90,12 @@ class AttentionBackwardKernels(Kernels[AttentionBackwardSpec, AttentionBackwardS
             "padded": _padded(spec),
             "few_heads": _padded(spec) <= _FEW_HEADS,
             "score_tiles": -(-spec.topk // int(config["score_n"])),
-            "dq_blocks": _blocks(spec, config["dq_d"]),
-            "dq_masked": spec.d_qk % int(config["dq_d"]) != 0,
-            "dkv_blocks": _blocks(spec, config["dkv_d"]),
-            "dkv_masked": spec.d_qk % int(config["dkv_d"]) != 0,
+            "joined": _padded(spec) == _JOINED_HEADS and config["score_n"] == _JOINED_TOKENS,
+            "halves": _halves(spec, config),
+            "dq_blocks": _blocks(spec, _dq_channels(spec, config)),
+            "dq_masked": spec.d_qk % _dq_channels(spec, config) != 0,
+            "dkv_blocks": _blocks(spec, config["dkv_d"] * config["dkv_parts"]),
+            "dkv_masked": spec.d_qk % int(config["dkv_d"] * config["dkv_parts"]) != 0,
             "flat": _FLAT,
             "tiles": _TILES,
             "rows": _ROWS,
@@ -129,8 +134,8 @@ def _launches(spec: AttentionBackwardSpec, config: Config, inputs: Inputs, outpu
         of_scores = (q, kv, *lists, do, total, delta, weight, slope, first, tokens, inputs["sm_scale"])
         yield Launch("scores", (n * -(-spec.topk // int(config["score_n"])), 1, 1), of_scores)
         of_queries = (kv, *lists, slope, outputs["dq"], first, tokens)
-        yield Launch("query_gradient", (n * _blocks(spec, config["dq_d"]), 1, 1), of_queries)
-        grid = (n * _blocks(spec, config["dkv_d"]), 1, 1)
+        yield Launch("query_gradient", (n * _blocks(spec, _dq_channels(spec, config)), 1, 1), of_queries)
+        grid = (n * _blocks(spec, config["dkv_d"] * config["dkv_parts"]), 1, 1)
         if spec.deterministic:
             yield Launch("token_gradient", grid, (q, do, *lists[1:], weight, slope, rows, first))
             number = first // chunk
@@ -157,6 +162,15 @@ def _padded(spec: AttentionBackwardSpec) -> int:
     return max(16, next_power_of_two(spec.heads))
 
 
+def _halves(spec: AttentionBackwardSpec, config: Config) -> bool:
+    """Whether a program of dq has a block of channels and half a one, by which no program of 576 channels is part empty."""
+    return _padded(spec) == _JOINED_HEADS and spec.d_qk % (int(config["dq_d"]) * 3 // 2) == 0
+
+
+def _dq_channels(spec: AttentionBackwardSpec, config: Config) -> int:
+    return int(config["dq_d"]) * 3 // 2 if _halves(spec, config) else int(config["dq_d"])
+
+
 def _blocks(spec: AttentionBackwardSpec, channels: int) -> int:
     return -(-spec.d_qk // int(channels))
 
@@ -165,7 +179,7 @@ def _smem(spec: AttentionBackwardSpec, config: Config) -> dict[str, int]:
     """Bytes of shared memory of each step: the tiles of its loop in flight, and what it rounds or adds through."""
     padded = _padded(spec)
     score = 2 * config["score_d"] * (config["score_n"] + 2 * padded) * config["score_stages"]
-    dq = 2 * config["dq_n"] * (config["dq_d"] + padded) * config["dq_stages"]
-    own = 4 * padded * config["dkv_d"]  # of q and do
+    dq = 2 * config["dq_n"] * (_dq_channels(spec, config) + padded) * config["dq_stages"]
+    own = 4 * padded * config["dkv_d"] * config["dkv_parts"]  # of q and do
     dkv = own + 4 * config["dkv_n"] * padded * config["dkv_stages"] + 4 * config["dkv_n"] * config["dkv_d"]
     return {"score": int(score), "dq": int(dq), "dkv": int(dkv) + 1024}
