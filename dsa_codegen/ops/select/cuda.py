@@ -32,13 +32,10 @@ PARAMETERS = (
         "rounds of scores in flight where a row streams through shared memory; 0: its registers hold it",
         before=0,
     ),
-    Parameter("sampled", (False, True), "whether a sample tells which keys are ranked, where blocks stay", before=False),
     Parameter("longest", streamed.LONGEST, "columns of the longest row that streams", before=streamed.REACH),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
 _EARLY_ROWS = 256  # as rows are read whole, whatever their windows: with more of them the bytes would count
-_SAMPLE = 2048  # keys of a row, or of a part of it that has as many places
-_FEW = 128  # keys that are compared with each other
 _PAGED_AHEAD = 16  # tokens; of shorter pages a block has too many to fetch them all before it knows its tokens
 
 
@@ -110,9 +107,6 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     if config["persistent"]:  # 4096 rows of 131072: clusters that stay 1203 us, TileLang's blocks 973 us
         yield from exceeds("blocks that stay for a row", config["cluster"], 1)
         yield from exceeds("scores loaded before their window", int(config["early"]), 0)
-    if config["sampled"]:
-        yield from exceeds("blocks that stay, for a sample", 1, int(config["persistent"]))
-        yield from exceeds("scores of a lane's word", 32, config["items"])
     yield from exceeds("threads per SM", threads * blocks, gpu.threads_per_sm)
     # Keys, and what ptxas needs beside them.
     yield from exceeds("registers", (config["items"] + 24) * threads * blocks, gpu.regs_per_sm)
@@ -127,7 +121,7 @@ def guess(sizes: SelectSizes) -> Config | None:
     for each in _GUESSES:
         if columns <= each.columns and rows <= each.rows:
             values = {name: getattr(each, name) for name in ("cluster", "threads", "items", "blocks_per_sm", "persistent")}
-            values |= {"digit_bits": 12, "early": rows <= _EARLY_ROWS, "stages": 0, "sampled": False, "longest": streamed.REACH}
+            values |= {"digit_bits": 12, "early": rows <= _EARLY_ROWS, "stages": 0, "longest": streamed.REACH}
             return Config.of("cuda", **values)
     return None
 
@@ -159,11 +153,6 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         "halves": 2 if items > 32 else 1,
         "at_once": 2 if items >= 32 else min(cluster, 8),
         "candidates": _candidates(cluster),
-        "sample": max(_SAMPLE // threads, 1),
-        "capacity": _capacity(spec),
-        "few": _FEW,
-        "margin": streamed.MARGIN,
-        "balance": math.isqrt(spec.topk * _capacity(spec)),
         "smem": _smem(spec, config),
     }
 
@@ -200,11 +189,6 @@ def _candidates(cluster: int) -> int:
     return 1 if cluster == 1 else (2048 if cluster == 16 else 2560) // cluster // 32 * 32
 
 
-def _capacity(spec: SelectSpec) -> int:
-    """Keys that are ranked where a sample tells which: twice as many as are wanted."""
-    return max(2 * spec.topk, 256)
-
-
 def _smem(spec: SelectSpec, config: Config) -> int:
     """sizeof of the template's ``Shared``: (alignment, bytes) of its members in order."""
     digit, cluster, warps = 1 << config["digit_bits"], config["cluster"], config["threads"] // 32
@@ -216,6 +200,4 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     members += [(16, 4 * warps * config["items"]), (8, 32), (4, 4 * _pages(spec, config)), (16, 4 * spec.topk), (4, 4)]
     if config["persistent"]:
         members += [(16, config["threads"] * config["items"] * SCORES[spec.scores].itemsize), (8, 8 * warps)]
-    if config["sampled"]:
-        members += [(8, 8 * _capacity(spec)), (8, 8 * _FEW), (4, 4 * 34)]
     return size_of([*members, (4, 24)])

@@ -14,10 +14,12 @@ from .shared_memory import size_of
 REACH = 131072  # columns
 FAR = 1048576  # columns that a bitmap of the whole ring reaches, with a sample that grows with the row
 LONGEST = (REACH, FAR // 2, FAR)
-MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
+_MARGIN = 5  # of independent scores, 4 standard deviations fail once in 30 000 rows; neighbours are alike, though
 _SAMPLE = 16384  # scores of a row of FAR, so that 64 stand for one as in a row of REACH
 _FEW = 128  # scores of a bin that are compared with each other
-_SPLIT_ROWS = 16  # of so few longer rows, each is better read by many blocks: one of 262144 by 32 16.6 us, by one 34.7
+# Rows at most, blocks of a row's cluster, threads, scores of a thread and round. H200, 2048 of fp32 scores: 8 rows of 262144
+# 17.8 us, 16 of 1M 44, 64 of 262144 and 1M 27.7 and 82, 1024 of 1M 1060.
+_FAR_CLUSTERS = ((8, 8, 512, 32), (16, 4, 512, 32), (64, 2, 1024, 16), (math.inf, 1, 512, 32))
 _PAGED_AHEAD = 32  # tokens; shorter pages are too many to keep
 
 
@@ -26,7 +28,6 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     threads, items, blocks = config["threads"], config["items"], config["blocks_per_sm"]
     yield from exceeds("scores loaded before their window", int(config["early"]), 0)
     yield from exceeds("blocks that stay", int(config["persistent"]), 0)
-    yield from exceeds("samples of keys in registers", int(config["sampled"]), 0)
     yield from exceeds("scores of a vector", _vector(spec), items)
     yield from exceeds("scores of a thread", items, 32)
     yield from exceeds("threads for a sample", 512 if config["longest"] == REACH else 256, threads)
@@ -41,19 +42,33 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
 def guesses(sizes: SelectSizes) -> Iterator[Config]:
     """Configs by judgement for long rows that are many; none for others."""
     rows, columns = (upper(sizes.bucket(), name) for name in ("rows", "columns"))
-    if not 32768 < columns <= FAR or (columns > REACH and rows <= _SPLIT_ROWS):
+    if not 32768 < columns <= FAR:
         return
-    longest = REACH if columns <= REACH else FAR
+    if columns > REACH:
+        yield from _far(rows)
+        return
+    if rows > 256 and columns <= 65536:  # one block's beginning and end beside another's stream: 4096 of 65536 329 us, 430
+        yield _config(cluster=1, threads=512, items=16, blocks_per_sm=2, stages=2, longest=FAR // 2)
     # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
-    yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=longest)
-    # What a larger pool leaves room for.
-    yield _config(cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3 if longest == REACH else 4, longest=longest)
-    if longest > REACH:  # scores of 2 bytes
-        yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=4, longest=longest)
+    yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=REACH)
+    yield _config(
+        cluster=1, threads=1024, items=8, blocks_per_sm=1, stages=3, longest=REACH
+    )  # what a larger pool leaves room for
+
+
+def _far(rows: float) -> Iterator[Config]:
+    """For rows longer than REACH; none for a single one, which 32 blocks of TileLang's read in less time (1M: 20 us)."""
+    for most, cluster, threads, items in _FAR_CLUSTERS:
+        if 1 < rows <= most:
+            yield _config(cluster=cluster, threads=threads, items=items, blocks_per_sm=1, stages=2, longest=FAR)
+            yield _config(
+                cluster=cluster, threads=threads, items=items, blocks_per_sm=1, stages=4, longest=FAR
+            )  # 2-byte scores
+            return
 
 
 def _config(**values: Scalar) -> Config:
-    return Config.of("cuda", digit_bits=11, early=False, persistent=False, sampled=False, **values)
+    return Config.of("cuda", digit_bits=11, early=False, persistent=False, **values)
 
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
@@ -73,7 +88,7 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         "samples_log2": (_SAMPLE // (_vector(spec) * threads)).bit_length() - 1,
         "vector": _vector(spec),
         "capacity": capacity,
-        "margin": MARGIN,
+        "margin": _MARGIN,
         "balance": math.isqrt(spec.topk * capacity),
         "smem": _smem(spec, config),
     }
