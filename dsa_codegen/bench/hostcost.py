@@ -39,6 +39,7 @@ CASES = (
         "random",
         {"batch": 1, "next_n": 1, "context": 4096, "heads": 128, "head_dim": 576, "k": 2048, "page": 64},
     ),
+    case("attention_prefill", "random", {"queries": 1, "context": 4096, "heads": 128, "head_dim": 576, "k": 2048}),
 )
 
 

@@ -86,6 +86,6 @@ def test_an_entry_point_that_crashes_is_a_row(campaign, monkeypatch):
     answers = {job: [hostcost.HostCost(job.name, job.what, 8.0, 5.0)] for job in jobs}
     monkeypatch.setattr(InProcess, "answers", {**answers, jobs[1]: WorkerDied("the worker ended (exit code 9)")})
     rows = command.run_host(campaign)
-    assert len(rows) == len(jobs) == 4, "plain launches, and ours in three cases, which the fakes do not serve"
+    assert len(rows) == len(jobs) == 5, "plain launches, and ours in four cases, which the fakes do not serve"
     assert rows[1]["host_us"] is None and rows[1]["note"].startswith("failed: the worker ended")
     assert rows[2]["host_us"] == 8.0 and machine(campaign)["host"]["rows"] == rows

@@ -65,9 +65,18 @@ class TritonKernel:
 
     def bound(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         """What launches with this grid again and again, given the arguments one by one, tensors as their addresses."""
-        if self._views or self._together:
-            return lambda *args: self(grid, args)
-        (x, y, z), launch, stream, device, fixed = grid, self._launch, self._stream, self._device, self._fixed
+        (x, y, z), launch, stream, device, fixed, views = (
+            grid,
+            self._launch,
+            self._stream,
+            self._device,
+            self._fixed,
+            self._views,
+        )
+        if self._together:
+            return lambda *args: launch(x, y, z, stream(device), *fixed, views(args) if views else args)
+        if views:
+            return lambda *args: launch(x, y, z, stream(device), *fixed, *views(args))
         return lambda *args: launch(x, y, z, stream(device), *fixed, *args)
 
 
