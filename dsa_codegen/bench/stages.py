@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .. import functions, ops
 from ..ops.attention.problem import sharing
+from ..problem import compare
 from ..problem.caches import tokens_of
 from ..problem.draw import Draw
 from ..problem.kv_layouts import kv_layout
 from ..problem.op import Accuracy, Case, Inputs, Op, Outputs
 from ..problem.values import Sizes, Spec
 from . import agreement
-from .cases import INDEXED, LOCAL, BenchCase
+from .cases import FP8_PRODUCTS, INDEXED, LOCAL, BenchCase
 from .stage import Part, Prepared, Stage
 
 LOCAL_GROUP = 16  # neighbouring queries that share indices where they are "local"
@@ -131,6 +132,23 @@ class AttentionStage(OpStage):
         return local_indices(draw, case["queries"], case["context"], case["k"])[:, None]
 
 
+class PrefillStage(AttentionStage):
+    """Prefill attention; where products in FP8 are allowed ours are, too, of what was quantised beforehand."""
+
+    def parts(self, case: BenchCase) -> Sequence[Part]:
+        part = self.part(case)
+        return (replace(part, spec=replace(part.spec, **_FP8)) if case.distribution == FP8_PRODUCTS else part,)
+
+    def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
+        """Ours of FP8 must be what FP8 gives; the similarity is that to what was not quantised."""
+        if not exact or case.distribution != FP8_PRODUCTS:
+            return super().check(case, inputs, outputs, reference, exact)
+        (part,) = self.parts(case)
+        given = {**inputs, **_in_fp8(inputs)}
+        accuracy = self.op.check(part.spec, given, outputs, self.op.reference(part.spec, given))
+        return replace(accuracy, similarity=compare.similarity_gap(outputs["out"], reference["out"]))
+
+
 class DecodeStage(AttentionStage):
     """The same over a paged cache; neighbours are the new queries of one sequence."""
 
@@ -239,8 +257,20 @@ def _select(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     return lambda: functions.select(x["scores"], x["ends"], topk, starts=x["starts"])
 
 
+_FP8 = {"math": "fp8"}
+
+
+def _in_fp8(inputs: Inputs) -> dict[str, Tensor]:
+    """Queries and tokens in e4m3 and their scales."""
+    (q, q_scale), (kv, kv_scale) = functions.quantize_latents(inputs["q"]), functions.quantize_latents(inputs["kv"])
+    return {"q": q, "kv": kv, "q_scale": q_scale, "kv_scale": kv_scale}
+
+
 def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     x = inputs
+    if case.distribution == FP8_PRODUCTS:
+        given = _in_fp8(inputs)
+        return lambda: functions.sparse_attention(**given, indices=x["indices"], sm_scale=x["sm_scale"], math="fp8")
     return lambda: functions.sparse_attention(x["q"], x["kv"], x["indices"], x["sm_scale"], share=_share(case))
 
 
@@ -259,7 +289,7 @@ SINGLE = (
     OpStage("indexer_prefill", "indexer", indexer_spec, _indexer, "logits"),
     OpStage("indexer_decode", "indexer_paged", indexer_paged_spec, _indexer_paged, "logits"),
     SelectStage("select", "select", _select_spec, _select, "chosen"),
-    AttentionStage("attention_prefill", "attention", _attention_spec, _attention, "out", "lse"),
+    PrefillStage("attention_prefill", "attention", _attention_spec, _attention, "out", "lse"),
     PromptOverCacheStage("attention_prefill_paged", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
     DecodeStage("attention_decode", "attention_paged", _attention_paged_spec, _attention_paged, "out", "lse"),
 )

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import dsa_codegen as dsa
 from dsa_codegen.errors import InputError, SpecError
-from dsa_codegen.gpu import resolve
+from dsa_codegen.gpu import detect, resolve
+from dsa_codegen.kernels import build, render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
 from dsa_codegen.problem.compare import similarity_gap
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
-from dsa_codegen.proof.verify import interpret
+from dsa_codegen.proof.verify import interpret, verify
 
-from support import H200, assert_compiles, completed, run_interpreted
+import emulator
+from support import FURTHER, H200, assert_compiles, completed, run_interpreted
 
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
+PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, consumer_registers=216)
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 SPECS = [
     AttentionSpec(5, 576, 70, math="fp8"),
     AttentionSpec(20, 512, 33, lengths=True, sink=True, math="fp8"),
@@ -47,6 +56,62 @@ def test_matches_the_reference(interpreter, spec, case):
 )
 def test_compiles_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(128, 576, 2048, math="fp8"),
+        pytest.param(AttentionSpec(64, 512, 130, lengths=True, sink=True, math="fp8"), marks=FURTHER),
+    ],
+    ids=["plain", "all options, without a tail"],
+)
+def test_pairs_compile_for_hopper(spec):
+    """Products run beside each other, and no copy is the illegal instruction that the assembler makes of some."""
+    assert_compiles(OP, spec, PAIR)
+    built = build.find(render.render(OP, spec, PAIR), H200)
+    assert "Performance Loss" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+    if DISASSEMBLER.exists():
+        (binary,) = built.folder.glob("*.cubin")
+        text = subprocess.run([DISASSEMBLER, "-c", binary], capture_output=True, text=True, check=True).stdout
+        policies = re.findall(r"LDGSTS.*desc\[UR(\d+)\]", text)
+        assert policies
+        assert not [register for register in policies if int(register) % 2]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "order"),
+    [
+        (AttentionSpec(64, 576, topk=200, lengths=True, sink=True, math="fp8"), "shuffled"),
+        pytest.param(AttentionSpec(128, 512, topk=150, math="fp8"), "descending", marks=FURTHER),
+        pytest.param(AttentionSpec(64, 576, topk=700, math="fp8"), "ascending", marks=FURTHER),
+    ],
+    ids=["64 heads", "128 heads", "more pairs than places"],
+)
+def test_pairs_match_the_reference(spec, order, tmp_path):
+    """On one SM: queries of one pair of tiles and of several follow each other; maxima rise between and within tiles."""
+    kernels = emulator.cuda_kernels(render.render(OP, spec, PAIR), tmp_path, order)
+    variant = Variant(OP, spec, PAIR, replace(H200, sms=1), kernels)
+    for sizes, distribution in (((1, 1), "ragged"), ((2, 333), "ragged"), ((2, 200), "steep")):
+        accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cpu", repeats=1)
+        assert accuracy.passed, (sizes, accuracy.detail)
+        assert accuracy.similarity < 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize(("d_qk", "topk", "optional"), [(576, 2048, False), (576, 700, True), (512, 130, True), (512, 1, False)])
+def test_pairs_match_the_reference_on_a_gpu(heads, d_qk, topk, optional):
+    gpu = detect()
+    assert gpu is not None
+    spec = AttentionSpec(heads, d_qk, topk, lengths=optional, sink=optional, math="fp8")
+    if OP.violations(spec, PAIR, gpu):
+        pytest.skip(f"{gpu.name} is not a Hopper GPU")
+    variant = Variant(OP, spec, PAIR, gpu, build.build(render.render(OP, spec, PAIR), gpu).load())
+    for sizes, distribution in (((1, 1), "ragged"), ((301, 2500), "ragged"), ((170, 3000), "steep"), ((140, 9000), "random")):
+        accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cuda", repeats=3)
+        assert accuracy.passed, (sizes, accuracy.detail)
 
 
 def drawn(spec, queries=3, tokens=90, distribution="random"):
@@ -149,7 +214,8 @@ def test_highest_scores_are_refused_and_nobody_shares():
 @pytest.mark.parametrize(
     ("heads", "d_v", "gpu", "backend"),
     [
-        (128, 512, "h200", "triton"),
+        (128, 512, "h200", "cuda"),
+        (64, 512, "h100", "cuda"),
         (16, 512, "h200", "triton"),
         (64, 256, "h200", "triton"),
         (128, 512, "b200", "triton"),

@@ -16,7 +16,7 @@ from dsa_codegen.runtime import dispatch
 from support import H200, assert_compiles, assert_matches_reference
 
 SPECS = [option for spec in OP.specs(presets.preset("tiny")) for option in OP.options(spec)]
-SPECS += [QuantizeSpec(80), QuantizeSpec(112, 11, "bf16", power_of_two=True)]
+SPECS += [QuantizeSpec(80), QuantizeSpec(112), QuantizeSpec(112, 11, "bf16", power_of_two=True)]
 SMALL = Config.of("triton", block_t=32, num_warps=4)
 BY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 BF16 = torch.zeros(3, 128, dtype=torch.bfloat16)

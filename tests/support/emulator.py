@@ -100,6 +100,7 @@ _RANK = re.compile(r"DEVICE u32 rank_in_cluster\(\) \{.*?\n}\n", re.DOTALL)
 _CLUSTER_SYNC = re.compile(r"DEVICE void cluster_sync\(\).*\n")
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
+_PRODUCT8 = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k32", re.DOTALL)
 _PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\d)(?:, (\d))?;", re.DOTALL)
 
 
@@ -186,12 +187,13 @@ def _without_instructions(text: str) -> Iterator[str]:
         whole = "\n".join(function)
         if not _FUNCTION.match(line) or not _OF_HOPPER.search(whole):
             yield whole
-        elif product := _PRODUCT.search(whole):
+        elif product := _PRODUCT.search(whole) or _PRODUCT8.search(whole):
             name, parameters, n, *transposed = product.groups()
             add = "add" if parameters.endswith("int add") else "0"
             rows = "a" if "u64 a" in parameters else "{a0, a1, a2, a3}"
             flags = ", ".join(flag for flag in (n, *transposed) if flag)
-            yield f"DEVICE void {name}({parameters}) {{ emulator::product<{flags}>(d, {rows}, b, {add}); }}"
+            kind = "product" if transposed else "product8"
+            yield f"DEVICE void {name}({parameters}) {{ emulator::{kind}<{flags}>(d, {rows}, b, {add}); }}"
 
 
 def _compile(folder: Path, text: str, name: str = "emulated") -> Path:

@@ -93,6 +93,52 @@ template <int n, int b_transposed> static void product(float *d, const u32 (&a)[
     d[i] = sum;
   }
 }
+static float of_e4m3(u32 bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7F) == 0x7F) return NAN;
+  const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits & 0x80 ? -size : size;
+}
+static u32 as_e4m3(float value) {  // to the nearest, of two the even one; what is larger than the largest becomes it
+  const u32 sign = bits_as<u32>(value) >> 31 << 7;
+  if (value != value) return 0x7F;
+  const float size = fminf(fabsf(value), 448);
+  int exponent;
+  frexpf(size, &exponent);
+  const int least = size ? std::max(exponent - 4, -9) : -9;
+  const u32 units = (u32)nearbyintf(ldexpf(size, -least));  // 8 ... 16 of them, or fewer where there is no smaller exponent
+  return sign | (least == -9 ? units : ((least + 10) << 3) + units - 8);
+}
+// The same of bytes: rows along k in atoms of 8 rows of 128 bytes, or of 64, as the descriptor says.
+static float byte_element(u64 descriptor, int row, int k) {
+  const u32 start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const bool narrow = descriptor >> 62 == 2;
+  const u32 address = start + row / 8 * stride + row % 8 * (narrow ? 64 : 128) + k;
+  return of_e4m3(*(uchar *)(shared + (address ^ (address >> 7 & (narrow ? 3 : 7)) << 4)));
+}
+template <int n> static void product8(float *d, u64 a, u64 b, bool add) {
+  const int lane = current % lanes;
+  for (int i = 0; i < n / 2; i++) {
+    const int row = current / lanes % 4 * 16 + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 32; k++) sum += byte_element(a, row, k) * byte_element(b, column, k);
+    d[i] = sum;
+  }
+}
+// A lane has of the rows l / 4 and 8 more the columns 4 (l % 4) and the next three, and 16 more.
+template <int n> static void product8(float *d, const u32 (&a)[4], u64 b, bool add) {
+  const int lane = current % lanes;
+  float rows[2][32];
+  for (int i = 0; i < 4; i++) {
+    unsigned long long *words = collective(a[i]);
+    for (int k = 0; k < 16; k++) rows[i % 2][i / 2 * 16 + k] = of_e4m3((u32)words[lane / 4 * 4 + k / 4] >> k % 4 * 8 & 0xFF);
+  }
+  for (int i = 0; i < n / 2; i++) {
+    float sum = add ? d[i] : 0;
+    for (int k = 0; k < 32; k++) sum += rows[i % 4 / 2][k] * byte_element(b, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
+    d[i] = sum;
+  }
+}
 static void store_transposed(u32 address, const u32 *pairs, int count) {
   u32 to[lanes];
   unsigned long long *addresses = collective(address);
@@ -147,6 +193,25 @@ DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   unsigned long long *addresses = emulator::collective(address);
   for (int i = 0; i < emulator::lanes; i++) to[i] = addresses[i];
   for (int m = 0; m < 4; m++) store4(to[8 * m + lane / 4] + lane % 4 * 4, pairs[m]);
+}
+DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+  return emulator::as_e4m3(a) | emulator::as_e4m3(b) << 8 | emulator::as_e4m3(c) << 16 | emulator::as_e4m3(d) << 24;
+}
+DEVICE void load_transposed(u32 (&rows)[4], u32 address) {
+  const u32 lane = emulator::current % emulator::lanes;
+  u32 from[emulator::lanes];
+  unsigned long long *addresses = emulator::collective(address);
+  for (int i = 0; i < emulator::lanes; i++) from[i] = addresses[i];
+  for (int m = 0; m < 4; m++) {
+    rows[m] = 0;
+    for (int i = 0; i < 2; i++) rows[m] |= *(bf16 *)(emulator::shared + from[8 * m + lane % 4 * 2 + i] + lane / 4 * 2) << 16 * i;
+  }
+}
+static u32 __byte_perm(u32 a, u32 b, u32 order) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 chosen = 0;
+  for (int i = 0; i < 4; i++) chosen |= (u32)(bytes >> (order >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return chosen;
 }
 DEVICE void store8(bf16 *to, u32 a, u32 b, u64) {
   const u32 pairs[] = {a, b};

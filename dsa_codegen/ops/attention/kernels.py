@@ -1,4 +1,4 @@
-"""Kernels of sparse MLA prefill: pairs of tiles, clusters, rings for few heads (CUDA C++), groups with roles, tiles."""
+"""Kernels of sparse MLA prefill: pairs of tiles, clusters, FP8, rings for few heads (CUDA C++), groups with roles, tiles."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
 _LINE = 128  # bytes
+# FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries: 2670 µs
+# of 32768 tokens, where FlashMLA's products of bf16 take 4213.
+_FP8_PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, consumer_registers=216)
 _FP8_CAPABILITY = 89
 _FP8_STEP = 32  # channels that a product of FP8 takes at least
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
@@ -106,8 +109,8 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             reason = f"channels: {spec.d_qk} of {spec.d_v} are served by the Triton template, the others take 512 + 64 or 512"
             yield Violation("channels", 1.0, f"{reason}, up to {_FEW_HEADS} heads a value of 64, 128, 192 or 256")
             return
-        if spec.math == "fp8" and (config.backend != "triton" or gpu.capability < _FP8_CAPABILITY):
-            served = f"in Triton, from sm_{_FP8_CAPABILITY} on"
+        if spec.math == "fp8" and (config.backend == "tilelang" or gpu.capability < _FP8_CAPABILITY):
+            served = f"in CUDA C++ and Triton, from sm_{_FP8_CAPABILITY} on"
             reason = f"math: FP8 products are served {served}, not by {config.backend} on {gpu.name}"
             yield Violation("math", 1.0, reason)
             return
@@ -139,7 +142,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
         if spec.math == "fp8":
             few = (_FEW.replace(num_warps=8), _FEW.replace(block_n=32)) if spec.heads <= 16 else ()
-            return (*few, *_DEFAULTS[2:], *_DEFAULTS)  # values widen in registers: wider tiles spill
+            return (_FP8_PAIR, *few, *_DEFAULTS[2:], *_DEFAULTS)  # in Triton values widen in registers: wider tiles spill
         if spec.heads <= _FEW_HEADS:
             registers = 216 if _columns(spec) > 16 and _wide(spec) else pair.REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
@@ -184,10 +187,12 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
-            if _design(spec, config) == "pair":
+            design = _design(spec, config)
+            if design == "pair":
                 return _pair_launches(spec, inputs, outputs, (tensors, scalars), gpu)
-            # Clusters take one query after another.
-            return (Launch("attention", (2 * min(len(q), max(gpu.sms // 2, 1)), 1, 1), (*tensors, *scalars)),)
+            # Clusters take one query after another, blocks of FP8 products 64 heads of one.
+            blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms) if design == "fp8" else 2 * min(len(q), max(gpu.sms // 2, 1))
+            return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
         if config.backend == "tilelang":  # reads sizes and strides from the tensors
             return (Launch("attention", grid, (*tensors, sm_scale)),)
@@ -262,13 +267,15 @@ def _specialised(config: Config) -> bool:
 def _cuda_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
-    design = {"few": _few_constraints, "pair": _pair_constraints, "cluster": _cluster_constraints}
+    design = {"few": _few_constraints, "pair": _pair_constraints, "cluster": _cluster_constraints, "fp8": _fp8_constraints}
     yield from design[_design(spec, config)](spec, config)
     yield from exceeds("smem", _cuda_smem(spec, config), gpu.smem_per_block, " B")
 
 
 def _design(spec: AttentionSpec, config: Config) -> str:
     """Which of the CUDA template's designs a config asks for."""
+    if spec.math == "fp8":
+        return "fp8"
     if spec.heads <= _FEW_HEADS:
         return "few"
     return "pair" if config["num_stages"] == _PAIR["num_stages"] else "cluster"
@@ -295,6 +302,13 @@ def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation
     yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
+def _fp8_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    yield from _without(config, "interleave")
+    yield from _pair_constraints(spec, config)
+    if config["num_stages"] != _FP8_PAIR["num_stages"]:
+        yield Violation("num_stages", 1.0, f"num_stages: places of tiles are built for {_FP8_PAIR['num_stages']}")
+
+
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     yield from _without(config, "interleave", "l2_prefetch")
     if spec.heads != _CLUSTER_HEADS:
@@ -310,6 +324,9 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     barrier = 8
     if _design(spec, config) == "pair":
         return pair.smem(spec.d_qk, spec.max_logits)
+    if _design(spec, config) == "fp8":  # tiles and q; of four tiles weights, changes; of each scales, masks; facts of heads; barriers
+        of_tiles = config["num_stages"] * (64 * (spec.d_qk + 12) + 8 + 2 * barrier)
+        return of_tiles + 64 * spec.d_qk + 4 * (64 * 64 + 256 + 16 + barrier) + 6 * 256 + 4 * barrier
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
         tile, mailbox = 64 * spec.d_qk, 2048 + 1024 + 128
         tiles = config["num_stages"] * (tile + 8 + 2 * barrier)
@@ -365,6 +382,8 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "producer_registers": pair.gatherers_registers(config["consumer_registers"]),
         "smem": _cuda_smem(spec, config),
     }
+    if design == "fp8":
+        return {**values, "design": design}
     if spec.heads > _FEW_HEADS:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
