@@ -140,9 +140,11 @@ class PrefillStage(AttentionStage):
         return (replace(part, spec=replace(part.spec, **_FP8)) if case.distribution == FP8_PRODUCTS else part,)
 
     def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
-        """Ours of FP8 must be what FP8 gives; the similarity is that to what was not quantised."""
-        if not exact or case.distribution != FP8_PRODUCTS:
+        """Ours of FP8 must be what FP8 gives; the similarity is that to what was not quantised, which is all that peers keep."""
+        if case.distribution != FP8_PRODUCTS:
             return super().check(case, inputs, outputs, reference, exact)
+        if not exact:
+            return compare.close("out", outputs["out"], reference["out"], _QUANTISED)
         (part,) = self.parts(case)
         given = {**inputs, **_in_fp8(inputs)}
         accuracy = self.op.check(part.spec, given, outputs, self.op.reference(part.spec, given))
@@ -258,6 +260,7 @@ def _select(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
 
 
 _FP8 = {"math": "fp8"}
+_QUANTISED = compare.Limit(similarity=2e-3)  # on random data 1.4e-3
 
 
 def _in_fp8(inputs: Inputs) -> dict[str, Tensor]:
