@@ -140,7 +140,7 @@ class PrefillStage(AttentionStage):
         return (replace(part, spec=replace(part.spec, **_FP8)) if case.distribution == FP8_PRODUCTS else part,)
 
     def check(self, case: BenchCase, inputs: Inputs, outputs: Outputs, reference: Outputs, exact: bool) -> Accuracy:
-        """Ours of FP8 must be what FP8 gives; the similarity is that to what was not quantised, which is all that peers keep."""
+        """Ours of FP8 must be what FP8 gives; the similarity is that to what was not quantised, all that peers keep."""
         if case.distribution != FP8_PRODUCTS:
             return super().check(case, inputs, outputs, reference, exact)
         if not exact:
@@ -263,7 +263,7 @@ _FP8 = {"math": "fp8"}
 _QUANTISED = compare.Limit(similarity=2e-3)  # on random data 1.4e-3
 
 
-def _in_fp8(inputs: Inputs) -> dict[str, Tensor]:
+def _in_fp8(inputs: Inputs) -> dict[str, Any]:
     """Queries and tokens in e4m3 and their scales."""
     (q, q_scale), (kv, kv_scale) = functions.quantize_latents(inputs["q"]), functions.quantize_latents(inputs["kv"])
     return {"q": q, "kv": kv, "q_scale": q_scale, "kv_scale": kv_scale}

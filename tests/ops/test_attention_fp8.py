@@ -99,9 +99,12 @@ def test_pairs_match_the_reference(spec, order, tmp_path):
         assert accuracy.similarity < 5e-6
 
 
+LISTS = [(576, 2048, False), (576, 700, True), (512, 130, True), (512, 1, False)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [64, 128])
-@pytest.mark.parametrize(("d_qk", "topk", "optional"), [(576, 2048, False), (576, 700, True), (512, 130, True), (512, 1, False)])
+@pytest.mark.parametrize(("d_qk", "topk", "optional"), LISTS)
 def test_pairs_match_the_reference_on_a_gpu(heads, d_qk, topk, optional):
     gpu = detect()
     assert gpu is not None

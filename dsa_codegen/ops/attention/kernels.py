@@ -34,8 +34,8 @@ _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
 _LINE = 128  # bytes
-# FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries: 2670 µs
-# of 32768 tokens, where FlashMLA's products of bf16 take 4213.
+# FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries of 32768
+# tokens: 2670 µs, where FlashMLA's products of bf16 take 4213.
 _FP8_PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
 _FP8_CAPABILITY = 89
 _FP8_STEP = 32  # channels that a product of FP8 takes at least
@@ -142,7 +142,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
     def guesses(self, spec: AttentionSpec, sizes: AttentionSizes, gpu: Gpu) -> Iterable[Config]:
         if spec.math == "fp8":
             few = (_FEW.replace(num_warps=8), _FEW.replace(block_n=32)) if spec.heads <= 16 else ()
-            return (_FP8_PAIR, *few, *_DEFAULTS[2:], *_DEFAULTS)  # in Triton values widen in registers: wider tiles spill
+            return (_FP8_PAIR, *few, *_DEFAULTS[2:], *_DEFAULTS)  # in Triton values widen: wider tiles spill
         if spec.heads <= _FEW_HEADS:
             registers = 216 if _columns(spec) > 16 and _wide(spec) else pair.REGISTERS
             rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
@@ -190,8 +190,9 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             design = _design(spec, config)
             if design == "pair":
                 return _pair_launches(spec, inputs, outputs, (tensors, scalars), gpu)
-            # Clusters take one query after another, blocks of FP8 products 64 heads of one.
-            blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms) if design == "fp8" else 2 * min(len(q), max(gpu.sms // 2, 1))
+            blocks = 2 * min(len(q), max(gpu.sms // 2, 1))  # clusters take one query after another
+            if design == "fp8":  # 64 heads of a query after another
+                blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms)
             return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
         if config.backend == "tilelang":  # reads sizes and strides from the tensors
@@ -324,7 +325,7 @@ def _cuda_smem(spec: AttentionSpec, config: Config) -> int:
     barrier = 8
     if _design(spec, config) == "pair":
         return pair.smem(spec.d_qk, spec.max_logits)
-    if _design(spec, config) == "fp8":  # tiles and q; of four tiles weights, changes; of each scales, masks; facts of heads; barriers
+    if _design(spec, config) == "fp8":  # tiles, their scales and masks; q; of four tiles weights and changes; facts of heads
         of_tiles = config["num_stages"] * (64 * (spec.d_qk + 12) + 8 + 2 * barrier)
         return of_tiles + 64 * spec.d_qk + 4 * (64 * 64 + 256 + 16 + barrier) + 6 * 256 + 4 * barrier
     if spec.heads > _FEW_HEADS:  # of a cluster: half of the channels of tiles and of q, mail, masks, barriers
