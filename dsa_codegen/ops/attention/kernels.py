@@ -34,7 +34,7 @@ _PAIR_TOPK = 512  # shorter lists were not measured
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
 _LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
 _LINE = 128  # bytes
-# FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries of 32768
+# FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries of 32K
 # tokens: 2670 µs, where FlashMLA's products of bf16 take 4213.
 _FP8_PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
 _FP8_CAPABILITY = 89
