@@ -17,8 +17,8 @@ from dsa_codegen.kernels import anatomy
 from dsa_codegen.kernels.backends import cuda
 from dsa_codegen.kernels.build import Built
 
-TOUCH = {"Read": ("LDS", "LDSM", "ATOMS"), "Write": ("STS", "STSM", "STAS", "LDGSTS", "ATOMS")}
-"""Instructions that touch shared memory: a race is between such."""
+TOUCH = {"Read": ("LDS", "LDSM", "ATOMS"), "Write": ("STS", "STSM", "STAS", "LDGSTS", "ATOMS"), "Remote": ("LD",)}
+"""Instructions that touch shared memory: a race is between such; remote is another block's of a cluster."""
 Group = Sequence[str]
 """Parts of lines: a report is about a group where each place in it stands for a line with one of them."""
 Place = tuple[str, tuple[str, ...]]
@@ -28,11 +28,16 @@ _SECTION = re.compile(r"^//-+ \.text\.(\S+)")
 _LINE = re.compile(r"^\s*//## File \"([^\"]*)\", line (\d+)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]\s+)?([A-Z][A-Z0-9_]*)")
 _AT = re.compile(r"(Read|Write) access at (\w+)\+0x([0-9a-f]+)")
+_REMOTE = re.compile(r"Potential invalid __shared__ read of .*?\bat (\w+)\+0x([0-9a-f]+)", re.DOTALL)
 
 
 def explained(race: str, groups: Iterable[Group], builds: Iterable[Built]) -> bool:
-    """Whether a racecheck report is about one of these groups, whichever of the builds it is of."""
-    at = [(how, (kernel, int(address, 16))) for how, kernel, address in _AT.findall(race)]
+    """Whether a racecheck report is about one of these groups, whichever of the builds it is of.
+
+    A report is of a race, or of a read from a block of the cluster that "might have already exited".
+    """
+    found = [*_AT.findall(race), *(("Remote", *place) for place in _REMOTE.findall(race))]
+    at = [(how, (kernel, int(address, 16))) for how, kernel, address in found]
     possible = [built for built in builds if all(instructions(built.folder).get(one) in TOUCH[how] for how, one in at)]
     each = [[places(built.folder, built.gpu).get(one, ("", ())) for _, one in at] for built in possible]
     return bool(at and each) and all(any(_about(found, group) for group in groups) for found in each)

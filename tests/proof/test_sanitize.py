@@ -157,3 +157,21 @@ def test_reports_in_cuda_are_known_by_the_lines_of_every_build_they_may_be_of(
     race = f"Race reported between {first}\n=========     and {second} [8 hazards]"
     piece = sanitize.Piece("racecheck", "attention", "cuda", 0, 1)
     assert sanitize.in_order(piece, race, [SimpleNamespace(folder=name, gpu=None) for name in builds]) == known
+
+
+@pytest.mark.parametrize(("address", "known"), [("0x20", True), ("0x10", False), ("0x50", False)])
+def test_reads_from_a_block_that_waits_are_known_by_their_line(sanitize, monkeypatch, address, known):
+    """The tool knows the cluster's barrier only; here a block waits for a word of those that read from it."""
+    lines = sanitize.source_lines
+    found = lines.read(LISTING.replace("IMAD", "LD.E.128"), ["x", "y", "uint4 x = load_remote4(theirs);", "z"])
+    monkeypatch.setattr(lines, "places", lambda folder, gpu: found)
+    monkeypatch.setattr(lines, "instructions", lambda folder: {at: name for at, (name, _) in found.items()})
+    said = f"""========= Potential invalid __shared__ read of size 16 bytes
+=========     at attention+{address}
+=========     Address 0x1000420 is located in a block that might have already exited
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+    (report,) = sanitize._RACE.findall(said)
+    piece = sanitize.Piece("racecheck", "select", "cuda", 0, 1)
+    assert sanitize.in_order(piece, report, [SimpleNamespace(folder="a", gpu=None)]) == known
