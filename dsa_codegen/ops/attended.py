@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,16 +55,20 @@ def compare_attended(
     reference: Outputs,
     out: compare.Limit = compare.ATTENTION,
     statistic: compare.Limit = compare.LSE,
-    slack: Tensor | None = None,
+    magnitude: Callable[[], Tensor] | None = None,
 ) -> Accuracy:
     """Compare ``out``, and ``lse`` and ``max_logits`` where there are any, within the limits of attention or those given.
 
     Args:
-        slack: what each value of ``lse`` may differ by beside its limit.
+        magnitude: makes ``Σ_i softmax(s)[i] · |value[i]|`` of each element of ``out``, where that is beyond its limit: what
+            rounding the weights may do to it (``compare.WEIGHT_ROUNDING``).
     """
     statistics = (name for name in reference if name != "out")
-    beside = None if slack is None else slack.double() + statistic.absolute
+    compared = compare.close("out", outputs["out"], reference["out"], out)
+    if not compared.passed and magnitude is not None and compared.similarity < out.similarity:
+        slack = (compare.WEIGHT_ROUNDING * magnitude()).clamp(min=out.absolute)
+        compared = compare.close("out", outputs["out"], reference["out"], out, slack)
     return compare.worst(
-        compare.close("out", outputs["out"], reference["out"], out),
-        *(compare.close(name, outputs[name], reference[name], statistic, beside) for name in statistics),
+        compared,
+        *(compare.close(name, outputs[name], reference[name], statistic) for name in statistics),
     )

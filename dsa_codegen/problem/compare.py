@@ -23,6 +23,12 @@ class Limit:
 # The one table of tolerances, used by tests, the tuner's gate and the command line.
 LOGITS = Limit(similarity=5e-6)  # in fp32 and bf16: rounding to bf16 costs 1.4e-6 of it
 ATTENTION = Limit(similarity=5e-6, absolute=1e-3, relative=2 / 128)
+WEIGHT_ROUNDING = 3 / 256
+"""Of an element's magnitude, the sum of its weighted values without their signs: how far rounding the weights may move it.
+
+A weight is rounded to bf16 before it is multiplied, 2^-8 of itself at most; where parts agree on a maximum later, what brings
+it under that is rounded too, and the product: three times. The limit of ``ATTENTION`` is for lists of many tokens, whose errors
+cancel: of rows of 2 to 4 tokens some 5 elements of 10 million are beyond it, rounded once and all else exact (emulated)."""
 # Rounded to bf16 on their way are the probabilities, the scores' gradients and the sums: 1.4e-6 of similarity each. A single
 # element may be off by a share of the whole, as it is the sum of shares that may cancel.
 GRADIENT = Limit(similarity=1e-5, relative=2 / 128)

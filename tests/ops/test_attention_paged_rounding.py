@@ -1,4 +1,4 @@
-"""What lse may differ by where a scale is kept as two bf16: as much as that rounds to the other side, and no more."""
+"""What rounding may cost: nothing of a scale's 24 bits, of few tokens' weights what rounding these to bf16 does, and no more."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
-from dsa_codegen.ops.attention_paged.rounding import undecided
-from dsa_codegen.problem.compare import LSE
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
 
@@ -16,7 +14,7 @@ SPEC = AttentionPagedSpec(64, TOKENS)
 
 
 def as_pairs(rows):
-    """bf16 of the rows [tokens, 656] of a cache as kernels place them: e4m3 by two halves of the scale, the lower one first."""
+    """bf16 of the rows [tokens, 656] of a cache, their scales kept as two bf16: e4m3 by both halves, the lower one first."""
     values = rows[:, :512].view(torch.float8_e4m3fn).double().view(-1, 4, 128)
     scales = rows[:, 512:528].contiguous().view(torch.float32)[..., None]
     high = scales.bfloat16()
@@ -41,26 +39,27 @@ def passed(few_tokens, lse):
     return OP.check(SPEC, inputs, {"out": reference["out"].bfloat16(), "lse": lse}, reference).passed
 
 
-def test_pairs_of_bf16_pass(few_tokens):
-    _, reference, lse = few_tokens
-    beyond = (lse - reference["lse"]).abs() > LSE.absolute + LSE.relative * reference["lse"].abs()
-    assert beyond.any(), "no value would need it"
-    assert passed(few_tokens, lse)
+def test_scales_of_16_bits_do_not_pass(few_tokens):
+    """2 % of tokens then have an element that rounds to the other side, and lse of two tokens moves by up to 1e-3."""
+    _, _, lse = few_tokens
+    assert not passed(few_tokens, lse)
 
 
-def test_nothing_else_passes(few_tokens):
-    inputs, _, lse = few_tokens
-    assert not passed(few_tokens, lse + 5e-3 * (torch.arange(64) == 7))
-    rows = inputs["cache"].flatten(0, 2)[inputs["indices"].flatten().long()]
-    values = rows[:, :512].view(torch.float8_e4m3fn).float().view(-1, 4, 128)
-    scales = rows[:, 512:528].contiguous().view(torch.float32)[..., None]
-    short = torch.cat([(values * scales.bfloat16().float()).flatten(1), rows[:, 528:].contiguous().view(torch.bfloat16)], 1)
-    latents = short.bfloat16().float().view(24, 2, TOKENS, 576)
-    assert not passed(few_tokens, (inputs["q"].float() @ latents.mT * inputs["sm_scale"]).logsumexp(-1)), "scales of 8 bits"
+def test_scales_of_24_bits_pass(few_tokens):
+    _, reference, _ = few_tokens
+    assert passed(few_tokens, reference["lse"])
 
 
-def test_elements_by_the_middle_are_undecided():
-    unit = 2.0**-7
-    middle = 1 + unit / 2
-    latents = torch.tensor([middle, middle + 240 * 2.0**-23, middle + 300 * 2.0**-23, 1.0, -4 * middle, 0.0])
-    assert undecided(latents).tolist() == [unit, unit, 0, 0, 4 * unit, 0]
+def test_weights_of_few_tokens_may_be_rounded(few_tokens):
+    """Of some rows of two tokens elements are beyond the limit of long lists, though nothing but the weights is rounded."""
+    inputs, reference, _ = few_tokens
+    magnitude = OP._attend(SPEC, inputs, torch.abs)["out"]
+    worst = int((magnitude - 64 * reference["out"].abs()).argmax())  # large values that cancel
+
+    def check(roundings):
+        out = reference["out"].clone()
+        out.view(-1)[worst] += roundings * 2**-8 * magnitude.view(-1)[worst]
+        return OP.check(SPEC, inputs, {**reference, "out": out}, reference).passed
+
+    assert magnitude.view(-1)[worst] * 2**-8 > 1e-3
+    assert [check(roundings) for roundings in (0.2, 1, 2.9, 4, -2.9, -4)] == [True, True, True, False, True, False]

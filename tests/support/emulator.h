@@ -1,5 +1,6 @@
-// Runs the CUDA C++ that TileLang generates for a plain SIMT kernel on the CPU, one block at a time. A thread is a fiber that
-// is left at barriers and warp collectives only; the order in which fibers run is chosen, so that a missing barrier shows.
+// Runs the CUDA C++ that TileLang generates for a plain SIMT kernel on the CPU, one block at a time, or the blocks of a cluster
+// together. A thread is a fiber that is left at barriers and warp collectives only; the order in which fibers run is chosen, so that
+// a missing barrier shows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,10 +27,15 @@ using std::min;
 
 namespace emulator {
 
-constexpr int max_threads = 1024;
+#ifndef EMULATED_CLUSTER
+#define EMULATED_CLUSTER 1
+#endif
+constexpr int cluster = EMULATED_CLUSTER;  // blocks
+constexpr int max_threads = 1024 * cluster;
 constexpr int lanes = 32;
 constexpr int stack_bytes = 65536;
-constexpr int shared_bytes = 256 * 1024;
+constexpr int block_bytes = 256 * 1024;  // of shared memory
+constexpr int shared_bytes = block_bytes * cluster;
 
 enum class State { runnable, at_barrier, at_collective, done };
 enum Order { ascending, descending, shuffled };
@@ -50,7 +56,8 @@ static Fiber fibers[max_threads];
 static Warp warps[max_threads / lanes];
 static void *scheduler;
 static void (*kernel)();
-static int current;
+static int current, block_threads, first_block;
+static int rank() { return current / block_threads; }  // of the block in its cluster
 static uchar *shared;
 static long long *arguments;
 
@@ -153,13 +160,19 @@ struct Coordinates {
 };
 struct CurrentThread {
   struct {
-    operator int() const { return current; }
+    operator int() const { return current % block_threads; }
   } x;
+};
+struct CurrentBlock {
+  struct {
+    operator int() const { return first_block + rank(); }
+  } x;
+  int y, z;
 };
 
 }  // namespace emulator
 
-static emulator::Coordinates blockIdx;
+static emulator::CurrentBlock blockIdx;
 static emulator::CurrentThread threadIdx;
 
 static void __syncthreads() { emulator::leave(emulator::State::at_barrier); }

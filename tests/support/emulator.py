@@ -1,6 +1,6 @@
 """Runs a TileLang kernel's generated CUDA on CPU tensors, so that its arithmetic is verified where there is no GPU.
 
-Kernels that were written in CUDA C++ too, as long as a block works alone. Only what plain SIMT kernels use is there (see
+Kernels that were written in CUDA C++ too, the blocks of a cluster together. Only what plain SIMT kernels use is there (see
 emulator.h): no tensor cores, no asynchronous copies. Every tensor lies before an unreadable page, so that an access beyond
 its end ends the process.
 """
@@ -37,11 +37,12 @@ static void call() {{ {name}({arguments}); }}
 extern "C" int launch(long long *arguments, int width, int height, int threads, int order, uint random) {{
   emulator::arguments = arguments;
   emulator::kernel = call;
+  emulator::block_threads = threads;
   if (!emulator::shared) emulator::shared = (uchar *)malloc(emulator::shared_bytes);
   for (blockIdx.y = 0; blockIdx.y < height; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < width; blockIdx.x++) {{
+    for (emulator::first_block = 0; emulator::first_block < width; emulator::first_block += emulator::cluster) {{
       memset(emulator::shared, 0xCD, emulator::shared_bytes);
-      if (!emulator::run_block(threads, (emulator::Order)order, random)) return 1;
+      if (!emulator::run_block(threads * emulator::cluster, (emulator::Order)order, random)) return 1;
     }}
   return 0;
 }}
@@ -116,7 +117,6 @@ def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Laun
 
 class _EmulatedCuda:
     def __init__(self, folder: Path, text: str, name: str, facts: dict[str, Any], order: int) -> None:
-        assert facts["cluster"] == 1
         self._threads, self._order = facts["threads"], order
         header = "emulator_cuda.h"
         if "wgmma" in text:
@@ -133,7 +133,8 @@ class _EmulatedCuda:
         )
         launcher = _LAUNCHER.format(name=name, arguments=arguments)
         launcher = launcher.replace("emulator::kernel = call;", "emulator::kernel = call; gridDim = {width, height, 1};")
-        self._library = ctypes.CDLL(str(_compile(folder, f'#include "{header}"\n{text}\n{launcher}', name)))
+        included = f'#define EMULATED_CLUSTER {facts["cluster"]}\n#include "{header}"'
+        self._library = ctypes.CDLL(str(_compile(folder, f"{included}\n{text}\n{launcher}", name)))
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}

@@ -1,11 +1,11 @@
-// The parts of templates/cuda (barriers, copies, products of a group of warps) for the CPU: what the inline assembly of a kernel of
-// one block does on a Hopper GPU. A copy lands when its thread signals it, so that whoever does not wait finds the poison.
+// The parts of templates/cuda (barriers, copies, products of a group of warps) for the CPU: what the inline assembly of a kernel
+// does on a Hopper GPU. A copy lands when its thread signals it, so that whoever does not wait finds the poison.
 #pragma once
 #include "emulator_cuda.h"
 #include <deque>
 
 #define DEVICE static inline
-#define __cvta_generic_to_shared(address) 0
+#define __cvta_generic_to_shared(address) (emulator::rank() * emulator::block_bytes)
 using u32 = uint32_t;
 using u64 = uint64_t;
 using bf16 = unsigned short;
@@ -17,7 +17,8 @@ constexpr long most_idle_turns = 20000000;
 
 struct Barrier {  // in shared memory, 8 bytes as on the GPU
   short count, pending;
-  int phase;
+  unsigned phase : 1;
+  int bytes : 31;  // bytes: that are awaited
 };
 struct Meeting {
   int waiting, generation;
@@ -28,7 +29,7 @@ struct Copy {
   const bf16 *from;
   bool valid;
 };
-static Meeting meetings[named_barriers];
+static Meeting meetings[named_barriers * cluster];
 static std::vector<Copy> copies[max_threads];
 struct Staged {  // no bytes: the end of a group
   u32 to;
@@ -39,15 +40,19 @@ static std::deque<Staged> staged[max_threads];
 static long idle_turns;
 
 static Barrier &barrier_at(u32 address) { return *(Barrier *)(shared + address); }
+static void pass_if_done(Barrier &barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) barrier.pending = barrier.count, barrier.phase = !barrier.phase;
+}
 static void arrive(Barrier &barrier) {
-  if (--barrier.pending == 0) barrier.pending = barrier.count, barrier.phase ^= 1;
+  barrier.pending--;
+  pass_if_done(barrier);
 }
 template <class Condition> static void wait_until(Condition condition) {
   while (!condition()) leave(++idle_turns > most_idle_turns ? State::at_collective : State::runnable);  // there: for ever
   idle_turns = 0;
 }
 static bool meet(int number, int threads, bool value) {
-  Meeting &at = meetings[number];
+  Meeting &at = meetings[rank() * named_barriers + number];
   const int generation = at.generation;
   at.any |= value;
   if (++at.waiting == threads) {
@@ -67,7 +72,7 @@ static float element(u64 descriptor, bool transposed, int row, int k) {
   const u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
   const u32 inside = transposed ? k / 8 * stride + k % 8 * 128 + row / 64 * leading + row % 64 * 2 : row / 8 * stride + row % 8 * 128 + k * 2;
   const u32 address = start + inside;
-  return widened(address ^ (address >> 7 & 7) << 4);
+  return widened(rank() * block_bytes + (address ^ (address >> 7 & 7) << 4));
 }
 template <int n, int a_transposed, int b_transposed> static void product(float *d, u64 a, u64 b, bool add) {
   const int lane = current % lanes;
@@ -154,18 +159,25 @@ static void store_transposed(u32 address, const u32 *pairs, int count) {
 DEVICE void barrier_init(u32 bar, u32 count) { emulator::barrier_at(bar) = {(short)count, (short)count, 0}; }
 DEVICE void barriers_are_made() {}
 DEVICE void barrier_arrive(u32 bar) { emulator::arrive(emulator::barrier_at(bar)); }
-DEVICE void barrier_wait(u32 bar, u32 parity) {
-  emulator::wait_until([&] { return emulator::barrier_at(bar).phase != (int)parity; });
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+  emulator::barrier_at(bar).bytes += bytes;
+  barrier_arrive(bar);
+}
+template <bool cluster = false> DEVICE void barrier_wait(u32 bar, u32 parity) {
+  emulator::wait_until([&] { return emulator::barrier_at(bar).phase != parity; });
 }
 DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }
 DEVICE void copy16_of_line(u32 to, const bf16 *from, bool valid, u64 policy) { copy16(to, from, valid, policy); }
-DEVICE void copies_arrive(u32 bar) {
+DEVICE void copies_land() {
   for (auto &copy : emulator::copies[emulator::current])
     if (copy.valid)
       memcpy(emulator::shared + copy.to, copy.from, 16);
     else
       memset(emulator::shared + copy.to, 0, 16);
   emulator::copies[emulator::current].clear();
+}
+DEVICE void copies_arrive(u32 bar) {
+  copies_land();
   barrier_arrive(bar);
 }
 DEVICE u64 keep_in_l2() { return 0; }
@@ -233,6 +245,7 @@ DEVICE void stage8(u32 to, const unsigned char *from, bool valid) { stage(to, fr
 DEVICE void stage4(u32 to, const unsigned char *from, bool valid) { stage(to, from, valid, 4); }
 DEVICE void stage_commit() { stage(0, nullptr, false, 0); }
 template <int left> DEVICE void stage_wait() {
+  if (left == 0) copies_land();
   auto &copies = emulator::staged[emulator::current];
   int groups = 0;
   for (auto &copy : copies) groups += copy.bytes == 0;
@@ -254,6 +267,36 @@ DEVICE uint2 widened(u32 word, float scale) {
   for (int i = 0; i < 2; i++) pairs[i] = pack(e4m3(word >> 16 * i & 255) * scale, e4m3(word >> (16 * i + 8) & 255) * scale);
   return uint2{pairs[0], pairs[1]};
 }
+#if EMULATED_CLUSTER > 1
+namespace emulator {
+static int arrived, passed[max_threads];  // at the barrier of all threads of the cluster
+}
+DEVICE u32 rank_in_cluster() { return emulator::rank(); }
+DEVICE u32 way_to(u32, u32 rank) { return (rank - emulator::rank()) * emulator::block_bytes; }
+DEVICE void send16(u32 address, u32 a, u32 b, u32 c, u32 d, u32 bar) {
+  store16(address, a, b, c, d);
+  auto &barrier = emulator::barrier_at(bar);
+  barrier.bytes -= 16;
+  emulator::pass_if_done(barrier);
+}
+DEVICE void send16_if(bool condition, u32 address, u32 a, u32 b, u32 c, u32 d, u32 bar) {
+  if (condition) send16(address, a, b, c, d, bar);
+}
+DEVICE void cluster_arrive() { emulator::arrived++; }
+DEVICE void cluster_wait() {
+  const int all = emulator::block_threads * emulator::cluster, phase = ++emulator::passed[emulator::current];
+  emulator::wait_until([&] { return emulator::arrived >= phase * all; });
+}
+#endif
+DEVICE uint4 fetch16(const unsigned char *from, bool valid) { return valid ? *(const uint4 *)from : uint4{0, 0, 0, 0}; }
+DEVICE u32 fetch4(const unsigned char *from, bool valid) { return valid ? *(const u32 *)from : 0; }
+DEVICE uint2 fetch8(const unsigned char *from, bool valid) { return valid ? *(const uint2 *)from : uint2{0, 0}; }
+DEVICE u32 pack_halves(float low, float high) { return bits_as<bf16>((_Float16)low) | (u32)bits_as<bf16>((_Float16)high) << 16; }
+DEVICE float2 halves(u32 pair) { return float2{(float)bits_as<_Float16>((bf16)pair), (float)bits_as<_Float16>((bf16)(pair >> 16))}; }
+DEVICE void consumers_sync() { emulator::meet(1, 256, false); }
+DEVICE void block_sync() { emulator::meet(2, emulator::block_threads, false); }
+DEVICE void arrived(u32 &, u32) {}
+DEVICE void prefetch_line(const unsigned char *) {}
 DEVICE void wait_for_last() {}
 DEVICE void let_next_start() {}
 DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }

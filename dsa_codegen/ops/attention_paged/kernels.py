@@ -9,19 +9,20 @@ from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
-from . import clusters, flat, gluon, shared, triton
+from . import clusters, entries, flat, gluon, shared, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
 _CUDA = (
     *gluon.PARAMETERS,
+    entries.SHARERS,
     Parameter(
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
     ),
     Parameter("interleave", (False, True), "as in attention, of which flat rows are", before=False),
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_CLUSTERS = Config.of("cuda", splits=0, flat=False, interleave=False)
+_CLUSTERS = Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False)
 _FLAT = _CLUSTERS.replace(flat=True)
 
 
@@ -39,9 +40,13 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return gluon.constraints(spec, gpu)
         if config.backend == "triton":
             return triton.constraints(spec, config, gpu)
+        if config["sharers"]:
+            return entries.constraints(spec, config, gpu)
         return flat.constraints(spec, config, gpu) if config["flat"] else clusters.constraints(spec, config, gpu)
 
     def reach(self, spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
+        if _shares(config):
+            return entries.reach(spec, config, bucket)
         return flat.reach(spec, bucket) if _is_flat(config) else ()
 
     def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
@@ -50,11 +55,16 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return "-".join(["triton", *(str(config[name]) for name in triton.ORDER)])
         if _is_flat(config):
             return flat.order(spec, config)
+        if _shares(config):
+            return f"cuda-sharers-{config['sharers']}"
         return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
         if flat.is_first_choice(spec, sizes):
             yield _FLAT.replace(interleave=flat.interleaves(spec, sizes))
+        sharers = entries.best(spec, sizes, gpu)
+        if sharers and not spec.batch_invariant:
+            yield _CLUSTERS.replace(sharers=sharers)
         splits = shared.fixed_splits(spec) if spec.batch_invariant else 0
         # One order serves all sizes: that of clusters where Gluon's do not.
         if spec.general if spec.batch_invariant else (spec.extra_topk or clusters.pay(spec, sizes, gpu)):
@@ -74,6 +84,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             **shared.places_of(layout),
         }
         if config.backend == "cuda":
+            if config["sharers"]:
+                return names | entries.derived(spec, config)
             return names | (flat.derived(spec, config) if config["flat"] else clusters.derived(spec))
         return names | (gluon.derived(spec) if config.backend == "gluon" else triton.derived(spec, config))
 
@@ -90,9 +102,15 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if spec.batch_invariant and config["splits"] > shared.most_splits(spec, rows):
             turns = in_turns(inputs, outputs, shared.rows_of_turn(spec, config["splits"]))
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
+        if _shares(config):
+            return entries.launches(spec, config, inputs, outputs)
         design = {"cuda": clusters.launches, "gluon": gluon.launches, "triton": triton.launches}[config.backend]
         return (flat.launches if _is_flat(config) else design)(spec, config, inputs, outputs, gpu)
 
 
 def _is_flat(config: Config) -> bool:
     return config.backend == "cuda" and bool(config["flat"])
+
+
+def _shares(config: Config) -> bool:
+    return config.backend == "cuda" and bool(config["sharers"])

@@ -1,0 +1,85 @@
+"""Sparse decode of few rows: clusters whose blocks share a row's entries and join what they found in each other's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_codegen.kernels import build
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import verify
+
+import emulator
+from support import FURTHER, H200, assert_compiles
+
+TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
+BY_SHARERS = [
+    (AttentionPagedSpec(5, 45, "v4", 53, lengths=True, sink=True), 2),
+    (AttentionPagedSpec(16, 700, "v4"), 2),
+    pytest.param(AttentionPagedSpec(3, 64, sink=True), 16, marks=FURTHER),
+    pytest.param(TWO_POOLS, 4, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(100, 400, page=7, lengths=True), 4, marks=FURTHER),
+]
+
+
+def shared(sharers):
+    return Config.of("cuda", splits=0, sharers=sharers)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "sharers"), BY_SHARERS, ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else ""
+)
+def test_shared_entries_match_the_reference(spec, sharers, tmp_path):
+    """All blocks of a cluster at once: shares of several tiles, of one, of none; rows without a token."""
+    config = shared(sharers)
+    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
+    variant = Variant(OP, spec, config, H200, kernels)
+    for sizes, distribution in (((1, 2, 300), "random"), ((2, 1, 333), "ragged"), ((1, 1, 40), "ragged")):
+        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
+        assert accuracy.passed, (sizes, accuracy.detail)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sharers"),
+    [
+        (TWO_POOLS, 8),
+        pytest.param(AttentionPagedSpec(128, 2048), 16, marks=FURTHER),
+        pytest.param(AttentionPagedSpec(16, 2048, lengths=True), 2, marks=FURTHER),
+    ],
+)
+def test_clusters_of_sharers_compile_for_hopper(spec, sharers):
+    assert_compiles(OP, spec, shared(sharers))
+    built = build.find(render(OP, spec, shared(sharers)), H200)
+    assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
+@pytest.mark.parametrize(("heads", "rows", "blocks"), [(128, 1, 16), (64, 1, 8), (3, 2, 16), (65, 5, 80)])
+def test_each_row_and_64_heads_have_a_cluster(heads, rows, blocks):
+    spec = AttentionPagedSpec(heads, 70, sink=True, lengths=True)
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0))
+    (launch,) = OP.launches(spec, shared(8), inputs, OP.allocate(spec, inputs), H200)
+    namespace: dict = {}
+    exec(render(OP, spec, shared(8)).code, namespace)
+    facts = namespace["KERNELS"][launch.kernel]
+    assert launch.grid == (blocks, 1, 1)
+    assert facts["cluster"] == 8
+    assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in facts["args"]]
+
+
+def test_whole_rows_are_shared():
+    found = OP.violations(AttentionPagedSpec(64, 2048), Config.of("cuda", splits=2, sharers=8), H200)
+    assert [violation.name for violation in found] == ["splits beside sharers"]
+
+
+def test_older_records_have_none():
+    assert OP.config("cuda", {"splits": 3}) == Config.of("cuda", splits=3, sharers=0)
+
+
+def test_the_order_of_summation_is_the_clusters_size():
+    orders = [OP.order(AttentionPagedSpec(64, 2048), shared(sharers)) for sharers in (2, 4)]
+    assert orders == ["cuda-sharers-2", "cuda-sharers-4"]
