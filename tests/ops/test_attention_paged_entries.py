@@ -27,7 +27,7 @@ BY_SHARERS = [
 
 
 def shared(sharers):
-    return Config.of("cuda", splits=0, sharers=sharers)
+    return Config.of("cuda", splits=0, sharers=sharers, flat=False, interleave=False)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -53,7 +53,7 @@ def test_shared_entries_match_the_reference(spec, sharers, tmp_path):
     ],
 )
 def test_clusters_of_sharers_compile_for_hopper(spec, sharers):
-    assert_compiles(OP, spec, shared(sharers))
+    assert_compiles(OP, spec, shared(sharers), spills=32)  # of what all groups need, for the one with 72 registers
     built = build.find(render(OP, spec, shared(sharers)), H200)
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
@@ -72,12 +72,12 @@ def test_each_row_and_64_heads_have_a_cluster(heads, rows, blocks):
 
 
 def test_whole_rows_are_shared():
-    found = OP.violations(AttentionPagedSpec(64, 2048), Config.of("cuda", splits=2, sharers=8), H200)
+    found = OP.violations(AttentionPagedSpec(64, 2048), shared(8).replace(splits=2), H200)
     assert [violation.name for violation in found] == ["splits beside sharers"]
 
 
 def test_older_records_have_none():
-    assert OP.config("cuda", {"splits": 3}) == Config.of("cuda", splits=3, sharers=0)
+    assert OP.config("cuda", {"splits": 3}) == shared(0).replace(splits=3)
 
 
 def test_the_order_of_summation_is_the_clusters_size():

@@ -117,7 +117,7 @@ class AttentionPagedSizes(Sizes):
     tokens: int
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "batch": (2, 9, _FEW, 65, *_PROMPTS),
+        "batch": (2, 3, 5, 9, _FEW, 65, *_PROMPTS),
         "next_n": (2, 9, *_PROMPTS),
         "tokens": (65537, (1 << 20) + 1),
     }
