@@ -19,7 +19,10 @@ SHARERS = Parameter(
 )
 _HEADS = 64  # of a block
 _MOST_BLOCKS = 160
-_SMS, _AT_ONCE = 132, {3: 39, 5: 22, 6: 17, 8: 15, 10: 7, 16: 7}  # clusters of so many that an H200 runs at once, as its driver says
+_SMS, _AT_ONCE = (
+    132,
+    {3: 39, 5: 22, 6: 17, 8: 15, 10: 7, 16: 7},
+)  # clusters of so many that an H200 runs at once, as its driver says
 _FEW_ENTRIES, _FEW_HEADS = 1024, 32  # of lists for which clusters are known to win, and heads from which on
 _THREADS = 512  # four groups: two make tiles, two multiply
 _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 72}  # per thread; 4 * 128 of a block
