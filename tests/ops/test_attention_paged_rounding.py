@@ -1,4 +1,4 @@
-"""What rounding may cost: nothing of a scale's 24 bits, of few tokens' weights what rounding these to bf16 does, and no more."""
+"""What rounding may cost: nothing of a scale's 24 bits; of few tokens' weights what rounding these to bf16 does, no more."""
 
 from __future__ import annotations
 

@@ -13,16 +13,14 @@ from .problem import AttentionPagedSizes, AttentionPagedSpec
 
 SHARERS = Parameter(
     "sharers",
-    (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
+    (0, 2, 3, 4, 5, 6, 7, 8, 10, 16),
     "blocks of a cluster that share a row's entries and join their parts; 0: two blocks that split the channels",
     before=0,
 )
 _HEADS = 64  # of a block
 _MOST_BLOCKS = 160
-_SMS, _AT_ONCE = (
-    132,
-    {3: 39, 5: 22, 6: 17, 8: 15, 10: 7, 16: 7},
-)  # clusters of so many that an H200 runs at once, as its driver says
+_SMS = 132
+_AT_ONCE = {3: 39, 5: 22, 6: 17, 8: 15, 16: 7}  # clusters of so many blocks that an H200 runs at once, as its driver says
 _FEW_ENTRIES, _FEW_HEADS = 1024, 32  # of lists for which clusters are known to win, and heads from which on
 _THREADS = 512  # four groups: two make tiles, two multiply
 _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 72}  # per thread; 4 * 128 of a block
@@ -47,9 +45,9 @@ def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     """Into how many shares the rows of the sizes' bucket are best cut; 0 where other kernels are known to take less.
 
-    On an H200 with k 640 over 584 bytes, beside the best of the others: 128 heads 9.9 µs and 13.8 at one row, 13.6 and 18.2 at 8,
-    19.8 and 22.9 at 16; 64 heads 9.9 and 13.8, 13.1 and 15.1, 13.9 and 18.5. With k 2048 over 656 bytes 14.3 and 14.4 at one row of
-    128 heads, more than Gluon's elsewhere.
+    On an H200 with k 640 over 584 bytes, beside the best of the others: 128 heads 9.9 µs and 13.8 at one row, 13.6 and 18.2 at
+    8, 19.8 and 22.9 at 16; 64 heads 9.9 and 13.8, 13.1 and 15.1, 13.9 and 18.5. With k 2048 over 656 bytes 14.3 and 14.4 at one
+    row of 128 heads, more than Gluon's elsewhere.
     """
     if spec.topk + spec.extra_topk > _FEW_ENTRIES or spec.heads <= _FEW_HEADS:
         return 0
@@ -93,7 +91,7 @@ def _joined(spec: AttentionPagedSpec) -> int:
 
 
 def _smem(spec: AttentionPagedSpec, sharers: int, owned: int) -> int:
-    """Bytes of shared memory per block: two tiles, q or the parts that come in, weights, facts of parts, what rescales, barriers."""
+    """Bytes of shared memory per block: tiles, q or the parts that come in, weights, facts, what rescales, barriers."""
     tile, part = 2 * shared.TILE * spec.d_qk, owned * 2 * spec.layout.d_v
     weights, facts, keep, barriers = 2 * shared.TILE * _HEADS, 32 * sharers * owned, 4 * _HEADS, 2 * (8 + 3 * 8) + 3 * 8
     return 2 * tile + max(tile, sharers * part) + weights + facts + keep + barriers
