@@ -123,8 +123,8 @@ class AttentionPagedSizes(Sizes):
     }
 
     def bucket(self) -> Bucket:
-        """A decode step's by its batch, of few sequences by the rows of each too; a prompt's, as sequences of one row or as rows
-        of a few, by its slots too."""
+        """A decode step's by its batch, of few sequences by the rows of each too; a prompt's, as sequences of one row or as
+        rows of few sequences, by its slots too."""
         batch, next_n, tokens = super().bucket()
         if self.batch >= _PROMPTS[0]:
             return batch, tokens
