@@ -133,22 +133,24 @@ class Plan:
                 names["make_room"] = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device)
         else:
             names |= {f"work_{number}": _maker(each) for number, each in enumerate(workspaces)}
-        at = [view.place for view in views]
+        at = tuple([view.place for view in views])
         counts = given, len(allocated), len(workspaces), len(constants)
-        text = _written(counts, at, tuple(results.values()), tuple(tuple(places) for *_, places in launches), by_address)
-        exec(_compiled(text), names)
+        exec(
+            _written(counts, at, tuple(results.values()), tuple([tuple(places) for *_, places in launches]), by_address), names
+        )
         self.run: Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, ...]] = names["run"]
         """Allocate the outputs and launch on the current stream; the plan's device must be the current one."""
 
 
+@functools.lru_cache(maxsize=1 << 10)
 def _written(
     counts: tuple[int, int, int, int],
-    viewed: Sequence[int],
-    results: Sequence[int],
-    launches: Sequence[Sequence[int]],
+    viewed: tuple[int, ...],
+    results: tuple[int, ...],
+    launches: tuple[tuple[int, ...], ...],
     by_address: bool,
-) -> str:
-    """The text of ``Plan.run``.
+) -> CodeType:
+    """``Plan.run``; calls that differ in sizes alone share it.
 
     Args:
         counts: the values of a row: given tensors, allocated ones, workspaces, constants; views come before constants.
@@ -173,13 +175,7 @@ def _written(
     row += [*(f"seen_{number}" for number in range(len(viewed))), *(f"constant_{number}" for number in range(constants))]
     lines += [f"launch_{number}({', '.join(row[place] for place in places)})" for number, places in enumerate(launches)]
     lines.append("return (" + "".join(f"{tensors[place]}, " for place in results) + ")")
-    return "\n    ".join(["def run(tensors, addresses):", *lines])
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _compiled(text: str) -> CodeType:
-    """Calls that differ in sizes alone share it."""
-    return compile(text, "<plan>", "exec")
+    return compile("\n    ".join(["def run(tensors, addresses):", *lines]), "<plan>", "exec")
 
 
 def _bound(kernel: Launchable, grid: tuple[int, int, int], by_address: bool) -> Callable[..., None]:
