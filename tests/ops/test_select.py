@@ -196,7 +196,7 @@ STREAMS = [
     (DECODE, SelectSizes(64, 131072)),
     pytest.param(SelectSpec(4096, scores="bf16"), SelectSizes(128, 65536), marks=FURTHER),
     pytest.param(DECODE, SelectSizes(64, FAR), marks=FURTHER),
-    (SelectSpec(2048), SelectSizes(4096, 65536)),
+    pytest.param(SelectSpec(2048), SelectSizes(4096, 65536), marks=FURTHER),
 ]
 
 
