@@ -105,7 +105,9 @@ IN_A_STREAM = [
     (replace(SLOTS, starts=True), {"items": 16}, 5, "shuffled"),
     (replace(SLOTS, scores="fp32", topk=700, keep_first=300, keep_recent=400), {"stages": 3}, -0.6, "descending"),
     (replace(SLOTS, scores="fp32"), {"items": 32, "longest": FAR}, 5, "shuffled"),
-    (PLAIN, {"items": 32, "threads": 256, "blocks_per_sm": 2, "longest": FAR // 2}, 5, "descending"),
+    pytest.param(
+        PLAIN, {"items": 32, "threads": 256, "blocks_per_sm": 2, "longest": FAR // 2}, 5, "descending", marks=pytest.mark.slow
+    ),
 ]
 VERY_LONG = [Case(SelectSizes(1, columns), kind) for columns, kind in ((300001, "ragged_normal"), (FAR, "few"))]
 
