@@ -60,6 +60,14 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
     ("attention", "cuda"): [
         ("load16(from), pass)", "copy_rows(copy16)"),
         ("load4(base + AT_MASK + 8 * value_stage)", "store4(base + AT_MASK + 8 * stage, valid)"),
+        ("load_transposed(rows, from", "(source + u * 128), real, policy)"),
+        ("load16(columns", "load8(inverses", "store_float(pair", "store_float(base + AT_COLUMNS"),
+        ("load4(base + AT_MASK + 8 * stage", "store4(base + AT_MASK + 8 * stage"),
+        ("load_float(fact(AT_PEAKS", "publish(AT_PEAKS"),
+        ("load_float(base + AT_CHANGES", "publish(AT_CHANGES"),
+        ("load_float(fact(AT_TOTALS", "publish(AT_TOTALS"),
+        ("load_float(at), load_float(at + 4)", "publish(AT_FACTORS"),
+        ("load16(base + AT_GROWN", "store4(base + AT_GROWN"),
     ],
     ("select", "cuda"): [
         ("s.local_totals[",),
@@ -80,7 +88,9 @@ off the PTX.
 In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before they
 fill the place again. With few heads the warp has read the output that went through the place, and passed ``__syncwarp``. In a
 cluster all lanes read a tile's mask at once, and its products, which the warp issues together, need what came of it; the first
-lane arrives behind these. The tool sees the order of the thread that arrives only.
+lane arrives behind these. With FP8 products every place passes so, both ways and behind ``__syncwarp``: tiles, their scales and
+masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
+tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
