@@ -106,6 +106,8 @@ class Search:
     def _ended(self, screen: _Screen) -> bool:
         """Compile candidates that lie apart; once all are, the studies expect of them what the ranking says."""
         if screen.candidates is None:
+            if screen.studies[0].evaluated < _IN_FLIGHT and not screen.studies[0].exhausted:
+                return False  # the first that are tried at once lie apart as well; what is compiled lies apart from them
             screen.candidates = screen.studies[0].spread(_SCREENED)
             for candidate in screen.candidates:
                 self._evaluator.pool.request(candidate.rendered)
