@@ -72,10 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def layer(here: gpus.Gpu, facts: Row, out: Path, count: int, on_cpu: bool) -> list[Row]:
-    """The rows of every group, each with what the model says of it; and the plot."""
+    """The rows of every group, each with what the model says of it; and the plot. Of a run that is cut short what is behind."""
     known = {"date": facts["date"], "commit": facts["commit"], "toolchain": {} if on_cpu else benchmark.versions()}
     device, cases = ("cpu", SMALL) if on_cpu else ("cuda", CASES)
-    rows = command.run(here, known, out, cases, device, count)
+    try:
+        rows = command.run(here, known, out, cases, device, count)
+    except (KeyboardInterrupt, command.RunFailed) as error:
+        print(f"cut short ({type(error).__name__} {error}): what was timed before is kept", file=sys.stderr, flush=True)
+        rows = command.measured(out, here.id)
     picture = theme.drawn(lambda: curves.ranks(rows), "several", "a layer on several GPUs")
     (out / "several.svg").write_text(theme.standalone(picture))
     return [{**row, "predicted": predicted(row)} for row in rows]

@@ -70,3 +70,14 @@ def test_one_command_runs_it_all_on_eight_processes(tmp_path):
     assert all(row["agreeing"] == 1 and row["similarity"] < 1e-4 and row["predicted"] > 0 for row in rows.values())
     assert {path.name for path in (tmp_path / "results").glob("*.json")} == {f"h100x{count}.json" for count in (2, 4, 8)}
     assert (tmp_path / "several.svg").read_text().count("<svg") == 1
+
+
+def test_what_was_timed_before_the_end_is_kept(script, tmp_path, monkeypatch):
+    def cut_short(*arguments):
+        raise script.command.RunFailed(3, 1)
+
+    row = {"stage": "prefill_context", "shape": {"context": 32768, "ranks": 2}, "ours_us": 20.5, "peers": {"one GPU": 39.0}}
+    monkeypatch.setattr(script.command, "run", cut_short)
+    monkeypatch.setattr(script.command, "measured", lambda folder, gpu: [row])
+    (kept,) = script.layer(script.gpus.resolve("h200"), {"date": "", "commit": ""}, tmp_path, 8, on_cpu=True)
+    assert kept == {**row, "predicted": 1.99} and (tmp_path / "several.svg").exists()
