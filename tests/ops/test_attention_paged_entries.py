@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.problem.values import contains
 from dsa_codegen.proof.verify import verify
 
 import emulator
@@ -83,3 +86,39 @@ def test_older_records_have_none():
 def test_the_order_of_summation_is_the_clusters_size():
     orders = [OP.order(AttentionPagedSpec(64, 2048), shared(sharers)) for sharers in (2, 4)]
     assert orders == ["cuda-sharers-2", "cuda-sharers-4"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "next_n", "sharers"),
+    [
+        (128, 1, 1, 16),
+        (128, 2, 1, 16),
+        (64, 4, 1, 16),
+        (128, 8, 1, 6),  # 16 clusters of 8 are more than run at once
+        (64, 8, 1, 8),
+        (64, 6, 1, 8),  # one choice for the whole bucket
+        (128, 16, 1, 3),
+        (64, 1, 4, 8),
+        (128, 64, 1, 0),
+        (64, 1, 4096, 0),
+        (16, 1, 1, 0),
+    ],
+)
+def test_few_rows_are_shared_by_as_many_blocks_as_run_at_once(heads, batch, next_n, sharers):
+    spec = AttentionPagedSpec(heads, 128, "v4", 256, extra_topk=512)
+    config = OP.default_config(spec, AttentionPagedSizes(batch, next_n, 1 << 17), H200)
+    assert (config["sharers"] if config.backend == "cuda" else 0) == sharers
+    assert OP.default_config(replace(spec, extra_topk=2048), AttentionPagedSizes(1, 1, 1 << 17), H200)["sharers"] == 0
+
+
+def test_many_rows_are_not_shared():
+    """A record of few rows serves no prompt."""
+    spec = AttentionPagedSpec(64, 512, "v4")
+    for batch, next_n, names in ((1, 1, []), (8, 2, ["blocks of sharers"]), (64, 1, ["blocks of sharers"])):
+        bucket = AttentionPagedSizes(batch, next_n, 1 << 17).bucket()
+        assert [violation.name for violation in OP.reach(spec, shared(16), bucket)] == names
+
+
+def test_records_of_wider_buckets_still_serve():
+    for batch in (2, 4, 8, 16):
+        assert contains((("batch", 2, 17),), AttentionPagedSizes(batch, 1, 1 << 17).bucket())
