@@ -162,7 +162,7 @@ def test_a_glance_says_losses_as_plainly_as_wins():
         "On one H100, the best library's time over ours, case by case:",
         "",
         "- **Faster in every case**: indexer, prefill 1.20× (one case).",
-        "- **Even**: selection 0.50× – 2.00× (1 of 2 won).",
+        "- **As many won as lost**: selection 0.50× – 2.00× (1 of 2 won).",
     ]
     lost = [row(HEADLINE, None, {"fast_topk": 16.0}), row(SELECT, 8.0, {"SGLang topk_v2": 4.0})]
     assert tables.glance(lost, "H100").endswith("\n- **Slower in every case**: selection 0.50× (2 cases).")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import labels
 from .labels import Row
 
-_VERDICTS = ("Faster in every case", "Faster in most", "Even", "Slower in most", "Slower in every case")
+_VERDICTS = ("Faster in every case", "Faster in most", "As many won as lost", "Slower in most", "Slower in every case")
 
 
 def glance(rows: Sequence[Row], gpu: str) -> str:
