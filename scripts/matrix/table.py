@@ -158,7 +158,7 @@ def _cell(line: Line, arch: str) -> str:
 
 
 def _stated(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version != "none")
 
 
 def _rows(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
