@@ -105,7 +105,9 @@ def test_another_backend_stands_in(fresh, monkeypatch, tmp_path):
     from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
 
     monkeypatch.setattr(backends.importlib, "import_module", raising_for(".tilelang", OSError("libz3.so"), backends.importlib))
-    found = lookup.lookup(OP, SelectSpec(64), SelectSizes(4096, 1 << 20), H200, {"tuned": tmp_path})
+    spec, sizes = SelectSpec(64), SelectSizes(1, 1 << 20)
+    assert OP.default_config(spec, sizes, H200).backend == "tilelang"
+    found = lookup.lookup(OP, spec, sizes, H200, {"tuned": tmp_path})
     assert (found.config.backend, found.origin) == ("triton", "default")
     assert "libz3.so" in found.notes[0]
 
