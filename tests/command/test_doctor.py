@@ -105,7 +105,7 @@ def test_another_backend_stands_in(fresh, monkeypatch, tmp_path):
     from dsa_codegen.ops.select import OP, SelectSizes, SelectSpec
 
     monkeypatch.setattr(backends.importlib, "import_module", raising_for(".tilelang", OSError("libz3.so"), backends.importlib))
-    spec, sizes = SelectSpec(64), SelectSizes(1, 1 << 20)
+    spec, sizes = SelectSpec(64), SelectSizes(4096, 1 << 21)
     assert OP.default_config(spec, sizes, H200).backend == "tilelang"
     found = lookup.lookup(OP, spec, sizes, H200, {"tuned": tmp_path})
     assert (found.config.backend, found.origin) == ("triton", "default")
