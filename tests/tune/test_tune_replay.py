@@ -44,8 +44,8 @@ def test_a_search_loses_little(select):
 def test_every_sweep_is_searched_well(path):
     swept = sweep.read(path)
     found = [losses(swept, case, range(20)) for case in range(len(swept.cases))]
-    assert all(each.mean <= LOST and each.same >= 0.8 for each in found), [(each.label, each.mean, each.same) for each in found]
-    assert statistics.fmean(each.same for each in found) >= 0.9, "the best, or what noise cannot tell from it"
+    assert all(each.mean <= LOST for each in found), [(each.label, each.mean) for each in found]
+    assert all(each.same >= 0.9 for each in found), [(each.label, each.same) for each in found]  # the best, or a tie with it
 
 
 def test_two_gpus_judge_nearly_twice_as_many(select):
