@@ -1,8 +1,9 @@
-"""cuDNN-frontend's FP8 indexer and its deterministic top-k, CuTe-DSL kernels that it compiles for Hopper at run time."""
+"""cuDNN-frontend's FP8 indexer, deterministic top-k and backward of sparse MLA: CuTe-DSL kernels, compiled at run time."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...problem.op import Inputs
-from ..cases import BenchCase
+from ..cases import IN_ORDER, BenchCase
 from ..stage import Prepared
 from .base import Peer
 from .libraries import imported, needs_gpu
@@ -90,10 +91,51 @@ class CudnnTopk(Peer):
         )
 
 
+class CudnnBackward(Peer):
+    """Tokens' gradients are sums by atomics on Hopper. Lists say how many of their entries are tokens, as its users' do."""
+
+    name = "cuDNN backward"
+    stages = ("attention_backward",)
+    distributions = ("nvidia-cudnn-frontend",)
+    deterministic = False
+
+    def available(self) -> str | None:
+        return reason()
+
+    def build_key(self, case: BenchCase) -> Hashable | None:
+        return self.name, case["heads"], case["head_dim"], case["k"]
+
+    def prepare(self, case: BenchCase, inputs: Inputs) -> Prepared | None:
+        if case.distribution == IN_ORDER or case["heads"] < 2:
+            return None
+        given, results = _of_backward(inputs)
+        library: Any = imported(MODULE)
+        plan = library.SparseAttentionBackward(
+            **{f"sample_{name}": value for name, value in given.items()}, softmax_scale=inputs["sm_scale"]
+        )
+        plan.check_support()
+        plan.compile()
+        workspace = _workspace(plan.scratch_workspace_bytes(), given["q"].device)
+        return Prepared(
+            self.name,
+            lambda: plan.execute(**given, **results, workspace=workspace),
+            lambda found: {"dq": found[0], "dkv": found[1][:, None]},
+        )
+
+
+def _of_backward(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Its arguments, without a head of kv, and what it writes; a sink of no weight stands for none."""
+    q, kv, indices = inputs["q"], inputs["kv"][:, 0], inputs["indices"][:, 0]
+    sink = torch.full(q.shape[1:2], -math.inf, dtype=torch.float32, device=q.device)
+    given = {"q": q, "kv": kv, "out": inputs["out"], "dout": inputs["do"], "lse": inputs["lse"], "attn_sink": sink}
+    lists = {"topk_idxs": indices, "topk_length": (indices >= 0).sum(1, dtype=torch.int32)}
+    return {**given, **lists}, {"dq": torch.empty_like(q), "dkv": torch.empty_like(kv), "d_sink": torch.empty_like(sink)}
+
+
 @functools.lru_cache(maxsize=1)
 def _workspace(size: int, device: torch.device) -> Tensor:
     """Shared by the calls of a case: they follow one another on a stream."""
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-PEERS = (CudnnIndexer(), CudnnTopk())
+PEERS = (CudnnIndexer(), CudnnTopk(), CudnnBackward())
