@@ -1,15 +1,21 @@
-"""Run every operation and backend of small models under compute-sanitizer, in pieces that finish, several at once.
+"""Run every operation and backend of small models under compute-sanitizer, in short pieces, several at once.
 
-    python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--preset tiny] [--jobs 12] [--seconds 120]
+    python scripts/sanitize.py [--tool memcheck] [--op select] [--backend cuda] [--jobs 12] [--within 300] [--resume LEDGER]
 
-Everything is built first, without the tool. A piece is a few cases of one operation and backend in a process of its
-own, verified as ``cli.py verify`` does (the long ones under memcheck alone). Only this project's kernels are
-looked at, torch's are not. Models are `tiny` and, for grouped queries, `tiny-gqa`; operations of training are among them.
-Kernels in CUDA C++ are checked on the same models with 128 heads, too, and prefill attention's with 64 and a longer k, for
-which they have other designs, on two SMs, where a block takes several queries. synccheck and racecheck look at barriers and
-shared memory, memcheck at every address, every tensor in an allocation of its own.
+A piece is about ten cases of one operation and backend in a process of its own, verified as ``cli.py verify`` does. It stops by
+itself when its seconds are up. Texts are compiled meanwhile, and a piece begins when its own are there. Only this project's
+kernels are looked at, torch's are not. synccheck and racecheck look at barriers and shared memory, memcheck at every address,
+every tensor in an allocation of its own, long cases among them.
 
-Exit status: 0 where all pieces are clean, 1 where one is not or did not finish within its seconds. Reports: ``--out``.
+What is run (``scripts/sanitizing/sources.py``): every text of `tiny` and, for grouped queries, `tiny-gqa`, of training too; in
+CUDA C++ those of 128 heads besides, prefill attention's of 64 and a longer k; and designs that only other shapes bring. What is
+thinned: a text runs with four of its cases (every sequence of kernels that it launches among them; one text's cases begin where
+the text before it did not), ``--thorough`` runs all. A case that launches nothing is none.
+
+``--out`` holds a report of each piece and ``ended.jsonl``, to which each piece adds its line as it ends; ``--resume`` skips
+what has ended clean there, or in another ledger, for the same text. ``--judge`` looks at the reports of a run that could not.
+
+Exit status: 0 where every case that was wanted is clean, 1 where one is not, or was not reached.
 """
 
 from __future__ import annotations
@@ -17,314 +23,231 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import operator
 import os
-import re
+import pickle
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from dsa_codegen import ops, paths  # noqa: E402
-from dsa_codegen.command import verification  # noqa: E402
+from dsa_codegen import ops  # noqa: E402
 from dsa_codegen.gpu import Gpu, resolve  # noqa: E402
-from dsa_codegen.kernels.build import Built, build  # noqa: E402
-from dsa_codegen.kernels.render import render  # noqa: E402
-from dsa_codegen.kernels.variant import Variant  # noqa: E402
-from dsa_codegen.problem.op import Case  # noqa: E402
-from dsa_codegen.problem.presets import Model, preset  # noqa: E402
-from dsa_codegen.proof.verify import verify  # noqa: E402
-from scripts import source_lines  # noqa: E402
+from dsa_codegen.kernels.build import Built, build, build_all, find  # noqa: E402
+from dsa_codegen.kernels.render import Rendered  # noqa: E402
+from scripts.sanitizing import cases, ledger, pieces, reports, sources  # noqa: E402
+from scripts.sanitizing.pieces import Piece  # noqa: E402
 
-MODELS = ("tiny", "tiny-gqa")
-TOOLS = ("memcheck", "racecheck", "synccheck")  # the slowest first: no long piece is left when the others are done
-TOGETHER = {"memcheck": 20, "racecheck": 40, "synccheck": 40}  # cases of a piece, about as long as the start of a process
-LONG_TOPK = 1024  # eight pairs of tiles: enough to be cut in two
-SMS = {"attention": 2}
-"""On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
-several queries of a case there, where on all SMs each would take one."""
-_SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
-_RACE = re.compile(r"(?:Race reported between|Potential invalid __shared__ read) .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
-_PLACE = re.compile(r" in (\w+\.py):(\d+)")
-ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
-    ("attention_paged", "gluon"): [("def attention_paged(", "gl.warp_specialize(", "per_row.")],
-    ("indexer_paged", "gluon"): [("def indexer_paged(", "gl.warp_specialize(")],
-    ("attention", "cuda"): [
-        ("load16(from), pass)", "copy_rows(copy16)"),
-        ("load4(base + AT_MASK + 8 * value_stage)", "store4(base + AT_MASK + 8 * stage, valid)"),
-        ("load_transposed(rows, from", "(source + u * 128), real, policy)"),
-        ("load16(columns", "load8(inverses", "store_float(pair", "store_float(base + AT_COLUMNS"),
-        ("load4(base + AT_MASK + 8 * stage", "store4(base + AT_MASK + 8 * stage"),
-        ("load_float(fact(AT_PEAKS", "load_float(base + AT_CHANGES", "publish(AT_PEAKS", "publish(AT_CHANGES"),
-        ("load_float(fact(AT_TOTALS", "publish(AT_TOTALS"),
-        ("load_float(at), load_float(at + 4)", "publish(AT_FACTORS"),
-        ("load16(base + AT_GROWN", "store4(base + AT_GROWN"),
-    ],
-    ("select", "cuda"): [
-        ("s.local_totals[",),
-        ("s.warp_counts[",),
-        ("s.block_count[",),
-        ("s.mine[",),
-        ("need -= s.found.", "found.above =", "found.bin =", "found.count =", "s.output_count = at"),
-        ("load_remote",),
-    ],
-}
-"""Groups of lines between which racecheck (2025.3) misses the order; a report of others than one group's is an error.
-
-Triton tells its roles what to run through shared memory: the first warp group writes, all warps meet at ``barrier.sync 1``, the
-others read, all meet again; a meeting is another instruction for other warps. ``per_row`` passes from one warp group to another
-under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group, and all of the other wait for. Both can be read
-off the PTX.
-
-In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before they
-fill the place again. With few heads the warp has read the output that went through the place, and passed ``__syncwarp``. In a
-cluster all lanes read a tile's mask at once, and its products, which the warp issues together, need what came of it; the first
-lane arrives behind these. With FP8 products every place passes so, both ways and behind ``__syncwarp``: tiles, their scales and
-masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
-tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
-
-In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
-``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
-such barrier). ``found`` is read together with the word before it, ``output_count``. No block ends before the others have read
-its bins: it waits for a word from each, which that one sends behind its reads, or for the cluster's barrier. The tool sees the
-latter only; with it these reports were gone, and a choice among 64K took 6.0 us instead of 5.6.
-"""
+LEDGER = "ended.jsonl"
+_LEAST = 8.0  # seconds that a piece must be given to be worth its start
+_GRACE = 15.0  # seconds behind its own end that a process is given to finish a case and its report
+_LAST = 3.0  # seconds of the whole run that are kept for the summary
+_POLL = 0.25
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one process checks with one tool: a share of the cases of an operation and backend."""
+@dataclass
+class Run:
+    """One run of the script: on which GPU, where to, and until when."""
 
-    tool: str
-    op: str
-    backend: str
-    share: int
-    shares: int
-
-    @property
-    def name(self) -> str:
-        """As reports are called."""
-        return f"{self.tool}-{self.op}-{self.backend}-{self.share + 1}of{self.shares}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a piece ended."""
-
-    piece: Piece
-    verdict: str
-    """"clean", "clean but for …", "N errors", "timeout" or "failed"."""
-    cases: int
+    gpu: Gpu
+    out: Path
+    jobs: int
     seconds: float
+    until: float
+    built: dict[str, Built] = field(default_factory=dict)
+
+    def left(self) -> float:
+        """Seconds until the end of the run."""
+        return self.until - time.time()
+
+    def is_ready(self, piece: Piece) -> bool:
+        """Whether all texts of a piece are compiled."""
+        return len(self.builds(piece)) == len(piece.subjects)
+
+    def builds(self, piece: Piece) -> list[Built]:
+        """Those of a piece's texts that are there."""
+        return [built for built in map(self._find, map(sources.rendered, piece.subjects)) if built]
+
+    def _find(self, text: Rendered) -> Built | None:
+        if text.sha not in self.built and (found := find(text, self.gpu)):
+            self.built[text.sha] = found
+        return self.built.get(text.sha)
 
 
-def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[verification.Subject]:
-    """The models' rendered sources of the named operations (by default all, of training too), each once."""
-    served = [name for name, op in ops.all_ops().items() if gpu.capability >= op.min_capability]
-    found: dict[tuple[object, ...], verification.Subject] = {}
-    for model in map(preset, models):
-        for subject in sources_of(model, gpu, names or served):
-            found.setdefault((subject.op.name, subject.spec, subject.config), subject)
-    return list(found.values())
-
-
-def sources_of(model: Model, gpu: Gpu, names: Sequence[str]) -> list[verification.Subject]:
-    """A model's sources, and in CUDA C++, whose designs for many heads are others, those of 128 and of 64 heads."""
-    own = verification.subjects(model, gpu, names)
-    known = {(subject.op.name, subject.spec) for subject in own}
-    wide = verification.subjects(replace(model, heads=128), gpu, names)
-    long = verification.subjects(replace(model, heads=64, topk=LONG_TOPK), gpu, ["attention"]) if "attention" in names else []
-    return [*own, *(each for each in of_backend([*wide, *long], "cuda") if (each.op.name, each.spec) not in known)]
-
-
-def of_backend(subjects: Iterable[verification.Subject], backend: str) -> list[verification.Subject]:
-    """Those of one backend."""
-    return [subject for subject in subjects if subject.config.backend == backend]
-
-
-def of(subjects: Iterable[verification.Subject], op: str, backend: str) -> list[verification.Subject]:
-    """Those of one operation and backend."""
-    return [subject for subject in subjects if (subject.op.name, subject.config.backend) == (op, backend)]
-
-
-def pieces(
-    subjects: Sequence[verification.Subject], tools: Sequence[str], names: Sequence[str], backends: Sequence[str]
-) -> list[Piece]:
-    """All pieces of the named tools, operations and backends, in the order in which they are begun."""
-    found = []
-    for tool in sorted(tools, key=TOOLS.index):
-        for op, backend in sorted({(subject.op.name, subject.config.backend) for subject in subjects}):
-            if (names and op not in names) or (backends and backend not in backends):
-                continue
-            shares = -(-len(all_cases(of(subjects, op, backend), tool)) // TOGETHER[tool])
-            found += [Piece(tool, op, backend, share, shares) for share in range(shares)]
-    return found
-
-
-def cases_of(subject: verification.Subject, tool: str) -> Sequence[Case]:
-    """All cases of a source, or the short ones where every access of a block is compared with all others."""
-    op, spec, config = subject.op, subject.spec, subject.config
-    if tool == "memcheck":
-        return op.cases_for(spec, config)
-    return list(dict.fromkeys(op.within_reach(spec, config, case) for case in op.cases(spec)))
-
-
-def all_cases(subjects: Iterable[verification.Subject], tool: str) -> list[tuple[verification.Subject, Case]]:
-    """The cases of all these sources; every so many-th is a share, so that the long ones of a source fall to several."""
-    return [(subject, case) for subject in subjects for case in cases_of(subject, tool)]
-
-
-def run_piece(piece: Piece, models: Sequence[str], gpu: Gpu) -> None:
-    """The child's work: verify the cases of its share."""
-    torch.zeros(1, device="cuda")  # makes the context, which a driver asked before it would report to be missing
-    own = of(sources(models, gpu, [piece.op]), piece.op, piece.backend)
-    found = all_cases(own, piece.tool)[piece.share :: piece.shares]
-    for subject, together in itertools.groupby(found, key=operator.itemgetter(0)):
-        op, spec, config = subject.op, subject.spec, subject.config
-        sms = SMS.get(op.name) if config.backend == "cuda" and piece.tool != "memcheck" else None
-        variant = Variant(op, spec, config, gpu, build(render(op, spec, config), gpu).load()).within(sms or gpu.sms)
-        for _, case in together:
-            accuracy = verify(variant, case, "cuda")
-            if not accuracy.passed:
-                raise SystemExit(f"{op.name} {spec.id} {config} {case.id}: {accuracy.detail}")
-    print(f"verified {len(found)} cases")
-
-
-def kernels_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> set[str]:
-    """The names, or parts of them, of the kernels that a piece launches."""
-    return {name for built in builds_of(piece, subjects, gpu) for name in built.resources}
-
-
-def builds_of(piece: Piece, subjects: Sequence[verification.Subject], gpu: Gpu) -> list[Built]:
-    """What a piece may launch, from the cache."""
-    mine = of(subjects, piece.op, piece.backend)
-    return [build(render(subject.op, subject.spec, subject.config), gpu) for subject in mine]
-
-
-def command_of(piece: Piece, kernels: Iterable[str], models: Sequence[str], option: str) -> list[str]:
+def command_of(piece: Piece, file: Path, until: float, kernels: Iterable[str]) -> list[str]:
     """The child under the tool."""
-    chosen = [word for kernel in sorted(kernels) for word in (option, f"kns={kernel}")]
-    named = [word for model in models for word in ("--preset", model)]
-    child = [sys.executable, __file__, *named, "--piece", *map(str, vars(piece).values())]
+    chosen = [word for kernel in sorted(kernels) for word in (filter_option(), f"kns={kernel}")]
+    child = [sys.executable, "-W", "ignore", __file__, "--piece", str(file), str(until)]
     shown = ["--error-exitcode", "9", "--print-limit", "0", "--show-backtrace", "no"]
     return ["compute-sanitizer", "--tool", piece.tool, *shown, *chosen, *child]
 
 
+@functools.cache
 def filter_option() -> str:
     """How this compute-sanitizer calls the choice of kernels by name."""
     known = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
     return "--kernel-name" if "--kernel-name " in known else "--kernel-regex"
 
 
-def check(piece: Piece, command: Sequence[str], seconds: float, out: Path, builds: Sequence[Built] = ()) -> Outcome:
-    """Run a piece, which may launch what is in ``builds``; its report lies in ``out``."""
-    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    start, report = time.monotonic(), out / f"{piece.name}.txt"
-    with report.open("w") as written:
-        try:
-            status = subprocess.run(command, stdout=written, stderr=written, env=environment, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            status = None
+def check(piece: Piece, run: Run) -> None:
+    """Run a piece; its report lies in the folder, its line in the ledger."""
+    seconds = min(run.seconds, run.left() - _LAST)
+    file, report = (run.out / f"{piece.name}{ending}" for ending in (".piece", ".txt"))
+    file.write_bytes(pickle.dumps((run.gpu, piece)))
+    kernels = {name for built in run.builds(piece) for name in built.resources}
+    start = time.time()
+    command = command_of(piece, file, start + max(seconds - _GRACE, seconds / 2), kernels)
+    status = supervised(command, report, piece.tool, seconds)
     text = report.read_text(errors="replace")
-    done = re.search(r"verified (\d+) cases", text)
-    return Outcome(piece, _verdict(piece, status, text, builds), int(done[1]) if done else 0, time.monotonic() - start)
+    entry = ledger.line(piece, reports.first_look(status, text), reports.ended(text), time.time() - start)
+    ledger.append(run.out / LEDGER, entry)
+    print(
+        f"{piece.name}: {entry['verdict']}, {reports.ended(text)} of {len(piece.checks)} cases, {entry['seconds']} s",
+        flush=True,
+    )
 
 
-def _verdict(piece: Piece, status: int | None, text: str, builds: Sequence[Built]) -> str:
-    if status is None:
-        return "timeout"
-    errors = sum(map(int, _SUMMARY.findall(text)))
-    ordered = sum(in_order(piece, race, builds) for race in _RACE.findall(text)) if errors else 0
-    if errors > ordered:
-        return f"{errors - ordered} errors"
-    if "verified" not in text or (status and not errors):
-        return "failed"
-    return f"clean but for {ordered} reports of what is in order" if ordered else "clean"
+def supervised(command: Sequence[str], report: Path, tool: str, seconds: float) -> int | None:
+    """The status that a command ends with, None where it was stopped; what it says goes into ``report``."""
+    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    with report.open("w") as written:
+        started = subprocess.Popen(command, stdout=written, stderr=written, env={**os.environ, **own}, start_new_session=True)
+        try:
+            return started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the tool's child, too
+            started.wait()
+            return None
 
 
-def in_order(piece: Piece, race: str, builds: Sequence[Built]) -> bool:
-    """Whether a report is about lines between which the tool misses the order."""
-    groups = ORDERED.get((piece.op, piece.backend), ())
-    if piece.backend == "cuda":
-        return source_lines.explained(race, groups, builds)
-    lines = [line_of(file, int(line)) for file, line in _PLACE.findall(race)]
-    return bool(lines) and any(all(any(part in line for part in group) for line in lines) for group in groups)
+def compile_ahead(wanted: Sequence[Piece], run: Run) -> subprocess.Popen[bytes]:
+    """A process that compiles the pieces' texts, the first ones first."""
+    file = run.out / "texts.pickle"
+    texts = {sources.rendered(subject).sha: subject for piece in wanted for subject in piece.subjects}
+    file.write_bytes(pickle.dumps((run.gpu, list(texts.values()))))
+    command = [sys.executable, "-W", "ignore", __file__, "--compile", str(file), "--jobs", str(run.jobs)]
+    with (run.out / "compiled.txt").open("w") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
 
 
-@functools.cache
-def line_of(file: str, line: int) -> str:
-    """A line of a rendered module, wherever in the build cache it lies."""
-    found = next(paths.cache().glob(f"*/{file}"), None)
-    return found.read_text().splitlines()[line - 1] if found else ""
+def check_all(wanted: Sequence[Piece], run: Run) -> None:
+    """Check the pieces whose texts are there, as many at once as the run says, until its time is up."""
+    compiling, waiting, begun = compile_ahead(wanted, run), list(wanted), set[Future[None]]()
+    with ThreadPoolExecutor(run.jobs) as threads:
+        while (waiting and run.left() > _LEAST + _LAST) or begun:
+            compiled = compiling.poll() is not None
+            free = run.jobs - len(begun) if run.left() > _LEAST + _LAST else 0
+            ready = list(itertools.islice(filter(run.is_ready, waiting), free))
+            if compiled and not ready and not begun:
+                break  # what is left cannot be compiled
+            begun |= {threads.submit(check, piece, run) for piece in ready}
+            waiting = [piece for piece in waiting if piece not in ready]
+            done, begun = wait(begun, timeout=_POLL, return_when=FIRST_COMPLETED)
+            for each in done:
+                each.result()
+            if not begun:
+                time.sleep(_POLL)
+    if compiling.poll() is None:
+        os.killpg(compiling.pid, signal.SIGKILL)
+    for piece in waiting:
+        print(f"{piece.name}: not begun, {'' if run.is_ready(piece) else 'not compiled, '}{len(piece.checks)} cases")
 
 
-def check_all(arguments: argparse.Namespace, gpu: Gpu) -> list[Outcome]:
-    """Build everything, then check the pieces, several at once."""
-    subjects = sources(arguments.preset or MODELS, gpu, arguments.op)
-    chosen = pieces(subjects, arguments.tool or TOOLS, arguments.op, arguments.backend)
-    kinds = {(piece.op, piece.backend) for piece in chosen}
-    verification.build_ahead([subject for kind in kinds for subject in of(subjects, *kind)], gpu)
-    option = filter_option()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-
-    def one(piece: Piece) -> Outcome:
-        command = command_of(piece, kernels_of(piece, subjects, gpu), arguments.preset or MODELS, option)
-        outcome = check(piece, command, arguments.seconds, arguments.out, builds_of(piece, subjects, gpu))
-        print(f"{piece.name}: {outcome.verdict}, {outcome.cases} cases, {outcome.seconds:.0f} s", flush=True)
-        return outcome
-
-    with ThreadPoolExecutor(arguments.jobs) as threads:
-        return list(threads.map(one, chosen))
+def judge(run: Run) -> None:
+    """Look at the reports of pieces that ended with some, while time is left; the judgement stands behind their lines."""
+    for entry in ledger.latest(ledger.read([run.out / LEDGER])):
+        if not entry["verdict"].endswith("reports") or run.left() < _LAST:
+            continue
+        _, piece = pickle.loads((run.out / f"{entry['piece']}.piece").read_bytes())
+        text = (run.out / f"{piece.name}.txt").read_text(errors="replace")
+        builds = [build(sources.rendered(subject), run.gpu) for subject in piece.subjects]
+        entry["verdict"] = reports.judged(piece, entry["verdict"], text, builds)
+        ledger.append(run.out / LEDGER, entry)
+        print(f"{piece.name}: {entry['verdict']}", flush=True)
 
 
-def show(outcomes: Sequence[Outcome]) -> None:
-    """One line per operation and backend."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for outcome in outcomes:
-        cell = f"{outcome.piece.tool[:4]} {outcome.verdict} ({outcome.cases})"
-        groups.setdefault((outcome.piece.op, outcome.piece.backend), []).append(cell)
-    for (op, backend), cells in sorted(groups.items()):
-        print(f"{op} {backend}: {', '.join(cells)}")
+def compile_all(file: Path, processes: int) -> int:
+    """The compiling child's work; the first text in the file is compiled first."""
+    gpu, subjects = pickle.loads(file.read_bytes())
+    texts = list(map(sources.rendered, subjects))
+    failed = build_all(reversed(texts), gpu, processes)  # it takes them from the end
+    print("\n".join(failed.values()))
+    return 1 if failed else 0
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="by default all three; each may be repeated")
+    parser.add_argument("--tool", action="append", choices=cases.TOOLS, help="by default all three; each may be repeated")
     parser.add_argument("--op", action="append", default=[], choices=list(ops.all_ops()), help="by default all")
     parser.add_argument("--backend", action="append", default=[], help="by default all")
-    parser.add_argument("--preset", action="append", default=[], help=f"by default {' and '.join(MODELS)}; may be repeated")
-    parser.add_argument("--jobs", type=int, default=8, help="pieces at once, on one GPU")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of a piece, at most")
-    parser.add_argument("--out", type=Path, default=Path("sanitized"), help="folder of the reports")
-    parser.add_argument("--list", action="store_true", help="only print the pieces")
-    parser.add_argument("--piece", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--preset", action="append", default=[], help=f"by default {' and '.join(sources.MODELS)}")
+    parser.add_argument("--thorough", action="store_true", help="all cases of a text, not the few that stand for them")
+    parser.add_argument("--jobs", type=int, default=8, help="pieces at once, on one GPU; compilers beside them are as many")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a piece, at most")
+    parser.add_argument("--within", type=float, default=24 * 3600.0, help="seconds of the whole run, at most")
+    parser.add_argument("--resume", type=Path, action="append", default=[], help="ledgers whose clean cases are not run again")
+    parser.add_argument("--out", type=Path, default=Path("sanitized"), help="folder of the reports and of the ledger")
+    parser.add_argument("--record", type=Path, help="write what is clean of today's texts, here and in --resume")
+    parser.add_argument("--list", action="store_true", help="only print the pieces, and what is left of each operation")
+    parser.add_argument("--judge", action="store_true", help="only look at the reports that lie in the folder")
+    parser.add_argument("--unjudged", action="store_true", help="leave reports to a later --judge")
+    parser.add_argument("--gpu", default="", help="without one at hand, for --list and --judge: H200, say")
+    parser.add_argument("--piece", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def wanted_of(arguments: argparse.Namespace, gpu: Gpu) -> list[cases.Check]:
+    """The checks that the command line asks for, whether they have ended or not."""
+    found = sources.sources(arguments.preset or sources.MODELS, gpu, arguments.op)
+    chosen = [each for each in found if not arguments.backend or each.config.backend in arguments.backend]
+    return cases.checks(chosen, arguments.tool or cases.TOOLS, gpu, arguments.thorough)
+
+
+def child(arguments: argparse.Namespace) -> int:
+    """The work of a process that this script starts."""
+    if arguments.compile:
+        return compile_all(arguments.compile, arguments.jobs)
+    from scripts.sanitizing.child import run
+
+    file, until = arguments.piece
+    run(Path(file), float(until))
+    return 0
+
+
+def work(arguments: argparse.Namespace, todo: Sequence[Piece], gpu: Gpu) -> None:
+    """Check the pieces, and look at their reports."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    run = Run(gpu, arguments.out, arguments.jobs, arguments.seconds, time.time() + arguments.within)
+    if not arguments.judge:
+        check_all(todo, run)
+    if not arguments.unjudged:
+        judge(run)
 
 
 def main() -> int:
     arguments = parsed()
-    gpu = resolve("auto" if not arguments.list else "H100")
-    if arguments.piece:
-        tool, op, backend, share, shares = arguments.piece
-        run_piece(Piece(tool, op, backend, int(share), int(shares)), arguments.preset or MODELS, gpu)
-        return 0
+    if arguments.piece or arguments.compile:
+        return child(arguments)
+    gpu = resolve(arguments.gpu or "auto")
+    wanted = wanted_of(arguments, gpu)
+    todo = pieces.pieces(wanted, ledger.ended_clean(ledger.latest(ledger.read(arguments.resume))))
     if arguments.list:
-        own = sources(arguments.preset or MODELS, gpu, arguments.op)
-        found = pieces(own, arguments.tool or TOOLS, arguments.op, arguments.backend)
-        print("\n".join(piece.name for piece in found))
-        return 0
-    outcomes = check_all(arguments, gpu)
-    show(outcomes)
-    return 0 if all(outcome.verdict.startswith("clean") for outcome in outcomes) else 1
+        print("\n".join(f"{piece.name}: {len(piece.checks)} cases" for piece in todo))
+    else:
+        work(arguments, todo, gpu)
+    entries = ledger.latest(ledger.read(dict.fromkeys([*arguments.resume, arguments.out / LEDGER])))
+    print("\n".join(ledger.summary(wanted, entries)))
+    if arguments.record:
+        arguments.record.write_text("".join(map(ledger.as_line, ledger.merged(entries, wanted, gpu.id))))
+    return 0 if {check.key for check in wanted} <= ledger.ended_clean(entries) else 1
 
 
 if __name__ == "__main__":

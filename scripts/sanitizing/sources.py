@@ -1,0 +1,104 @@
+"""Which kernel texts are run: those of small models, and of designs that small models alone do not bring."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsa_codegen import ops
+from dsa_codegen.command import verification
+from dsa_codegen.command.verification import Subject
+from dsa_codegen.gpu import Gpu
+from dsa_codegen.kernels.render import Rendered, code_values, render
+from dsa_codegen.problem.op import Config
+from dsa_codegen.problem.presets import Model, preset
+
+MODELS = ("tiny", "tiny-gqa")
+_FURTHER_OF = "tiny"
+_PAGED = Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False)
+_SOME_OPTIONS = (0, 3, -1)
+"""Of paged attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
+_V4 = {"kv_layout": "v4", "d_nope": 448}
+_V41 = {"kv_layout": "v41", "d_rope": 0}
+
+
+@dataclass(frozen=True)
+class Further:
+    """Texts of one operation of ``tiny`` with some fields changed."""
+
+    op: str
+    changes: Mapping[str, Any]
+    config: Config | None = None
+    """The design that is meant; by default those that the model's own calls would have."""
+    backends: Sequence[str] = ("cuda",)
+
+
+FURTHER = (
+    # Two blocks of 64 heads, and pairs of tiles over a list that is long enough to be cut in two.
+    Further("attention", {"heads": 64, "topk": 1024}),
+    # Many heads add their gradients up in another way than few.
+    *(Further("attention_backward", {"heads": heads}, backends=("triton",)) for heads in (64, 128)),
+    # Keys of blocks.
+    *(Further(op, {"pool": 4, "topk": 256}, backends=("triton",)) for op in ("expand", "pool")),
+    # What prompts take: marked, read back, spread, listed anew, then prefill's kernels.
+    *(Further("attention_paged", {"heads": heads}, _PAGED.replace(flat=True)) for heads in (16, 128)),
+    *(Further("attention_paged", {"heads": heads, "kv_layout": "bf16"}, _PAGED.replace(flat=True)) for heads in (16, 64)),
+    # Few rows: clusters whose blocks share a row's entries, one block for heads or two, over both layouts and two pools.
+    Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4)),
+    Further("attention_paged", {"heads": 16, **_V4}, _PAGED.replace(sharers=2)),
+    Further("attention_paged", {"heads": 128, **_V4}, _PAGED.replace(sharers=8)),
+    # Clusters that split the channels, over the other layouts.
+    Further("attention_paged", {"heads": 128, **_V4}, _PAGED),
+    Further("attention_paged", {"heads": 64, **_V41}, _PAGED),
+)
+
+
+def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]:
+    """The models' rendered sources of the named operations (by default all, of training too), each once.
+
+    In CUDA C++, whose designs for many heads are others, those of 128 heads besides; with `tiny` also what ``FURTHER`` names.
+    """
+    served = [name for name, op in ops.all_ops().items() if gpu.capability >= op.min_capability]
+    wanted = list(names or served)
+    found = [each for model in map(preset, models) for each in _of_model(model, gpu, wanted)]
+    if _FURTHER_OF in models:
+        found += [each for one in FURTHER if one.op in wanted for each in further(one, gpu)]
+    return list({(each.op.name, each.spec, each.config): each for each in found}.values())
+
+
+def _of_model(model: Model, gpu: Gpu, names: Sequence[str]) -> list[Subject]:
+    own = verification.subjects(model, gpu, names)
+    known = {(each.op.name, each.spec) for each in own}
+    wide = verification.subjects(replace(model, heads=128), gpu, names)
+    return [*own, *(each for each in wide if each.config.backend == "cuda" and (each.op.name, each.spec) not in known)]
+
+
+def further(one: Further, gpu: Gpu) -> list[Subject]:
+    """The sources of an entry of ``FURTHER`` that the GPU has."""
+    model = replace(preset(_FURTHER_OF), **one.changes)
+    if one.config is None:
+        return [each for each in verification.subjects(model, gpu, [one.op]) if each.config.backend in one.backends]
+    op = ops.get(one.op)
+    specs = [op.options(own)[place] for own in op.specs(model) for place in _SOME_OPTIONS]
+    return [Subject(op, spec, one.config) for spec in specs if not op.violations(spec, one.config, gpu)]
+
+
+def of(subjects: Iterable[Subject], op: str, backend: str) -> list[Subject]:
+    """Those of one operation and backend."""
+    return [each for each in subjects if (each.op.name, each.config.backend) == (op, backend)]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def rendered(subject: Subject) -> Rendered:
+    """Its text."""
+    return render(subject.op, subject.spec, subject.config)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def label(subject: Subject) -> str:
+    """Twelve digits of its text's hash, and the values that only its launches depend on, where there are any."""
+    text = code_values(subject.op, subject.config)
+    launched = [f"{name}={value}" for name, value in subject.config.values if name not in text]
+    return " ".join([rendered(subject).sha[:12], *launched])
