@@ -15,7 +15,7 @@ from dsa_codegen.gpu import Gpu
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Inputs, Op
 
-from .sources import label, of
+from .sources import label, of, rendered
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FEW = 4
@@ -67,11 +67,16 @@ def sms(tool: str, subject: Subject, gpu: Gpu) -> int:
     return few or gpu.sms
 
 
-def cases_of(subject: Subject, tool: str) -> list[tuple[Case, bool]]:
-    """All cases, and whether they are long ones; the latter only where not every access is compared with all others."""
+def cases_of(subject: Subject, tool: str, gpu: Gpu) -> list[Check]:
+    """All that launch anything, without long ones where every access is compared with all others and short ones do the same."""
     op, spec, config = subject.op, subject.spec, subject.config
-    short = {op.within_reach(spec, config, case): False for case in op.cases(spec)}
-    return list((dict.fromkeys(op.cases_for(spec, config), True) | short if tool == "memcheck" else short).items())
+    brief = {op.within_reach(spec, config, case) for case in op.cases(spec)}
+    all_ = [Check(tool, subject, case, case not in brief) for case in op.cases_for(spec, config)]
+    found = [each for each in all_ if launched(each, gpu)]
+    if tool not in _BARRIERS:
+        return found
+    known = {launched(each, gpu) for each in found if not each.long}
+    return [each for each in found if not each.long or launched(each, gpu) not in known]
 
 
 def checks(subjects: Sequence[Subject], tools: Iterable[str], gpu: Gpu, thorough: bool = False) -> list[Check]:
@@ -84,8 +89,7 @@ def of_kind(subjects: Iterable[Subject], tool: str, gpu: Gpu, thorough: bool = F
     """Those of one operation and backend under one tool."""
     by_text: dict[str, list[Check]] = {}
     for subject in subjects:
-        found = [Check(tool, subject, case, long) for case, long in cases_of(subject, tool)]
-        by_text.setdefault(label(subject), []).extend(each for each in found if launched(each, gpu))
+        by_text.setdefault(rendered(subject).sha, []).extend(cases_of(subject, tool, gpu))
     if thorough:
         return [each for own in by_text.values() for each in own]
     sequences = functools.partial(launched, gpu=gpu)

@@ -16,7 +16,6 @@ from dsa_codegen.problem.op import Config
 from dsa_codegen.problem.presets import Model, preset
 
 MODELS = ("tiny", "tiny-gqa")
-_FURTHER_OF = "tiny"
 _PAGED = Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False)
 _SOME_OPTIONS = (0, 3, -1)
 """Of paged attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
@@ -26,13 +25,14 @@ _V41 = {"kv_layout": "v41", "d_rope": 0}
 
 @dataclass(frozen=True)
 class Further:
-    """Texts of one operation of ``tiny`` with some fields changed."""
+    """Texts of one operation of a small model with some fields changed."""
 
     op: str
     changes: Mapping[str, Any]
     config: Config | None = None
     """The design that is meant; by default those that the model's own calls would have."""
     backends: Sequence[str] = ("cuda",)
+    model: str = "tiny"
 
 
 FURTHER = (
@@ -44,13 +44,19 @@ FURTHER = (
     *(Further(op, {"pool": 4, "topk": 256}, backends=("triton",)) for op in ("expand", "pool")),
     # What prompts take: marked, read back, spread, listed anew, then prefill's kernels.
     *(Further("attention_paged", {"heads": heads}, _PAGED.replace(flat=True)) for heads in (16, 128)),
-    *(Further("attention_paged", {"heads": heads, "kv_layout": "bf16"}, _PAGED.replace(flat=True)) for heads in (16, 64)),
+    Further("attention_paged", {"kv_layout": "bf16"}, _PAGED.replace(flat=True)),
     # Few rows: clusters whose blocks share a row's entries, one block for heads or two, over both layouts and two pools.
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4)),
     Further("attention_paged", {"heads": 16, **_V4}, _PAGED.replace(sharers=2)),
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED.replace(sharers=8)),
     # Clusters that split the channels, over the other layouts.
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED),
+    # Lists that are long enough to be cut, and joined by another kernel.
+    Further("attention_paged", {"heads": 128, "topk": 1024}, _PAGED),
+    Further("attention_paged", {"heads": 64, "topk": 1024, "kv_layout": "bf16"}, _PAGED.replace(flat=True)),
+    Further("attention_paged", {"heads": 128, "topk": 1024}, backends=("gluon",)),
+    Further("attention_paged", {"topk": 1024}, backends=("triton",)),
+    Further("attention_gqa", {"topk": 2048}, backends=("triton",), model="tiny-gqa"),
     Further("attention_paged", {"heads": 64, **_V41}, _PAGED),
 )
 
@@ -58,13 +64,12 @@ FURTHER = (
 def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[Subject]:
     """The models' rendered sources of the named operations (by default all, of training too), each once.
 
-    In CUDA C++, whose designs for many heads are others, those of 128 heads besides; with `tiny` also what ``FURTHER`` names.
+    In CUDA C++, whose designs for many heads are others, those of 128 heads besides; and what ``FURTHER`` names of the models.
     """
     served = [name for name, op in ops.all_ops().items() if gpu.capability >= op.min_capability]
     wanted = list(names or served)
     found = [each for model in map(preset, models) for each in _of_model(model, gpu, wanted)]
-    if _FURTHER_OF in models:
-        found += [each for one in FURTHER if one.op in wanted for each in further(one, gpu)]
+    found += [each for one in FURTHER if one.model in models and one.op in wanted for each in further(one, gpu)]
     return list({(each.op.name, each.spec, each.config): each for each in found}.values())
 
 
@@ -77,7 +82,7 @@ def _of_model(model: Model, gpu: Gpu, names: Sequence[str]) -> list[Subject]:
 
 def further(one: Further, gpu: Gpu) -> list[Subject]:
     """The sources of an entry of ``FURTHER`` that the GPU has."""
-    model = replace(preset(_FURTHER_OF), **one.changes)
+    model = replace(preset(one.model), **one.changes)
     if one.config is None:
         return [each for each in verification.subjects(model, gpu, [one.op]) if each.config.backend in one.backends]
     op = ops.get(one.op)

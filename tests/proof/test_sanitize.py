@@ -1,16 +1,27 @@
-"""The script that runs compute-sanitizer: its pieces cover what was asked for, and its verdicts are the tool's."""
+"""The script that runs compute-sanitizer: its pieces cover what was asked for, are resumed, and end as the tool says."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from dsa_codegen.ops.attention_paged import OP as PAGED
+from dsa_codegen.problem.draw import Draw
+from scripts.sanitizing import cases, ledger, pieces, reports, source_lines, sources
+
+from support import H200
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/sanitize.py"
-KINDS = [("select", "cuda")] * 20 + [("select", "triton")] * 3 + [("indexer", "gluon")]
+SOME = ("quantize", "resolve")
 
 
 @pytest.fixture(scope="module")
@@ -24,32 +35,103 @@ def sanitize():
     del sys.modules["sanitize"]
 
 
-CASES = 30  # of a source
+@pytest.fixture(scope="module")
+def some():
+    """Sources of two operations."""
+    return sources.sources(["tiny"], H200, SOME)
 
 
-def subject(op, backend):
-    """What the script asks of a source."""
-    cases = list(range(CASES))
-    named = SimpleNamespace(name=op, cases_for=lambda *_: cases, cases=lambda _: cases, within_reach=lambda *each: each[-1])
-    return SimpleNamespace(op=named, spec=None, config=SimpleNamespace(backend=backend))
+def test_every_text_and_every_case_that_launches_is_wanted(some):
+    """By default four cases of a text stand for the others, and each case is run with one text or another."""
+    few, all_ = (cases.checks(some, cases.TOOLS, H200, thorough) for thorough in (False, True))
+    for tool, name in itertools.product(cases.TOOLS, SOME):
+        mine, whole = ([each for each in found if (each.tool, each.subject.op.name) == (tool, name)] for found in (few, all_))
+        assert {sources.label(each.subject) for each in mine} == {sources.label(each.subject) for each in whole}
+        assert {each.id for each in mine} == {each.id for each in whole}
+        assert set(Counter(sources.label(each.subject) for each in mine).values()) <= {3, cases.FEW}
+        assert set(mine) <= set(whole)
+    assert all(cases.launched(each, H200) for each in all_)
 
 
-SUBJECTS = [subject(op, backend) for op, backend in KINDS]
+def test_a_text_is_run_with_every_sequence_of_its_kernels():
+    """Few rows are compared with each other, many are claimed before; both are among the four."""
+    found = cases.checks(sources.sources(["tiny"], H200, ["latent_prologue"]), ["memcheck"], H200)
+    by_text = {sources.label(each.subject): set() for each in found}
+    for each in found:
+        by_text[sources.label(each.subject)].add(cases.launched(each, H200))
+    assert {frozenset(kinds) for kinds in by_text.values()} == {
+        frozenset({("latent_prologue",), ("claim", "claim", "latent_prologue")})
+    }
 
 
-def test_every_case_lies_in_one_piece_of_every_tool(sanitize):
-    for tool in sanitize.TOOLS:
-        found = [piece for piece in sanitize.pieces(SUBJECTS, sanitize.TOOLS, (), ()) if piece.tool == tool]
-        mine = [sanitize.all_cases(sanitize.of(SUBJECTS, piece.op, piece.backend), tool) for piece in found]
-        shares = [cases[piece.share :: piece.shares] for cases, piece in zip(mine, found, strict=True)]
-        told = [(id(source), case) for share in shares for source, case in share]
-        assert sorted(told) == sorted((id(source), case) for source in SUBJECTS for case in range(CASES))
-        assert max(map(len, shares)) <= sanitize.TOGETHER[tool]
+@pytest.mark.parametrize(("count", "kinds"), [(3, 1), (16, 1), (16, 6), (20, 2)])
+def test_representatives_take_turns(count, kinds):
+    own = [f"case{place}" for place in range(count)]
+
+    def kind(case):
+        return own.index(case) % kinds
+
+    chosen = [cases.representatives(own, nth, kind) for nth in range(count)]
+    assert {case for each in chosen for case in each} == set(own)
+    for each in chosen:
+        assert len(each) == min(count, max(cases.FEW, kinds)) and sorted(each, key=own.index) == each
+        assert {kind(case) for case in each} == set(range(kinds))
 
 
-def test_pieces_may_be_chosen(sanitize):
-    found = sanitize.pieces(SUBJECTS, ["racecheck"], ["select"], ["triton"])
-    assert [piece.name for piece in found] == [f"racecheck-select-triton-{share}of3" for share in (1, 2, 3)]
+def test_pieces_are_short_and_hold_every_check_once(some):
+    wanted = cases.checks(some, cases.TOOLS, H200)
+    found = pieces.pieces(wanted)
+    assert sorted(check.key for piece in found for check in piece.checks) == sorted(check.key for check in wanted)
+    assert all(pieces.cost(piece.checks) <= pieces.BUDGET or len(piece.checks) == 1 for piece in found)
+    assert max(len(piece.checks) for piece in found) <= 12
+    assert len({piece.name for piece in found}) == len(found)
+    assert len({(piece.tool, piece.op) for piece in found[:6]}) == 6, "all have begun before one goes on"
+
+
+def test_what_has_ended_clean_is_not_run_again(some, tmp_path):
+    wanted = cases.checks(some, ["racecheck", "synccheck"], H200)
+    first, second, third, *others = pieces.pieces(wanted)
+    file = tmp_path / "ended.jsonl"
+    ledger.append(file, ledger.line(first, "clean", len(first.checks), 9.0))
+    ledger.append(file, ledger.line(second, "2 reports", len(second.checks), 9.0))
+    ledger.append(file, ledger.line(second, "clean but for 2 reports of what is in order", len(second.checks), 9.0))
+    ledger.append(file, ledger.line(third, "clean", 2, 9.0))  # its time was up
+    for piece in others[:2]:
+        ledger.append(file, ledger.line(piece, "1 errors", len(piece.checks), 9.0))
+    with file.open("a") as written:
+        written.write('{"piece": "racecheck-res')  # stopped while it was written
+    entries = ledger.latest(ledger.read([file, tmp_path / "none"]))
+    left = {check.key for piece in pieces.pieces(wanted, ledger.ended_clean(entries)) for check in piece.checks}
+    assert left == {check.key for piece in [third, *others] for check in piece.checks} - {c.key for c in third.checks[:2]}
+    kept = ledger.merged(entries, wanted, "h200")
+    assert ledger.ended_clean(kept) == {check.key for check in wanted} - left
+    said = "\n".join(ledger.summary(wanted, entries))
+    assert "1 errors" in said and said.count("\n") == 3, "a line for each operation and tool"
+
+
+def test_further_designs_bring_the_kernels_that_small_models_do_not():
+    """All kernels of prompts, clusters whose blocks share entries in all layouts, pooled keys, wide gradients."""
+    found = sources.sources(["tiny"], H200, ["attention_paged", "expand", "pool", "attention_backward"])
+    paged = sources.of(found, "attention_paged", "cuda")
+    wanted = cases.checks(paged, ["racecheck"], H200)
+    kernels = {kernel for each in wanted for kernel in cases.launched(each, H200)}
+    assert kernels == {"mark", "read_back", "relist", "spread", "attention", "attention_paged", "combine"}
+    sharers = {(each.spec.kv_layout, each.config["sharers"] > 0, each.spec.extra_topk > 0) for each in paged}
+    assert {("v32", True, True), ("v4", True, False), ("v4", True, True), ("v41", False, True)} <= sharers
+    assert {each.op.name for each in found} == {"attention_paged", "expand", "pool", "attention_backward"}
+    assert {each.spec.heads for each in sources.of(found, "attention_backward", "triton")} == {16, 64, 128}
+
+
+def test_blocks_of_a_cache_lie_apart_with_nan_between():
+    (subject, *_) = (each for each in sources.sources(["tiny"], H200, ["attention_paged"]) if cases._reads_plain_pages(each))
+    check = next(check for check in cases.checks([subject], ["memcheck"], H200) if check.apart and check.case.sizes.tokens > 64)
+    given = PAGED.inputs(subject.spec, check.case, Draw(3))
+    spaced = cases.operation(check).inputs(subject.spec, check.case, Draw(3))
+    assert torch.equal(given["cache"], spaced["cache"]) and not spaced["cache"].is_contiguous()
+    blocks, width = given["cache"].flatten(1).shape
+    whole = spaced["cache"].as_strided((blocks, width + 64), (width + 64, 1))
+    assert whole[:, width:].isnan().all() and not whole[:, :width].isnan().any()
+    assert cases.operation(cases.Check("memcheck", subject, subject.op.cases(subject.spec)[0])) is subject.op
 
 
 RACES = """========= Error: Race reported between Read access at k+0x100 in m.py:1
@@ -57,61 +139,90 @@ RACES = """========= Error: Race reported between Read access at k+0x100 in m.py
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
+PIECE = SimpleNamespace(tool="racecheck", op="indexer_paged", backend="gluon", name="one")
 
 
 @pytest.mark.parametrize(
-    ("script", "verdict", "cases"),
+    ("script", "seen", "verdict", "cases"),
     [
-        ("echo verified 7 cases; echo ========= ERROR SUMMARY: 0 errors", "clean", 7),
-        ("echo verified 7 cases; echo ========= ERROR SUMMARY: 3 errors; exit 9", "3 errors", 7),
-        ("echo '========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 9", "2 errors", 0),
-        ("echo verified 3 cases; cat RACES; exit 9", "clean but for 1 reports of what is in order", 3),
-        ("echo verified 3 cases; sed s/m.py:2/m.py:3/ RACES; exit 9", "1 errors", 3),
-        ("echo no device; exit 1", "failed", 0),
-        ("echo ========= ERROR SUMMARY: 0 errors", "failed", 0),
-        ("sleep 5", "timeout", 0),
+        ("echo ended 7 of 9 checks; echo ========= ERROR SUMMARY: 0 errors", "clean", "clean", 7),
+        ("echo ended 7 of 7 checks; echo ========= ERROR SUMMARY: 3 errors; exit 9", "3 reports", "3 errors", 7),
+        ("echo '= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 9", "2 reports", "2 errors", 0),
+        ("echo ended 3 of 3 checks; cat RACES; exit 9", "1 reports", "clean but for 1 reports of what is in order", 3),
+        ("echo ended 3 of 3 checks; sed s/m.py:2/m.py:3/ RACES; exit 9", "1 reports", "1 errors", 3),
+        ("cat RACES; exit 9", "1 reports", "failed", 0),
+        ("echo no device; exit 1", "failed", "failed", 0),
+        ("echo ended 3 of 3 checks; exit 1", "failed", "failed", 3),
+        ("echo ========= ERROR SUMMARY: 0 errors", "failed", "failed", 0),
+        ("sleep 5", "timeout", "timeout", 0),
     ],
 )
-def test_a_verdict_is_the_tools(sanitize, tmp_path, monkeypatch, script, verdict, cases):
-    monkeypatch.setattr(sanitize.paths, "cache", lambda: tmp_path)
-    sanitize.line_of.cache_clear()
+def test_a_verdict_is_the_tools(sanitize, tmp_path, monkeypatch, script, seen, verdict, cases):
+    monkeypatch.setattr(reports.paths, "cache", lambda: tmp_path)
+    reports.line_of.cache_clear()
     (tmp_path / "build").mkdir()
     (tmp_path / "build/m.py").write_text("def indexer_paged(\n    gl.warp_specialize(\n    other.store(x)\n")
     (tmp_path / "RACES").write_text(RACES)
     command = ["sh", "-c", script.replace("RACES", str(tmp_path / "RACES"))]
-    outcome = sanitize.check(sanitize.Piece("racecheck", "indexer_paged", "gluon", 0, 1), command, 0.5, tmp_path)
-    assert (outcome.verdict, outcome.cases) == (verdict, cases)
-    assert (tmp_path / "racecheck-indexer_paged-gluon-1of1.txt").exists()
+    status = sanitize.supervised(command, tmp_path / "said.txt", "racecheck", 0.5)
+    text = (tmp_path / "said.txt").read_text()
+    assert reports.first_look(status, text) == seen
+    assert (reports.judged(PIECE, seen, text, ()), reports.ended(text)) == (verdict, cases)
 
 
-def test_only_our_kernels_are_looked_at(sanitize):
-    piece = sanitize.Piece("synccheck", "select", "cuda", 0, 2)
-    command = sanitize.command_of(piece, {"select_row"}, ["tiny", "tiny-gqa"], "--kernel-name")
-    assert command[command.index("--kernel-name") :][:2] == ["--kernel-name", "kns=select_row"]
-    assert command.count("--preset") == 2
-    assert command[command.index("--piece") :] == ["--piece", "synccheck", "select", "cuda", "0", "2"]
+TOOL = f"""#!{sys.executable}
+import os, pickle, sys
+if "--help" in sys.argv:
+    raise SystemExit(print("  --kernel-name "))
+_, piece = pickle.load(open(sys.argv[sys.argv.index("--piece") + 1], "rb"))
+kernels = [word for word in sys.argv if word.startswith("kns=")]
+print(kernels, "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ)
+print(f"ended {{len(piece.checks)}} of {{len(piece.checks)}} checks")
+"""
 
 
-TRAINING = ("attention_backward", "attention_dense", "indexer_backward")
+def test_a_run_compiles_checks_records_and_goes_on(sanitize, some, tmp_path, monkeypatch, capsys):
+    """With a tool that finds nothing; what it is called with, and what is left for a second run."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
+    sanitize.filter_option.cache_clear()
+    wanted = cases.checks([each for each in some if each.op.name == "resolve"], ["memcheck", "racecheck"], H200)
+    first, *others = found = pieces.pieces(wanted)
+    out = tmp_path / "out"
+    out.mkdir()
+    sanitize.check_all(found[:-1], sanitize.Run(H200, out, 2, 20.0, time.time() + 100))
+    entries = ledger.read([out / sanitize.LEDGER])
+    assert {entry["verdict"] for entry in entries} == {"clean"}
+    assert sorted(entry["piece"] for entry in entries) == sorted(piece.name for piece in found[:-1])
+    (left,) = pieces.pieces(wanted, ledger.ended_clean(entries))
+    assert {check.key for check in left.checks} == {check.key for check in others[-1].checks}
+    said = (out / f"{first.name}.txt").read_text()
+    assert "['kns=resolve'] " in said and (first.tool == "memcheck") == ("True" in said.splitlines()[0])
+    sanitize.check_all([left], sanitize.Run(H200, out, 2, 20.0, time.time() + 2))
+    assert f"{left.name}: not begun, {len(left.checks)} cases" in capsys.readouterr().out
 
 
-def test_operations_of_training_and_of_grouped_queries_have_pieces(sanitize):
+def test_operations_of_training_and_of_grouped_queries_are_run():
     """By name and where none is named; in CUDA C++ of many heads too."""
-    gpu, names = sanitize.resolve("h200"), [*TRAINING, "attention_gqa"]
-    named = sanitize.sources(sanitize.MODELS, gpu, names)
+    names = ["attention_backward", "attention_dense", "indexer_backward", "attention_gqa"]
+    named = sources.sources(sources.MODELS, H200, names)
     assert {(each.op.name, each.config.backend) for each in named} == {
         *((name, "triton") for name in names),
         ("attention_dense", "cuda"),
     }
-    assert sanitize.sources(["tiny-gqa"], gpu, ["select"]), "few blocks are chosen, and some of them kept"
+    assert sources.sources(["tiny-gqa"], H200, ["select"]), "few blocks are chosen, and some of them kept"
 
 
-def test_where_none_is_named_all_are_checked(sanitize, monkeypatch):
+def test_where_none_is_named_all_are_checked(monkeypatch):
     """Sources are made for serving's and for training's operations, of every model."""
     asked = []
-    monkeypatch.setattr(sanitize, "sources_of", lambda model, gpu, names: asked.append((model.name, set(names))) or [])
-    sanitize.sources(sanitize.MODELS, sanitize.resolve("h200"))
-    assert asked == [(name, set(sanitize.ops.all_ops())) for name in sanitize.MODELS]
+    monkeypatch.setattr(sources, "_of_model", lambda model, gpu, names: asked.append((model.name, set(names))) or [])
+    monkeypatch.setattr(sources, "FURTHER", ())
+    sources.sources(sources.MODELS, H200)
+    assert asked == [(name, set(sources.ops.all_ops())) for name in sources.MODELS]
 
 
 LISTING = """
@@ -128,8 +239,8 @@ LISTING = """
 TEXT = ["asm(ld.shared);", "asm(st.shared);", "store16(target, load16(from), pass);", "copy_rows(copy16);"]
 
 
-def test_lines_are_read_off_a_listing(sanitize):
-    found = sanitize.source_lines.read(LISTING, TEXT)
+def test_lines_are_read_off_a_listing():
+    found = source_lines.read(LISTING, TEXT)
     assert found["attention", 0x10] == ("LDS", (TEXT[0], TEXT[2]))
     assert found["attention", 0x30] == ("LDGSTS", (TEXT[3],))
     assert found["attention", 0x40] == ("STS", (TEXT[3],))
@@ -147,22 +258,20 @@ def test_lines_are_read_off_a_listing(sanitize):
         ("Read access at other+0x10", "Write access at other+0x30", "a", False),
     ],
 )
-def test_reports_in_cuda_are_known_by_the_lines_of_every_build_they_may_be_of(
-    sanitize, monkeypatch, first, second, builds, known
-):
-    lines = sanitize.source_lines
+def test_reports_in_cuda_are_known_by_the_lines_of_every_build_they_may_be_of(monkeypatch, first, second, builds, known):
+    lines = source_lines
     found = {"a": lines.read(LISTING, TEXT), "b": lines.read(LISTING.replace(" STS", " LDS"), ["x"] * 4)}
     monkeypatch.setattr(lines, "places", lambda folder, gpu: found[folder])
     monkeypatch.setattr(lines, "instructions", lambda folder: {at: name for at, (name, _) in found[folder].items()})
     race = f"Race reported between {first}\n=========     and {second} [8 hazards]"
-    piece = sanitize.Piece("racecheck", "attention", "cuda", 0, 1)
-    assert sanitize.in_order(piece, race, [SimpleNamespace(folder=name, gpu=None) for name in builds]) == known
+    piece = SimpleNamespace(op="attention", backend="cuda")
+    assert reports.in_order(piece, race, [SimpleNamespace(folder=name, gpu=None) for name in builds]) == known
 
 
 @pytest.mark.parametrize(("address", "known"), [("0x20", True), ("0x10", False), ("0x50", False)])
-def test_reads_from_a_block_that_waits_are_known_by_their_line(sanitize, monkeypatch, address, known):
+def test_reads_from_a_block_that_waits_are_known_by_their_line(monkeypatch, address, known):
     """The tool knows the cluster's barrier only; here a block waits for a word of those that read from it."""
-    lines = sanitize.source_lines
+    lines = source_lines
     found = lines.read(LISTING.replace("IMAD", "LD.E.128"), ["x", "y", "uint4 x = load_remote4(theirs);", "z"])
     monkeypatch.setattr(lines, "places", lambda folder, gpu: found)
     monkeypatch.setattr(lines, "instructions", lambda folder: {at: name for at, (name, _) in found.items()})
@@ -172,6 +281,6 @@ def test_reads_from_a_block_that_waits_are_known_by_their_line(sanitize, monkeyp
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
-    (report,) = sanitize._RACE.findall(said)
-    piece = sanitize.Piece("racecheck", "select", "cuda", 0, 1)
-    assert sanitize.in_order(piece, report, [SimpleNamespace(folder="a", gpu=None)]) == known
+    (report,) = reports._RACE.findall(said)
+    piece = SimpleNamespace(op="select", backend="cuda")
+    assert reports.in_order(piece, report, [SimpleNamespace(folder="a", gpu=None)]) == known
