@@ -21,6 +21,7 @@ Exit status: 0 where every case that was wanted is clean, 1 where one is not, or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -153,8 +154,9 @@ def check_all(wanted: Sequence[Piece], run: Run) -> None:
                 each.result()
             if not begun:
                 time.sleep(_POLL)
-    if compiling.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
         os.killpg(compiling.pid, signal.SIGKILL)
+    compiling.wait()
     for piece in waiting:
         print(f"{piece.name}: not begun, {'' if run.is_ready(piece) else 'not compiled, '}{len(piece.checks)} cases")
 
