@@ -151,3 +151,13 @@ def test_the_environment_names_no_gpu(devices, monkeypatch):
     monkeypatch.setenv("DSA_GPU", "h1000")
     with pytest.raises(UnknownName, match="h1000 \\(of DSA_GPU\\)"):
         gpu.detect()
+
+
+@pytest.mark.gpu
+def test_what_is_here_is_taken_from_the_device():
+    """Grids are made for its SMs: those of a slice, where it is one."""
+    found, here = gpu.detect(), torch.cuda.get_device_properties(0)
+    assert found is not None
+    assert (found.sms, found.capability) == (here.multi_processor_count, 10 * here.major + here.minor)
+    assert found.smem_per_block == here.shared_memory_per_block_optin
+    assert found.memory * 0.8 < here.total_memory <= found.memory * 1.05

@@ -5,9 +5,9 @@ By stage: ``indexer`` scores, ``selection`` makes lists, ``attention`` attends t
 Every function raises InputError, naming the argument, before anything is launched, or SpecError, naming the field, where a
 size or option is one that no kernel serves (65 heads of the indexer, topk 5000). "No token" is -1 or any index at or beyond
 the number of tokens, anywhere in a row. All may be captured in a CUDA graph once they have run (or ``warmup`` was called) for
-the sizes in question, and all but ``indexer_logits_chunks``, a loop of the host around one of them, are traced by
-``torch.compile``. Surroundings change nothing: neither the default dtype nor autocast. There is no
-backward: an input that requires a gradient, where gradients are on, is an InputError on every device.
+the sizes in question, and all are traced by ``torch.compile`` (a loop over ``indexer_logits_chunks`` is unrolled). Surroundings
+change nothing: neither the default dtype nor autocast. There is no backward: an input that requires a gradient, where gradients
+are on, is an InputError on every device.
 Queries, keys, latents, weights, lists and caches may be parts of wider rows, strided in all but the last dimension.
 NaN stays where it is: a NaN key or scale gives NaN scores of its token, which ``select`` takes only where nothing else is left;
 a NaN in a chosen token, or in a query, gives NaN in the rows of ``out`` and ``lse`` that it takes part in; a query without a

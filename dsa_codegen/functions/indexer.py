@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import invariance, ops
+from .. import invariance
 from ..errors import InputError
+from ..ops.indexer import OP as INDEXER
 from ..ops.logits import chunk_rows, row_bytes
 from ..problem import checks
 from . import operators
@@ -98,7 +99,7 @@ def indexer_logits_chunks(
         raise InputError("max_bytes", repr(max_bytes), "a whole number")
     checks.check_kind("clean", clean, "bool")
     checks.check_kind("max_window", max_window, "Optional[int]")
-    ops.get("indexer").bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, False)
+    INDEXER.bind(q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, False)
     queries, columns = len(q), len(k) if max_window is None else max_window
     step = chunk_rows(max_bytes, queries, columns, logits)
     if step < queries:

@@ -342,6 +342,21 @@ def test_chunks_refuse_a_budget_of_too_few_rows(budget):
         dsa.indexer_logits_chunks(*tensors, max_bytes=budget)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_loop_over_chunks_is_traced(device):
+    draw = Draw(9, device)
+    q, k = draw.normal(25, 16, 64, dtype=torch.float8_e4m3fn), draw.normal(70, 64, dtype=torch.float8_e4m3fn)
+    ends = torch.full((25,), 70, dtype=torch.int32, device=device)
+
+    def highest(*tensors):
+        return torch.cat([logits.amax(1) for _, logits in dsa.indexer_logits_chunks(*tensors, max_bytes=1 << 13, clean=True)])
+
+    call = q, k, draw.uniform(70), draw.normal(25, 16), torch.zeros_like(ends), ends
+    traced = torch.compile(highest, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(*call), highest(*call))
+    assert len(list(dsa.indexer_logits_chunks(*call, max_bytes=1 << 13))) > 1
+
+
 def test_chunks_refuse_at_the_call():
     with pytest.raises(InputError, match=r"^k_scale"):
         dsa.indexer_logits_chunks(*arguments(k_scale=torch.zeros(19))[:6])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from dsa_codegen.ops.indexer_paged import IndexerPagedSizes, IndexerPagedSpec
 from dsa_codegen.ops.quantize import QuantizeSpec
 from dsa_codegen.problem.caches import IndexKLayout, KvV32Layout, as_pages
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.kv_layouts import kv_layout
+from dsa_codegen.problem.kv_layouts import ROW_SCALES, kv_layout
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch
 
 import emulator
-from support import H200, run_interpreted
+from support import FURTHER, H200, run_interpreted
 
 FP8 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -52,6 +53,7 @@ DECODE = {
     "cuda": Config.of("cuda", splits=1, sharers=0, flat=False, interleave=False),
     "cuda split": Config.of("cuda", splits=2, sharers=0, flat=False, interleave=False),
     "cuda sharers": Config.of("cuda", splits=0, sharers=4, flat=False, interleave=False),
+    "cuda flat": Config.of("cuda", splits=0, sharers=0, flat=True, interleave=False),
     "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
     "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
 }
@@ -84,6 +86,15 @@ def assert_nan_at(logits, columns):
 def test_a_broken_key_scores_nan(device, backend, score):
     with under(device, "indexer", INDEXERS[backend]):
         assert_nan_at(dsa.indexer_logits(*indexer_inputs(device).values(), score=score), [7, 11])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_key_that_nobody_quantised_scores_nan(device, score):
+    inputs = indexer_inputs(device)
+    q, k = (inputs[name].float().bfloat16() for name in ("q", "k"))
+    rest = list(inputs.values())[3:]
+    assert_nan_at(dsa.indexer_logits(q, k, None, *rest, score=score, scores="bf16"), [7])
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -151,6 +162,19 @@ def test_a_broken_row_is_quantised_to_nan_alone(device, power_of_two):
     torch.testing.assert_close(latent[kept], exact[kept].float(), rtol=0.07, atol=0.02)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_query_and_a_broken_latent_are_quantised_to_nan_alone(device):
+    """A row of queries is one head of one token; the scale of a query is in its weight."""
+    exact = Draw(1).normal(5, 8, 64, dtype=torch.bfloat16).to(device)
+    exact[2, 5, 7], exact[4, 0, 0] = math.nan, math.inf
+    values, weights = dsa.quantize_index_q(exact, torch.ones(5, 8, device=device))
+    latents, scales = dsa.quantize_latents(exact)
+    for row in (values.float() * weights[..., None], latents.float() * scales[..., None]):
+        broken = row.isnan().all(-1)
+        assert broken.nonzero().tolist() == [[2, 5], [4, 0]]
+        assert row[~broken].isfinite().all()
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_broken_row_is_quantised_to_nan_alone_interpreted(interpreter, power_of_two):
     exact = Draw(1).normal(9, 64, dtype=torch.bfloat16)
@@ -185,6 +209,38 @@ def test_a_broken_row_is_nan_where_it_is_read_back(device, layout):
     assert latent[3, group * kv.group : (group + 1) * kv.group].isnan().all()
     assert latent[1, kv.group :].isfinite().all()
     assert latent[[0, 2, 4, 5]].isfinite().all()
+
+
+ROWS = [name for name, (scales, _) in ROW_SCALES.items() if scales != "none"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["v41", *ROWS])
+def test_a_broken_row_of_any_channels_is_nan_where_it_is_read_back(device, layout):
+    """In its own group of channels, of its own row, alone."""
+    kv = kv_layout(layout, 64, 256, 0, 256)
+    nope = Draw(2).normal(6, kv.d_nope, dtype=torch.bfloat16).to(device)
+    nope[1, 3], nope[3, kv.d_nope - 1] = math.nan, math.inf
+    cache, slots = kv.empty(1, device).view(1, 64, 1, -1), torch.arange(6, device=device)
+    dsa.store_kv(nope, None, slots, cache, layout=layout)
+    latent = dsa.gather_kv(cache, slots, layout=layout, d_rope=0)
+    broken = torch.zeros_like(latent, dtype=torch.bool)
+    broken[1, : kv.group], broken[3, -kv.group :] = True, True
+    assert latent[broken].isnan().all()
+    assert latent[~broken].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_key_is_nan_where_it_is_read_back(device):
+    layout = IndexKLayout(64, 64)
+    keys, slots = Draw(2).normal(6, 64, dtype=torch.bfloat16).to(device), torch.arange(6, device=device)
+    keys[1, 3], keys[3, 0] = math.nan, -math.inf
+    cache = layout.empty(1, device)
+    dsa.store_index_k(keys, slots, cache)
+    values, scales = dsa.gather_index_k(cache, slots)
+    read = values.float() * scales[:, None]
+    assert read[[1, 3]].isnan().all()
+    assert read[[0, 2, 4, 5]].isfinite().all()
 
 
 def prefill_inputs(device, lengths, sink, heads=16):
@@ -252,6 +308,55 @@ def test_a_row_without_a_token_is_zero_emulated(tmp_path):
     kernels = emulator.cuda_kernels(render(op, spec, PREFILL["cuda"]), tmp_path, "shuffled")
     outputs = Variant(op, spec, PREFILL["cuda"], H200, kernels).run(inputs, op.allocate(spec, inputs))
     assert_padding(outputs["out"], outputs["lse"], True)
+
+
+CLUSTERS = Config.of("cuda", num_stages=3, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224)
+PAIRS = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
+DESIGNS = {  # of kernels for many heads, and for FP8 products: heads, products, config
+    "clusters": (128, "bf16", CLUSTERS),
+    "pairs": (64, "bf16", PAIRS),
+    "two pairs": (128, "bf16", PAIRS.replace(interleave=True)),
+    "fp8 pairs": (64, "fp8", PAIRS.replace(num_stages=4)),
+    "fp8 triton": (16, "fp8", PREFILL["triton"]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_row_without_a_token_is_zero_in_every_design(design, optional):
+    heads, products, config = DESIGNS[design]
+    inputs = prefill_inputs("cuda", optional, optional, heads)
+    options = {"lengths": inputs["lengths"], "sink": inputs["sink"], "math": products}
+    with dispatch.override(ops.get("attention"), config):
+        out, lse = dsa.sparse_attention(*list(inputs.values())[:4], **options)
+    assert_padding(out, lse, optional)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("design", ["pairs", pytest.param("fp8 pairs", marks=FURTHER)])
+def test_a_row_without_a_token_is_zero_in_every_design_emulated(design, tmp_path):
+    heads, products, config = DESIGNS[design]
+    inputs = prefill_inputs("cpu", True, True, heads)
+    if products == "fp8":
+        for name in ("q", "kv"):
+            inputs[name], inputs[f"{name}_scale"] = dsa.quantize_latents(inputs[name])
+    op, spec = ops.get("attention"), AttentionSpec(heads, 576, 64, lengths=True, sink=True, math=products)
+    kernels = emulator.cuda_kernels(render(op, spec, config), tmp_path, "shuffled")
+    outputs = Variant(op, spec, config, replace(H200, sms=1), kernels).run(inputs, op.allocate(spec, inputs))
+    assert_padding(outputs["out"], outputs["lse"], True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_without_a_token_is_zero_in_grouped_queries(device):
+    """Its own keys and values, one list for each KV head; only the broken head is NaN."""
+    inputs = prefill_inputs(device, True, True)
+    draw = Draw(9, device)
+    k, v = (draw.normal(100, 2, width, dtype=torch.bfloat16, scale=0.1) for width in (64, 32))
+    q, lists = inputs["q"][..., :64].contiguous(), inputs["indices"].expand(6, 2, 64).contiguous()
+    lengths = inputs["lengths"][:, None].expand(6, 2).contiguous()
+    out, lse = dsa.sparse_attention_gqa(q, k, v, lists, 0.1, lengths=lengths, sink=inputs["sink"])
+    assert_padding(out, lse, True)
 
 
 def decode_inputs(device, layout, lengths, sink):

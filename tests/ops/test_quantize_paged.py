@@ -115,15 +115,22 @@ def test_of_rows_with_one_slot_the_last_is_stored(interpreter, layout, width, to
     assert accuracy.passed, accuracy.detail
 
 
-def test_the_reference_stores_the_last_row_of_a_slot_whole():
-    draw = Draw(3)
-    rows, slots = draw.normal(500, 576, dtype=torch.bfloat16), draw.integers(0, 60, 500)
-    cache = caches.KvV32Layout(64).empty(1)
-    dsa.store_kv(rows[:, :512], rows[:, 512:], slots, cache)
-    last = torch.tensor([int((slots == slot).nonzero()[-1]) for slot in slots.unique()])
-    alone = caches.KvV32Layout(64).empty(1)
-    dsa.store_kv(rows[last, :512].contiguous(), rows[last, 512:].contiguous(), slots[last], alone)
-    assert torch.equal(cache, alone)
+@pytest.mark.parametrize("tokens", [500, 3500])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_last_row_of_a_slot_is_stored_whole(device, tokens):
+    """Few rows are compared with each other, many claim their slots first; latents and keys alike, and in every run."""
+    draw = Draw(3, device)
+    rows, slots = draw.normal(tokens, 576, dtype=torch.bfloat16), draw.integers(0, 60, tokens)
+    last = torch.tensor([int((slots == slot).nonzero()[-1]) for slot in slots.unique()], device=device)
+    kv, keys = caches.KvV32Layout(64), caches.IndexKLayout(64, 128)
+    alone = kv.empty(1, device), keys.empty(1, device)
+    dsa.store_kv(rows[last, :512].contiguous(), rows[last, 512:].contiguous(), slots[last], alone[0])
+    dsa.store_index_k(rows[last, :128].contiguous(), slots[last], alone[1])
+    for _ in range(3):
+        cache = kv.empty(1, device), keys.empty(1, device)
+        dsa.store_kv(rows[:, :512], rows[:, 512:], slots, cache[0])
+        dsa.store_index_k(rows[:, :128].contiguous(), slots, cache[1])
+        assert all(map(torch.equal, cache, alone))
 
 
 def test_many_rows_are_claimed_first():

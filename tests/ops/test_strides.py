@@ -30,6 +30,7 @@ from dsa_codegen.problem.compare import same_bits
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import poison
+from dsa_codegen.runtime import dispatch
 
 from layer_inputs import TINY, decode_inputs, prefill_inputs
 from support import H200, arguments, run_interpreted
@@ -282,6 +283,23 @@ def test_one_build_serves_all_lists_and_pages(name, config, own, other):
     assert first.code == second.code
     if backend != "tilelang":  # takes seconds to say its version
         assert folder_of(first, H200) == folder_of(second, H200)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")
+def test_another_list_length_and_page_compile_nothing_on_a_gpu():
+    """What a first request of a new shape waits for is counted: nothing, where only these differ."""
+    waited = []
+    for topk, page in ((64, 64), (96, 32), (200, 16)):
+        spec = AttentionPagedSpec(16, topk, page=page)
+        inputs = ops.get("attention_paged").inputs(spec, Case(AttentionPagedSizes(20, 1, 500), "random"), Draw(1, "cuda"))
+        q, kv = inputs["q"][:, 0], torch.randn(300, 1, 576, device="cuda").bfloat16()
+        with dispatch.override(ops.get("attention_paged"), TRITON["attention_paged"].replace(splits=1)):
+            dsa.sparse_attention_paged(*(inputs[name] for name in ("q", "cache", "indices", "sm_scale")))
+        with dispatch.override(ops.get("attention"), TRITON["attention"]):
+            dsa.sparse_attention(q, kv, inputs["indices"], inputs["sm_scale"])
+        waited.append(sum(count for name, count in dsa.stats().items() if name.endswith("built during a call")))
+    assert waited[0] == waited[1] == waited[2]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,15 +11,17 @@ import torch
 import dsa_codegen as dsa
 from dsa_codegen import ops
 from dsa_codegen.ops.attention import AttentionSizes, AttentionSpec
+from dsa_codegen.ops.attention_paged import AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem import compare
 from dsa_codegen.problem.caches import IndexKLayout, KvV32Layout
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 
-from layer_inputs import TINY, decode_inputs
+from layer_inputs import TINY, decode_inputs, prefill_inputs
 from support import run_interpreted
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_EVERY_DESIGN = [("cpu", 16), *(pytest.param("cuda", heads, marks=pytest.mark.gpu) for heads in (16, 64, 128))]
 LAYER = dsa.Layer(TINY)
 SMALL = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
 
@@ -63,10 +65,10 @@ def test_caches_of_several_layers_may_share_a_record(device):
     assert_same(plain, LAYER.decode(**inputs))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_token_that_is_listed_thrice_counts_thrice(device):
+@pytest.mark.parametrize(("device", "heads"), ON_EVERY_DESIGN)
+def test_a_token_that_is_listed_thrice_counts_thrice(device, heads):
     draw = Draw(1, device)
-    q, kv = draw.normal(1, 8, 576, dtype=torch.bfloat16), draw.normal(9, 1, 576, dtype=torch.bfloat16, scale=0.1)
+    q, kv = draw.normal(1, heads, 576, dtype=torch.bfloat16), draw.normal(9, 1, 576, dtype=torch.bfloat16, scale=0.1)
     indices = torch.full((1, 1, 64), -1, dtype=torch.int32, device=device)
     indices[..., :4] = torch.tensor([3, 5, 3, 3], dtype=torch.int32)
     out, lse = dsa.sparse_attention(q, kv, indices, 0.1)
@@ -75,18 +77,36 @@ def test_a_token_that_is_listed_thrice_counts_thrice(device):
     torch.testing.assert_close(out[0].float(), scores.softmax(-1) @ kv[[3, 5], 0, :512].float(), rtol=2e-2, atol=2e-3)
 
 
-def sink_inputs(device):
-    spec = AttentionSpec(16, 576, 64, sink=True)
+def sink_inputs(device, heads=16):
+    spec = AttentionSpec(heads, 576, 64, sink=True)
     inputs = dict(ops.get("attention").inputs(spec, Case(AttentionSizes(3, 90), "ragged"), Draw(2, device)))
     inputs["sink"][0], inputs["sink"][1] = math.inf, -math.inf
     return spec, inputs
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_sinks_may_be_infinite(device):
-    _, inputs = sink_inputs(device)
+@pytest.mark.parametrize(("device", "heads"), ON_EVERY_DESIGN)
+def test_sinks_may_be_infinite(device, heads):
+    _, inputs = sink_inputs(device, heads)
     out, lse = dsa.sparse_attention(*list(inputs.values())[:4], sink=inputs["sink"])
     plain, plain_lse = dsa.sparse_attention(*list(inputs.values())[:4])
+    assert_sinks_are_infinite(out, lse, plain, plain_lse)
+
+
+@pytest.mark.parametrize(("device", "heads"), ON_EVERY_DESIGN)
+@pytest.mark.parametrize("layout", ["v32", "v4"])
+def test_sinks_of_a_cache_may_be_infinite(device, heads, layout):
+    op = ops.get("attention_paged")
+    spec = AttentionPagedSpec(heads, 64, layout, sink=True)
+    inputs = op.inputs(spec, Case(AttentionPagedSizes(3, 1, 200), "ragged"), Draw(2, device))
+    inputs["sink"][0], inputs["sink"][1] = math.inf, -math.inf
+    given = [inputs[name] for name in ("q", "cache", "indices", "sm_scale")]
+    out, lse = dsa.sparse_attention_paged(*given, sink=inputs["sink"])
+    plain, plain_lse = dsa.sparse_attention_paged(*given)
+    assert_sinks_are_infinite(*(each[:, 0] for each in (out, lse, plain, plain_lse)))
+
+
+def assert_sinks_are_infinite(out, lse, plain, plain_lse):
+    """Head 0's takes all weight, head 1's none; lse knows of neither."""
     assert not out[:, 0].any()
     torch.testing.assert_close(out[:, 1], plain[:, 1], rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(lse, plain_lse, rtol=1e-6, atol=1e-6)
@@ -146,6 +166,33 @@ def test_traces_with_dynamic_shapes_give_the_same(device):
         scores = Draw(rows, device).normal(rows, columns)
         ends = torch.full((rows,), columns, dtype=torch.int32, device=device)
         assert torch.equal(traced(scores, ends), step(scores, ends))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_traces_of_attention_with_dynamic_shapes_give_the_same(device):
+    def step(q, kv, indices):
+        return dsa.sparse_attention(q, kv, indices, 0.1)[0] + 1
+
+    traced = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for queries, tokens in ((3, 200), (5, 333), (2, 70)):
+        draw = Draw(queries, device)
+        q, kv = (draw.normal(each, 16, 576, dtype=torch.bfloat16) for each in (queries, tokens))
+        given = q, kv[:, :1].contiguous(), draw.integers(-1, tokens, queries, 1, 64)
+        assert torch.equal(traced(*given), step(*given))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_a_rank_without_a_sequence_decodes_nothing(device, next_n):
+    """Nor does one without a query prefill anything; what comes out has the shapes and types of any other step."""
+    for call, inputs, rows in (
+        (LAYER.decode, decode_inputs(TINY, 0, next_n, 200, device), (0, next_n)),
+        (LAYER.prefill, prefill_inputs(TINY, 0, 150, device), (0,)),
+    ):
+        out, lse, chosen = call(**inputs)
+        assert out.shape == (*rows, TINY.heads, 512) and out.dtype == torch.bfloat16
+        assert lse.shape == (*rows, TINY.heads) and lse.dtype == torch.float32
+        assert chosen.shape[:-1] == rows and chosen.dtype == torch.int32
 
 
 @pytest.mark.gpu
@@ -239,6 +286,19 @@ def test_a_cache_lies_beyond_two_gigabytes():
     assert_same(
         dsa.sparse_attention_paged(q, near, indices, 0.04), dsa.sparse_attention_paged(q, cache, indices + far * 64, 0.04)
     )
+
+
+@pytest.mark.gpu
+def test_pages_of_bf16_lie_beyond_two_billion_elements():
+    """70000 blocks of 64 rows: 2.6 · 10^9 elements, of which the last are attended to, by few rows and by a prompt's many."""
+    blocks, far, draw = 70000, 69000, Draw(0, "cuda")
+    cache = torch.zeros(blocks, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
+    cache[far : far + 40] = near = draw.normal(40, 64, 1, 576, dtype=torch.bfloat16, scale=0.1)
+    for rows in (2, 300):
+        q = draw.normal(rows, 1, 128, 576, dtype=torch.bfloat16)
+        indices = torch.stack([draw.permutation(40 * 64)[:2048] for _ in range(rows)])[:, None].int()
+        there = dsa.sparse_attention_paged(q, cache, indices + far * 64, 0.04, layout="bf16")
+        assert_same(there, dsa.sparse_attention_paged(q, near, indices, 0.04, layout="bf16"))
 
 
 @pytest.mark.gpu
