@@ -180,8 +180,7 @@ def index_select_paged(
             return _adapted(made, ends, begins, pages if slots else None, rule, adaptive.of_rows(own), buffers, sms)
         return _choose(made, ends, begins, pages if slots else None, rule, flat, written, sms)
 
-    fitting = chunk_rows(max_bytes, batch * next_n, max_context, logits) // max(next_n, 1)
-    step = batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
+    step = _sequences(max_bytes, batch, next_n, max_context, logits)
     if step >= batch:
         return choose(slice(None), out).view(batch, next_n, rule.topk)
     INDEXER_PAGED.bind(q, cache, weights, lengths, page_table, max_context, score, logits, False, scores, False)
@@ -190,6 +189,45 @@ def index_select_paged(
         rows = slice(first, min(first + step, batch))
         choose(rows, out[rows])
     return out
+
+
+def candidates_paged(
+    q: Tensor,
+    cache: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    max_context: int,
+    topk: int,
+    held: tuple[int, int, int],
+    *,
+    logits: str = "fp32",
+    max_bytes: int = LOGITS_BYTES,
+    sms: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """What ``index_select_paged`` would choose in a part of each sequence, for a choice from all of it.
+
+    Args:
+        q, cache, weights, page_table, max_context, logits, max_bytes, sms: as there, of the part.
+        lengths: int32 [batch, next_n], of the part, none beyond the pages of the table.
+        topk: 64 to 4096, of the whole choice.
+        held: offset, stride and block of ``distributed.Shard``.
+        options: score, batch_invariant of ``indexer_logits_paged``.
+
+    Returns:
+        int32 [batch · next_n, 2, topk], see ``functions.candidates_of``.
+    """
+    batch, next_n = checks.tensor("lengths", lengths, (None, None), torch.int32).shape
+    step = _sequences(max_bytes, batch, next_n, max_context, logits)
+    options |= {"logits": logits, "sms": sms}
+    found = []
+    for first in range(0, max(batch, 1), max(step, 1)):
+        rows, own = slice(first, first + step), slice(first * next_n, (first + step) * next_n)
+        ends, table = lengths[rows], page_table[rows]
+        made = functions.indexer_logits_paged(q[rows], cache, weights[own], ends, table, max_context, **options)
+        found.append(functions.candidates_of(made, functions.select(made, ends.flatten(), topk, sms=sms), held))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
@@ -208,6 +246,12 @@ def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
     token = tokens.view(len(page_table), -1)
     block = page_table.gather(1, token.clamp(min=0).long() // page)
     return torch.where((token < 0) | (block < 0), -1, block * page + token % page).view(tokens.shape)
+
+
+def _sequences(max_bytes: int, batch: int, next_n: int, columns: int, logits: str) -> int:
+    """How many sequences' logits to compute at a time: all, or as many whole groups of 4 as the budget allows, at least one."""
+    fitting = chunk_rows(max_bytes, batch * next_n, columns, logits) // max(next_n, 1)
+    return batch if fitting >= batch else max(_ALIGNED_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
 
 
 def _new_spec(topk: int, page: int, keep_first: int, keep_recent: int) -> SelectSpec:

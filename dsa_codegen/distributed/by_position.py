@@ -11,10 +11,14 @@ from .. import choice, functions
 from ..errors import InputError
 from ..problem import checks
 from ..problem.channels import D_V
+from ..problem.paged import check_cache
 from .candidates import NO_TOKEN, merge_ascending, merge_choices
 from .gather import exchanged, gathered, gathered_together, place
-from .outputs import joined
+from .outputs import merge_attention
 from .shard import Shard
+
+DEALT_BYTES = 1 << 20
+"""Where so many bytes of candidates would come to every rank, the rows that are merged are dealt out."""
 
 
 def index_select_by_position(
@@ -51,21 +55,37 @@ def index_select_by_position(
     """
     place(group)
     batch, next_n = checks.tensor("lengths", lengths, (None, None), torch.int32).shape
-    longest = int(shard.count(torch.tensor(max_context)))
-    scores = torch.empty(batch, next_n, topk, dtype=torch.float32, device=lengths.device)
-    mine = cache, weights, shard.count(lengths), page_table, longest
+    pages = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=lengths, inner_contiguous=True).shape[1]
+    head_dim = checks.rows("q", q, (batch, next_n, None, None), checks.FP8, like=lengths).shape[-1]
+    page = check_cache("cache", cache, head_dim + 4, like=lengths)
+    counts = shard.counted(lengths, pages * page)
+    mine = cache, weights, counts, page_table, int(shard.count(torch.tensor(max_context)))
     options: dict[str, Any] = {"score": score, "logits": logits, "max_bytes": max_bytes, "sms": sms}
     options["batch_invariant"] = batch_invariant
-    local = choice.index_select_paged(q, *mine, topk, slots=False, chosen_scores=scores, **options)
-    candidates = torch.stack([shard.to_global(local, NO_TOKEN), scores.view(torch.int32)]).flatten(1, 2)
-    everyone = gathered(candidates, group)  # [world, 2, rows, topk]
+    candidates = choice.candidates_paged(q, *mine, topk, (shard.offset, shard.stride, shard.block), **options)
     if not (keep_first or keep_recent):
-        return merge_ascending(everyone, topk).view(batch, next_n, topk)
-    tokens, ranked = everyone.permute(1, 2, 0, 3).flatten(2)
+        return _merged(candidates, topk, group).view(batch, next_n, topk)
+    tokens, ranked = gathered(candidates, group).permute(2, 1, 0, 3).flatten(2)
     kept: dict[str, Any]
     kept = {"ends": lengths.flatten().clamp(max=max_context), "keep_first": keep_first, "keep_recent": keep_recent}
     merged = merge_choices(ranked.view(torch.float32), tokens.masked_fill(tokens == NO_TOKEN, -1), topk, **kept)
     return merged.view(batch, next_n, topk)
+
+
+def _merged(candidates: Tensor, topk: int, group: Any) -> Tensor:
+    """int32 [rows, topk], of the candidates [rows, 2, topk] of every rank; the same on every rank.
+
+    Either all candidates come to every rank, or those of some rows, and then their choices come to all: one message more, but
+    bytes and merging that do not grow with the ranks.
+    """
+    rows, world = len(candidates), place(group)[1]
+    if (world - 1) * candidates.numel() * candidates.element_size() < DEALT_BYTES:
+        return merge_ascending(gathered(candidates, group), topk)
+    share = -(-rows // world)
+    if rows < share * world:
+        candidates = torch.nn.functional.pad(candidates, (0, 0, 0, 0, 0, share * world - rows), value=NO_TOKEN)
+    (come,) = exchanged([candidates.view(world, share, *candidates.shape[1:])], group)
+    return gathered(merge_ascending(come, topk), group).flatten(0, 1)[:rows]
 
 
 def sparse_attention_by_position(
@@ -118,4 +138,4 @@ def sparse_attention_by_position(
         sink = None if sink is None else sink[rank * heads : (rank + 1) * heads].clone()
     else:
         outs, lses = gathered_together([out, lse], group)
-    return joined(outs, lses, sink)
+    return merge_attention(outs, lses, sink)

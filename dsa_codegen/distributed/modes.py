@@ -175,7 +175,7 @@ class ContextParallel(Alone):
         return (*sparse_attention_by_position(*parts, **more), chosen)
 
     def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
-        """Decode selects tokens, then among the candidates of all ranks, and attends to counted lists without sinks."""
+        """Decode selects tokens, then among the candidates of all ranks, attends to counted lists without sinks, and merges."""
         if model.kv_layout == NO_CACHE:
             return
         highest, select, attention = limits.highest(), ops.get("select"), ops.get("attention_paged")
@@ -188,6 +188,9 @@ class ContextParallel(Alone):
         for spec in attention.specs(model):
             counted = AttentionPagedSpec.from_dict({**spec.to_dict(), "lengths": True, "sink": False})
             wanted.append((attention, counted, highest["attention_paged"]))
+        heads = None if rows["rows"] is None else rows["rows"] * model.heads
+        for name, number in (("candidates", rows["rows"]), ("merge_lists", rows["rows"]), ("merge_parts", heads)):
+            wanted += [(ops.get(name), spec, {"rows": number}) for spec in ops.get(name).specs(model)]
         for op, spec, largest in wanted:
             if 0 not in largest.values():
                 yield from ((op, spec, sizes) for sizes in buckets(op, spec, largest))

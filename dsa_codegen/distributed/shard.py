@@ -61,6 +61,24 @@ class Shard:
             place = torch.sub(place, whole, alpha=self.stride).clamp_(max=self.block).add_(whole, alpha=self.block)
         return (place if self.tokens == _MOST else place.clamp_(max=self.tokens)).int()
 
+    def counted(self, lengths: Tensor, most: int) -> Tensor:
+        """``count``, and no more than ``most``: lengths are looked up among the rank's tokens, in one launch instead of seven.
+
+        Their list is made at the first call; where that is captured in a CUDA graph, nothing is kept.
+        """
+        most, key = min(most, self.tokens), (self, most, lengths.device)
+        if key not in _HELD:
+            if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self.count(lengths).clamp_(max=most)
+            if len(_HELD) >= _MOST_LISTS:
+                _HELD.clear()
+            _HELD[key] = self.to_global(torch.arange(most, dtype=torch.int32, device=lengths.device))
+        return torch.searchsorted(_HELD[key], lengths, out_int32=True)
+
+
+_HELD: dict[tuple[Shard, int, torch.device], Tensor] = {}
+_MOST_LISTS = 16
+
 
 def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     """What a rank has of a choice: its own tokens in front, in the order of the choice, and how many they are.

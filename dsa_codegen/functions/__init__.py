@@ -39,11 +39,12 @@ from .caches import (
     store_latent,
 )
 from .indexer import indexer_logits, indexer_logits_chunks, indexer_logits_paged, pool_index_k
-from .selection import adapt, expand_blocks, resolve, resolve_own, select
+from .selection import adapt, candidates_of, expand_blocks, merge_candidates, resolve, resolve_own, select
 
 __all__ = [
     "adapt",
     "as_int32",
+    "candidates_of",
     "expand_blocks",
     "gather_index_k",
     "gather_kv",
@@ -51,6 +52,7 @@ __all__ = [
     "indexer_logits",
     "indexer_logits_chunks",
     "indexer_logits_paged",
+    "merge_candidates",
     "pool_index_k",
     "quantize_index_k",
     "quantize_index_q",

@@ -143,3 +143,32 @@ def resolve_own(chosen: Tensor, page_table: Tensor, page: int, held: tuple[int, 
     """
     slots, counts = operators.resolve(chosen, page_table, page, False, *held)
     return slots, counts
+
+
+def candidates_of(logits: Tensor, tokens: Tensor, held: tuple[int, int, int] = (0, 1, 1)) -> Tensor:
+    """What a part of a sequence offers to a choice from all of it: chosen tokens, by the sequence's numbers, and their scores.
+
+    Args:
+        logits: fp32 or bf16 [rows, columns] of the part's tokens; rows may be strided.
+        tokens: int32 [rows, topk], from ``select`` over these; -1 for none.
+        held: offset, stride and block of ``distributed.Shard``.
+
+    Returns:
+        int32 [rows, 2, topk]: tokens, 2^31 - 1 for none, and the bits of their fp32 scores, -inf for none.
+    """
+    return operators.candidates_of(logits, tokens, *held)
+
+
+def merge_candidates(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates of several parts in the order of their tokens, so that ``select`` chooses as from all scores, ties included.
+
+    Args:
+        candidates: int32 [parts, rows, 2, topk], of each part what ``candidates_of`` gives of tokens that ascend; no token is in
+            two parts. 1 to 128 parts.
+
+    Returns:
+        fp32 [rows, parts · topk], scores; int32 of the same shape, tokens; int32 [rows], how many there are. Behind them is
+        anything.
+    """
+    ranked, tokens, ends = operators.merge_candidates(candidates)
+    return ranked, tokens, ends

@@ -71,6 +71,15 @@ def test_a_cache_sharded_by_position_serves_alike(results, world, name, batch, n
                 assert result.passed, result.detail
 
 
+@WORLDS
+@pytest.mark.parametrize("name", ["tokens", "pages", "stretches"])
+def test_candidates_may_be_merged_by_some_rows_of_each_rank(results, world, name):
+    """Also where rows are fewer than ranks, or none."""
+    for batch, _ in ranks.STEPS:
+        tokens = by_one_rank(batch, dict(ranks.STEPS)[batch], 0, False)[0]
+        assert all(torch.equal(rank["position"]["dealt", name, batch], tokens) for rank in results[world])
+
+
 @pytest.mark.parametrize("world", [world for world in ranks.worlds(4) if not deepseek_layer.HEADS % world])
 def test_a_module_with_its_heads_split_gives_what_the_whole_one_does(results, world):
     expected = deepseek_layer.steps_of_module()

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import dsa_codegen as dsa
 from dsa_codegen import distributed
 from dsa_codegen.distributed import ContextParallel, DataParallel, Deal, Shard, TensorParallel
+from dsa_codegen.distributed import by_position as by_position_module
 from dsa_codegen.problem.caches import KvV32Layout
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.presets import Model
@@ -156,6 +158,7 @@ def by_position(group: Any, rank: int, world: int, device: str) -> dict:
             mine = on(device, exact_inputs.part_of(inputs, kv_cache, each[rank], PAGE))
             inputs, q, sink = on(device, (inputs, q, sink))
             call = {**inputs, "cache": mine["cache"], "page_table": mine["page_table"], "topk": TOPK, "shard": each[rank]}
+            found["dealt", name, batch] = merged_by_rows(lambda call=call: distributed.index_select_by_position(**call, group=group))
             for number, keep in enumerate(KEEP):
                 chosen = distributed.index_select_by_position(**call, group=group, **keep)
                 for sinks in (None, sink):
@@ -170,6 +173,15 @@ def by_position(group: Any, rank: int, world: int, device: str) -> dict:
                         **{"page": PAGE, "group": group, "sink": sink, "own_heads": True},
                     )
     return found
+
+
+def merged_by_rows(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The call, with the merge's rows dealt out to the ranks however few they are."""
+    before, by_position_module.DEALT_BYTES = by_position_module.DEALT_BYTES, 0
+    try:
+        return call()
+    finally:
+        by_position_module.DEALT_BYTES = before
 
 
 def own_rows(step: dict, deal: Deal, rank: int) -> dict:

@@ -37,7 +37,7 @@ class Timed:
     exchange_us: float
     """Of the same collectives alone."""
     exposed_us: float
-    """What the step takes longer than where nothing is exchanged."""
+    """What the step takes longer than where what is exchanged is there already."""
     agreeing: float
     """Share of the chosen that one rank chooses too, where it is lowest."""
     similarity: float
@@ -101,7 +101,7 @@ def _time_way(way: Way, rank: Rank, captured: bool) -> Timed:
     if messages:
         collectives, count, _ = _prepared(transport.Collectives(messages, rank.device), rank, captured)
         exchange = statistics.median(rank.time_us(collectives) / count for _ in range(rounds))
-        with transport.absent(rank.world):
+        with transport.absent(messages):
             silent, count, _ = _prepared(way.run, rank, captured)
             exposed = statistics.median(times) - statistics.median(rank.time_us(silent) / count for _ in range(rounds))
     spread = min(times), max(times)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from ...distributed import gather
 
 _COLLECTIVES = ("_start", "_exchange", "_gather_parts")
 """Of ``distributed.gather``: everything that leaves a rank goes through one of them."""
+_STARTED = "_start"
+"""The one that may be under way when it returns, with what to wait for."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Message:
     name: str
     shape: torch.Size
     rest: tuple[Any, ...]
+    come: Tensor
+    """What arrived."""
 
 
 @contextmanager
@@ -44,8 +49,10 @@ def noted() -> Iterator[list[Message]]:
 
     def noting(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def note(sent: Tensor, *rest: Any, **named: Any) -> Any:
-            messages.append(Message(name, sent.shape, (*rest, *named.values())))
-            return collective(sent, *rest, **named)
+            found = collective(sent, *rest, **named)
+            come = found[0] if name == _STARTED else found
+            messages.append(Message(name, sent.shape, (*rest, *named.values()), come))
+            return found
 
         return note
 
@@ -54,17 +61,22 @@ def noted() -> Iterator[list[Message]]:
 
 
 @contextmanager
-def absent(world: int) -> Iterator[None]:
-    """Inside the block nothing is exchanged: every rank takes its own message for those of all others.
+def absent(messages: Sequence[Message]) -> Iterator[None]:
+    """Inside the block nothing is exchanged: what a step was seen to receive is there already, run after run.
 
-    Results are not those of the step; as much is computed, on numbers of the same kind.
+    Its own message in place of the others' would not do: candidates that come twice are chosen twice, and attended to.
     """
-    silent: dict[str, Callable[..., Any]] = {
-        "_start": lambda sent, group, wait: (sent.expand(world, len(sent)).contiguous(), None),
-        "_exchange": lambda sent, group: sent.clone(),
-        "_gather_parts": lambda sent, sizes, group: torch.cat([sent.repeat(-(-size // len(sent)))[:size] for size in sizes]),
-    }
-    with _in_their_place(lambda name, collective: silent[name]):
+    arrived = itertools.cycle(messages)
+
+    def arriving(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def take(sent: Tensor, *rest: Any, **named: Any) -> Any:
+            message = next(arrived)
+            assert (message.name, message.shape) == (name, sent.shape), "a step that sends other messages every time"
+            return (message.come, None) if name == _STARTED else message.come
+
+        return take
+
+    with _in_their_place(arriving):
         yield
 
 
@@ -77,7 +89,7 @@ class Collectives:
     def __call__(self) -> None:
         for message, sent in self._calls:
             found = getattr(gather, message.name)(sent, *message.rest)
-            if message.name == "_start" and found[1] is not None:
+            if message.name == _STARTED and found[1] is not None:
                 found[1].wait()
 
 
