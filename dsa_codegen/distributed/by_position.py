@@ -17,8 +17,10 @@ from .gather import exchanged, gathered, gathered_together, place
 from .outputs import merge_attention
 from .shard import Shard
 
-DEALT_BYTES = 1 << 20
-"""Where so many bytes of candidates would come to every rank, the rows that are merged are dealt out."""
+DEALT_BYTES = 2 << 20
+"""Where so many bytes of candidates would come to every rank, the rows that are merged are dealt out.
+
+Two H200s: an all-gather of 1 MB takes 17.5 µs, half of it exchanged and choices gathered 13.6 and 8.5; every further MB 12."""
 
 
 def index_select_by_position(

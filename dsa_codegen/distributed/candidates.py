@@ -11,6 +11,7 @@ from ..ops.candidates import NO_TOKEN
 from ..ops.select import SelectSpec
 from ..problem import checks
 
+
 def merge_choices(
     scores: Tensor,
     tokens: Tensor,

@@ -192,5 +192,5 @@ def _widest(each: Tensor) -> Tensor:
     size = each.element_size()
     if not each.numel() or each.stride(-1) != 1:
         return each
-    word = _word(size * each.shape[-1], size * each.storage_offset(), *(size * stride for stride in each.stride()[:-1]))
+    word = _word(*(size * int(apart) for apart in (each.shape[-1], each.storage_offset(), *each.stride()[:-1])))
     return each.view(_WORDS[word]) if word > size else each

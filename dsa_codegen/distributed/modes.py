@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,11 +86,29 @@ class Alone:
 
     def prefill(self, step: PrefillStep) -> Results:
         """The stages one after another."""
-        return self._attend(step, choice.index_select(*step.scored, **step.options))
+        return self._attend(step, self.choose(*step.scored, **step.options))
 
     def decode(self, step: DecodeStep) -> Results:
         """The stages one after another."""
-        return self._attend_paged(step, choice.index_select_paged(*step.scored, **step.options))
+        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"], **step.stored}
+        options["lengths"] = step.options.get("chosen_lengths")
+        chosen = self.choose_paged(*step.scored, page=step.page, **step.options)
+        attended = self.attend_paged(step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, page=step.page, **options)
+        return (*attended, chosen)
+
+    def choose(self, *scored: Any, **options: Any) -> Tensor:
+        """``index_select`` of the step's rows."""
+        return choice.index_select(*scored, **options)
+
+    def choose_paged(self, *scored: Any, page: int, **options: Any) -> Tensor:
+        """``index_select_paged`` of the step's sequences."""
+        return choice.index_select_paged(*scored, **options)
+
+    def attend_paged(
+        self, q: Tensor, kv_cache: Tensor, chosen: Tensor, page_table: Tensor, sm_scale: float, *, page: int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``sparse_attention_paged`` to what ``choose_paged`` chose."""
+        return functions.sparse_attention_paged(q, kv_cache, chosen, sm_scale, **options)
 
     def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
         """Calls, for a layer's warmup, beyond those of a layer that is alone."""
@@ -100,11 +118,6 @@ class Alone:
         options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"], **step.stored}
         options["lengths"] = step.options.get("chosen_lengths")
         return (*functions.sparse_attention(step.q, step.kv, chosen[:, None], step.sm_scale, **options), chosen)
-
-    def _attend_paged(self, step: DecodeStep, chosen: Tensor) -> Results:
-        options: dict[str, Any] = {"sink": step.sink, "batch_invariant": step.options["batch_invariant"], **step.stored}
-        options["lengths"] = step.options.get("chosen_lengths")
-        return (*functions.sparse_attention_paged(step.q, step.kv_cache, chosen, step.sm_scale, **options), chosen)
 
 
 @dataclass(frozen=True)
@@ -121,14 +134,13 @@ class TensorParallel(Alone):
     group: Any = None
     bounds: Sequence[int] | None = None
 
-    def prefill(self, step: PrefillStep) -> Results:
-        """Choices of all rows, attention of the rank's heads."""
-        return self._attend(step, index_select_by_rows(*step.scored, group=self.group, bounds=self.bounds, **step.options))
+    def choose(self, *scored: Any, bounds: Sequence[int] | None = None, **options: Any) -> Tensor:
+        """Choices of all rows, of which each rank scores some: as ``bounds`` says, or else the mode's."""
+        return index_select_by_rows(*scored, group=self.group, bounds=bounds or self.bounds, **options)
 
-    def decode(self, step: DecodeStep) -> Results:
-        """Choices of all sequences, attention of the rank's heads."""
-        chosen = index_select_paged_by_rows(*step.scored, group=self.group, bounds=self.bounds, **step.options)
-        return self._attend_paged(step, chosen)
+    def choose_paged(self, *scored: Any, page: int, **options: Any) -> Tensor:
+        """Choices of all sequences, of which each rank scores some."""
+        return index_select_paged_by_rows(*scored, group=self.group, bounds=self.bounds, **options)
 
 
 @dataclass(frozen=True)
@@ -164,15 +176,22 @@ class ContextParallel(Alone):
             *first, step.starts, step.ends, step.topk, step.sm_scale, self._deal(len(step.q)), **arguments
         )
 
-    def decode(self, step: DecodeStep) -> Results:
+    def choose_paged(self, *scored: Any, page: int, **options: Any) -> Tensor:
+        """Tokens of each sequence, the same on every rank, from the candidates of all parts."""
+        choose: Callable[..., Tensor] = index_select_by_position
+        return choose(*scored, self.held(page), group=self.group, **options)
+
+    def attend_paged(
+        self, q: Tensor, kv_cache: Tensor, chosen: Tensor, page_table: Tensor, sm_scale: float, *, page: int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """All sequences, over the rank's part of each."""
-        rank, world = place(self.group)
-        shard = self.shard or Shard.interleaved(rank, world, step.page)
-        chosen = index_select_by_position(*step.scored, shard, group=self.group, **step.options)
-        more: dict[str, Any] = {"page": step.page, "group": self.group, "sink": step.sink, "own_heads": self.own_heads}
-        more |= {"batch_invariant": step.options["batch_invariant"], **step.stored}
-        parts = step.q, step.kv_cache, chosen, step.page_table, step.sm_scale, shard
-        return (*sparse_attention_by_position(*parts, **more), chosen)
+        options.pop("lengths", None)  # of lists that an adaptive rule shortened, which this mode does not have
+        options |= {"page": page, "group": self.group, "own_heads": self.own_heads}
+        return sparse_attention_by_position(q, kv_cache, chosen, page_table, sm_scale, self.held(page), **options)
+
+    def held(self, page: int) -> Shard:
+        """Which tokens the rank's caches hold."""
+        return self.shard or Shard.interleaved(*place(self.group), page)
 
     def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
         """Decode selects tokens, then among the candidates of all ranks, attends to counted lists without sinks, and merges."""
@@ -231,17 +250,19 @@ class DataParallel(Alone):
 
     def prefill(self, step: PrefillStep) -> Results:
         """The rank's own rows, or those of all ranks."""
-        return self._everyones(super().prefill(step))
+        out, lse, chosen = map(self.everyones, super().prefill(step))
+        return out, lse, chosen
 
     def decode(self, step: DecodeStep) -> Results:
         """The rank's own sequences, or those of all ranks."""
-        return self._everyones(super().decode(step))
+        out, lse, chosen = map(self.everyones, super().decode(step))
+        return out, lse, chosen
 
-    def _everyones(self, own: Results) -> Results:
+    def everyones(self, own: Tensor) -> Tensor:
+        """The rank's rows, or those of all ranks where they are wanted."""
         if self.counts is None:
             return own
         rank, world = place(self.group)
-        if len(self.counts) != world or self.counts[rank] != len(own[0]):
-            raise InputError("counts", list(self.counts), f"{world} numbers, {len(own[0])} for rank {rank}")
-        out, lse, chosen = (gathered_rows(each, self.counts, self.group) for each in own)
-        return out, lse, chosen
+        if len(self.counts) != world or self.counts[rank] != len(own):
+            raise InputError("counts", list(self.counts), f"{world} numbers, {len(own)} for rank {rank}")
+        return gathered_rows(own, self.counts, self.group)

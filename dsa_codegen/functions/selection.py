@@ -163,8 +163,8 @@ def merge_candidates(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates of several parts in the order of their tokens, so that ``select`` chooses as from all scores, ties included.
 
     Args:
-        candidates: int32 [parts, rows, 2, topk], of each part what ``candidates_of`` gives of tokens that ascend; no token is in
-            two parts. 1 to 128 parts.
+        candidates: int32 [parts, rows, 2, topk], of each part what ``candidates_of`` gives of tokens that ascend; no token is
+            in two parts. 1 to 128 parts.
 
     Returns:
         fp32 [rows, parts · topk], scores; int32 of the same shape, tokens; int32 [rows], how many there are. Behind them is

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import choice
+from ..distributed import ContextParallel, Deal, Shard, TensorParallel, balanced_bounds
+from ..distributed.gather import place
+from ..distributed.modes import Alone
 from ..errors import InputError
 from ..problem import checks
 from ..problem.caches import IndexKLayout
 from ..problem.kv_layouts import kv_layout
 from ..problem.presets import Model
 from . import step as steps
-from .step import Step
+from .step import Shared, Step
 
 
 class LayerCache(NamedTuple):
@@ -30,6 +35,9 @@ class LayerCache(NamedTuple):
 class PagedCache:
     """Caches of pages that sequences take as they grow.
 
+    Under ``ContextParallel`` a rank's caches hold its part of every sequence, blocks of consecutive tokens that are dealt out
+    in turn. Ranks call everything alike; a prefill step then has the rows of the tokens that the rank's caches hold.
+
     Args:
         model: whose layers they are.
         cos_sin: fp32 [positions, d_rope], see ``rotary_table``; on the device of the caches.
@@ -39,6 +47,7 @@ class PagedCache:
         max_context: tokens that a sequence may have; as many as the table has positions where None.
         plain: a dtype in which latents are stored as they are, not as FP8: bf16, or on the CPU also fp32.
         scores: "fp8", or "bf16" for index keys that are not quantised either (of the dtype ``plain`` where there is one).
+        parallel: as the layers' own, whose steps these caches make.
 
     ``grow``, ``release`` and ``rewind`` are the host's bookkeeping; ``step`` only launches, and may be captured.
     """
@@ -54,20 +63,37 @@ class PagedCache:
         max_context: int | None = None,
         plain: torch.dtype | None = None,
         scores: str = "fp8",
+        parallel: Alone | None = None,
     ) -> None:
         checks.one_of("scores", scores, ("fp8", "bf16"))
+        self.parallel = Alone() if parallel is None else parallel
+        self._ranks, self._shard = sharded(self.parallel, model.page)
+        if self._sharded and (plain is not None or scores != "fp8"):
+            name, value = ("plain", plain) if plain is not None else ("scores", repr(scores))
+            raise InputError(name, value, "what FP8 caches have: others are not sharded (ContextParallel)")
         tokens = len(cos_sin) if max_context is None else max_context
         if tokens > len(cos_sin):
             raise InputError("max_context", tokens, f"{len(cos_sin)}, the positions of cos_sin, or less")
         device = cos_sin.device
         self.model, self.cos_sin, self.plain = model, cos_sin, plain
         self.held = [0] * batch
-        """Tokens of each sequence, as the host knows them."""
-        self.page_table = torch.full((batch, -(-tokens // model.page)), -1, dtype=torch.int32, device=device)
+        """Tokens of each sequence, on all ranks together, as the host knows them."""
+        self._longest = -(-tokens // model.page) * model.page
+        pages = self._pages_of(self._longest, self._first)
+        self.page_table = torch.full((batch, pages), -1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.layers = [LayerCache(self._kv(blocks, device), self._keys(blocks, device, scores)) for _ in range(layers)]
         self._pages: list[list[int]] = [[] for _ in range(batch)]
-        self._free = list(range(blocks))[::-1]
+        self._free, self._blocks, self._taken = list(range(blocks))[::-1], blocks, [0] * batch
+
+    @property
+    def _sharded(self) -> bool:
+        return isinstance(self.parallel, ContextParallel)
+
+    @property
+    def _first(self) -> Shard:
+        """The first rank's part."""
+        return replace(self._shard, offset=0)
 
     def _kv(self, blocks: int, device: torch.device) -> Tensor:
         model = self.model
@@ -93,22 +119,27 @@ class PagedCache:
         """
         if len(counts) != len(self.held) or min(counts, default=0) < 0:
             raise InputError("counts", list(counts), f"{len(self.held)} numbers of tokens, 0 or more")
-        wanted = [-(-(held + more) // self.model.page) for held, more in zip(self.held, counts, strict=True)]
-        missing = [max(0, pages - len(own)) for pages, own in zip(wanted, self._pages, strict=True)]
-        if max(wanted, default=0) > self.page_table.shape[1] or sum(missing) > len(self._free):
-            limits = f"sequences of {self.page_table.shape[1]} pages, {len(self._free)} of which are free"
-            raise InputError("counts", list(counts), limits)
-        for sequence, more in enumerate(missing):
-            for _ in range(more):
+        grown = [held + more for held, more in zip(self.held, counts, strict=True)]
+        # Of all ranks the first holds the most of every sequence: where it has room all have, and all say so alike.
+        most = [max(self._pages_of(tokens, self._first), taken) for tokens, taken in zip(grown, self._taken, strict=True)]
+        if max(grown, default=0) > self._longest or sum(most) > self._blocks:
+            free = self._blocks - sum(self._taken)
+            raise InputError("counts", list(counts), f"sequences of {self._longest} tokens, in {free} pages that are free")
+        for sequence, tokens in enumerate(grown):
+            while len(self._pages[sequence]) < self._pages_of(tokens, self._shard):
                 block = self._free.pop()
                 self.page_table[sequence, len(self._pages[sequence])] = block
                 self._pages[sequence].append(block)
-        self.held = [held + more for held, more in zip(self.held, counts, strict=True)]
+        self.held, self._taken = grown, most
+
+    def _pages_of(self, tokens: int, shard: Shard) -> int:
+        """Pages of a rank for a sequence."""
+        return -(-int(shard.count(torch.tensor(tokens))) // self.model.page)
 
     def release(self, sequence: int) -> None:
         """End a sequence: its pages are free, its place empty."""
         self._free += self._pages[sequence][::-1]
-        self._pages[sequence] = []
+        self._pages[sequence], self._taken[sequence] = [], 0
         self.held[sequence] = 0
         self.lengths[sequence] = 0
         self.page_table[sequence] = -1
@@ -120,11 +151,13 @@ class PagedCache:
         self.held = [held - less for held, less in zip(self.held, counts, strict=True)]
         self.lengths.copy_(torch.tensor(self.held, dtype=torch.int32))
 
-    def prefill(self, counts: Sequence[int], ranks: int = 1) -> Step:
+    def prefill(self, counts: Sequence[int], ranks: int | None = None) -> Step:
         """A step of ``counts[b]`` new tokens of each sequence: a prompt, or a chunk of one behind its earlier chunks.
 
+        Under ``ContextParallel`` it is of the rank's tokens among them, ``step.shared.rows``.
+
         Args:
-            ranks: how many share the scoring of rows (tensor parallelism).
+            ranks: how many share the scoring of rows (tensor parallelism); by default as many as ``parallel`` says.
 
         Raises:
             InputError: see ``grow``.
@@ -132,30 +165,45 @@ class PagedCache:
         before = list(self.held)
         self.grow(counts)
         self.lengths.copy_(torch.tensor(self.held, dtype=torch.int32))
-        taking = [sequence for sequence, more in enumerate(counts) if more]
-        place, offsets = 0, {}
-        for sequence in taking:
-            offsets[sequence] = place
-            place += self.held[sequence]
-        new = [torch.arange(before[sequence], self.held[sequence]) for sequence in taking]
-        positions = torch.cat([*new, torch.empty(0, dtype=torch.int64)])
-        starts = torch.cat([torch.full((len(each),), offsets[s]) for each, s in zip(new, taking, strict=True)] or [positions])
-        context = torch.cat([self._slots_of(s, torch.arange(self.held[s])) for s in taking] or [positions])
-        slots = context[starts + positions]
-        ends = starts + positions + 1
-        return self._flat(positions, slots, context, starts, ends, ranks)
+        parts = [_Part(s, before[s], self.held[s]) for s, more in enumerate(counts) if more]
+        nothing = torch.empty(0, dtype=torch.int64)
+        owners = torch.cat([*(self._owner(torch.arange(part.end)) for part in parts), nothing])
+        firsts = list(itertools.accumulate((part.end for part in parts), initial=0))
+        # Of every token of the step: its position, its sequence's first place in the context, and its owner.
+        positions = torch.cat([*(torch.arange(part.begin, part.end) for part in parts), nothing])
+        starts = torch.cat([*(torch.full((part.new,), first) for part, first in zip(parts, firsts, strict=False)), nothing])
+        owner = owners[starts + positions]
+        mine = (owner == self._rank).nonzero()[:, 0]
+        held = torch.cat([*(self._slots_of(part) for part in parts), nothing])
+        place = (owners == self._rank).cumsum(0) - 1  # of the context's tokens among the rank's
+        slots = held[place[(starts + positions)[mine]]]
+        shared = Shared(mine.to(self.lengths.device), self._deal(owner), self._deal(owners)) if self._sharded else None
+        ranks = self._ranks if ranks is None and isinstance(self.parallel, TensorParallel) else ranks or 1
+        longest = int((positions + 1).max()) if len(positions) else 0
+        return self._flat(positions[mine], slots, held, starts[mine], longest, ranks, shared)
 
-    def _slots_of(self, sequence: int, tokens: Tensor) -> Tensor:
-        """Where tokens of a sequence lie, by the host's knowledge."""
-        pages, page = torch.tensor(self._pages[sequence], dtype=torch.int64), self.model.page
+    @property
+    def _rank(self) -> int:
+        return self._shard.offset // self._shard.block
+
+    def _owner(self, tokens: Tensor) -> Tensor:
+        """The rank that holds each token of a sequence."""
+        return tokens // self._shard.block % (self._shard.stride // self._shard.block)
+
+    def _deal(self, owner: Tensor) -> Deal:
+        return Deal([(owner == rank).nonzero()[:, 0] for rank in range(self._ranks)])
+
+    def _slots_of(self, part: _Part) -> Tensor:
+        """Where the rank's tokens of a sequence lie, by the host's knowledge."""
+        tokens = torch.arange(int(self._shard.count(torch.tensor(part.end))))
+        pages, page = torch.tensor(self._pages[part.sequence], dtype=torch.int64), self.model.page
         return pages[tokens // page] * page + tokens % page
 
-    def _flat(self, positions: Tensor, slots: Tensor, context: Tensor, starts: Tensor, ends: Tensor, ranks: int) -> Step:
-        from ..distributed import balanced_bounds
-
-        device, seen = self.page_table.device, (ends - starts)
-        longest = int(seen.max()) if len(seen) else 0
-        first, last = (bound.to(device, torch.int32) for bound in (starts, ends))
+    def _flat(
+        self, positions: Tensor, slots: Tensor, context: Tensor, starts: Tensor, longest: int, ranks: int, shared: Shared | None
+    ) -> Step:
+        device, seen = self.page_table.device, positions + 1
+        first, last = (bound.to(device, torch.int32) for bound in (starts, starts + seen))
         short = steps.whole_windows(first, last, self.model.topk) if longest <= self.model.topk else None
         return Step(
             self.cos_sin,
@@ -169,6 +217,7 @@ class PagedCache:
             last,
             short,
             balanced_bounds(seen.tolist(), ranks) if ranks > 1 else None,
+            shared,
         )
 
     def decode(self, next_n: int = 1) -> Step:
@@ -189,19 +238,51 @@ class PagedCache:
         ahead = torch.arange(1 - next_n, 1, dtype=torch.int32, device=self.lengths.device)
         lengths = (self.lengths[:, None] + ahead) * active[:, None]
         positions = (lengths - 1).clamp(min=0)
-        slots = (
-            choice.slots_of(torch.where(lengths > 0, positions, -1).int(), self.page_table, self.model.page).long().flatten()
-        )
+        newest = torch.where(lengths > 0, positions, -1).int()
+        local = self._shard.to_local(newest) if self._ranks > 1 and self._sharded else newest
+        slots = choice.slots_of(local, self.page_table, self.model.page).long().flatten()
         page, topk = self.model.page, self.model.topk
+        given = self.cos_sin, positions.flatten().long(), slots, self.page_table, lengths, max_context
+        if self._sharded:  # choices are tokens
+            whole = steps.whole_windows(torch.zeros_like(lengths.flatten()), lengths.flatten(), topk)
+            return Step(*given, chosen=whole if max_context <= topk else None, shared=Shared())
         if self.plain is None:
             short = steps.whole_slots(lengths, self.page_table, page, topk) if max_context <= topk else None
-            return Step(self.cos_sin, positions.flatten().long(), slots, self.page_table, lengths, max_context, chosen=short)
+            return Step(*given, chosen=short)
         batch = len(self.page_table)
         tokens = torch.arange(max_context, dtype=torch.int32, device=self.lengths.device).expand(batch, -1)
         context = choice.slots_of(tokens.contiguous(), self.page_table, page).clamp(min=0).long().flatten()
         starts = (torch.arange(batch, dtype=torch.int32, device=context.device) * max_context).repeat_interleave(next_n)
         ends = starts + lengths.flatten()
         short = steps.whole_windows(starts, ends, topk) if max_context <= topk else None
-        return Step(
-            self.cos_sin, positions.flatten().long(), slots, self.page_table, lengths, max_context, context, starts, ends, short
-        )
+        return Step(*given, context, starts, ends, short)
+
+
+class _Part(NamedTuple):
+    """A sequence's tokens of a prefill step."""
+
+    sequence: int
+    begin: int
+    end: int
+
+    @property
+    def new(self) -> int:
+        return self.end - self.begin
+
+
+def sharded(parallel: object, page: int) -> tuple[int, Shard]:
+    """(ranks, the tokens that this one's caches hold)."""
+    if not isinstance(parallel, Alone):
+        raise InputError("parallel", repr(parallel), "a TensorParallel, ContextParallel or DataParallel, or None")
+    if isinstance(parallel, TensorParallel):
+        return place(parallel.group)[1], Shard.interleaved(0, 1, page)
+    if not isinstance(parallel, ContextParallel):
+        return 1, Shard.interleaved(0, 1, page)
+    rank, ranks = place(parallel.group)
+    shard = parallel.held(page)
+    if shard != Shard.interleaved(rank, ranks, shard.block):
+        raise InputError("parallel.shard", shard, f"Shard.interleaved({rank}, {ranks}, block): every rank deals out rows by it")
+    if parallel.deal != "interleaved":
+        allowed = '"interleaved": a module\'s rows are dealt out as its caches are, in blocks of shard.block tokens'
+        raise InputError("parallel.deal", repr(parallel.deal), allowed)
+    return ranks, shard

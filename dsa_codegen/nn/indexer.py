@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import choice, distributed, functions
+from .. import choice, functions
+from ..distributed import ContextParallel, TensorParallel
+from ..distributed.modes import Alone
 from ..problem.presets import Model
 from . import plain
 from .blocks import in_blocks
 from .cache import LayerCache
+from .context import Context, made_of
 from .shape import Shape
 from .step import Step
 
@@ -20,12 +23,12 @@ class Indexer(nn.Module):
     """The lightning indexer of one layer; parameters are named as checkpoints name them.
 
     Args:
-        group: a process group whose ranks share the scoring of a prefill step's rows; None for one rank.
+        parallel: how ranks share the scoring, as ``SparseAttention`` has it; one rank scores everything where None.
     """
 
-    def __init__(self, model: Model, shape: Shape, *, eps: float = 1e-6, group: Any = None, **made: Any) -> None:
+    def __init__(self, model: Model, shape: Shape, *, eps: float = 1e-6, parallel: Alone | None = None, **made: Any) -> None:
         super().__init__()
-        self.model, self.shape, self.group = model, shape, group
+        self.model, self.shape, self.parallel = model, shape, Alone() if parallel is None else parallel
         heads, width = model.index_heads, model.index_head_dim
         self.wq_b = nn.Linear(shape.q_rank, heads * width, bias=False, **made)
         self.wk = nn.Linear(shape.hidden, width, bias=False, **made)
@@ -33,18 +36,23 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(shape.hidden, heads, bias=False, **made)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, q_low: Tensor, cache: LayerCache, step: Step) -> Tensor:
+    def forward(self, hidden: Tensor, q_low: Tensor, cache: LayerCache, step: Step, context: Context | None = None) -> Tensor:
         """Store the step's keys and choose each query's tokens.
 
         Args:
             hidden: [tokens, hidden]; q_low: [tokens, q_rank], the normalised low rank of the queries.
+            context: what a prefill step sees, whose latents have been stored; made of the caches where None.
 
         Returns:
-            int32 [tokens, topk]: slots, or places in the step's context. Where no window is longer than topk, nothing was
-            scored or selected: the step holds the windows themselves.
+            int32 [tokens, topk]: slots (tokens where caches are sharded), or places in the step's context. Where no window is
+            longer than topk, nothing was scored or selected: the step holds the windows themselves.
         """
+        if context is None and step.context is not None:
+            context = made_of(self.model, cache, step, self.parallel)
         if step.chosen is not None:
             self._keys_alone(hidden, cache, step)
+            if context is not None:
+                context.start(scored=False)
             return step.chosen
         heads, width = self.model.index_heads, self.model.index_head_dim
         project = self._project
@@ -56,7 +64,10 @@ class Indexer(nn.Module):
         values, folded = (
             self._unquantised(q, weights, k, cache, step) if _plain(cache) else self._prologue(q, weights, k, cache, step)
         )
-        return self._paged(values, folded, cache, step) if step.context is None else self._flat(values, folded, cache, step)
+        if context is None:
+            return self._paged(values, folded, cache, step)
+        context.start(scored=True)
+        return self._flat(values, folded, cache, step, context)
 
     def _project(self, linear: nn.Linear, rows: Tensor) -> Tensor:
         return in_blocks(linear, rows) if self.model.invariant else linear(rows)
@@ -94,21 +105,19 @@ class Indexer(nn.Module):
     def _paged(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         q = q.view(*step.lengths.shape, *q.shape[1:])
         paged = cache.index_k, weights, step.lengths, step.page_table, step.max_context
-        chosen = choice.index_select_paged(q, *paged, self.model.topk, **self._options(cache))
-        return chosen.flatten(0, 1)
-
-    def _flat(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        assert step.context is not None and step.starts is not None and step.ends is not None
         options = self._options(cache)
-        keys: tuple[Tensor, Tensor | None]
-        if _plain(cache):
-            keys = plain.rows_at(step.context, cache.index_k), None
-        else:
-            keys = functions.gather_index_k(cache.index_k, step.context)
-        arguments: tuple[Any, ...] = q, *keys, weights, step.starts, step.ends, self.model.topk
-        if step.bounds is None:
-            return choice.index_select(*arguments, **options)
-        return distributed.index_select_by_rows(*arguments, group=self.group, bounds=step.bounds, **options)
+        if step.shared is not None:
+            del options["scores"]  # FP8, as caches that are sharded are
+        return self.parallel.choose_paged(q, *paged, self.model.topk, page=self.model.page, **options).flatten(0, 1)
+
+    def _flat(self, q: Tensor, weights: Tensor, cache: LayerCache, step: Step, context: Context) -> Tensor:
+        options = self._options(cache)
+        arguments: tuple[Any, ...] = q, *context.keys(), weights, step.starts, step.ends, self.model.topk
+        if isinstance(self.parallel, TensorParallel) and step.bounds is not None:
+            return self.parallel.choose(*arguments, bounds=step.bounds, **options)
+        if isinstance(self.parallel, ContextParallel):
+            options["sms"] = self.parallel.sms
+        return choice.index_select(*arguments, **options)
 
     def _options(self, cache: LayerCache) -> dict[str, Any]:
         """Of ``index_select``."""

@@ -9,6 +9,21 @@ import torch
 from torch import Tensor
 
 from ..choice import slots_of
+from ..distributed import Deal
+
+
+class Shared(NamedTuple):
+    """How ranks share a step over caches that are sharded by position.
+
+    In prefill each rank has the rows of the tokens that its caches hold; in decode all ranks have all rows.
+    """
+
+    rows: Tensor | None = None
+    """int64 [tokens]: which of the whole step's tokens this rank has; None where that is all."""
+    dealt: Deal | None = None
+    """The step's tokens among the ranks: ``gather_rows([out], dealt).wait()`` puts results in the order of the step."""
+    context: Deal | None = None
+    """The tokens of the step's context among the ranks."""
 
 
 class Step(NamedTuple):
@@ -31,7 +46,7 @@ class Step(NamedTuple):
     max_context: int
     """At least the longest length; fixed while a CUDA graph is in use."""
     context: Tensor | None = None
-    """int64 [keys]: the slots of all tokens of all sequences of the step."""
+    """int64 [keys]: the slots of all tokens of all sequences of the step (those that this rank holds, where ranks share it)."""
     starts: Tensor | None = None
     """int32 [tokens]: where each query's window begins in ``context``."""
     ends: Tensor | None = None
@@ -39,6 +54,8 @@ class Step(NamedTuple):
     """int32 [tokens, topk]: the whole windows, where none is longer than topk; then nothing is scored or selected."""
     bounds: Sequence[int] | None = None
     """The rows that each rank scores where a group shares the work; see ``distributed.balanced_bounds``."""
+    shared: Shared | None = None
+    """Where caches are sharded by position: whose tokens these are. All else is then the rank's, but for what is seen."""
 
 
 def whole_windows(starts: Tensor, ends: Tensor, topk: int) -> Tensor:

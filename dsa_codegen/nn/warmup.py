@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..distributed import ContextParallel
+from ..distributed.modes import Alone
 from ..ops.index_prologue import IndexPrologueSpec
 from ..ops.latent_prologue import LatentPrologueSpec
 from ..ops.rotated import NORM_NAMES
@@ -46,6 +48,17 @@ def calls(
     for spec in prologues(model, shape, dtype, plain):
         op = ops.get("index_prologue" if isinstance(spec, IndexPrologueSpec) else "latent_prologue")
         yield from ((op, spec, sizes) for sizes in serving.buckets(op, spec, {"tokens": tokens}))
+
+
+def shared_calls(model: Model, parallel: Alone, limits: serving.Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
+    """What ranks call beyond that: merges, and latents of all ranks, read back from pages of one token."""
+    yield from parallel.further(model, limits)
+    if isinstance(parallel, ContextParallel):
+        op, largest = ops.get("gather_paged"), limits.highest()["gather_paged"]
+        for spec in op.specs(model):
+            if spec.layout != "index_k" and 0 not in largest.values():
+                of_tokens = replace(spec, page=1, slots="i64")
+                yield from ((op, of_tokens, sizes) for sizes in serving.buckets(op, of_tokens, largest))
 
 
 def prologues(model: Model, shape: Shape, dtype: torch.dtype, plain: bool) -> Iterator[IndexPrologueSpec | LatentPrologueSpec]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import functions
 from ..choice import index_select
+from ..distributed import DataParallel
+from ..distributed.modes import Alone
 from ..errors import InputError
 from ..nn import plain
 from ..nn.attention import SparseAttention
@@ -60,7 +62,8 @@ def run_layer(
     from what becomes of ``out``. In the warm-up only the former is trained.
 
     Args:
-        layer: ``nn.SparseAttention`` on one rank.
+        layer: ``nn.SparseAttention`` on one rank, or under ``DataParallel``, where every rank has sequences of its own, and
+            gradients are averaged as torch's DDP does; results are the rank's own.
         hidden: [tokens, hidden], normalised, the sequences one behind the other.
         windows: of these tokens.
         stage: "dense", "warm-up" or "sparse".
@@ -72,8 +75,9 @@ def run_layer(
     """
     checks.one_of("stage", stage, STAGES)
     checks.one_of("scores", scores, PRECISIONS)
-    if layer.ranks > 1:
-        raise InputError("layer", f"one of {layer.ranks} ranks", "a layer on one rank")
+    if type(layer.parallel) is not Alone and not isinstance(layer.parallel, DataParallel):
+        alone = "a layer on one rank, or under DataParallel, whose gradients you average: no other mode has a backward"
+        raise InputError("layer", f"one under {type(layer.parallel).__name__}", alone)
     place: Any = windows  # of a step they have what is read here
     q_low = layer.q_a_layernorm(layer.q_a_proj(hidden))
     latent = plain.latent_rows(layer.kv_a_proj_with_mqa(hidden), layer.kv_a_layernorm, layer.shape.rotary, place)

@@ -163,7 +163,9 @@ def test_outputs_of_parts_are_the_whole(parts, sinks):
 
 
 def test_a_sink_of_nothing_leaves_an_empty_row_empty():
-    out, total = distributed.merge_attention(torch.zeros(2, 1, 4, 8), torch.full((2, 1, 4), -torch.inf), torch.full((4,), -torch.inf))
+    out, total = distributed.merge_attention(
+        torch.zeros(2, 1, 4, 8), torch.full((2, 1, 4), -torch.inf), torch.full((4,), -torch.inf)
+    )
     assert not out.any() and total.isneginf().all()
 
 

@@ -60,8 +60,8 @@ def test_candidates_are_numbered_as_their_shard_does():
 def test_nan_stays_in_its_row_of_merged_parts(interpreter):
     out, lse = torch.ones(2, 1, 4, 40), torch.zeros(2, 1, 4)
     lse[1, 0, 2] = torch.nan
-    found = run_interpreted(interpreter, "merge_parts", MergePartsSpec(40, dtype="fp32"), SMALL["merge_parts"],
-                            {"out": out, "lse": lse, "sink": None})  # fmt: skip
+    inputs = {"out": out, "lse": lse, "sink": None}
+    found = run_interpreted(interpreter, "merge_parts", MergePartsSpec(40, dtype="fp32"), SMALL["merge_parts"], inputs)
     bad = torch.tensor([[False, False, True, False]])
     assert torch.equal(found["total"].isnan(), bad) and torch.equal(found["merged"].isnan().all(-1), bad)
     assert torch.allclose(found["merged"][~bad], torch.ones(3, 40))
@@ -99,8 +99,9 @@ def test_call_refuses(named, call):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: CandidatesSpec(0), lambda: MergeListsSpec(9000), lambda: MergePartsSpec(2000), lambda: MergePartsSpec(8, dtype="fp16")]
+    ("spec", "fields"),
+    [(CandidatesSpec, {"topk": 0}), (MergeListsSpec, {"topk": 9000}), (MergePartsSpec, {"d_v": 2000})],
 )
-def test_spec_refuses(make):
+def test_spec_refuses(spec, fields):
     with pytest.raises(SpecError):
-        make()
+        spec(**fields)

@@ -42,7 +42,7 @@ GROUPED = {"attention_gqa", "select"}
 """What models of grouped queries call."""
 POOLED = {"expand", "pool"}
 """What models of pooled keys call beside the others, and no others."""
-UNCACHED = {"attention_paged", "resolve"}
+UNCACHED = {"attention_paged", "candidates", "merge_lists", "merge_parts", "resolve"}
 """What a model without a cache of latents does not call."""
 
 
@@ -119,7 +119,7 @@ def test_a_model_without_a_paged_cache_says_so(d_nope, d_rope, tmp_path):
     """Prefill and the index keys' cache are served, and whoever decodes is told."""
     model = presets.load(written(tmp_path, d_nope=d_nope, d_rope=d_rope, kv_layout="none"))
     served = {name for name, op in ops.all_ops().items() if op.specs(model)}
-    uncalled = {"attention_paged", "attention_gqa", "resolve", *POOLED}
+    uncalled = {"attention_gqa", *UNCACHED, *POOLED}
     assert served == set(ops.all_ops()) - uncalled
     assert all(spec.layout == "index_k" for name in ("quantize_paged", "gather_paged") for spec in ops.get(name).specs(model))
     with pytest.raises(InputError, match="kv_layout: none"):

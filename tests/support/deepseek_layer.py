@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from dsa_codegen import nn
+from dsa_codegen.distributed import gather_rows
+from dsa_codegen.distributed.modes import Alone
 from dsa_codegen.problem.presets import Model
 
 FIXTURE = Path(__file__).resolve().parents[1] / "nn/fixtures/deepseek_v32.npz"
@@ -67,6 +69,49 @@ def steps_of_module(group: Any = None, world: int = 1, device: str = "cpu") -> t
         outs.append(layer(x[done : done + count], caches.layers[0], step))
         done += count
     return torch.cat(outs)
+
+
+def made(model: Model, parallel: Alone | None) -> nn.SparseAttention:
+    """The module with its weights, or with the part of them that the rank has."""
+    layer = nn.SparseAttention(model, nn.Shape(HIDDEN, Q_RANK, D_HEAD, D_V), dtype=torch.float32, parallel=parallel)
+    layer.load_whole(state())
+    return layer
+
+
+SEQUENCES = 3
+SHARED_STEPS = (((70, 3, 0), 0), ((50, 0, 1), 0), (None, 1), ((0, 0, 2), 0), (None, 2))
+"""New tokens of each sequence by step; None and a number for a step of decode. Windows are shorter and longer than topk."""
+
+
+def shared_steps(parallel: Alone | None = None, invariant: bool = False, device: str = "cpu") -> list[tuple]:
+    """(out, the tokens or places of the context that were chosen) of every row of every step, however ranks share them."""
+    model = Model("v3.2", HEADS, 512, 64, INDEX_HEADS, INDEX_DIM, TOPK, batch_invariant=invariant)
+    layer = made(model, parallel).to(device)
+    table = nn.rotary_table(256, 64, device=device)
+    caches = nn.PagedCache(model, table, layers=1, blocks=8, batch=SEQUENCES, parallel=parallel)
+    chosen: list[torch.Tensor] = []
+    layer.indexer.register_forward_hook(lambda module, args, result: chosen.append(result))
+    found, done, x = [], 0, hidden().to(device)
+    for counts, next_n in SHARED_STEPS:
+        step = caches.decode(next_n) if counts is None else caches.prefill(counts)
+        rows = sum(counts) if counts else SEQUENCES * next_n
+        whole = x.repeat(2, 1)[done : done + rows]
+        done += rows
+        mine = step.shared.rows if step.shared is not None else None
+        out = layer(whole if mine is None else whole[mine], caches.layers[0], step)
+        listed = chosen.pop()
+        if counts is None and step.shared is None:
+            listed = _tokens_of(listed.view(SEQUENCES, -1), caches.page_table, model.page).view(listed.shape)
+        if mine is not None:
+            out, listed = gather_rows([out, listed], step.shared.dealt, parallel.group).wait()
+        found.append((out, listed))
+    return found
+
+
+def _tokens_of(slots: torch.Tensor, page_table: torch.Tensor, page: int) -> torch.Tensor:
+    """The tokens of each sequence that lie in slots [sequences, n]."""
+    held = (slots[:, :, None] // page == page_table[:, None]) & (slots[:, :, None] >= 0)
+    return torch.where(held.any(-1), held.int().argmax(-1) * page + slots % page, -1).int()
 
 
 def by_transformers() -> dict[str, np.ndarray]:

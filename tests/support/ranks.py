@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dsa_codegen as dsa
-from dsa_codegen import distributed
+from dsa_codegen import distributed, nn
 from dsa_codegen.distributed import ContextParallel, DataParallel, Deal, Shard, TensorParallel
 from dsa_codegen.distributed import by_position as by_position_module
 from dsa_codegen.problem.caches import KvV32Layout
@@ -158,7 +157,7 @@ def by_position(group: Any, rank: int, world: int, device: str) -> dict:
             mine = on(device, exact_inputs.part_of(inputs, kv_cache, each[rank], PAGE))
             inputs, q, sink = on(device, (inputs, q, sink))
             call = {**inputs, "cache": mine["cache"], "page_table": mine["page_table"], "topk": TOPK, "shard": each[rank]}
-            found["dealt", name, batch] = merged_by_rows(lambda call=call: distributed.index_select_by_position(**call, group=group))
+            found["dealt", name, batch] = merged_by_rows({**call, "group": group})
             for number, keep in enumerate(KEEP):
                 chosen = distributed.index_select_by_position(**call, group=group, **keep)
                 for sinks in (None, sink):
@@ -175,11 +174,11 @@ def by_position(group: Any, rank: int, world: int, device: str) -> dict:
     return found
 
 
-def merged_by_rows(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The call, with the merge's rows dealt out to the ranks however few they are."""
+def merged_by_rows(call: dict) -> torch.Tensor:
+    """A choice by position, with the merge's rows dealt out to the ranks however few they are."""
     before, by_position_module.DEALT_BYTES = by_position_module.DEALT_BYTES, 0
     try:
-        return call()
+        return distributed.index_select_by_position(**call)
     finally:
         by_position_module.DEALT_BYTES = before
 
@@ -224,6 +223,40 @@ def by_mode(group: Any, rank: int, world: int, device: str) -> dict:
         found["data paged", batch] = dsa.Layer(MODEL, parallel=DataParallel(counts, group)).decode(**mine)
         found["data alone", batch] = dsa.Layer(MODEL, parallel=DataParallel()).decode(**mine), own.start
     return found
+
+
+def by_module(group: Any, rank: int, world: int, device: str) -> dict:
+    """The module under every way of sharing its work; heads are split where they divide among the ranks."""
+    found: dict = {}
+    fine = Shard.interleaved(rank, world, 8)
+    ways: dict = {
+        "pages": (ContextParallel("interleaved", group=group), False),
+        "blocks": (ContextParallel("interleaved", shard=fine, group=group, sms=100), True),
+        "data": (DataParallel(), True),
+    }
+    if not deepseek_layer.HEADS % world:
+        ways["own heads"] = ContextParallel("interleaved", shard=fine, group=group, own_heads=True), False
+        ways["tensor"] = TensorParallel(group), False
+    for name, (parallel, invariant) in ways.items():
+        found[name] = deepseek_layer.shared_steps(parallel, invariant, device)
+    found["everyone's"] = everyones(group, rank, world, device)
+    return found
+
+
+def nn_model() -> Model:
+    """Of the module's tests."""
+    return Model("v3.2", deepseek_layer.HEADS, 512, 64, deepseek_layer.INDEX_HEADS, deepseek_layer.INDEX_DIM, TOPK)
+
+
+def everyones(group: Any, rank: int, world: int, device: str) -> torch.Tensor:
+    """The rows of all ranks, of which the first has a sequence and the others have none."""
+    counts = [9, *[0] * (world - 1)]
+    parallel = DataParallel(counts, group)
+    layer = deepseek_layer.made(nn_model(), parallel).to(device)
+    table = nn.rotary_table(256, 64, device=device)
+    caches = nn.PagedCache(layer.model, table, layers=1, blocks=1, batch=min(counts[rank], 1), parallel=parallel)
+    step = caches.prefill([counts[rank]] if counts[rank] else [])
+    return layer(deepseek_layer.hidden().to(device)[: counts[rank]], caches.layers[0], step)
 
 
 def captured(group: Any, rank: int, world: int, device: str) -> dict:
@@ -304,6 +337,8 @@ def alone(device: str) -> dict:
         found["modes"]["paged", batch] = dsa.Layer(MODEL).decode(**on(device, decode_step(batch, next_n)))
     for tokens in TOKENS:
         found["modes"]["prefill", tokens] = dsa.Layer(MODEL).prefill(**on(device, prefill_step(tokens)))
+    for invariant in (False, True):
+        found["modules", invariant] = deepseek_layer.shared_steps(None, invariant, device)
     step = on(device, prefill_step(TOKENS[0]))
     found["modes"]["invariant"] = dsa.Layer(MODEL, batch_invariant=True).prefill(**step)
     return found
@@ -325,6 +360,7 @@ def run(rank: int, folder: Path, processes: int, transport: str) -> None:
                 "rows": by_rows(group, world, device),
                 "position": by_position(group, rank, world, device),
                 "modes": by_mode(group, rank, world, device),
+                "modules": by_module(group, rank, world, device),
                 "module": None if deepseek_layer.HEADS % world else deepseek_layer.steps_of_module(group, world, device),
                 "captured": captured(group, rank, world, device) if transport == "nccl" else {},
             }

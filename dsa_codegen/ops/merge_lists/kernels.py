@@ -1,4 +1,4 @@
-"""Kernels that put candidates in order (Triton): a program takes some entries of one part's row, and bisects the other lists."""
+"""Kernels that put candidates in order (Triton): a program takes entries of one part's row, and bisects the other lists."""
 
 from __future__ import annotations
 

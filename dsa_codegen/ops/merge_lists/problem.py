@@ -96,10 +96,12 @@ class MergeListsProblem(Problem[MergeListsSpec, MergeListsSizes]):
         """Behind a row's last candidate there is anything: who reads the list has its end."""
         ends = reference["ends"]
         within = torch.arange(reference["tokens"].shape[1], device=ends.device) < ends[:, None]
-        listed = [("tokens", outputs["tokens"], reference["tokens"])]
-        listed += [("ranked", *(each["ranked"].view(torch.int32) for each in (outputs, reference)))]
-        results = [compare.equal(name, found[within], wanted[within]) for name, found, wanted in listed]
-        return compare.worst(compare.equal("ends", outputs["ends"], ends), *results)
+        bits = [each["ranked"].view(torch.int32)[within] for each in (outputs, reference)]
+        return compare.worst(
+            compare.equal("ends", outputs["ends"], ends),
+            compare.equal("tokens", outputs["tokens"][within], reference["tokens"][within]),
+            compare.equal("ranked", *bits),
+        )
 
     def cost(self, spec: MergeListsSpec, case: Case[MergeListsSizes]) -> Cost:
         entries = case.sizes.rows * case.sizes.parts * spec.topk
