@@ -16,7 +16,7 @@ from dsa_codegen.problem.op import Config
 from dsa_codegen.problem.presets import Model, preset
 
 MODELS = ("tiny", "tiny-gqa")
-_PAGED = Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False)
+_PAGED = ops.get("attention_paged").config("cuda", {"splits": 0, "sharers": 0, "flat": False, "interleave": False})
 _SOME_OPTIONS = (0, 3, -1)
 """Of paged attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}

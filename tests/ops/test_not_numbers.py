@@ -310,8 +310,13 @@ def test_a_row_without_a_token_is_zero_emulated(tmp_path):
     assert_padding(outputs["out"], outputs["lse"], True)
 
 
-CLUSTERS = Config.of("cuda", num_stages=3, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224)
-PAIRS = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
+CLUSTERS, PAIRS = (
+    ops.get("attention").config("cuda", {"interleave": False, "l2_prefetch": 256, **values})
+    for values in (
+        {"num_stages": 3, "turns": True, "consumer_registers": 224},
+        {"num_stages": 2, "turns": False, "consumer_registers": 216},
+    )
+)
 DESIGNS = {  # of kernels for many heads, and for FP8 products: heads, products, config
     "clusters": (128, "bf16", CLUSTERS),
     "pairs": (64, "bf16", PAIRS),
