@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import backends
-from ..kernels.build import Built
+from ..kernels.build import Built, preload
 from ..kernels.variant import Variant
 from ..problem.compare import same_bits, worst
 from ..problem.op import Accuracy, Outputs
@@ -52,6 +52,11 @@ class _Prepared:
 _problems: OrderedDict[str, _Prepared] = OrderedDict()
 _gated: dict[tuple[str, Spec, Key], Accuracy] = {}
 _loaded: OrderedDict[str, Mapping[str, backends.Launchable]] = OrderedDict()
+
+
+def load() -> None:
+    """Import what every process of a GPU needs, before it is forked. TileLang asks for GPUs as it is imported: not that."""
+    preload(("triton",))
 
 
 def prepare(problem: Problem, backend: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.build import Built
+from ..nursery import Nursery
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
 from ..proof.timing import Timing
@@ -42,6 +43,8 @@ class Jobs:
     gate: Callable[..., Outcome] = jobs.gate
     eager: Callable[..., list[Timing]] = jobs.eager
     card: Callable[[], str] = jobs.card
+    load: Callable[[], None] = jobs.load
+    """Called once for all processes, which are forked after it."""
 
 
 JOBS = Jobs()
@@ -61,10 +64,11 @@ class Lane:
 
     Args:
         device: of ``CUDA_VISIBLE_DEVICES`` in the process; empty: what this process sees, the current one.
+        nursery: forks the process, and each that takes its place; by default it begins from nothing.
     """
 
-    def __init__(self, table: Jobs = JOBS, log: Path | None = None, device: str = "") -> None:
-        self.worker = Worker({"CUDA_VISIBLE_DEVICES": device} if device else None, log)
+    def __init__(self, table: Jobs = JOBS, log: Path | None = None, device: str = "", nursery: Nursery | None = None) -> None:
+        self.worker = Worker({"CUDA_VISIBLE_DEVICES": device} if device else None, log, nursery)
         self.at_hand: str | None = None
         """The problem whose inputs lie in the process."""
         self.current: Task | None = None

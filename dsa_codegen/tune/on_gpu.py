@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..nursery import Nursery
 from ..problem.op import Accuracy
 from ..proof.measure import Measured
 from ..proof.timing import Timing
@@ -21,6 +22,7 @@ from .pool import CompilePool
 from .problem import Entrant, Problem
 from .space import Candidate
 
+_ASKS_NOT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has asked the driver has no children that could
 FINAL_SECONDS = 90.0
 GATE_SECONDS = 90.0
 
@@ -42,7 +44,8 @@ class GpuEvaluator(Evaluator):
     def __init__(self, pool: CompilePool, table: Jobs = JOBS, log: Path | None = None, devices: Sequence[str] = ("",)) -> None:
         super().__init__(pool)
         self._jobs = table
-        self.lanes = [Lane(table, log, device) for device in devices]
+        self._nursery = Nursery(table.load, environment=_ASKS_NOT, log=log)  # a crash costs a fork, not its imports again
+        self.lanes = [Lane(table, log, device, self._nursery) for device in devices]
 
     @property
     def backlog(self) -> int:
@@ -142,3 +145,4 @@ class GpuEvaluator(Evaluator):
             lane.worker.terminate()  # all at once
         for lane in self.lanes:
             lane.end()
+        self._nursery.close()

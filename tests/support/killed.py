@@ -1,4 +1,4 @@
-"""A tuning run that is killed with -9 at random moments and started again: ``killed.py KIND FOLDER TIMES SECONDS``.
+"""A tuning run that is killed with -9 at random moments and started again: ``killed.py KIND FOLDER TIMES SECONDS SEED``.
 
 The runs are forks of one process that has imported everything: the moments fall into their work, not into imports. KIND is
 "fake" (no kernel runs, the worker processes are real) or "planted" (``planted``'s kernels on the GPU that is here).
@@ -115,11 +115,15 @@ def kill(process: int, folder: Path, count: int, later: float) -> None:
 
 def main() -> None:
     """See the module's first lines; the last run is let finish."""
-    kind, folder, times, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    kind, folder, (times, seconds, seed) = (
+        sys.argv[1],
+        Path(sys.argv[2]),
+        (int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])),
+    )
     os.environ.update(DSA_CACHE_DIR=str(folder / "cache"), KILLED_LOG=str(folder / "log"), PYTORCH_NVML_BASED_CUDA_CHECK="1")
     from dsa_codegen.tune import run  # noqa: F401
 
-    moment = random.Random(7)
+    moment = random.Random(seed)
     for _ in range(times):
         further = moment.choice((0, 0, 0, 1, 2, 5))  # killed in its first moments, or behind so many candidates
         kill(start(kind, folder), folder, lines(folder) + further, moment.uniform(0.0, seconds if further else 15 * seconds))

@@ -29,7 +29,14 @@ PROBLEM = Problem(OP, SPEC, CASE, H200)
 SPACE = Space(OP, SPEC, "triton", H200)
 DEFAULT = OP.default_config(SPEC, CASE.sizes, H200)
 FAKE = Jobs(
-    tune_jobs.prepare, tune_jobs.evaluate, tune_jobs.final, tune_jobs.recheck, tune_jobs.gate, tune_jobs.eager, tune_jobs.card
+    tune_jobs.prepare,
+    tune_jobs.evaluate,
+    tune_jobs.final,
+    tune_jobs.recheck,
+    tune_jobs.gate,
+    tune_jobs.eager,
+    tune_jobs.card,
+    tune_jobs.load,
 )
 
 
