@@ -57,7 +57,7 @@ def fake(folder: Path):
     type(OP).workloads = lambda self, spec: [CASE]
     here = sys.modules[evaluate.__module__]
     room.GpuEvaluator = functools.partial(GpuEvaluator, table=dataclasses.replace(FAKE, evaluate=here.evaluate))
-    room.CompilePool = functools.partial(CompilePool, compile=tune_jobs.compile_well)
+    room.CompilePool = lambda *args, **how: CompilePool(*args, **{**how, "compile": tune_jobs.compile_well})
     from support import H200
 
     options = {"budget": Budget(3000.0, TRIALS), "state": folder / ".tune", "processes": 1}

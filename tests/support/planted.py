@@ -222,7 +222,7 @@ def arrange(hang_s: float) -> None:
     lane.RUN_SECONDS = 8.0 if HERE else 60.0  # of a process's first candidate; the interpreter imports much
     for module in (room, repeating):
         module.GpuEvaluator = functools.partial(GpuEvaluator, table=JOBS)
-        module.CompilePool = functools.partial(CompilePool, compile=compiled)
+        module.CompilePool = lambda *args, **how: CompilePool(*args, **{**how, "compile": compiled})
     repeating.all_ops = lambda: {OP.name: OP}
     if not HERE:
         os.environ["TRITON_INTERPRET"] = "1"
