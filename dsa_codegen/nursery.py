@@ -205,7 +205,11 @@ def serve(handle: int, log: str, live: Callable[[int, str, int], None]) -> None:
         content, handles, _, _ = socket.recv_fds(asked, _MESSAGE_BYTES, 1)
         if not content:
             return
-        asked.send(json.dumps(_answer(json.loads(content), handles, asked, live)).encode())
+        answer = _answer(json.loads(content), handles, asked, live)
+        try:
+            asked.send(json.dumps(answer).encode())
+        except OSError:  # the parent was killed in between; a child that was just born will see it
+            return
 
 
 def _answer(

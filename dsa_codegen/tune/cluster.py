@@ -183,9 +183,8 @@ def settle_problem(
     problem, studies = tasks[0].problem, [task.open(Relay(keeper)) for task in tasks]
     try:
         with opens(problem.gpu) as evaluator:
-            for each in contenders(studies, default, serving) if evaluator.measures else ():
-                evaluator.pool.request(each.candidate.rendered)
-            evaluator.finish_builds()
+            if evaluator.measures:
+                evaluator.finish_builds([each.candidate for each in contenders(studies, default, serving)])
             return settle(problem, studies, default, evaluator, seed=tasks[0].seed, limit_s=limit_s, serving=serving)
     finally:
         for study in studies:

@@ -103,12 +103,18 @@ class Evaluator(ABC):
         op, spec, case, gpu = problem.op, problem.spec, problem.case, problem.gpu
         return ranking.estimate_us(op, spec, candidate.config, case, gpu, self.built(candidate))
 
-    def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
-        """Wait for all that the compilers were asked for."""
-        while self.pool.backlog:
+    def finish_builds(self, candidates: Sequence[Candidate], tell: Callable[[], None] = lambda: None) -> None:
+        """Have these compiled, whatever else the compilers are at; the host is quiet after it."""
+        self.pool.keep_only([each.rendered for each in candidates])
+        for each in candidates:
+            self.pool.request(each.rendered)
+        while not all(map(self.compiled, candidates)):
             self.pool.poll()
             tell()
-            time.sleep(_IDLE_SECONDS)
+            self._idle()
+
+    def _idle(self) -> None:
+        time.sleep(_IDLE_SECONDS)
 
     def cancel(self) -> None:
         """Drop every task that the GPU has not begun."""

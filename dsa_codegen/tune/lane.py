@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ PATIENT_SECONDS = 5.0
 """In a process that has judged others, a candidate may take at least so long, and _SLOWER times the problem's slowest."""
 _SLOWER = 8.0
 _IDLE_SECONDS = 0.005
+_DRAWING_S = 1.0  # until it is known
 # After these the process's CUDA context is of no use; other errors (too many resources, out of memory) leave it whole.
 POISONED = re.compile(r"illegal|misaligned|launch failure|device-side assert|CUDA error|CUDA_ERROR", re.IGNORECASE)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|MemoryError|ERROR_OUT_OF_MEMORY", re.IGNORECASE)
@@ -81,6 +83,7 @@ class Lane:
         self._warming: Problem | None = None
         self._warmed = False
         self._slowest: dict[str, float] = {}
+        self._drawings: list[float] = []
         self._opening = False
         self.spent = Stopwatch()
         self.judged = 0
@@ -89,6 +92,11 @@ class Lane:
     def busy(self) -> bool:
         """Whether there is nothing to collect and nothing can be begun."""
         return self.worker.busy and not self.worker.ready()
+
+    @property
+    def drawing_s(self) -> float:
+        """Seconds that it takes to turn to another problem, on average so far."""
+        return statistics.fmean(self._drawings) if self._drawings else _DRAWING_S
 
     def open(self) -> None:
         """Start the process while nothing is known of what it will run: until its device is up it takes seconds."""
@@ -138,6 +146,7 @@ class Lane:
         if self._preparing:
             self._preparing = False
             if failure is None:
+                self._drawings.append(time.monotonic() - self._begun)
                 self.at_hand = task.problem.id
                 self._run(task)
                 return None

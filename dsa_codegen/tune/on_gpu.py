@@ -23,6 +23,7 @@ from .problem import Entrant, Problem
 from .space import Candidate
 
 _ASKS_NOT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has asked the driver has no children that could
+_STAYS = 4.0  # times what drawing inputs takes: so much more of the time may the problem at hand have had than another
 FINAL_SECONDS = 90.0
 GATE_SECONDS = 90.0
 
@@ -94,11 +95,21 @@ class GpuEvaluator(Evaluator):
             lane.warm(next((task for task in self._compiling if task.problem.id not in others), self._compiling[0]))
 
     def _pick(self, lane: Lane) -> Task:
-        """A task of the problem at hand, else of one that no lane has at hand: drawing inputs takes longer than timing."""
+        """What a study tries first, else of the problem at hand while others have not had much less of the time.
+
+        Problems that another GPU has at hand come last: their inputs would be drawn twice.
+        """
         others = {each.at_hand for each in self.lanes if each is not lane}
-        own = (task for task in self._ready if task.problem.id == lane.at_hand)
-        nobodys = (task for task in self._ready if task.problem.id not in others)
-        return next(own, None) or next(nobodys, self._ready[0])
+
+        def order(task: Task) -> tuple[bool, bool, float]:
+            own = task.problem.id == lane.at_hand
+            return (
+                bool(task.study.seen),
+                not own and task.problem.id in others,
+                task.study.spent_s - _STAYS * lane.drawing_s * own,
+            )
+
+        return min(self._ready, key=order)
 
     def set_up(self, problem: Problem, backend: str) -> str:
         _, failure = self._first(self._jobs.prepare, problem, backend, timeout=PREPARE_SECONDS)

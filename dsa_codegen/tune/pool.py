@@ -100,6 +100,18 @@ class CompilePool:
         self._requested -= {rendered.sha for rendered in self._queue}
         self._queue.clear()
 
+    def keep_only(self, wanted: Sequence[Rendered]) -> None:
+        """Give up every other source, also where it is under way."""
+        kept = {rendered.sha for rendered in wanted}
+        others = [worker for worker, (rendered, _) in self._running.items() if rendered.sha not in kept]
+        self._requested -= {rendered.sha for rendered in self._queue} - kept
+        self._queue = deque(rendered for rendered in self._queue if rendered.sha in kept)
+        for worker in others:
+            worker.terminate()  # all at once
+        for worker in others:
+            self._requested.discard(self._running.pop(worker)[0].sha)
+            worker.kill()
+
     def _start(self) -> None:
         for worker in self._workers:
             if self._queue and worker not in self._running:

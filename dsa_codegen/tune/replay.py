@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,11 +197,9 @@ class ReplayEvaluator(Evaluator):
         found = ranking.calibrations()[f"{problem.op.name}.{candidate.config.backend}"]
         return found.time_us(ranking.features(launches, source.resources, source.mix, problem.gpu))
 
-    def finish_builds(self, tell: Callable[[], None] = lambda: None) -> None:
-        while self._pool.backlog:
-            self._pool.poll()
-            if self._pool.backlog:
-                self._clock.now = max(self._clock.now, self._pool.next_end)
+    def _idle(self) -> None:
+        if self._pool.backlog:
+            self._clock.now = max(self._clock.now, self._pool.next_end)
 
     def _judge(self, task: Task) -> Outcome:
         result = self._result(task.problem, task.candidate)

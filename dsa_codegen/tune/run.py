@@ -243,12 +243,14 @@ class _Run:
         self._tell()
 
     def _rebuild(self, evaluator: Evaluator) -> None:
-        """Candidates of an earlier run may have to be compiled again before they can run."""
-        for problem, studies in self.opened.by_problem():
-            serving = self.opened.serving.get(problem.id, {})
-            for each in contenders(studies, self.opened.defaults[problem.id], serving):
-                evaluator.pool.request(each.candidate.rendered)
-        evaluator.finish_builds(self._tell)
+        """Candidates of an earlier run may have to be compiled again before they can run; what else is compiled is let be."""
+        defaults, serving = self.opened.defaults, self.opened.serving
+        field = [
+            each.candidate
+            for problem, studies in self.opened.by_problem()
+            for each in contenders(studies, defaults[problem.id], serving.get(problem.id, {}))
+        ]
+        evaluator.finish_builds(field, self._tell)
 
     def _salvage(self) -> None:
         """Interrupted: write what the search has found so far, without a final."""

@@ -55,17 +55,15 @@ class Surrogate:
         self._level = float(np.median(values))
         self._points, self._targets = points, values - self._level
         self._doubt = np.zeros(len(values)) if doubt is None else doubt
-        for parameter in range(len(self._lengths)):
-            self._lengths[parameter] = max(_LENGTHS, key=lambda length: self._likelihood(parameter, length))
-        self._noise = max(_NOISES, key=self._likelihood_of_noise)
-        self._factor, self._weights, self._scale = self._solve(self._lengths, self._noise)
+        self._choose()
+        self._factor, self._weights, self._scale = self._solve(self._correlations(), self._noise)
 
     def imagine(self, points: Array) -> None:
         """Take the values expected of these points for known: nothing more is expected to be learned there."""
         expected = self.predict(points).mean - self._level
         self._points, self._targets = np.vstack([self._points, points]), np.concatenate([self._targets, expected])
         self._doubt = np.concatenate([self._doubt, np.zeros(len(points))])
-        self._factor, self._weights, _ = self._solve(self._lengths, self._noise)
+        self._factor, self._weights, _ = self._solve(self._correlations(), self._noise)
 
     def predict(self, points: Array) -> Posterior:
         """What is expected of points."""
@@ -74,22 +72,28 @@ class Surrogate:
         variance = self._scale * np.maximum(1.0 - np.einsum("ij,ij->j", half, half), 1e-9)
         return Posterior(self._level + across @ self._weights, np.sqrt(variance))
 
-    def _likelihood(self, parameter: int, length: float) -> float:
-        lengths = self._lengths.copy()
-        lengths[parameter] = length
-        return self._likelihood_of(lengths, self._noise)
+    def _choose(self) -> None:
+        """Lengths and noise, one after another, by likelihood."""
+        apart = (self._points[:, None, :] - self._points[None, :, :]) ** 2
+        squares = (apart / self._lengths**2).sum(axis=2)
+        for parameter, length in enumerate(self._lengths):
+            along, others = apart[:, :, parameter], np.maximum(squares - apart[:, :, parameter] / length**2, 0.0)
+            found = {each: others + along / each**2 for each in _LENGTHS}
+            self._lengths[parameter] = chosen = max(found, key=lambda each: self._likelihood(_matern(found[each]), self._noise))
+            squares = found[chosen]
+        correlations = _matern(squares)
+        self._noise = max(_NOISES, key=lambda noise: self._likelihood(correlations, noise))
 
-    def _likelihood_of_noise(self, noise: float) -> float:
-        return self._likelihood_of(self._lengths, noise)
+    def _correlations(self) -> Array:
+        return _kernel(self._points, self._points, self._lengths)
 
-    def _likelihood_of(self, lengths: Array, noise: float) -> float:
-        factor, _, scale = self._solve(lengths, noise)
+    def _likelihood(self, correlations: Array, noise: float) -> float:
+        factor, _, scale = self._solve(correlations, noise)
         return -0.5 * len(self._targets) * math.log(scale) - float(np.log(np.diag(factor)).sum())
 
-    def _solve(self, lengths: Array, noise: float) -> tuple[Array, Array, float]:
+    def _solve(self, correlations: Array, noise: float) -> tuple[Array, Array, float]:
         """Cholesky factor of the correlations, weights of the points, and the variance that fits best."""
-        correlations: Array = _kernel(self._points, self._points, lengths) + np.diag(noise + self._doubt)
-        factor: Array = np.asarray(np.linalg.cholesky(correlations), dtype=np.float64)
+        factor: Array = np.asarray(np.linalg.cholesky(correlations + np.diag(noise + self._doubt)), dtype=np.float64)
         half = np.linalg.solve(factor, self._targets)
         weights = np.linalg.solve(factor.T, half)
         # Two pseudo-observations of a spread of 20 %: with few configs known the variance is not taken to be tiny.
@@ -98,8 +102,12 @@ class Surrogate:
 
 
 def _kernel(left: Array, right: Array, lengths: Array) -> Array:
-    distance = np.sqrt((((left[:, None, :] - right[None, :, :]) / lengths) ** 2).sum(axis=2))
-    root = math.sqrt(5) * distance
+    return _matern((((left[:, None, :] - right[None, :, :]) / lengths) ** 2).sum(axis=2))
+
+
+def _matern(squares: Array) -> Array:
+    """The correlation at squared distances."""
+    root = np.sqrt(5 * squares)
     found: Array = (1 + root + root * root / 3) * np.exp(-root)
     return found
 

@@ -57,7 +57,9 @@ class InstantEvaluator(Evaluator):
     method, search_share, measures, free = "measured", 0.8, False, False
 
     def __init__(self, judge=lambda task: timed(landscape(task.candidate.config)), seconds: float = 0.1) -> None:
-        super().__init__(SimpleNamespace(size=2, cancel=lambda: None, poll=lambda: None, results={}, seconds={}, busy_s=0.0))
+        super().__init__(
+            SimpleNamespace(size=2, cancel=lambda: None, poll=lambda: None, results={}, seconds={}, busy_s=0.0, keep_only=len)
+        )
         self.judge, self.seconds = judge, seconds
         self.judged: list[Task] = []
 

@@ -13,6 +13,7 @@ from dsa_codegen.kernels.render import render
 from dsa_codegen.ops import quantize
 from dsa_codegen.problem.op import Config
 from dsa_codegen.tune import lane
+from dsa_codegen.tune.evaluate import Task
 from dsa_codegen.tune.on_gpu import GpuEvaluator
 from dsa_codegen.tune.outcome import Kind
 from dsa_codegen.tune.pool import CompilePool
@@ -156,3 +157,41 @@ def test_what_a_study_tries_first_is_compiled_first(tmp_path):
     for rendered, first in zip(sources, (False, False, True), strict=True):
         pool.request(rendered, first)
     assert list(pool._queue) == [sources[2], *sources[:2]]
+
+
+def test_compilers_give_up_what_no_final_needs(tmp_path):
+    """The final waits for its own candidates alone, on a host that compiles nothing else."""
+    needed = [SPACE.candidate(config(num_stages=stages)) for stages in (2, 3, 4)]
+    hanging = SPACE.candidate(config(block_n=256, num_stages=3))
+    with CompilePool(H200, tmp_path, 2, compile=fake.compile_quickly) as pool, GpuEvaluator(pool, FAKE) as evaluator:
+        for each in (hanging, *needed):
+            pool.request(each.rendered)
+        begun = time.monotonic()
+        evaluator.finish_builds(needed[:1])
+        assert evaluator.is_built(needed[0]) and time.monotonic() - begun < 20, "a compiler that hangs for a minute"
+        assert not pool.backlog and not evaluator.compiled(hanging)
+        evaluator.finish_builds(needed[1:])
+        assert all(map(evaluator.is_built, needed)), "what was given up can be asked for again"
+
+
+def test_every_study_gets_its_turn_on_a_gpu(tmp_path):
+    """Defaults first; then the problem at hand until another has had much less; not what another GPU has at hand."""
+    evaluator = GpuEvaluator(SimpleNamespace(), FAKE, devices=("0", "1"))
+    one, other = evaluator.lanes
+    problems = [SimpleNamespace(id=name) for name in "xyz"]
+    studies = [open_study(tmp_path / name, seeds=[]) for name in ("a", "b", "c")]
+    evaluator._ready = [Task(*each, SPACE.candidate(config()), True) for each in zip(studies, problems, strict=True)]
+    one.at_hand, other.at_hand = problems[0].id, problems[2].id
+
+    def picked() -> int:
+        return evaluator._ready.index(evaluator._pick(one))
+
+    studies[0].seen = studies[2].seen = {"something": None}
+    assert picked() == 1, "its default was not judged yet"
+    studies[1].seen = {"something": None}
+    studies[0].spent_s = 3.0
+    assert picked() == 0
+    studies[0].spent_s = 30.0
+    assert picked() == 1, "not the third, which the other GPU has at hand"
+    one._drawings = [20.0]
+    assert picked() == 0, "drawing takes long here"
