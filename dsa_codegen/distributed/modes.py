@@ -194,12 +194,16 @@ class ContextParallel(Alone):
         return self.shard or Shard.interleaved(*place(self.group), page)
 
     def further(self, model: Model, limits: Limits) -> Iterator[tuple[Op, Spec, Sizes]]:
+        """See ``beyond``."""
+        return self.beyond(model, limits, place(self.group)[1])
+
+    def beyond(self, model: Model, limits: Limits, ranks: int) -> Iterator[tuple[Op, Spec, Sizes]]:
         """Decode selects tokens, then among the candidates of all ranks, attends to counted lists without sinks, and merges."""
         if model.kv_layout == NO_CACHE:
             return
         highest, select, attention = limits.highest(), ops.get("select"), ops.get("attention_paged")
         rows = highest["select-slots"]
-        candidates = {"rows": rows["rows"], "columns": place(self.group)[1] * model.topk}
+        candidates = {"rows": rows["rows"], "columns": ranks * model.topk}
         wanted: list[tuple[Op, Spec, Mapping[str, int | None]]] = [
             (select, SelectSpec(model.topk, starts=False), rows),
             (select, SelectSpec(model.topk, starts=False, output="slots", page=1), candidates),

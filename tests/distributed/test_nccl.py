@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsa_codegen.problem.compare import similarity_gap
+
 import ranks
 from test_modes import assert_equal
 
@@ -58,6 +60,24 @@ def test_layers_whose_work_is_shared(on_gpus):
             assert_equal(found["tensor paged", batch], (out[..., heads, :], lse[..., heads], chosen))
             assert_equal(found["data paged", batch], (out, lse, chosen))
             assert_equal(found["context paged", batch], (out, lse), found["context paged", batch][2])
+
+
+@pytest.mark.parametrize("way", ["pages", "own heads", "tensor", "data"])
+def test_modules_whose_work_is_shared(on_gpus, way):
+    """Scores are FP8's here, and sums the kernels': a token may be chosen or not where two score nearly alike."""
+    expected = on_gpus[1][0]["modules", way == "data"]
+    for rank in on_gpus[WORLD]:
+        for (out, chosen), (wanted, tokens) in zip(rank["modules"][way], expected, strict=True):
+            assert (chosen == tokens).all(1).float().mean() > 0.9
+            assert similarity_gap(out, wanted) < 1e-2
+            if way == "data":
+                assert torch.equal(out, wanted) and torch.equal(chosen, tokens)
+
+
+def test_graphs_of_modules_replay_what_calls_give(on_gpus):
+    for rank in on_gpus[WORLD]:
+        for which, (replayed, called) in rank["captured modules"].items():
+            assert replayed.isfinite().all() and torch.equal(replayed, called), which
 
 
 def test_graphs_replay_what_calls_give(on_gpus):

@@ -259,6 +259,38 @@ def everyones(group: Any, rank: int, world: int, device: str) -> torch.Tensor:
     return layer(deepseek_layer.hidden().to(device)[: counts[rank]], caches.layers[0], step)
 
 
+def captured_modules(group: Any, rank: int, world: int, device: str) -> dict:
+    """A module's decode steps, replayed from a CUDA graph and called one by one, on sequences that grow alike."""
+    found: dict = {}
+    x = deepseek_layer.hidden().to(device)
+    for name, parallel in {
+        "context": ContextParallel("interleaved", shard=Shard.interleaved(rank, world, 8), group=group, own_heads=True),
+        "tensor": TensorParallel(group),
+    }.items():
+        layer, table = deepseek_layer.made(nn_model(), parallel).to(device), nn.rotary_table(256, 64, device=device)
+        replayed, called = (
+            nn.PagedCache(layer.model, table, layers=1, blocks=8, batch=2, max_context=128, parallel=parallel) for _ in range(2)
+        )
+        for caches in (replayed, called):
+            step = caches.prefill((70, 70))
+            layer(x if step.shared is None else x[step.shared.rows], caches.layers[0], step)
+            caches.grow((1, 1))
+            layer(x[:2], caches.layers[0], caches.step(1, 128))  # loads the kernels, and makes NCCL ready
+        given, graph = x[:2].clone(), torch.cuda.CUDAGraph()
+        replayed.grow((1, 1))
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = layer(given, replayed.layers[0], replayed.step(1, 128))
+        for number in range(3):
+            given.copy_(x[2 + number : 4 + number])
+            if number:
+                replayed.grow((1, 1))
+            graph.replay()
+            called.grow((1, 1))
+            found[name, number] = result.clone(), layer(given, called.layers[0], called.step(1, 128))
+    return found
+
+
 def captured(group: Any, rank: int, world: int, device: str) -> dict:
     """Decode steps in CUDA graphs, collectives and all: what a replay gives on other inputs, and what a call gives.
 
@@ -363,6 +395,7 @@ def run(rank: int, folder: Path, processes: int, transport: str) -> None:
                 "modules": by_module(group, rank, world, device),
                 "module": None if deepseek_layer.HEADS % world else deepseek_layer.steps_of_module(group, world, device),
                 "captured": captured(group, rank, world, device) if transport == "nccl" else {},
+                "captured modules": captured_modules(group, rank, world, device) if transport == "nccl" else {},
             }
     torch.save(on("cpu", found), folder / f"{rank}.pt")
     dist.barrier()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...distributed import ContextParallel
 from ...errors import DsaError, NoGpu
 from ...gpu import Gpu
 from ...kernels.build import build_all
@@ -76,7 +77,8 @@ def kernels(cases: Iterable[Case], sizes: Sequence[int], gpu: Gpu) -> list[Rende
         rows = {"max_queries": case.context // case.least, "max_batch": 0} if case.stage == "prefill" else {}
         limits = Limits(**{"max_queries": 0, "max_batch": case.batch, **rows}, max_context=case.context, next_n=(1,))
         for world in groups(case, sizes):
-            for op, spec, size in calls(case.of_rank(world), limits):
+            shared = ContextParallel().beyond(case.of_rank(1), limits, world) if world > 1 else ()
+            for op, spec, size in (*calls(case.of_rank(world), limits), *shared):
                 if op.name != "gather_paged" and all(
                     getattr(spec, name, allowed[0]) in allowed for name, allowed in _ONLY.items()
                 ):
