@@ -16,13 +16,14 @@ from ...errors import DsaError, NoGpu
 from ...gpu import Gpu
 from ...kernels.build import build_all
 from ...kernels.render import Rendered, render
+from ...problem.values import Sizes
 from ...runtime.dispatch import chosen
 from ...runtime.serving import Limits, calls
 from ..results import Row, groups_in, merge_rows, read_rows, rows_path
 from . import process
 from .cases import CASES, Case, groups, served
 from .process import Timed
-from .ways import ALONE, PLAIN
+from .ways import ALONE, PLAIN, SAMPLE
 
 _LONGEST_SECONDS = 600.0
 _ONLY = {"weights": ("none", "fp32"), "slots": ("i32",), "power_of_two": (False,)}
@@ -79,12 +80,22 @@ def kernels(cases: Iterable[Case], sizes: Sequence[int], gpu: Gpu) -> list[Rende
         for world in groups(case, sizes):
             shared = ContextParallel().beyond(case.of_rank(1), limits, world) if world > 1 else ()
             for op, spec, size in (*calls(case.of_rank(world), limits), *shared):
-                if op.name != "gather_paged" and all(
-                    getattr(spec, name, allowed[0]) in allowed for name, allowed in _ONLY.items()
-                ):
+                asked = all(getattr(spec, name, allowed[0]) in allowed for name, allowed in _ONLY.items())
+                if op.name != "gather_paged" and asked and _serves(size, case, world):
                     rendered = render(op, spec, chosen(op, spec, size, gpu).config)
                     found[rendered.sha] = rendered
     return list(found.values())
+
+
+def _serves(size: Sizes, case: Case, world: int) -> bool:
+    """Whether the case has steps in the bucket of these sizes; a rare chunk of few rows is built when it comes."""
+    of_rank = (case.context // world, world * case.shape["k"]) if case.stage == "decode" else ()
+    rows = (case.batch, case.batch // world) if case.stage == "decode" else (SAMPLE, case.context // case.least)
+    asked = {"columns": (case.context, *of_rank), "context": (case.context, *of_rank), "rows": rows, "batch": rows}
+    return all(
+        any(low <= length and (high is None or length < high) for length in asked.get(name, (low,)))
+        for name, low, high in size.bucket()
+    )
 
 
 def _processes(devices: int, arguments: tuple[Any, ...], meanwhile: Callable[[], object]) -> None:

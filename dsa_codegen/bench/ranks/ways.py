@@ -20,7 +20,7 @@ from .cases import Case
 Results = tuple[Tensor, ...]
 """out, lse, chosen."""
 ALONE, PLAIN = "one GPU", "plain"
-_SAMPLE = 256  # rows of prefill that are compared
+SAMPLE = 256  # rows of prefill that are compared
 _STORED = 1 << 18  # tokens that are quantised into a cache at a time
 
 
@@ -116,7 +116,7 @@ class Prefill:
 
     def _compared(self, step: dict[str, Any]) -> tuple[Callable[[Results], Results], Callable[[], Results]]:
         """Some rows from everywhere: those of the results, and the same computed by this rank alone."""
-        rows = torch.linspace(0, len(step["q"]) - 1, min(_SAMPLE, len(step["q"])), device=self._device).long()
+        rows = torch.linspace(0, len(step["q"]) - 1, min(SAMPLE, len(step["q"])), device=self._device).long()
 
         def expected() -> Results:
             q8, folded = functions.quantize_index_q(step["index_q"][rows], step["index_weights"][rows])
