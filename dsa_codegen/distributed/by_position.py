@@ -67,7 +67,7 @@ def index_select_by_position(
     candidates = choice.candidates_paged(q, *mine, topk, (shard.offset, shard.stride, shard.block), **options)
     if not (keep_first or keep_recent):
         return _merged(candidates, topk, group).view(batch, next_n, topk)
-    tokens, ranked = gathered(candidates, group).permute(2, 1, 0, 3).flatten(2)
+    tokens, ranked = gathered(candidates, group).permute(2, 1, 0, 3).flatten(2).contiguous()
     kept: dict[str, Any]
     kept = {"ends": lengths.flatten().clamp(max=max_context), "keep_first": keep_first, "keep_recent": keep_recent}
     merged = merge_choices(ranked.view(torch.float32), tokens.masked_fill(tokens == NO_TOKEN, -1), topk, **kept)

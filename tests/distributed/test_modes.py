@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -121,11 +123,22 @@ def alone():
     torch.distributed.destroy_process_group()
 
 
+def tokens_of(slots):
+    """The tokens of two sequences that lie in slots."""
+    table = ranks.decode_step(2, 1)["page_table"]
+    held = slots[..., None] // ranks.PAGE == table[:, None, None]
+    return torch.where(slots >= 0, held.int().argmax(-1) * ranks.PAGE + slots % ranks.PAGE, -1).int()
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_group_of_one():
     whole = dsa.Layer(ranks.MODEL).prefill(**ranks.prefill_step(70))
     for parallel in (ContextParallel(), ContextParallel("interleaved"), TensorParallel(), DataParallel([70]), DataParallel()):
         assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**ranks.prefill_step(70)), whole)
+    kept = replace(ranks.MODEL, keep_first=3, keep_recent=9)
+    one, alike = dsa.Layer(kept), dsa.Layer(kept, parallel=ContextParallel())
+    out, lse, slots = one.decode(**ranks.decode_step(2, 1))
+    assert_equal(alike.decode(**ranks.decode_step(2, 1)), (out, lse), tokens_of(slots))
     whole = dsa.Layer(ranks.MODEL).decode(**ranks.decode_step(2, 1))
     for parallel in (TensorParallel(), DataParallel([2]), DataParallel()):
         assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).decode(**ranks.decode_step(2, 1)), whole)
