@@ -121,8 +121,10 @@ class Indexer(nn.Module):
 
     def _options(self, cache: LayerCache) -> dict[str, Any]:
         """Of ``index_select``."""
-        scores = "bf16" if _plain(cache) else "fp8"
-        return {"score": self.model.score, "scores": scores, "batch_invariant": self.model.invariant}
+        model, scores = self.model, "bf16" if _plain(cache) else "fp8"
+        kept = {"keep_first": model.keep_first, "keep_recent": model.keep_recent}
+        options: dict[str, Any] = {"score": model.score, "scores": scores, "batch_invariant": model.invariant}
+        return options | {name: tokens for name, tokens in kept.items() if tokens}
 
 
 def _plain(cache: LayerCache) -> bool:

@@ -189,16 +189,30 @@ def test_rows_that_do_not_fit_are_named_before_anything_is_sent():
         distributed.index_select_paged_by_rows(**inputs, topk=64, out=torch.empty(1))
 
 
+@pytest.fixture(scope="module")
+def of_eight(tmp_path_factory):
+    """As ``results``, of as many ranks as a node has GPUs; of some cases most ranks have nothing."""
+    return ranks.launch(tmp_path_factory.mktemp("eight"), 8)
+
+
 @pytest.mark.slow
-def test_eight_processes(tmp_path):
-    """As many ranks as heads, and as a node has GPUs; of some cases most ranks have nothing."""
-    found = ranks.launch(tmp_path, 8)
-    for rank in found[8]:
+@pytest.mark.parametrize("world", [5, 6, 7, 8])
+def test_more_processes(of_eight, world):
+    found, whole = of_eight[world], of_eight[1][0]
+    for rank in found:
         for name, chosen in rank["rows"].items():
-            assert torch.equal(chosen, found[1][0]["rows"][name])
+            assert torch.equal(chosen, whole["rows"][name])
+        for (name, *which), attended in rank["position"].items():
+            if name == "dealt":
+                assert torch.equal(attended, whole["position"][which[1], 0, False][0])
+            elif name != "own heads":
+                tokens, out, lse = whole["position"][tuple(which)]
+                assert_equal((*attended[1:], attended[0]), (out, lse, tokens))
+        for (out, chosen), (wanted, tokens) in zip(rank["modules"]["blocks"], whole["modules", True], strict=True):
+            assert torch.equal(chosen, tokens)
+            torch.testing.assert_close(out, wanted, rtol=2**-7, atol=2e-3)
     for tokens in ranks.TOKENS:
-        whole = found[1][0]["modes"]["prefill", tokens]
-        for name, deal in ranks.deals(tokens, 8).items():
-            for rank in range(8):
-                shared = found[8][rank]["modes"]["context", tokens, name]
-                assert_equal(shared, [each[deal.rows(rank)] for each in whole])
+        one = whole["modes"]["prefill", tokens]
+        for name, deal in ranks.deals(tokens, world).items():
+            for rank in range(world):
+                assert_equal(found[rank]["modes"]["context", tokens, name], [each[deal.rows(rank)] for each in one])

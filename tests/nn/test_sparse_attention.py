@@ -192,6 +192,18 @@ def test_options_of_the_indexer_choose_nearly_the_same(options, hidden):
     assert choices[0] != choices[1]
 
 
+def test_tokens_that_a_model_keeps_are_chosen(hidden):
+    torch.manual_seed(3)
+    layer = nn.SparseAttention(replace(TINY, keep_first=2, keep_recent=9), SHAPE)
+    chosen = []
+    layer.indexer.register_forward_hook(lambda module, args, result: chosen.append(result))
+    caches = nn.PagedCache(layer.model, TABLE, layers=1, blocks=3, batch=1, max_context=256)
+    layer(hidden[0, :120], caches.layers[0], caches.prefill((120,)))
+    layer(hidden[0, 120:121], caches.layers[0], caches.decode())  # its pages are the first, so that slots are tokens
+    for row, last in ((chosen[0][-1], 119), (chosen[1][0], 120)):
+        assert {0, 1, *range(last - 8, last + 1)} <= set(row.tolist())
+
+
 def test_sinks_take_their_share(hidden):
     model = Model("sinks", 2, 512, 64, 8, 64, 64, attn_sink=True)
     torch.manual_seed(3)
