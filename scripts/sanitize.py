@@ -46,8 +46,8 @@ from scripts.sanitizing import cases, ledger, pieces, reports, sources  # noqa: 
 from scripts.sanitizing.pieces import Piece  # noqa: E402
 
 LEDGER = "ended.jsonl"
-_LEAST = 8.0  # seconds that a piece must be given to be worth its start
-_GRACE = 15.0  # seconds behind its own end that a process is given to finish a case and its report
+_LEAST = 15.0  # seconds that a piece must be given to be worth its start
+_GRACE = 8.0  # seconds behind its own end that a process is given to finish a case and its report
 _LAST = 3.0  # seconds of the whole run that are kept for the summary
 _POLL = 0.25
 

@@ -22,8 +22,10 @@ FEW = 4
 """Cases of a text that stand for all of them: dozens differ in their numbers only, and take the same way through the kernels.
 
 Each sequence of kernels that a text launches is among them. Otherwise a text's are evenly apart and begin where the text before
-it did not, so that every case is run with some text of its operation and backend where there are enough of these.
+it did not, so that every case is run with some text of its operation and backend where there are enough of these. Every fourth
+text has long cases among its own: more blocks than the GPU has SMs, loops and rings that go round.
 """
+_LONG_EVERY = 4  # texts
 SMS = {"attention": 2}
 """On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
 several queries of a case there, where on all SMs each would take one."""
@@ -67,13 +69,16 @@ def sms(tool: str, subject: Subject, gpu: Gpu) -> int:
     return few or gpu.sms
 
 
-def cases_of(subject: Subject, tool: str, gpu: Gpu) -> list[Check]:
-    """All that launch anything, without long ones where every access is compared with all others and short ones do the same."""
+def cases_of(subject: Subject, tool: str, gpu: Gpu, long: bool = True) -> list[Check]:
+    """All that launch anything; without ``long``, of the long ones only what launches kernels that no short one does.
+
+    Where every access is compared with all others none is long.
+    """
     op, spec, config = subject.op, subject.spec, subject.config
     brief = {op.within_reach(spec, config, case) for case in op.cases(spec)}
     all_ = [Check(tool, subject, case, case not in brief) for case in op.cases_for(spec, config)]
     found = [each for each in all_ if launched(each, gpu)]
-    if tool not in _BARRIERS:
+    if long and tool not in _BARRIERS:
         return found
     known = {launched(each, gpu) for each in found if not each.long}
     return [each for each in found if not each.long or launched(each, gpu) not in known]
@@ -87,13 +92,16 @@ def checks(subjects: Sequence[Subject], tools: Iterable[str], gpu: Gpu, thorough
 
 def of_kind(subjects: Iterable[Subject], tool: str, gpu: Gpu, thorough: bool = False) -> list[Check]:
     """Those of one operation and backend under one tool."""
-    by_text: dict[str, list[Check]] = {}
+    texts: dict[str, list[Subject]] = {}
     for subject in subjects:
-        by_text.setdefault(rendered(subject).sha, []).extend(cases_of(subject, tool, gpu))
-    if thorough:
-        return [each for own in by_text.values() for each in own]
-    sequences = functools.partial(launched, gpu=gpu)
-    return [each for nth, own in enumerate(by_text.values()) for each in representatives(own, nth, sequences)]
+        texts.setdefault(rendered(subject).sha, []).append(subject)
+    kind = functools.partial(launched, gpu=gpu)
+    found: list[Check] = []
+    for nth, own in enumerate(texts.values()):
+        long = thorough or nth % _LONG_EVERY == 0
+        all_ = [check for subject in own for check in cases_of(subject, tool, gpu, long)]
+        found += all_ if thorough else representatives(all_, nth, kind)
+    return found
 
 
 def representatives(own: Sequence[Check], nth: int, kind: Callable[[Check], object], few: int = FEW) -> list[Check]:

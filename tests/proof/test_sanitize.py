@@ -17,7 +17,7 @@ import torch
 
 from dsa_codegen.ops.attention_paged import OP as PAGED
 from dsa_codegen.problem.draw import Draw
-from scripts.sanitizing import cases, ledger, pieces, reports, source_lines, sources
+from scripts.sanitizing import cases, child, ledger, pieces, reports, source_lines, sources
 
 from support import H200
 
@@ -133,6 +133,26 @@ def test_blocks_of_a_cache_lie_apart_with_nan_between():
     whole = spaced["cache"].as_strided((blocks, width + 64), (width + 64, 1))
     assert whole[:, width:].isnan().all() and not whole[:, :width].isnan().any()
     assert cases.operation(cases.Check("memcheck", subject, subject.op.cases(subject.spec)[0])) is subject.op
+
+
+def test_what_is_moved_keeps_its_strides_and_what_lies_between():
+    wide = torch.arange(60.0).view(3, 20)
+    part, packed = wide[:, 2:9], torch.arange(6.0)
+    found = child.moved({"part": part, "packed": packed, "scale": 0.5, "none": None, "row": packed[:1].expand(4)}, "cpu")
+    assert found["part"].stride() == (20, 1) and torch.equal(found["part"], part) and torch.equal(found["row"], torch.zeros(4))
+    assert torch.equal(found["part"].as_strided((47,), (1,)), wide.flatten()[2:49])
+    assert torch.equal(found["packed"], packed) and (found["scale"], found["none"]) == (0.5, None)
+
+
+def test_all_but_the_kernels_runs_on_the_cpu():
+    """Inputs are the CPU's of the same seed; what a check is given is moved there."""
+    (subject, *_) = sources.sources(["tiny"], H200, ["quantize"])
+    op, spec = subject.op, subject.spec
+    case, host = op.cases(spec)[0], child.on_host(op)
+    inputs = host.inputs(spec, case, Draw(7))
+    assert all(torch.equal(inputs[name], value) for name, value in op.inputs(spec, case, Draw(7)).items() if name == "source")
+    assert host.check(spec, inputs, host.reference(spec, inputs), op.reference(spec, inputs)).passed
+    assert op.inputs.__self__ is op, "the operation itself stays as it is"
 
 
 RACES = """========= Error: Race reported between Read access at k+0x100 in m.py:1
