@@ -30,7 +30,7 @@ BY_SHARERS = [
 
 
 def shared(sharers):
-    return Config.of("cuda", splits=0, sharers=sharers, flat=False, interleave=False)
+    return Config.of("cuda", splits=0, sharers=sharers, columns=0, flat=False, interleave=False)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -89,26 +89,27 @@ def test_the_order_of_summation_is_the_clusters_size():
 
 
 @pytest.mark.parametrize(
-    ("heads", "batch", "next_n", "sharers"),
+    ("heads", "batch", "next_n", "sharers", "columns"),
     [
-        (128, 1, 1, 16),
-        (128, 2, 1, 16),
-        (64, 4, 1, 16),
-        (128, 8, 1, 6),  # 16 clusters of 8 are more than run at once
-        (64, 8, 1, 8),
-        (64, 6, 1, 8),  # one choice for the whole bucket
-        (128, 16, 1, 3),
-        (64, 1, 4, 8),
-        (128, 64, 1, 0),
-        (64, 1, 4096, 0),
-        (16, 1, 1, 0),
+        (128, 1, 1, 8, 16),  # 8 clusters of 16 are more than run at once
+        (128, 2, 1, 6, 16),
+        (64, 1, 1, 10, 16),  # 64 entries each
+        (64, 4, 1, 6, 16),
+        (128, 8, 1, 6, 0),  # of 32 heads 32 clusters, whose blocks would have more than a tile
+        (64, 8, 1, 6, 32),
+        (64, 6, 1, 6, 32),  # one choice for the whole bucket
+        (128, 16, 1, 3, 0),
+        (64, 1, 4, 6, 32),
+        (128, 64, 1, 0, 0),
+        (64, 1, 4096, 0, 0),
+        (16, 1, 1, 10, 16),
     ],
 )
-def test_few_rows_are_shared_by_as_many_blocks_as_run_at_once(heads, batch, next_n, sharers):
+def test_few_rows_are_shared_by_as_many_blocks_as_run_at_once(heads, batch, next_n, sharers, columns):
     spec = AttentionPagedSpec(heads, 128, "v4", 256, extra_topk=512)
     config = OP.default_config(spec, AttentionPagedSizes(batch, next_n, 1 << 17), H200)
-    assert (config["sharers"] if config.backend == "cuda" else 0) == sharers
-    assert OP.default_config(replace(spec, extra_topk=2048), AttentionPagedSizes(1, 1, 1 << 17), H200)["sharers"] == 0
+    assert ((config["sharers"], config["columns"]) if config.backend == "cuda" else (0, 0)) == (sharers, columns)
+    assert OP.default_config(replace(spec, extra_topk=4096), AttentionPagedSizes(1, 1, 1 << 17), H200)["sharers"] == 0
 
 
 def test_many_rows_are_not_shared():

@@ -44,7 +44,11 @@ STAYING = {
         4,
     ),
     "attention-cuda": (guessed("attention", "cuda"), {"queries": 4096, "tokens": 8192}, 1),
-    "attention_paged-cuda": (Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False), {"batch": 4096}, 1),
+    "attention_paged-cuda": (
+        Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False),
+        {"batch": 4096},
+        1,
+    ),
     "select-cuda": (guessed("select", "cuda", rows=4096, columns=32768), {"rows": 4096, "columns": 32768}, 1),
     "select-triton": (
         Config.of("triton", scheme="row", capacity=4096, block_n=4096, num_warps=8, sample=2048, splits=1),

@@ -231,6 +231,7 @@ DEVICE void store8(bf16 *to, u32 a, u32 b, u64) {
 }
 DEVICE void prefetch(const bf16 *) {}
 DEVICE void stores_before_products() {}
+DEVICE u32 load_byte(u32 address) { return emulator::shared[address]; }
 DEVICE void store1(u32 address, u32 value) { emulator::shared[address] = value; }
 DEVICE void store16(u32 address, u32 a, u32 b, u32 c, u32 d) {
   const u32 words[] = {a, b, c, d};
@@ -282,6 +283,21 @@ DEVICE void send16(u32 address, u32 a, u32 b, u32 c, u32 d, u32 bar) {
 DEVICE void send16_if(bool condition, u32 address, u32 a, u32 b, u32 c, u32 d, u32 bar) {
   if (condition) send16(address, a, b, c, d, bar);
 }
+DEVICE void send8_if(bool condition, u32 address, u32 a, u32 b, u32 bar) {
+  if (!condition) return;
+  store4(address, a);
+  store4(address + 4, b);
+  auto &barrier = emulator::barrier_at(bar);
+  barrier.bytes -= 8;
+  emulator::pass_if_done(barrier);
+}
+DEVICE void send4_if(bool condition, u32 address, u32 a, u32 bar) {
+  if (!condition) return;
+  store4(address, a);
+  auto &barrier = emulator::barrier_at(bar);
+  barrier.bytes -= 4;
+  emulator::pass_if_done(barrier);
+}
 DEVICE void cluster_arrive() { emulator::arrived++; }
 DEVICE void cluster_wait() {
   const int all = emulator::block_threads * emulator::cluster, phase = ++emulator::passed[emulator::current];
@@ -309,6 +325,8 @@ template <int n> DEVICE void settle(float (&)[n]) {}
 #define __shared__ static
 template <class T> static T __ldg(const T *address) { return *address; }
 static int __shfl_sync(uint mask, int value, int lane) { return __shfl_sync(mask, value, lane, 32); }
+static float __shfl_sync(uint mask, float value, int lane) { return bits_as<float>(__shfl_sync(mask, bits_as<int>(value), lane, 32)); }
+static u64 __shfl_sync(uint, u64 value, int lane) { return emulator::collective(value)[lane & 31]; }
 static float __shfl_xor_sync(uint, float value, int apart) {
   unsigned long long *values = emulator::collective(bits_as<uint>(value));
   return bits_as<float>((uint)values[emulator::current % emulator::lanes ^ apart]);

@@ -37,12 +37,12 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
-    if not _halves(spec):
+    if not halves(spec):
         reads = "v32, v4 and rows of 512 channels without rotary part"
         yield Violation("layout", 1.0, f"layout: clusters read {reads}, Triton's {spec.kv_layout}")
 
 
-def _halves(spec: AttentionPagedSpec) -> bool:
+def halves(spec: AttentionPagedSpec) -> bool:
     """Whether a token can be split: 256 channels with their scales for each block, and half of the rotary part."""
     layout = spec.layout
     if spec.kv_layout in FIXED or isinstance(layout, KvPlainLayout):

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
-from . import clusters, entries, flat, gluon, shared, triton
+from . import clusters, columns, entries, flat, gluon, shared, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
 _CUDA = (
     *gluon.PARAMETERS,
     entries.SHARERS,
+    columns.COLUMNS,
     Parameter(
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
     ),
     Parameter("interleave", (False, True), "as in attention, of which flat rows are", before=False),
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_CLUSTERS = Config.of("cuda", splits=0, sharers=0, flat=False, interleave=False)
+_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False)
 _FLAT = _CLUSTERS.replace(flat=True)
 
 
@@ -40,13 +42,15 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return gluon.constraints(spec, gpu)
         if config.backend == "triton":
             return triton.constraints(spec, config, gpu)
+        if config["columns"]:
+            return columns.constraints(spec, config, gpu)
         if config["sharers"]:
             return entries.constraints(spec, config, gpu)
         return flat.constraints(spec, config, gpu) if config["flat"] else clusters.constraints(spec, config, gpu)
 
     def reach(self, spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
         if _shares(config):
-            return entries.reach(spec, config, bucket)
+            return _sharing(config).reach(spec, config, bucket)
         return flat.reach(spec, bucket) if _is_flat(config) else ()
 
     def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
@@ -56,15 +60,14 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if _is_flat(config):
             return flat.order(spec, config)
         if _shares(config):
-            return f"cuda-sharers-{config['sharers']}"
+            return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
         return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
         if flat.is_first_choice(spec, sizes):
             yield _FLAT.replace(interleave=flat.interleaves(spec, sizes))
-        sharers = entries.best(spec, sizes, gpu)
-        if sharers and not spec.batch_invariant:
-            yield _CLUSTERS.replace(sharers=sharers)
+        if not spec.batch_invariant:
+            yield from _few_rows(spec, sizes, gpu)
         splits = shared.fixed_splits(spec) if spec.batch_invariant else 0
         # One order serves all sizes: that of clusters where Gluon's do not.
         if spec.general if spec.batch_invariant else (spec.extra_topk or clusters.pay(spec, sizes, gpu)):
@@ -85,7 +88,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         }
         if config.backend == "cuda":
             if config["sharers"]:
-                return names | entries.derived(spec, config)
+                return names | _sharing(config).derived(spec, config)
             return names | (flat.derived(spec, config) if config["flat"] else clusters.derived(spec))
         return names | (gluon.derived(spec) if config.backend == "gluon" else triton.derived(spec, config))
 
@@ -103,9 +106,17 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             turns = in_turns(inputs, outputs, shared.rows_of_turn(spec, config["splits"]))
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
         if _shares(config):
-            return entries.launches(spec, config, inputs, outputs)
+            return _sharing(config).launches(spec, config, inputs, outputs)
         design = {"cuda": clusters.launches, "gluon": gluon.launches, "triton": triton.launches}[config.backend]
         return (flat.launches if _is_flat(config) else design)(spec, config, inputs, outputs, gpu)
+
+
+def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
+    sharers, heads = columns.best(spec, sizes, gpu)
+    if sharers:
+        yield _CLUSTERS.replace(sharers=sharers, columns=heads)
+    elif sharers := entries.best(spec, sizes, gpu):
+        yield _CLUSTERS.replace(sharers=sharers)
 
 
 def _is_flat(config: Config) -> bool:
@@ -114,3 +125,7 @@ def _is_flat(config: Config) -> bool:
 
 def _shares(config: Config) -> bool:
     return config.backend == "cuda" and bool(config["sharers"])
+
+
+def _sharing(config: Config) -> ModuleType:
+    return columns if config["columns"] else entries
