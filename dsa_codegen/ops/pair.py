@@ -41,4 +41,5 @@ def derived(
         "split": _SPLIT,
         "divides": divides,
         "lines": lines,
+        "sweep": False,  # of sorted lists, which only some have
     }

@@ -17,8 +17,9 @@ from dsa_codegen.problem.presets import Model, preset
 
 MODELS = ("tiny", "tiny-gqa")
 _PAGED = ops.get("attention_paged").config("cuda", {"splits": 0, "sharers": 0, "flat": False, "interleave": False})
+_SORTED = ops.get("attention").config("cuda", {"num_stages": 2, "turns": False, "consumer_registers": 216, "sweep": True})
 _SOME_OPTIONS = (0, 3, -1)
-"""Of paged attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
+"""Of attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
 _V41 = {"kv_layout": "v41", "d_rope": 0}
 
@@ -38,6 +39,8 @@ class Further:
 FURTHER = (
     # Two blocks of 64 heads, and pairs of tiles over a list that is long enough to be cut in two.
     Further("attention", {"heads": 64, "topk": 1024}),
+    # Lists that are sorted, and blocks that wait for each other's steps.
+    Further("attention", {"heads": 64, "topk": 1024}, _SORTED),
     # Many heads add their gradients up in another way than few.
     *(Further("attention_backward", {"heads": heads}, backends=("triton",)) for heads in (64, 128)),
     # Keys of blocks.

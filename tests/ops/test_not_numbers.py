@@ -45,7 +45,9 @@ PREFILL = {
     "tilelang": Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384),
     "multistage": Config.of("tilelang", pipeline="multistage", block_h=32, block_n=64, num_stages=2, threads=256),
     "triton": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
-    "cuda": Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168),
+    "cuda": Config.of(
+        "cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=168
+    ),
 }
 DECODE = {
     "gluon": Config.of("gluon", splits=1),

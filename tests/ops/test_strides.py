@@ -191,12 +191,12 @@ ON_HOPPER = [
     ),
     (
         "attention",
-        Config.of("cuda", num_stages=3, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224),
+        Config.of("cuda", num_stages=3, turns=True, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=224),
         AttentionSpec(128, 576, 70, lengths=True),
     ),
     (
         "attention",
-        Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168),
+        Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=168),
         AttentionSpec(8, 576, 70, lengths=True),
     ),
     ("attention", Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384), None),

@@ -180,6 +180,8 @@ DEVICE void copies_arrive(u32 bar) {
   copies_land();
   barrier_arrive(bar);
 }
+DEVICE void count_up(u32 *counter) { ++*counter; }
+DEVICE u32 count_of(const u32 *counter) { return *counter; }
 DEVICE u64 keep_in_l2() { return 0; }
 DEVICE u64 pass_through_l2() { return 0; }
 DEVICE void store4(u32 address, u32 value) { *(u32 *)(emulator::shared + address) = value; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ...gpu import Gpu
 from ...problem.channels import D_V, padded, padded_to
@@ -12,7 +11,7 @@ from ...problem.checks import pieces, step
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from .. import pair
-from . import fp8
+from . import fp8, staying
 from .problem import AttentionSizes, AttentionSpec, sharing
 
 _SPECIALISED_THREADS = 384  # one group of 128 gathers, one scores, one adds up
@@ -22,33 +21,40 @@ _SPECIALISED = Config.of("tilelang", pipeline="specialised", block_h=64, block_n
 _WIDE = Config.of("triton", block_h=64, block_n=64, num_stages=2, num_warps=8)
 _FEW = Config.of("triton", block_h=16, block_n=64, num_stages=3, num_warps=4)
 # 128 heads, H100: 3864 µs at 4096 x 8192 and 4013 at 32768, where TileLang's takes 8 to 15 % longer. As many tiles as fit.
-_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, l2_prefetch=256, consumer_registers=224)
+_CLUSTER = Config.of("cuda", num_stages=4, turns=True, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=224)
 _CLUSTERS = (_CLUSTER, _CLUSTER.replace(num_stages=3))
 _CLUSTER_HEADS = 128  # of one query; 64, two queries a cluster, lost to TileLang's
 _CLUSTER_TOPK = 1024  # shorter lists were not measured; between two queries pass 5 to 9 thousand of a query's 110 at 2048
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Of lines of 128 bytes 64 heads of 131072
 # take 2459, 2561 without, interleaved 2466 and 2524; 128 heads 4463 and 4348. Gatherers of fewer than 72 registers spill.
-_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
+_PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=216)
 _PAIR_TOPK = 512  # shorter lists were not measured
-_PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
-_LEAST_SAVED = 4  # pairs of tiles, some 15 µs, for which a list is cut: the sums' way takes half of that
 _LINE = 128  # bytes
+_SORTERS = 256  # threads that sort a list
+_SORTED_EACH = (8, 16)  # entries that each of them has, in registers
+_PATIENCE = 128  # looks at a counter of steps: some 60 us
+# H200, 4096 queries, without and with: 64 heads of 32K 1989 and 1932 µs, of 64K 2266 and 2008, of 128K 2453 and 2219; 128 heads
+# 3908 and 3821, 4102 and 3960, 4198 and 4168; 16 heads of 64K 1481 and 1167, of 128K 1772 and 1251. k 512 loses (590 and 622,
+# 64 heads of 48K), k 1024 gains nothing (2021 and 2046).
+_SWEPT_TOPK = 2048
+_LAG = 4  # steps, of a pair of tiles, that a block may be ahead
 # FP8 products, 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries of 32K
 # tokens: 2670 µs, where FlashMLA's products of bf16 take 4213.
-_FP8_PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, consumer_registers=216)
+_FP8_PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=216)
 _FP8_CAPABILITY = 89
 _FP8_STEP = 32  # channels that a product of FP8 takes at least
 # Few heads, H100, 4096 x 32768: 1297, 1338 and 1645 µs of 8, 16 and 32 heads where TileLang's kernel takes 2048, 2021 and 2134.
 # As many stages as fit: of 16 heads 7 take 1338, 6 1377, 5 1655.
 _FEW_HEADS = 32  # of 64 the output would not fit the registers of a group
-_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, consumer_registers=168)
+_RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=168)
 _RINGS = tuple(_RING.replace(num_stages=stages) for stages in (13, 11, 9, 8, 7, 6, 5))
 _MASKS = 8  # of tiles in the ring; of narrow ones there are more
 _NARROW = 256  # channels of value, with which a tile is one part of the ring
 _TOKEN_BITS = 28  # of an entry of a union; a cache of as many tokens would have 300 GB
 _UNITERS = 512  # threads that join the lists of neighbouring queries
-_WINDOW = 1 << 16  # tokens that they look at together
+_UNITED_EACH = (1, 2, 4)  # entries of a list that each of them keeps in registers; of longer lists none
+_TABLE = 1 << 13  # words, of as many bits for tokens that they look at together
 _NEAR_BYTES = 44 << 20  # of latents that an L2 of 50 MB keeps
 _DEFAULTS = (
     _SPECIALISED,
@@ -84,6 +90,12 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
                     (256, _LINE),
                     "bytes that the L2 brings at a time; of rows of 1152 that memory has, 256 bring a ninth more",
                     before=256,
+                ),
+                Parameter(
+                    "sweep",
+                    (False, True),
+                    "whether lists are sorted first and all blocks go through the cache together, so that one read serves many",
+                    before=False,
                 ),
                 Parameter(
                     "consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"
@@ -128,8 +140,11 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         yield from exceeds("smem", _smem(spec, config, gpu), gpu.smem_per_block, " B")
 
     def order(self, spec: AttentionSpec, config: Config) -> str | None:
-        """A query's list tile by tile, by blocks that have nothing else; only a union of lists is in its neighbours' order."""
+        """A query's list tile by tile, by blocks that have nothing else; a union of lists is in its neighbours' order, a sorted
+        one in that of its round."""
         if config.backend == "cuda":  # tiles of 64 tokens, however many wait
+            if config["sweep"]:
+                return None
             design = _design(spec, config)
             if design == "pair":  # whose values are added first
                 return "pair-interleaved" if config["interleave"] else "pair"
@@ -145,13 +160,15 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return (_FP8_PAIR, *few, *_DEFAULTS[2:], *_DEFAULTS)  # in Triton values widen: wider tiles spill
         if spec.heads <= _FEW_HEADS:
             registers = 216 if _columns(spec) > 16 and _wide(spec) else pair.REGISTERS
-            rings = (ring.replace(consumer_registers=registers) for ring in _RINGS)
-            return (*rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
+            rings = tuple(ring.replace(consumer_registers=registers) for ring in _RINGS)
+            sorts = tuple(ring.replace(sweep=True) for ring in rings) if _sweeps(spec, sizes) else ()
+            return (*sorts, *rings, _SPECIALISED, *((_FEW, _FEW.replace(block_n=32)) if spec.heads <= 16 else ()), *_DEFAULTS)
         clusters = (*_CLUSTERS, *_DEFAULTS) if spec.topk >= _CLUSTER_TOPK else (*_DEFAULTS, *_CLUSTERS)
-        far = sizes.tokens >= sizes.EDGES["tokens"][0] and spec.heads == pair.HEADS
+        far = sizes.tokens >= sizes.EDGES["tokens"][-1] and spec.heads == pair.HEADS
         lines = far and spec.d_qk > D_V  # rows that are no multiple of 256 bytes
         pairs = _PAIR.replace(interleave=far and not spec.batch_invariant, l2_prefetch=_LINE if lines else 256)
-        return (pairs, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pairs)
+        sorts = (_PAIR.replace(sweep=True),) if _sweeps(spec, sizes) else ()
+        return (*sorts, pairs, *clusters) if spec.topk >= _PAIR_TOPK else (*clusters, pairs)
 
     def derived(self, spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         if config.backend == "cuda":
@@ -182,16 +199,13 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         optional = [inputs[name] for name in ("lengths", "sink") if inputs[name] is not None]
         scales = [inputs[name] for name in ("q_scale", "kv_scale") if spec.math == "fp8"]
         tensors = (q, kv, *scales, inputs["indices"], *optional, *outputs.values())
-        if config.backend == "cuda" and _design(spec, config) == "few":
-            return _few_launches(spec, inputs, outputs, gpu)
+        if config.backend == "cuda" and _design(spec, config) in staying.LAUNCHES:
+            return staying.LAUNCHES[_design(spec, config)](spec, config, inputs, outputs, gpu)
         indices, sm_scale = inputs["indices"], inputs["sm_scale"]
         if config.backend == "cuda":
             scalars = (len(q), len(kv), spec.topk, step(q, 0), step(q, 1), step(kv, 0), step(indices, 0), sm_scale)
-            design = _design(spec, config)
-            if design == "pair":
-                return _pair_launches(spec, inputs, outputs, (tensors, scalars), gpu)
             blocks = 2 * min(len(q), max(gpu.sms // 2, 1))  # clusters take one query after another
-            if design == "fp8":  # 64 heads of a query after another
+            if _design(spec, config) == "fp8":  # 64 heads of a query after another
                 blocks = min(len(q) * spec.heads // pair.HEADS, gpu.sms)
             return (Launch("attention", (blocks, 1, 1), (*tensors, *scalars)),)
         grid = (len(q) * _head_blocks(spec, config), 1, 1)
@@ -199,57 +213,6 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
             return (Launch("attention", grid, (*tensors, sm_scale)),)
         strides = (pieces(q, 0), pieces(q, 1), pieces(kv, 0), step(indices, 0))
         return (Launch("attention", grid, (*tensors, len(kv), spec.topk, *strides, sm_scale)),)
-
-
-def _few_launches(spec: AttentionSpec, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
-    """Blocks that stay, each with two bundles of queries at a time; before them, the lists of each bundle are joined."""
-    q, kv, lists, lengths = inputs["q"], inputs["kv"], inputs["indices"], inputs["lengths"]
-    share, sizes = sharing(spec.heads, spec.share), (len(q), len(kv))
-    bundles, listed = -(-len(q) // share), step(lists, 0)
-    before: tuple[Launch, ...] = ()
-    if share > 1:
-        unions, counts = (lists.new_empty(shape) for shape in ((bundles, share * spec.topk), (bundles,)))
-        given = (lists,) if lengths is None else (lists, lengths)
-        before = (Launch("unite", (bundles, 1, 1), (*given, unions, counts, *sizes, spec.topk, listed)),)
-        lists, lengths, listed = unions, counts, share * spec.topk
-    optional = [tensor for tensor in (lengths, inputs["sink"]) if tensor is not None]
-    strides = (step(q, 0), step(q, 1), step(kv, 0), listed)
-    args = (q, kv, lists, *optional, *outputs.values(), *sizes, share * spec.topk, *strides, inputs["sm_scale"])
-    return (*before, Launch("attention", (min(bundles, gpu.sms), 1, 1), args))
-
-
-def _pair_launches(
-    spec: AttentionSpec, inputs: Inputs, outputs: Outputs, args: tuple[Sequence[Any], Sequence[Any]], gpu: Gpu
-) -> Sequence[Launch]:
-    """Blocks that stay, each with 64 heads of a query after another; the last lists may be cut, and a second kernel adds up."""
-    tensors, scalars = args
-    items = len(inputs["q"]) * spec.heads // pair.HEADS
-    if not _divides(spec):
-        return (Launch("attention", (min(items, gpu.sms), 1, 1), (*tensors, *scalars)),)
-    whole, cut = cut_last(items, -(-spec.topk // _PAIR_TILES), gpu.sms)
-    units, heads = (items - whole) * cut, (items - whole) * pair.HEADS
-    sums, facts = (outputs["lse"].new_empty(units, pair.HEADS, width) for width in (D_V, 4))
-    first = Launch("attention", (min(whole + units, gpu.sms), 1, 1), (*tensors, sums, facts, whole, cut, *scalars))
-    if not units:
-        return (first,)
-    sink = () if inputs["sink"] is None else (inputs["sink"],)
-    combine = (sums, facts, *sink, *outputs.values(), whole, cut, inputs["sm_scale"])
-    return (first, Launch("combine", (heads, 1, 1), combine, touched=sums.nbytes))
-
-
-def cut_last(items: int, pairs: int, blocks: int) -> tuple[int, int]:
-    """How many items blocks take whole, in full rounds, and into how many parts each one behind is cut.
-
-    ``pairs``: of tiles, which a whole item has.
-    """
-    rest = items % blocks
-    cut = min(blocks // rest, pairs) if rest else 1
-    return (items - rest, cut) if pairs + (-pairs // cut) >= _LEAST_SAVED else (items, 1)
-
-
-def _divides(spec: AttentionSpec) -> bool:
-    """Whether lists may be cut at all: where bits may depend on what is beside a row, and parts would be long enough."""
-    return not spec.batch_invariant and -(-spec.topk // _PAIR_TILES) > _LEAST_SAVED
 
 
 def _head_blocks(spec: AttentionSpec, config: Config) -> int:
@@ -290,6 +253,9 @@ def _without(config: Config, *names: str) -> Iterable[Violation]:
 
 def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     yield from _without(config, "turns", "interleave", "l2_prefetch")
+    if sharing(spec.heads, spec.share) > 1:
+        yield from _without(config, "sweep")
+    yield from _sweep_constraints(spec, config)
     # One more than a tile has parts. Else a group that waits for its next tile passes while the other's before it has not come
     # yet: the phase before the awaited one looks like it. 3 parts in 3 stages lost the context on an H200, 4 and 6 are right.
     yield from exceeds("stages of a tile", _chunks(spec) + 1, config["num_stages"])
@@ -298,20 +264,21 @@ def _few_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]
 
 def _pair_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     yield from _without(config, "turns")
+    yield from _sweep_constraints(spec, config)
     if spec.heads % pair.HEADS:
         yield Violation("heads", 1.0, f"heads: a block takes {pair.HEADS}, of which {spec.heads} are no multiple")
     yield from exceeds("accumulator registers", 216, config["consumer_registers"])
 
 
 def _fp8_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "interleave", "l2_prefetch")
+    yield from _without(config, "interleave", "l2_prefetch", "sweep")
     yield from _pair_constraints(spec, config)
     if config["num_stages"] != _FP8_PAIR["num_stages"]:
         yield Violation("num_stages", 1.0, f"num_stages: places of tiles are built for {_FP8_PAIR['num_stages']}")
 
 
 def _cluster_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
-    yield from _without(config, "interleave", "l2_prefetch")
+    yield from _without(config, "interleave", "l2_prefetch", "sweep")
     if spec.heads != _CLUSTER_HEADS:
         excess = _CLUSTER_HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_CLUSTER_HEADS} of one query, not {spec.heads}")
@@ -376,8 +343,9 @@ def _chunks(spec: AttentionSpec) -> int:
 def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     design = _design(spec, config)
     if design == "pair":
-        options = {"max_logits": spec.max_logits, "divides": _divides(spec), "lines": config["l2_prefetch"] == _LINE}
-        return {"design": design, **pair.derived(spec.d_qk, config["consumer_registers"], **options)}
+        options = {"max_logits": spec.max_logits, "divides": staying.divides(spec), "lines": config["l2_prefetch"] == _LINE}
+        block = pair.derived(spec.d_qk, config["consumer_registers"], **options)
+        return {"design": design, **block, **_sweep(spec, config)}
     values: dict[str, Scalar] = {
         "threads": pair.THREADS,
         "producer_registers": pair.gatherers_registers(config["consumer_registers"]),
@@ -389,11 +357,13 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         return {**values, "design": "cluster", "half": D_V // 2, "half_tail": (spec.d_qk - D_V) // 2}
     share, chunks = sharing(spec.heads, spec.share), _chunks(spec)
     few = {
+        **_sweep(spec, config),
         "share": share,
         "ragged": spec.lengths or share > 1,
         "token_bits": _TOKEN_BITS,
         "uniters": _UNITERS,
-        "window": _WINDOW,
+        "table": _TABLE,
+        "united_each": next((each for each in _UNITED_EACH if spec.topk <= each * _UNITERS), 0),
         "near_tokens": _NEAR_BYTES // (2 * spec.d_qk),
         "columns": _columns(spec),
         "chunks": chunks,
@@ -403,6 +373,26 @@ def _cuda_derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
         "registers": pair.REGISTERS,
     }
     return {**values, "design": "few", **few}
+
+
+def _sweeps(spec: AttentionSpec, sizes: AttentionSizes) -> bool:
+    """Whether lists are sorted by default, which takes an order that nothing else decides."""
+    if spec.batch_invariant or not _SWEPT_TOPK <= spec.topk <= _SORTED_EACH[-1] * _SORTERS:
+        return False
+    near, far, _ = sizes.EDGES["tokens"]
+    if spec.heads <= _FEW_HEADS:
+        return _wide(spec) and sharing(spec.heads, spec.share) == 1 and sizes.tokens >= far
+    return sizes.tokens >= (near if sizes.queries >= sizes.EDGES["queries"][0] else far)
+
+
+def _sweep(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
+    each = next((each for each in _SORTED_EACH if spec.topk <= each * _SORTERS), _SORTED_EACH[-1])
+    return {"sweep": config["sweep"], "sorters": _SORTERS, "sorted_each": each, "patience": _PATIENCE, "lag": _LAG}
+
+
+def _sweep_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
+    if config["sweep"]:
+        yield from exceeds("entries of a sorted list", spec.topk, _SORTED_EACH[-1] * _SORTERS)
 
 
 def _tilelang_constraints(spec: AttentionSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

@@ -89,8 +89,13 @@ def interleaves(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """As prefill has it for so many tokens."""
     least = next((low for name, low, _ in sizes.bucket() if name == "tokens"), 0)
     prompt = replace(_PROMPT, tokens=max(least, _PROMPT.tokens))
-    guess = next((each for each in PREFILL.guesses(prefill_of(spec), prompt, _HOPPER) if each.backend == "cuda"), None)
+    guess = next(_guesses(prefill_of(spec), prompt), None)
     return guess is not None and bool(guess["interleave"])
+
+
+def _guesses(prefill: AttentionSpec, sizes: AttentionSizes) -> Iterator[Config]:
+    """Prefill's in CUDA C++; of lists as they came, as one text serves prompts and the rows of a step."""
+    return (each for each in PREFILL.guesses(prefill, sizes, _HOPPER) if each.backend == "cuda" and not each["sweep"])
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -106,11 +111,10 @@ def prefill_of(spec: AttentionPagedSpec) -> AttentionSpec:
 def kernel_of(spec: AttentionPagedSpec, interleave: bool) -> Config | None:
     """Prefill's first choice in CUDA C++ for a prompt; None where there is none."""
     prefill = prefill_of(spec)
-    for guess in PREFILL.guesses(prefill, _PROMPT, _HOPPER):
-        if guess.backend == "cuda":
-            config = guess.replace(interleave=interleave)
-            if not any(PREFILL.constraints(prefill, config, _HOPPER)):
-                return config
+    for guess in _guesses(prefill, _PROMPT):
+        config = guess.replace(interleave=interleave)
+        if not any(PREFILL.constraints(prefill, config, _HOPPER)):
+            return config
     return None
 
 
