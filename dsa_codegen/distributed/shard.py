@@ -64,20 +64,20 @@ class Shard:
     def counted(self, lengths: Tensor, most: int) -> Tensor:
         """``count``, and no more than ``most``: lengths are looked up among the rank's tokens, in one launch instead of seven.
 
-        Their list is made at the first call; where that is captured in a CUDA graph, nothing is kept.
+        Their list is made at the first call, and stays, as CUDA graphs read it: where that call is captured itself, or there
+        are many lists already, lengths are counted.
         """
         most, key = min(most, self.tokens), (self, most, lengths.device)
         if key not in _HELD:
-            if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            capturing = lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+            if capturing or len(_HELD) >= _MOST_LISTS:
                 return self.count(lengths).clamp_(max=most)
-            if len(_HELD) >= _MOST_LISTS:
-                _HELD.clear()
             _HELD[key] = self.to_global(torch.arange(most, dtype=torch.int32, device=lengths.device))
         return torch.searchsorted(_HELD[key], lengths, out_int32=True)
 
 
 _HELD: dict[tuple[Shard, int, torch.device], Tensor] = {}
-_MOST_LISTS = 16
+_MOST_LISTS = 64
 
 
 def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import distributed
+from dsa_codegen import choice, distributed
 from dsa_codegen.distributed import Shard
 from dsa_codegen.distributed import candidates as candidates_module
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.problem.compare import ATTENTION, LSE, close
 from dsa_codegen.problem.draw import Draw
+
+import exact_inputs
 
 TOPK = 64
 SHARDS = {
@@ -41,7 +43,8 @@ def test_every_token_is_of_one_rank_and_found_again(name):
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_lengths_are_looked_up_alike(name):
+def test_lengths_are_looked_up_alike(name, monkeypatch):
+    monkeypatch.setattr("dsa_codegen.distributed.shard._HELD", {})  # this many shards are no engine's
     lengths = torch.cat([torch.arange(-3, 260, dtype=torch.int32), torch.tensor([2**31 - 1], dtype=torch.int32)])
     for shard in SHARDS[name]:
         for most in (0, 37, 600):
@@ -116,6 +119,19 @@ def test_a_merge_is_the_choice_from_all_scores(name, kind, keep):
         mixed = [each[:, order].contiguous() for each in found]
         merged = distributed.merge_choices(*mixed, TOPK, starts=starts, ends=ends, **keep)
         assert torch.equal(merged, dsa.select(scores, ends, TOPK, starts=starts, **keep))
+
+
+@pytest.mark.parametrize("shard", [Shard.interleaved(1, 2, 16), Shard.stretch(40, 300)], ids=["pages", "stretch"])
+def test_candidates_in_chunks_are_those_of_one_call(shard):
+    """Also where the budget holds the logits of four sequences only; tokens are those that the part alone would choose."""
+    inputs = exact_inputs.paged(6, 2, 300, 16)
+    held = shard.offset, shard.stride, shard.block
+    whole = choice.candidates_paged(**inputs, topk=TOPK, held=held)
+    assert torch.equal(choice.candidates_paged(**inputs, topk=TOPK, held=held, max_bytes=1), whole)
+    scores = torch.empty(6, 2, TOPK)
+    tokens = dsa.index_select_paged(**inputs, topk=TOPK, slots=False, chosen_scores=scores).flatten(0, 1)
+    assert torch.equal(whole[:, 0], shard.to_global(tokens, candidates_module.NO_TOKEN))
+    assert torch.equal(whole[:, 1].view(torch.float32), scores.flatten(0, 1))
 
 
 def test_zeros_of_both_signs_are_one_number():
