@@ -78,7 +78,7 @@ class SparseAttention(nn.Module):
         if model.kv_layout not in (*FIXED, NO_CACHE):
             other = f"{' or '.join(FIXED)}; PagedCache(plain=torch.bfloat16) keeps latents as they are"
             raise InputError("model", f"kv_layout {model.kv_layout}", other)
-        self.parallel = _mode(parallel, group, model.page)
+        self.parallel = _mode(parallel, group, model)
         self.rank, self.ranks = place(self.parallel.group) if isinstance(self.parallel, TensorParallel) else (0, 1)
         if model.heads % self.ranks:
             raise InputError("group", f"{self.ranks} ranks", f"a divisor of {model.heads} heads")
@@ -237,7 +237,7 @@ def _by_head(rows: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(0, 1), weights).transpose(0, 1)
 
 
-def _mode(parallel: object, group: Any, page: int) -> Alone:
+def _mode(parallel: object, group: Any, model: Model) -> Alone:
     """The mode that is asked for, checked for what a module can do."""
     if group is not None:
         if parallel is not None:
@@ -245,6 +245,8 @@ def _mode(parallel: object, group: Any, page: int) -> Alone:
         return TensorParallel(group)
     if parallel is None:
         return Alone()
-    sharded(parallel, page)
+    ranks, _ = sharded(parallel, model.page)
+    if isinstance(parallel, ContextParallel) and parallel.own_heads and model.heads % ranks:
+        raise InputError("parallel.own_heads", f"{ranks} ranks", f"a divisor of {model.heads} heads")
     assert isinstance(parallel, Alone)
     return parallel

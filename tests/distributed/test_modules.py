@@ -35,6 +35,7 @@ def test_every_way_serves_what_one_rank_does(results, world, way):
             assert_alike(rank["modules"][way], expected)
         else:
             assert deepseek_layer.HEADS % world
+            assert f"{world} ranks; expected a divisor of 4 heads" in rank["modules"][f"{way} refused"]
 
 
 @WORLDS

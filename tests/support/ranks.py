@@ -234,9 +234,17 @@ def by_module(group: Any, rank: int, world: int, device: str) -> dict:
         "blocks": (ContextParallel("interleaved", shard=fine, group=group, sms=100), True),
         "data": (DataParallel(), True),
     }
-    if not deepseek_layer.HEADS % world:
-        ways["own heads"] = ContextParallel("interleaved", shard=fine, group=group, own_heads=True), False
-        ways["tensor"] = TensorParallel(group), False
+    for name, parallel in {
+        "own heads": ContextParallel("interleaved", shard=fine, group=group, own_heads=True),
+        "tensor": TensorParallel(group),
+    }.items():
+        if not deepseek_layer.HEADS % world:
+            ways[name] = parallel, False
+            continue
+        try:
+            deepseek_layer.made(nn_model(), parallel)
+        except dsa.errors.InputError as error:
+            found[f"{name} refused"] = str(error)
     for name, (parallel, invariant) in ways.items():
         found[name] = deepseek_layer.shared_steps(parallel, invariant, device)
     found["everyone's"] = everyones(group, rank, world, device)
