@@ -129,17 +129,23 @@ class TensorParallel(Alone):
     Args:
         group: a process group; torch's default group where absent.
         bounds: as in ``index_select_by_rows`` (prefill) and ``index_select_paged_by_rows`` (decode), for steps of one size.
+        least: decode steps of fewer keys (sequences times ``max_context``) are scored by every rank, where there are no bounds:
+            on two H200s an all-gather takes 12 µs, and half of 700000 keys as long.
     """
 
     group: Any = None
     bounds: Sequence[int] | None = None
+    least: int = 1 << 19
 
     def choose(self, *scored: Any, bounds: Sequence[int] | None = None, **options: Any) -> Tensor:
         """Choices of all rows, of which each rank scores some: as ``bounds`` says, or else the mode's."""
         return index_select_by_rows(*scored, group=self.group, bounds=bounds or self.bounds, **options)
 
     def choose_paged(self, *scored: Any, page: int, **options: Any) -> Tensor:
-        """Choices of all sequences, of which each rank scores some."""
+        """Choices of all sequences, of which each rank scores some, or all where that is little."""
+        lengths, max_context = scored[3], scored[5]
+        if self.bounds is None and len(lengths) * max_context < self.least:
+            return super().choose_paged(*scored, page=page, **options)
         return index_select_paged_by_rows(*scored, group=self.group, bounds=self.bounds, **options)
 
 

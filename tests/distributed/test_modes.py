@@ -115,6 +115,15 @@ def test_arguments_that_do_not_fit_are_named():
             dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**step)
 
 
+def test_a_decode_step_of_few_keys_is_scored_by_every_rank():
+    """Without a group nothing can be exchanged: it is asked for where there are many, and where bounds are stated."""
+    step = ranks.decode_step(2, 1)
+    assert_equal(dsa.Layer(ranks.MODEL, parallel=TensorParallel()).decode(**step), dsa.Layer(ranks.MODEL).decode(**step))
+    for parallel in (TensorParallel(least=2 * ranks.CONTEXT), TensorParallel(bounds=[0, 2])):
+        with pytest.raises(InputError, match=r"^group:"):
+            dsa.Layer(ranks.MODEL, parallel=parallel).decode(**step)
+
+
 @pytest.fixture
 def alone():
     """A group of one, in this process."""

@@ -236,7 +236,7 @@ def by_module(group: Any, rank: int, world: int, device: str) -> dict:
     }
     for name, parallel in {
         "own heads": ContextParallel("interleaved", shard=fine, group=group, own_heads=True),
-        "tensor": TensorParallel(group),
+        "tensor": TensorParallel(group, least=0),
     }.items():
         if not deepseek_layer.HEADS % world:
             ways[name] = parallel, False
@@ -273,7 +273,7 @@ def captured_modules(group: Any, rank: int, world: int, device: str) -> dict:
     x = deepseek_layer.hidden().to(device)
     for name, parallel in {
         "context": ContextParallel("interleaved", shard=Shard.interleaved(rank, world, 8), group=group, own_heads=True),
-        "tensor": TensorParallel(group),
+        "tensor": TensorParallel(group, least=0),
     }.items():
         layer, table = deepseek_layer.made(nn_model(), parallel).to(device), nn.rotary_table(256, 64, device=device)
         replayed, called = (
@@ -342,7 +342,7 @@ def tensor_parallel(group: Any, rank: int, world: int) -> dsa.Layer:
     """The layer of a rank with some of the heads."""
     heads = heads_of(rank, world)
     model = Model.from_dict({**MODEL.to_dict(), "heads": heads.stop - heads.start})
-    return dsa.Layer(model, parallel=TensorParallel(group))
+    return dsa.Layer(model, parallel=TensorParallel(group, least=0))
 
 
 def heads_of(rank: int, world: int) -> slice:

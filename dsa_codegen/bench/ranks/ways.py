@@ -170,7 +170,7 @@ class Decode:
 
         for name, layer in (
             (f"tensor, {PLAIN}", Layer(mine)),
-            ("tensor", Layer(mine, parallel=TensorParallel(self._group))),
+            ("tensor", Layer(mine, parallel=TensorParallel(self._group, least=0))),
         ):
             yield Way(name, lambda layer=layer: layer.decode(**step), lambda found: found, of_heads)  # type: ignore[misc]
         yield self._by_position(alone)
