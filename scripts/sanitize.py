@@ -26,6 +26,7 @@ import functools
 import itertools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tool", action="append", choices=cases.TOOLS, help="by default all three; each may be repeated")
     parser.add_argument("--op", action="append", default=[], choices=list(ops.all_ops()), help="by default all")
     parser.add_argument("--backend", action="append", default=[], help="by default all")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="only texts whose spec and config show this regular expression"
+    )
+    parser.add_argument("--without", default="", metavar="WORDS", help="no texts that show this one: sharers=16")
     parser.add_argument("--preset", action="append", default=[], help=f"by default {' and '.join(sources.MODELS)}")
     parser.add_argument("--thorough", action="store_true", help="all cases of a text, not the few that stand for them")
     parser.add_argument("--jobs", type=int, default=8, help="pieces at once, on one GPU; compilers beside them are as many")
@@ -210,7 +215,14 @@ def wanted_of(arguments: argparse.Namespace, gpu: Gpu) -> list[cases.Check]:
     """The checks that the command line asks for, whether they have ended or not."""
     found = sources.sources(arguments.preset or sources.MODELS, gpu, arguments.op)
     chosen = [each for each in found if not arguments.backend or each.config.backend in arguments.backend]
-    return cases.checks(chosen, arguments.tool or cases.TOOLS, gpu, arguments.thorough)
+    wanted = cases.checks(chosen, arguments.tool or cases.TOOLS, gpu, arguments.thorough)
+    return [check for check in wanted if shown(check.subject, arguments)]
+
+
+def shown(subject: sources.Subject, arguments: argparse.Namespace) -> bool:
+    """Whether a text is among those that ``--only`` and ``--without`` leave."""
+    name = f"{subject.spec.id} {subject.config}"
+    return bool(re.search(arguments.only, name)) and not (arguments.without and re.search(arguments.without, name))
 
 
 def child(arguments: argparse.Namespace) -> int:
