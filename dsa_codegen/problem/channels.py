@@ -41,6 +41,11 @@ def check(name: str, came: int, d_v: int) -> None:
         raise InputError(name, f"{came} channels", f"{d_v} to {d_v + MOST_TAIL} in steps of {STEP}, where d_v is {d_v}")
 
 
+def usual(d_qk: int, d_v: int) -> bool:
+    """Whether they are DeepSeek's, 512 of value and 64 more or none: those that kernels for Hopper alone are built for."""
+    return d_v == D_V and d_qk in (D_V, D_V + 64)
+
+
 def padded(d_qk: int, d_v: int) -> int:
     """Channels of a token in kernels that pad value and tail each to a power of two."""
     return padded_to(d_v) + padded_to(d_qk - d_v)

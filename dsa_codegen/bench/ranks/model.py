@@ -16,7 +16,7 @@ WAYS = {
 HEADS, INDEX_HEADS, INDEX_DIM, TOPK, BATCH = 128, 64, 128, 2048, 64
 KEY_BYTES, LATENT_BYTES = INDEX_DIM + 4, 2 * 576
 
-# Microseconds on one H100, from docs/performance-h100.md and, for 128 heads, ops/attention/kernels.py.
+# Microseconds on one H100, from docs/performance-h100.md and, for 128 heads, ops/attention/pairs.py.
 _FP8_FLOPS = 1.2e9  # of the indexer per µs: 4096 queries of 32K in 1720
 _SELECT_ROW, _SELECT_SCORE = 0.014, 1.7e-6  # 4096 rows of 32K in 287, of 128K in 971
 _ATTEND_ROW = {

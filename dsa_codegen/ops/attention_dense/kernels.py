@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
-from ...problem.channels import D_V, padded, padded_to
+from ...problem.channels import padded, padded_to, usual
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from .. import pair
@@ -79,7 +79,7 @@ class AttentionDenseKernels(Kernels[AttentionDenseSpec, AttentionDenseSizes]):
 def _pair_constraints(spec: AttentionDenseSpec, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("capability", 1.0, f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}")
-    if spec.d_v != D_V or spec.d_qk not in (D_V, D_V + 64):
+    if not usual(spec.d_qk, spec.d_v):
         yield Violation("channels", 1.0, f"channels: {spec.d_qk} of {spec.d_v}, the CUDA template takes 512 + 64 or 512")
     if spec.heads % pair.HEADS:
         yield Violation("heads", 1.0, f"heads: a block takes {pair.HEADS}, of which {spec.heads} are no multiple")
