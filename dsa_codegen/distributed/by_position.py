@@ -61,7 +61,7 @@ def index_select_by_position(
     head_dim = checks.rows("q", q, (batch, next_n, None, None), checks.FP8, like=lengths).shape[-1]
     page = check_cache("cache", cache, head_dim + 4, like=lengths)
     counts = shard.counted(lengths, pages * page)
-    mine = cache, weights, counts, page_table, int(shard.count(torch.tensor(max_context)))
+    mine = cache, weights, counts, page_table, shard.number(max_context)
     options: dict[str, Any] = {"score": score, "logits": logits, "max_bytes": max_bytes, "sms": sms}
     options["batch_invariant"] = batch_invariant
     candidates = choice.candidates_paged(q, *mine, topk, (shard.offset, shard.stride, shard.block), **options)

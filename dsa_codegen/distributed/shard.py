@@ -61,6 +61,12 @@ class Shard:
             place = torch.sub(place, whole, alpha=self.stride).clamp_(max=self.block).add_(whole, alpha=self.block)
         return (place if self.tokens == _MOST else place.clamp_(max=self.tokens)).int()
 
+    def number(self, length: int) -> int:
+        """``count`` of one length that the host knows."""
+        place = max(length - self.offset, 0)
+        whole, rest = divmod(place, self.stride)
+        return min(whole * self.block + min(rest, self.block), self.tokens)
+
     def counted(self, lengths: Tensor, most: int) -> Tensor:
         """``count``, and no more than ``most``: lengths are looked up among the rank's tokens, in one launch instead of seven.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import choice
-from ..distributed import ContextParallel, Deal, Shard, TensorParallel, balanced_bounds
+from ..distributed import ContextParallel, Shard, TensorParallel, balanced_bounds
 from ..distributed.gather import place
 from ..distributed.modes import Alone
 from ..errors import InputError
@@ -19,6 +18,7 @@ from ..problem import checks
 from ..problem.caches import IndexKLayout
 from ..problem.kv_layouts import kv_layout
 from ..problem.presets import Model
+from . import parts
 from . import step as steps
 from .step import Shared, Step
 
@@ -68,6 +68,7 @@ class PagedCache:
         checks.one_of("scores", scores, ("fp8", "bf16"))
         self.parallel = Alone() if parallel is None else parallel
         self._ranks, self._shard = sharded(self.parallel, model.page)
+        self._first = replace(self._shard, offset=0)  # the first rank's
         if self._sharded and (plain is not None or scores != "fp8"):
             name, value = ("plain", plain) if plain is not None else ("scores", repr(scores))
             raise InputError(name, value, "what FP8 caches have: others are not sharded (ContextParallel)")
@@ -89,11 +90,6 @@ class PagedCache:
     @property
     def _sharded(self) -> bool:
         return isinstance(self.parallel, ContextParallel)
-
-    @property
-    def _first(self) -> Shard:
-        """The first rank's part."""
-        return replace(self._shard, offset=0)
 
     def _kv(self, blocks: int, device: torch.device) -> Tensor:
         model = self.model
@@ -134,7 +130,7 @@ class PagedCache:
 
     def _pages_of(self, tokens: int, shard: Shard) -> int:
         """Pages of a rank for a sequence."""
-        return -(-int(shard.count(torch.tensor(tokens))) // self.model.page)
+        return -(-shard.number(tokens) // self.model.page)
 
     def release(self, sequence: int) -> None:
         """End a sequence: its pages are free, its place empty."""
@@ -165,37 +161,21 @@ class PagedCache:
         before = list(self.held)
         self.grow(counts)
         self.lengths.copy_(torch.tensor(self.held, dtype=torch.int32))
-        parts = [_Part(s, before[s], self.held[s]) for s, more in enumerate(counts) if more]
-        nothing = torch.empty(0, dtype=torch.int64)
-        owners = torch.cat([*(self._owner(torch.arange(part.end)) for part in parts), nothing])
-        firsts = list(itertools.accumulate((part.end for part in parts), initial=0))
-        # Of every token of the step: its position, its sequence's first place in the context, and its owner.
-        positions = torch.cat([*(torch.arange(part.begin, part.end) for part in parts), nothing])
-        starts = torch.cat([*(torch.full((part.new,), first) for part, first in zip(parts, firsts, strict=False)), nothing])
-        owner = owners[starts + positions]
-        mine = (owner == self._rank).nonzero()[:, 0]
-        held = torch.cat([*(self._slots_of(part) for part in parts), nothing])
-        place = (owners == self._rank).cumsum(0) - 1  # of the context's tokens among the rank's
-        slots = held[place[(starts + positions)[mine]]]
-        shared = Shared(mine.to(self.lengths.device), self._deal(owner), self._deal(owners)) if self._sharded else None
-        ranks = self._ranks if ranks is None and isinstance(self.parallel, TensorParallel) else ranks or 1
-        longest = int((positions + 1).max()) if len(positions) else 0
-        return self._flat(positions[mine], slots, held, starts[mine], longest, ranks, shared)
+        taking = [parts.Part(sequence, before[sequence], self.held[sequence]) for sequence, more in enumerate(counts) if more]
+        own = parts.own(taking, self._shard)
+        held = torch.cat([*map(self._slots_of, taking), torch.empty(0, dtype=torch.int64)])
+        shared = None
+        if self._sharded:
+            among = [parts.dealt(owners, self._ranks) for owners in (own.owners, own.context)]
+            shared = Shared(own.rows.to(self.lengths.device), *among)
+        if ranks is None:
+            ranks = self._ranks if isinstance(self.parallel, TensorParallel) else 1
+        longest = max((part.end for part in taking), default=0)
+        return self._flat(own.positions, held[own.place], held, own.starts, longest, ranks, shared)
 
-    @property
-    def _rank(self) -> int:
-        return self._shard.offset // self._shard.block
-
-    def _owner(self, tokens: Tensor) -> Tensor:
-        """The rank that holds each token of a sequence."""
-        return tokens // self._shard.block % (self._shard.stride // self._shard.block)
-
-    def _deal(self, owner: Tensor) -> Deal:
-        return Deal([(owner == rank).nonzero()[:, 0] for rank in range(self._ranks)])
-
-    def _slots_of(self, part: _Part) -> Tensor:
+    def _slots_of(self, part: parts.Part) -> Tensor:
         """Where the rank's tokens of a sequence lie, by the host's knowledge."""
-        tokens = torch.arange(int(self._shard.count(torch.tensor(part.end))))
+        tokens = torch.arange(self._shard.number(part.end))
         pages, page = torch.tensor(self._pages[part.sequence], dtype=torch.int64), self.model.page
         return pages[tokens // page] * page + tokens % page
 
@@ -256,18 +236,6 @@ class PagedCache:
         ends = starts + lengths.flatten()
         short = steps.whole_windows(starts, ends, topk) if max_context <= topk else None
         return Step(*given, context, starts, ends, short)
-
-
-class _Part(NamedTuple):
-    """A sequence's tokens of a prefill step."""
-
-    sequence: int
-    begin: int
-    end: int
-
-    @property
-    def new(self) -> int:
-        return self.end - self.begin
 
 
 def sharded(parallel: object, page: int) -> tuple[int, Shard]:

@@ -38,6 +38,7 @@ def test_every_token_is_of_one_rank_and_found_again(name):
         assert torch.equal(shard.to_global(own), tokens.masked_fill(~held, -1))
         counts = torch.stack([held[:length].sum() for length in range(201)])
         assert torch.equal(shard.count(torch.arange(201)), counts.int())
+        assert [shard.number(length) for length in range(201)] == counts.tolist()
     assert shard.to_local(torch.tensor([-1])).item() == shard.to_global(torch.tensor([-1])).item() == -1
     assert shard.count(torch.tensor([-5])).item() == 0
 
