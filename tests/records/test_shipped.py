@@ -27,7 +27,7 @@ UNMEASURED = {"h100": support.UNMEASURED_H100, "h200": support.UNMEASURED}
 _CUDA = ("select", "attention", "attention_dense", "attention_paged")
 SERVES = {**dict.fromkeys(_CUDA, "cuda"), "indexer": "gluon", "indexer_paged": "gluon"}
 """The backend that wins an operation's first workload on an H200; Triton elsewhere."""
-MEASURED_OF = {"attention_gqa": "minimax-m3", "attention_backward": "deepseek-v3.2-tp8"}
+MEASURED_OF = {"attention_gqa": "minimax-m3"}
 """The model whose first spec has a record, where it is not DeepSeek-V3.2."""
 
 
