@@ -28,7 +28,7 @@ from ..problem.op import Config, Inputs, Op, Outputs
 from ..problem.values import Bucket, Sizes, Spec, describe
 from ..records import overrides
 from ..records.lookup import Found, lookup, stand_ins
-from . import guards, plans, prebuilt
+from . import compiled, guards, hits, plans, prebuilt
 from .tally import Tally
 
 
@@ -90,18 +90,23 @@ Results = tuple[Sequence[str], Sequence[Tensor]]
 """Outputs as a plan gives them: names and tensors."""
 
 
-def call_again(op: Op, args: Sequence[Any], sms: int | None = None) -> Results | None:
+def call_again(op: Op, args: tuple[Any, ...], form: hits.Form | None = None) -> Results | None:
     """What ``call`` does, where it was called before with arguments that look the same; None, and nothing done, elsewhere.
 
     So it is where gradients are wanted, or something on this thread looks at the operators that torch runs: a guard that was
     made without them tells.
+
+    Args:
+        args: the SMs behind them, where they are not all.
+        form: takes such calls over, where it can.
     """
-    sketch = guards.sketched(op.name, args if sms is None else (*args, sms))
+    sketch = guards.sketched(op.name, args)
     if sketch is None:
         return None
     key, tensors, addresses = sketch
     for guard, plan, gradients in _guarded.get(key, ()):
         if guard(*tensors) and not (gradients and torch.is_grad_enabled()):
+            _hand_over(form, key, args, guard, gradients, plan)
             run = plan.run if plan.device == current_device() else functools.partial(_launched, plan)
             return plan.names, run(tensors, addresses)
     if guards.watched() or (torch.is_grad_enabled() and True in [each.requires_grad for each in tensors]):
@@ -120,6 +125,17 @@ def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> None:
     with _lock:
         if guard is not None and _plans.get(apart[0]) is plan:
             _guarded[key] = ((guard, plan, gradients), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
+
+
+def _hand_over(
+    form: hits.Form | None, key: plans.Key, args: tuple[Any, ...], guard: guards.Guard, gradients: bool, plan: plans.Plan
+) -> None:
+    """Let C serve the next such call; here none arrives that it knows, but from another device."""
+    if form is None or plan.in_c is False or plan.device != current_device():
+        return
+    with _lock:
+        if any(plan is each for _, each, _ in _guarded.get(key, ())):  # it may have been forgotten
+            form.learn(args, guard, gradients, plan, current_device)
 
 
 def _launched(plan: plans.Plan, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Sequence[Tensor]:
@@ -152,6 +168,7 @@ def _keep(call: plans.Key, plan: plans.Plan, key: Key, variant: Variant) -> None
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
                 _guarded.clear()
+                hits.forget()
             _plans[call] = plan
 
 
@@ -172,6 +189,7 @@ def reset() -> None:
         _variants.clear()
         _plans.clear()
         _guarded.clear()
+        hits.forget()
         _kernels.clear()
         for tally in list(_tallies.values()):
             tally.zero()
@@ -282,6 +300,7 @@ def _load(op: Op, spec: Spec, sizes: Sizes, key: Key, complaints: list[str]) -> 
         else:
             variant = Variant(op, spec, found.config, gpu, _kernels_ahead(entry, gpu, key[-1]))
         variant.rehearse(f"cuda:{key[-1]}")
+        compiled.module()  # now, not while a request waits
         _variants[key] = variant
         return variant
 
@@ -347,6 +366,7 @@ def _forget(op: Op) -> None:
         del _plans[call]
     for call in [call for call in _guarded if call[0] == op.name]:
         del _guarded[call]
+    hits.forget(op.name)
 
 
 def _device(inputs: Inputs) -> torch.device:

@@ -25,7 +25,7 @@ Call = tuple[Key, Sequence[Tensor], list[int]]
 """A call's key, its tensors in order and their addresses."""
 
 _APART = 512  # bytes; as far apart as the allocator would place them
-_MOST_VIEWS = 64  # of one argument: a cache stays where it is, other tensors take turns in the allocator's few places
+MOST_VIEWS = 64  # of one argument: a cache stays where it is, other tensors take turns in the allocator's few places
 
 
 def taken_apart(op: str, args: Sequence[Any]) -> Call | None:
@@ -70,7 +70,7 @@ def _side_by_side(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
     return tuple(offsets), end
 
 
-class _Views:
+class Views:
     """A matrix of which TMA loads tiles, over the tensor in one place: the same object while the tensor stays where it is.
 
     Launchers may keep with the object what they made of it.
@@ -80,11 +80,12 @@ class _Views:
         self.place = place
         self._tiled = tiled.at(0)  # without the tensor, which would live as long as the plan
         self._known: dict[int, Tiled] = {}
+        self.shape, self.strides = self._tiled.shape, self._tiled.strides
 
     def at(self, address: int) -> Tiled:
         view = self._known.get(address)
         if view is None:
-            if len(self._known) >= _MOST_VIEWS:
+            if len(self._known) >= MOST_VIEWS:
                 self._known.clear()
             view = self._known[address] = self._tiled.at(address)
         return view
@@ -111,26 +112,31 @@ class Plan:
         given: int,
         allocated: Sequence[Tensor],
         workspaces: Sequence[Tensor],
-        views: Sequence[_Views],
+        views: Sequence[Views],
         constants: Sequence[Any],
         launches: Sequence[tuple[Launchable, tuple[int, int, int], Sequence[int]]],
         by_address: bool,
     ) -> None:
-        self.device, self.names = device, tuple(results)
-        self._views = tuple(views)
-        names: dict[str, Any] = {"count": count}
-        names |= {f"make_{number}": _maker(each) for number, each in enumerate(allocated)}
-        names |= {f"view_{number}": each.at for number, each in enumerate(views)}
+        self.device, self.names, self.results, self.given = device, tuple(results), tuple(results.values()), given
+        self.count, self.views, self.launches, self.by_address = count, tuple(views), tuple(launches), by_address
+        self.makers = tuple([_maker(each) for each in allocated])
         if by_address:  # of workspaces of no elements
             constants = [value.data_ptr() if isinstance(value, Tensor) else value for value in constants]
+        self.constants = tuple(constants)
+        self.make_room: Callable[[], Tensor] | None = None
+        self.offsets: tuple[int, ...] = ()
+        """Of the workspaces in the room that they share."""
+        names: dict[str, Any] = {"count": count}
+        names |= {f"make_{number}": make for number, make in enumerate(self.makers)}
+        names |= {f"view_{number}": each.at for number, each in enumerate(views)}
         names |= {f"constant_{number}": value for number, value in enumerate(constants)}
         names |= {f"launch_{number}": _bound(kernel, grid, by_address) for number, (kernel, grid, _) in enumerate(launches)}
-        room = 0
         if by_address:
-            offsets, room = _side_by_side(workspaces)
-            names |= {f"offset_{number}": offset for number, offset in enumerate(offsets)}
+            self.offsets, room = _side_by_side(workspaces)
+            names |= {f"offset_{number}": offset for number, offset in enumerate(self.offsets)}
             if room:
-                names["make_room"] = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device)
+                self.make_room = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device)
+                names["make_room"] = self.make_room
         else:
             names |= {f"work_{number}": _maker(each) for number, each in enumerate(workspaces)}
         at = tuple([view.place for view in views])
@@ -140,6 +146,8 @@ class Plan:
         )
         self.run: Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, ...]] = names["run"]
         """Allocate the outputs and launch on the current stream; the plan's device must be the current one."""
+        self.in_c: Any = None
+        """The same in C, once ``hits`` has made it; False where it cannot."""
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -216,7 +224,7 @@ def record(
     tiled = [value for value in arguments if isinstance(value, Tiled)]
     if any(id(value.tensor) not in places for value in tiled) or _share_memory(tensors, [*allocated, *workspaces]):
         return None
-    views = [_Views(places[id(value.tensor)], value) for value in tiled]
+    views = [Views(places[id(value.tensor)], value) for value in tiled]
     varying = known | {id(value) for value in (*workspaces, *tiled)}
     constants = [value for value in arguments if id(value) not in varying]  # among them workspaces of no elements
     for place, value in enumerate((*allocated, *workspaces, *tiled, *constants), len(tensors)):

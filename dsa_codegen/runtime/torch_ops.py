@@ -16,7 +16,7 @@ from .. import ops
 from ..errors import InputError
 from ..problem.checks import check_kind
 from ..problem.op import Op, Outputs
-from . import dispatch, guards
+from . import dispatch, guards, hits
 
 NAMESPACE = "dsa_codegen"
 _NO_GRADIENTS = "none that does: the operations have no backward; call them under torch.no_grad(), or detach the tensor"
@@ -112,10 +112,11 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
     Args:
         public: names that arguments of the schema have in the function that people call; errors are about those.
     """
-    operator, (op, form) = function(name), _BY_FUNCTION[name]
-    schema = torch._C.parse_schema(name + form)
+    operator, (op, schema_of) = function(name), _BY_FUNCTION[name]
+    schema = torch._C.parse_schema(name + schema_of)
     written, listed = _results(schema)
     kinds = [(argument.name, str(argument.type)) for argument in schema.arguments]
+    form = hits.Form(op.name, written, listed)
 
     def first(args: Sequence[Any]) -> Any:
         try:
@@ -126,12 +127,15 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
             raise error.renamed(public) from None
 
     def call(*args: Any, sms: int | None = None) -> Any:
+        if sms is not None:
+            args = (*args, sms)
         if _is_compiling():
-            return operator(*args) if sms is None else operator(*args, sms)
-        results = None if _function_modes() or _profiler_enabled() else dispatch.call_again(op, args, sms)
-        if results is None:
-            return first(args if sms is None else (*args, sms))
-        return _returned(*results, written, listed)
+            return operator(*args)
+        found = form.again(args)
+        if found is not NotImplemented:
+            return found
+        results = None if _function_modes() or _profiler_enabled() else dispatch.call_again(op, args, form)
+        return first(args) if results is None else _returned(*results, written, listed)
 
     return call
 

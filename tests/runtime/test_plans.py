@@ -22,14 +22,10 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, guards, plans, torch_ops
 
-from plans_support import SPLIT, Seen, gpu, told, without_plans
+from plans_support import HOPPER, SPLIT, Seen, gpu, paged, scores, told, without_plans
 from support import H200, arguments, of_preset
 
 pytestmark = [pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"), pytest.mark.usefixtures("fresh_dispatch")]
-
-
-def scores(rows: int = 3, columns: int = 500, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.zeros(rows, columns, dtype=dtype), torch.full((rows,), columns, dtype=torch.int32)
 
 
 @pytest.fixture(params=[True, False], ids=["guards", "no-guards"])
@@ -221,14 +217,6 @@ def test_what_was_forgotten_during_a_call_leaves_no_plan(monkeypatch):
     assert kernels.launched and not dispatch._plans
 
 
-PAGED = indexer_paged.IndexerPagedSpec(64, 128)
-HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=4, accumulators=1, blocks_per_sm=4, gathered=1)
-
-
-def paged(seed: int) -> dict[str, Any]:
-    return dict(indexer_paged.OP.inputs(PAGED, Case(indexer_paged.IndexerPagedSizes(2, 260), "full"), Draw(seed)))
-
-
 def test_plans_are_bounded_and_hold_no_tensor(monkeypatch):
     _, kernels = gpu(monkeypatch)
     monkeypatch.setattr(dispatch, "_MOST_PLANS", 3)
@@ -270,8 +258,8 @@ def test_views_for_tma_are_kept_while_a_tensor_stays_where_it_is(monkeypatch):
     assert len(one) == 2 and all(a is b is c for a, b, c in zip(one, same, back, strict=True))
     assert fresh == offsets(first, one) == offsets(other, moved)
     for address in range(0, 1 << 16, 16):
-        assert plan._views[1].at(address).data_ptr() == address + fresh[1]
-    assert len(plan._views[1]._known) <= plans._MOST_VIEWS
+        assert plan.views[1].at(address).data_ptr() == address + fresh[1]
+    assert len(plan.views[1]._known) <= plans.MOST_VIEWS
 
 
 @pytest.mark.usefixtures("guarded")

@@ -7,16 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_codegen.kernels.tma import Tiled
-from dsa_codegen.problem.op import Config
+from dsa_codegen.ops import indexer_paged
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch
 
 from fake_gpu import FakeGpu
 
+PAGED = indexer_paged.IndexerPagedSpec(64, 128)
+HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=4, accumulators=1, blocks_per_sm=4, gathered=1)
 SPLIT = Config.of("triton", scheme="split", capacity=4096, block_n=4096, num_warps=8, sample=2048, splits=4)
+
+
+def scores(rows: int = 3, columns: int = 500, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """What ``select`` chooses from, and where each row ends."""
+    return torch.zeros(rows, columns, dtype=dtype), torch.full((rows,), columns, dtype=torch.int32)
+
+
+def paged(seed: int) -> dict[str, Any]:
+    """Arguments of ``indexer_logits_paged``, which ``HOPPER`` reads by tiles."""
+    return dict(indexer_paged.OP.inputs(PAGED, Case(indexer_paged.IndexerPagedSizes(2, 260), "full"), Draw(seed)))
 
 
 @dataclass

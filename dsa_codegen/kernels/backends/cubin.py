@@ -10,19 +10,22 @@ import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int, c_uint, c_uint32, c_uint64, c_void_p
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..render import release
 from .base import Launchable
 from .descriptors import Views, rank_of
-from .driver import CudaKernel, check, library, load_module
+from .driver import CudaKernel, Recipe, check, library, load_module
 
 _TYPES_FILE = "types.json"
 _KNOWN = (3, 6), (3, 9)
 """Releases whose kernels end in two addresses of scratch memory, and whose descriptors are followed by shape and strides."""
 _KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32", "fp64": "f64"}
 _SCRATCH = ("ptr", "ptr")
+SCRATCH = len(_SCRATCH)
+"""Addresses behind a kernel's arguments, zero where it needs no such memory."""
 _TYPES = {8: 10, 9: 8, 10: 9}
 """CUtensorMapDataType of Triton's element types, where they differ."""
 _L2_PROMOTION_128B = 2
@@ -91,7 +94,13 @@ class TritonCubin(CudaKernel):
     def __init__(self, cubin: bytes, types: Sequence[str], facts: Mapping[str, Any]) -> None:
         threads, cluster, pdl = facts["num_warps"] * 32, facts["num_ctas"], bool(facts.get("launch_pdl"))
         super().__init__(load_module(cubin), facts["name"], parameters(types), threads, facts["shared"], cluster, pdl)
-        self._expanded = Views(types, facts.get("tensordesc_meta") or (), encode)
+        self._described = tuple(facts.get("tensordesc_meta") or ())
+        self._expanded = Views(types, self._described, encode)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        plain = super().recipe
+        return replace(plain, described=self._described, hidden=SCRATCH) if plain and self._expanded.known else None
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         super().__call__(grid, (*self._expanded(args), 0, 0))

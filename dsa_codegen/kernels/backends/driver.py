@@ -10,8 +10,9 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_char_p, c_int, c_uint, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _KINDS = {"ptr": "P", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "f32": "f"
 _SMEM_WITHOUT_ASKING = 48 * 1024
 _PORTABLE_CLUSTER = 8
 # Names of cuda.h.
-_INVALID_CONTEXT = 201
+INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_SIZE, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14  # CU_FUNC_ATTRIBUTE_
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_
 _PREFER_SHARED = 1  # CU_FUNC_CACHE_
@@ -61,6 +62,11 @@ def library() -> ctypes.CDLL:
         raise ToolMissing(_LIBRARY, _REMEDY) from error
 
 
+def launcher() -> int:
+    """The address of what launches a kernel, for C."""
+    return ctypes.cast(library().cuLaunchKernelEx, c_void_p).value or 0
+
+
 def check(code: int, what: str) -> None:
     """Raise what the driver says of a failure."""
     if code:
@@ -75,17 +81,53 @@ def load_module(cubin: bytes) -> c_void_p:
     context, loaded = c_void_p(), c_void_p()
     library().cuCtxGetCurrent(ctypes.byref(context))
     if not context.value:  # torch makes the device's context current in a thread once that needs it
-        _enter_context(device)
+        enter_context(device)
     check(library().cuModuleLoadData(ctypes.byref(loaded), cubin), "to load the machine code")
     return loaded
 
 
-def _enter_context(device: int) -> None:
+def enter_context(device: int) -> None:
     """Make the device's context this thread's; torch does so only once a thread needs it."""
     handle, context = c_int(), c_void_p()
     check(library().cuDeviceGet(ctypes.byref(handle), c_int(device)), "the device")
     check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "the device's context")
     check(library().cuCtxSetCurrent(context), "the device's context")
+
+
+class Parameters:
+    """How a kernel's parameters lie in one buffer.
+
+    Args:
+        kinds: of the parameters: see ``cuda``.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds = tuple(kinds)
+        letters = [_KINDS[kind] for kind in kinds]
+        packed = struct.Struct("@" + "".join(letters))
+        self.pack_into, self.size = packed.pack_into, packed.size
+        ends = [struct.calcsize("@" + "".join(letters[: i + 1])) for i in range(len(letters))]
+        self.offsets = tuple([end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a launch hands to the driver but grid, stream and values: for who launches without the ``Launchable``."""
+
+    kernel: object
+    """What keeps the code on the GPU."""
+    name: str
+    function: int
+    """CUfunction."""
+    parameters: Parameters
+    threads: int
+    smem: int
+    cluster: int = 1
+    pdl: bool = False
+    described: Sequence[Mapping[str, Any]] = ()
+    """Of each argument of which TMA loads tiles, in order: what ``cubin.encode`` takes. Its shape and strides follow it."""
+    hidden: int = 0
+    """Addresses behind the arguments, all zero."""
 
 
 class CudaKernel:
@@ -108,10 +150,8 @@ class CudaKernel:
         self, module: c_void_p, name: str, args: Sequence[str], threads: int, smem: int, cluster: int = 1, pdl: bool = False
     ) -> None:
         self._name, self._threads, self._smem, self._cluster, self._pdl = name, threads, smem, cluster, pdl
-        kinds = [_KINDS[kind] for kind in args]
-        packed = struct.Struct("@" + "".join(kinds))
-        self._pack, self._size = packed.pack_into, packed.size
-        self._offsets = [struct.calcsize("@" + "".join(kinds[: i + 1])) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
+        self._parameters = Parameters(args)
+        self._pack = self._parameters.pack_into
         self._pointers = tuple(place for place, kind in enumerate(args) if kind == "ptr")
         self._device = torch.cuda.current_device()
         self._stream = torch._C._cuda_getCurrentRawStream  # ~0.1 us
@@ -127,6 +167,12 @@ class CudaKernel:
 
     def _allow(self, attribute: int, value: int) -> None:
         check(library().cuFuncSetAttribute(self._function, c_int(attribute), c_int(value)), f"{value} for {self._name}")
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """For launches without this class."""
+        function = self._function.value or 0
+        return Recipe(self, self._name, function, self._parameters, self._threads, self._smem, self._cluster, self._pdl)
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         values = list(args)
@@ -163,8 +209,8 @@ class CudaKernel:
 
     def _failed(self, code: int, frame: _Frame) -> None:
         """Once more in the device's context, where this thread had none."""
-        if code == _INVALID_CONTEXT:
-            _enter_context(self._device)
+        if code == INVALID_CONTEXT:
+            enter_context(self._device)
             code = self._launch(frame.reference, self._function, frame.parameters, None)
         config = frame.config
         check(code, f"to launch {self._name} with a grid of {(config.grid_x, config.grid_y, config.grid_z)}")
@@ -174,8 +220,7 @@ class CudaKernel:
         try:
             found: _Frame = frames.frame
         except AttributeError:
-            sizes = self._size, self._offsets, self._threads, self._smem
-            found = frames.frame = _Frame(*sizes, self._attributes())
+            found = frames.frame = _Frame(self._parameters, self._threads, self._smem, self._attributes())
         return found
 
     def _attributes(self) -> Sequence[_Attribute]:
@@ -190,9 +235,9 @@ class CudaKernel:
 class _Frame:
     """What a launch hands to the driver. Every thread has its own; the driver has read it when it returns."""
 
-    def __init__(self, size: int, offsets: Sequence[int], threads: int, smem: int, attributes: Sequence[_Attribute]) -> None:
-        self.buffer = ctypes.create_string_buffer(max(size, 1))
-        start = ctypes.addressof(self.buffer)
+    def __init__(self, parameters: Parameters, threads: int, smem: int, attributes: Sequence[_Attribute]) -> None:
+        self.buffer = ctypes.create_string_buffer(max(parameters.size, 1))
+        start, offsets = ctypes.addressof(self.buffer), parameters.offsets
         self.parameters = (c_void_p * len(offsets))(*(start + offset for offset in offsets))
         self._attributes = (_Attribute * len(attributes))(*attributes)
         self.config = _Config(1, 1, 1, threads, 1, 1, smem, None, self._attributes, len(attributes))

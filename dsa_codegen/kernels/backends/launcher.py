@@ -18,7 +18,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
 from ..render import release
+from .cubin import SCRATCH, parameters
 from .descriptors import Views, rank_of
+from .driver import Parameters, Recipe
 
 _RELEASE = release(triton.__version__)
 _ONE_FOR_ALL = (3, 7) <= _RELEASE <= (3, 9)
@@ -40,6 +42,7 @@ class TritonKernel:
         self._launch: Callable[..., None] = run
         self._fixed: tuple[Any, ...] = (kernel.function, kernel.packed_metadata, None, None, None)
         self._together = False
+        self.recipe: Recipe | None = None
         if not _KNOWN or run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
             return
         self._launch = run.launch
@@ -53,6 +56,8 @@ class TritonKernel:
         if views:
             self._views = views
             self._launch = _launcher_of_descriptors(kernel)
+        if views.known and not run.launch_cooperative_grid:
+            self.recipe = _recipe(kernel)
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         x, y, z = grid
@@ -78,6 +83,17 @@ class TritonKernel:
         if views:
             return lambda *args: launch(x, y, z, stream(device), *fixed, *views(args))
         return lambda *args: launch(x, y, z, stream(device), *fixed, *args)
+
+
+def _recipe(kernel: CompiledKernel) -> Recipe | None:
+    """How the driver launches the kernel; None where Triton's launcher does more to it than this package knows."""
+    about = kernel.metadata
+    if about.num_ctas != 1:
+        return None
+    taken = Parameters(parameters(tuple(kernel.src.signature.values())))
+    described = tuple(getattr(about, "tensordesc_meta", None) or ())
+    shape = about.num_warps * 32, about.shared, 1, bool(about.launch_pdl)
+    return Recipe(kernel, about.name, kernel.function, taken, *shape, described, SCRATCH)
 
 
 def _encode(view: Any, described: Mapping[str, Any]) -> list[Any]:

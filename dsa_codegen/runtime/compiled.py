@@ -1,0 +1,107 @@
+"""Compiled: hits.c as a module of this Python, compiled where it is first needed and kept in the build cache.
+
+As Triton compiles what launches its kernels: with the C compiler of the system, which takes half a second. There is no step of
+the installation for it, and without a compiler, without Python's headers, or with ``DSA_NATIVE=0`` calls stay in Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+from .. import paths
+
+_SOURCE = Path(__file__).with_name("hits.c")
+_NAME = "hits"
+_OFF = ("0", "false", "no", "off")
+_FLAGS = ("-O2", "-std=c11", "-shared", "-fPIC")
+_PATIENCE_S = 120.0
+
+
+class _Unserved(Exception):
+    """Why there is no such module here."""
+
+
+def module() -> ModuleType | None:
+    """The module; None where ``state`` says why not. Compiles at the first call, and never raises."""
+    return _found()[0]
+
+
+def state() -> tuple[bool, str]:
+    """(whether calls are served in C, where the module lies or what is missing)."""
+    found, words = _found()
+    return found is not None, words
+
+
+@functools.cache
+def _found() -> tuple[ModuleType | None, str]:
+    try:
+        file = _file()
+        return _imported(file), str(file)
+    except (_Unserved, OSError, ImportError) as error:
+        return None, str(error)
+
+
+def _file() -> Path:
+    """The compiled module, which is compiled where it is missing.
+
+    Raises:
+        _Unserved: it cannot be.
+    """
+    if os.environ.get("DSA_NATIVE", "").lower() in _OFF:
+        raise _Unserved("DSA_NATIVE says not to")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise _Unserved("this Python runs without a global lock")
+    key = hashlib.sha256("\n".join((_SOURCE.read_text(), sys.version, platform.machine(), *_FLAGS)).encode()).hexdigest()
+    file = paths.cache() / f"{_NAME}-{key[:32]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not file.exists():
+        _compile(file)
+    return file
+
+
+def _compile(file: Path) -> None:
+    """Compile into ``file``, published by a rename: processes that do so at once publish the same."""
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        raise _Unserved(f"Python's headers are not in {headers}: install python3-dev")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".hits-", dir=file.parent) as scratch:
+        made = Path(scratch) / file.name
+        command = [*_compiler(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+        except subprocess.SubprocessError as error:
+            raise _Unserved(f"{command[0]}: {error}") from error
+        if done.returncode:
+            raise _Unserved(f"{command[0]} failed: {done.stderr.strip()[:300]}")
+        made.replace(file)
+
+
+def _compiler() -> list[str]:
+    """The command that Triton would take."""
+    named = shlex.split(os.environ.get("CC", ""))
+    found = next((path for path in map(shutil.which, ("gcc", "clang", "cc")) if path), None)
+    if not named and found is None:
+        raise _Unserved("no C compiler: install gcc or clang, or name one in CC")
+    return named or [str(found)]
+
+
+def _imported(file: Path) -> ModuleType:
+    loader = ExtensionFileLoader(_NAME, str(file))
+    spec = spec_from_loader(_NAME, loader)
+    assert spec is not None
+    found = module_from_spec(spec)
+    loader.exec_module(found)
+    return found
