@@ -22,7 +22,7 @@ from ..kernels.backends import nvcc
 from ..kernels.backends.base import C_COMPILER
 from ..records import files, overrides
 from ..records.lookup import missing_tool, toolchain_difference
-from ..runtime import prebuilt
+from ..runtime import compiled, prebuilt
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def diagnose() -> Iterator[Finding]:
         yield _backend(name)
     yield from _nvcc_for_driver()
     yield _c_compiler()
+    yield _calls()
     yield _package("optuna", "tuning", install("tune"))
     yield Finding("templates", f"{len(list(paths.templates().glob('*/*.py.jinja')))} in {paths.templates()}", True)
     yield from _shipped_records()
@@ -183,6 +184,12 @@ def _backend(name: str) -> Finding:
 def _c_compiler() -> Finding:
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return Finding("C compiler", found or "not found", bool(found), C_COMPILER)
+
+
+def _calls() -> Finding:
+    """Which way a call like an earlier one goes: both are right, one takes the host longer."""
+    served, words = compiled.state()
+    return Finding("calls", f"in C: {words}" if served else f"in Python: {words}", True)
 
 
 def _package(name: str, use: str, remedy: str) -> Finding:

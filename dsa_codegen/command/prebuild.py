@@ -23,7 +23,7 @@ from ..problem.values import Sizes, Spec, bucket_to_json
 from ..records.lookup import lookup, stand_ins
 from ..records.publish import publish
 from ..records.record import GpuKey, pretty
-from ..runtime import prebuilt, serving
+from ..runtime import compiled, prebuilt, serving
 
 STAND_IN = "stand-in"
 
@@ -89,6 +89,7 @@ def prebuild(wanted: Sequence[Call], gpu: Gpu, folder: Path, processes: int | No
     for left in _entries(folder):
         if left.name not in {source.name for source in kept}:
             shutil.rmtree(left)
+    compiled.copy_into(folder)
     publish(folder / prebuilt.INDEX, pretty(_index(done, gpu)) + "\n")
     return done
 

@@ -6,6 +6,7 @@ the installation for it, and without a compiler, without Python's headers, or wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -48,27 +49,40 @@ def state() -> tuple[bool, str]:
 @functools.cache
 def _found() -> tuple[ModuleType | None, str]:
     try:
-        file = _file()
+        _check()
+        folders = (paths.prebuilt(), paths.cache())
+        for file in (folder / file_name() for folder in folders if folder is not None):
+            with contextlib.suppress(ImportError):  # it is not there yet, or is broken, or of a host with another C library
+                return _imported(file), str(file)
+        _compile(file)
         return _imported(file), str(file)
     except (_Unserved, OSError, ImportError) as error:
         return None, str(error)
 
 
-def _file() -> Path:
-    """The compiled module, which is compiled where it is missing.
+def file_name() -> str:
+    """The module's, in the build cache and in folders of kernels built ahead: for this Python, of this source."""
+    key = hashlib.sha256("\n".join((_SOURCE.read_text(), sys.version, platform.machine(), *_FLAGS)).encode()).hexdigest()
+    return f"{_NAME}-{key[:32]}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-    Raises:
-        _Unserved: it cannot be.
-    """
+
+def copy_into(folder: Path) -> None:
+    """Put the module where a machine without a compiler finds it (``DSA_BUILDS``); one of another source makes way."""
+    for left in folder.glob(f"{_NAME}-*"):
+        left.unlink()
+    served, words = state()
+    if served:
+        staging = folder / f".{file_name()}"
+        shutil.copyfile(words, staging)
+        staging.replace(folder / file_name())
+
+
+def _check() -> None:
+    """Raises _Unserved where no compiler could change it."""
     if os.environ.get("DSA_NATIVE", "").lower() in _OFF:
         raise _Unserved("DSA_NATIVE says not to")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise _Unserved("this Python runs without a global lock")
-    key = hashlib.sha256("\n".join((_SOURCE.read_text(), sys.version, platform.machine(), *_FLAGS)).encode()).hexdigest()
-    file = paths.cache() / f"{_NAME}-{key[:32]}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not file.exists():
-        _compile(file)
-    return file
 
 
 def _compile(file: Path) -> None:

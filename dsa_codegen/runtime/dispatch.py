@@ -115,16 +115,23 @@ def call_again(op: Op, args: tuple[Any, ...], form: hits.Form | None = None) -> 
     found = None if apart is None else _plans.get(apart[0])
     if apart is None or found is None:
         return None
-    _guard(key, apart, found)
+    made, gradients = _guard(key, apart, found)
+    if made is not None:
+        _hand_over(form, key, args, made, gradients, found)
     return found.names, _launched(found, tensors, addresses)
 
 
-def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> None:
-    """Let the next call like this one be found by a guard; a few for calls that differ in their tensors alone."""
+def _guard(key: plans.Key, apart: plans.Call, plan: plans.Plan) -> tuple[guards.Guard | None, bool]:
+    """Let the next call like this one be found by a guard; a few for calls that differ in their tensors alone.
+
+    Returns:
+        The guard, and whether tensors require gradients.
+    """
     guard, gradients = guards.guard_of(apart[1]), True in [each.requires_grad for each in apart[1]]
     with _lock:
         if guard is not None and _plans.get(apart[0]) is plan:
             _guarded[key] = ((guard, plan, gradients), *_guarded.get(key, ())[: _MOST_GUARDS - 1])
+    return guard, gradients
 
 
 def _hand_over(

@@ -19,7 +19,6 @@ from dsa_codegen.errors import DsaError, InputError, SpecError
 from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.ops import indexer_paged, select
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, guards, plans, torch_ops
 
 from plans_support import HOPPER, SPLIT, Seen, gpu, paged, scores, told, without_plans

@@ -46,6 +46,14 @@ def facts(built: Built, kernel: str) -> dict[str, Any]:
     return found
 
 
+def told(kernel: Any) -> tuple[Any, ...]:
+    """What C is told of a kernel, of which there is nothing else to tell."""
+    recipe = kernel.recipe
+    described = json.loads(json.dumps([dict(each) for each in recipe.described]))
+    shape = recipe.threads, recipe.smem, recipe.cluster, recipe.pdl
+    return recipe.name, recipe.function, recipe.parameters.kinds, shape, described, recipe.hidden
+
+
 def main(libcuda: str, name: str, backend: str) -> None:
     driver = ctypes.CDLL(libcuda)
     torch.cuda.current_device = lambda: 0
@@ -83,6 +91,7 @@ def main(libcuda: str, name: str, backend: str) -> None:
         addresses = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in launch.args)
         ahead = TritonCubin(b"\0", cubin.types_of(built.folder)[launch.kernel], facts(built, launch.kernel))
         ahead._function.value = FUNCTION
+        assert told(ours) == told(ahead)
         for way in (ours, unknown, ahead):
             for args in (launch.args, launch.args, addresses):
                 assert written(way, launch.grid, args) == wanted, launch.kernel

@@ -29,9 +29,9 @@ def scores(rows: int = 3, columns: int = 500, dtype: torch.dtype = torch.float32
     return torch.zeros(rows, columns, dtype=dtype), torch.full((rows,), columns, dtype=torch.int32)
 
 
-def paged(seed: int) -> dict[str, Any]:
+def paged(seed: int, context: int = 260) -> dict[str, Any]:
     """Arguments of ``indexer_logits_paged``, which ``HOPPER`` reads by tiles."""
-    return dict(indexer_paged.OP.inputs(PAGED, Case(indexer_paged.IndexerPagedSizes(2, 260), "full"), Draw(seed)))
+    return dict(indexer_paged.OP.inputs(PAGED, Case(indexer_paged.IndexerPagedSizes(2, context), "full"), Draw(seed)))
 
 
 @dataclass
