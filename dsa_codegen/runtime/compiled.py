@@ -87,9 +87,7 @@ def _check() -> None:
 
 def _compile(file: Path) -> None:
     """Compile into ``file``, published by a rename: processes that do so at once publish the same."""
-    headers = Path(sysconfig.get_paths()["include"])
-    if not (headers / "Python.h").exists():
-        raise _Unserved(f"Python's headers are not in {headers}: install python3-dev")
+    headers = _headers()
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hits-", dir=file.parent) as scratch:
         made = Path(scratch) / file.name
@@ -101,6 +99,17 @@ def _compile(file: Path) -> None:
         if done.returncode:
             raise _Unserved(f"{command[0]} failed: {done.stderr.strip()[:300]}")
         made.replace(file)
+
+
+def _headers() -> Path:
+    """The folder of Python.h; a distribution's own scheme may name another than where its package of headers puts them."""
+    folders = dict.fromkeys(
+        Path(str(each)) for each in (sysconfig.get_paths()["include"], sysconfig.get_config_var("INCLUDEPY"))
+    )
+    for folder in folders:
+        if (folder / "Python.h").exists():
+            return folder
+    raise _Unserved(f"Python's headers are not in {' or '.join(map(str, folders))}: install python3-dev")
 
 
 def _compiler() -> list[str]:

@@ -85,9 +85,14 @@ def test_without_a_compiler_it_says_so(cache, monkeypatch):
 
 
 def test_without_pythons_headers_it_says_so(cache, monkeypatch, tmp_path):
+    known = sysconfig.get_config_var
     monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda: {"include": str(tmp_path / "nowhere")})
+    if shutil.which("gcc"):
+        assert again()[0]  # they are where Python itself says
+    monkeypatch.setenv("DSA_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr(compiled.sysconfig, "get_config_var", lambda name: "/none" if name == "INCLUDEPY" else known(name))
     served, words = again()
-    assert not served and words.endswith("nowhere: install python3-dev")
+    assert not served and words.endswith("nowhere or /none: install python3-dev")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import threading
@@ -400,3 +401,46 @@ def test_without_torchs_guard_calls_stay_in_python(fake, by_python, monkeypatch)
     for _ in range(5):
         functions.select(values, ends, 64)
     assert len(by_python) == 5
+
+
+def calls_on_a_gpu() -> dict[str, Callable[[], Any]]:
+    """Public functions by kernels in CUDA C++, Triton and Gluon, of one launch and of two."""
+    found = {}
+    for name in ("select", "indexer", "indexer_paged", "attention", "attention_paged", "quantize_paged"):
+        op = ops.get(name)
+        spec = of_preset(op, "glm-5")[0]
+        args = arguments(op, spec, op.inputs(spec, op.cases(spec)[0], Draw(1, "cuda")))
+        found[name] = functools.partial(torch_ops.direct(op.function), *args)
+    return found
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_results_are_pythons(by_python, monkeypatch):
+    """On another stream, from another thread and in a graph, too."""
+
+    def outputs(call: Callable[[], Any]) -> list[Tensor]:
+        result = call()
+        return [result] if isinstance(result, Tensor) else list(result or ())
+
+    for name, call in calls_on_a_gpu().items():
+        wanted = [each.clone() for each in outputs(call)]
+        outputs(call)
+        by_python.clear()
+        found = [outputs(call)]
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(outputs(call))
+        torch.cuda.synchronize()
+        thread = threading.Thread(target=lambda call=call, found=found: found.append(outputs(call)))
+        thread.start()
+        thread.join()
+        with torch.cuda.graph(graph):
+            found.append(outputs(call))
+        for each in found[-1]:
+            each.view(torch.uint8).fill_(255)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert not by_python or name == "select", name  # of select TileLang may serve
+        for each in found:
+            assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(wanted, each, strict=True)), name
