@@ -65,9 +65,9 @@ def sparse_attention(
         kv, kv_scale = _as_fp8(kv, kv_scale)
     arguments = (q, kv, as_int32(indices), sm_scale, lengths, sink, share, invariant, d_v, math, q_scale, kv_scale)
     if out is None and lse is None and max_logits is None:
-        return operators.sparse_attention(*arguments, sms=sms)
+        return operators.sparse_attention(*arguments, sms)
     out, lse = _results(q, out, lse, d_v)
-    operators.sparse_attention_into(*arguments, out, lse, max_logits, sms=sms)
+    operators.sparse_attention_into(*arguments, out, lse, max_logits, sms)
     return out, lse
 
 
@@ -122,9 +122,9 @@ def sparse_attention_paged(
     arguments = (q, cache, as_int32(indices), sm_scale, lengths, sink, *extra, invariant)
     stored = layout or "", d_v, -1 if d_rope is None else d_rope, scale
     if out is None and lse is None:
-        return operators.sparse_attention_paged(*arguments, *stored, sms=sms)
+        return operators.sparse_attention_paged(*arguments, *stored, sms)
     out, lse = _results(q, out, lse, d_v)
-    operators.sparse_attention_paged_into(*arguments, *stored, out, lse, sms=sms)
+    operators.sparse_attention_paged_into(*arguments, *stored, out, lse, sms)
     return out, lse
 
 

@@ -38,8 +38,8 @@ def select(
     """
     arguments = (scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
     if out is None:
-        return operators.select(*arguments, sms=sms)
-    operators.select_into(*arguments, out, sms=sms)
+        return operators.select(*arguments, sms)
+    operators.select_into(*arguments, out, sms)
     return out
 
 

@@ -72,7 +72,7 @@ def call(op: Op, args: Iterable[Any], sms: int | None = None) -> Outputs:
         PrebuiltError: ``DSA_BUILDS`` names a folder that cannot serve here.
     """
     args = tuple(args)
-    apart = plans.taken_apart(op.name, args if sms is None else (*args, sms))
+    apart = plans.taken_apart(op.name, (*args, sms) if op.budgeted else args)
     plan = None if apart is None else _plans.get(apart[0])
     if apart is not None and plan is not None:
         return dict(zip(plan.names, _launched(plan, *apart[1:]), strict=True))
@@ -97,7 +97,7 @@ def call_again(op: Op, args: tuple[Any, ...], form: hits.Form | None = None) -> 
     made without them tells.
 
     Args:
-        args: the SMs behind them, where they are not all.
+        args: the SMs behind them, where grids are made for a number of them.
         form: takes such calls over, where it can.
     """
     sketch = guards.sketched(op.name, args)

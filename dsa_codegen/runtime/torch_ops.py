@@ -102,9 +102,9 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def direct(name: str, **public: str) -> Callable[..., Any]:
-    """The registered operator, or the way around it for a call like an earlier one; takes every argument of the schema.
+    """The registered operator, or the way around it for a call like an earlier one; takes the schema's arguments by place.
 
-    The last one, ``sms``, has a default, and is no argument to ``Op.bind``.
+    All of them but the last one, ``sms``, which may be left out and is no argument to ``Op.bind``.
 
     Nobody can tell the two apart: the first call of its kind went through the operator, which found its arguments good, and
     whatever wants to see operators (a trace, a mode, a transform, a profiler, gradients) still sees this one.
@@ -116,7 +116,7 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
     schema = torch._C.parse_schema(name + schema_of)
     written, listed = _results(schema)
     kinds = [(argument.name, str(argument.type)) for argument in schema.arguments]
-    form = hits.Form(op.name, written, listed)
+    form, most = hits.Form(op.name, written, listed), len(kinds)
 
     def first(args: Sequence[Any]) -> Any:
         try:
@@ -126,11 +126,11 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
         except InputError as error:
             raise error.renamed(public) from None
 
-    def call(*args: Any, sms: int | None = None) -> Any:
-        if sms is not None:
-            args = (*args, sms)
+    def call(*args: Any) -> Any:
         if _is_compiling():
             return operator(*args)
+        if len(args) < most:
+            args = (*args, None)
         found = form.again(args)
         if found is not NotImplemented:
             return found

@@ -34,8 +34,9 @@ def under_public_functions(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         written = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
         single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
 
-        def call(*args: Any, sms: int | None = None) -> Any:
-            results = dispatch.call(op, [*args, *defaults[len(args) :]])
+        def call(*args: Any) -> Any:
+            taken = args[: len(defaults)]  # without the SMs
+            results = dispatch.call(op, [*taken, *defaults[len(taken) :]])
             outputs = tuple(value for name, value in results.items() if name not in written)
             return outputs[0] if single else outputs
 
