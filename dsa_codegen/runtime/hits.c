@@ -11,6 +11,7 @@
 #include <string.h>
 
 enum { MOST_VALUES = 64, MOST_PARAMETERS = 128, MOST_BYTES = 4096, MOST_KNOWN = 16, MAP_BYTES = 128, ALIGNMENT = 16 };
+enum { MOST_ROOMS = 16, MOST_ROOM_BYTES = 32 << 20 };
 
 /* CUlaunchAttribute and CUlaunchConfig of cuda.h. */
 typedef struct {
@@ -28,6 +29,7 @@ _Static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56, "as cuda.h lays 
 enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
 typedef int (*Launcher)(const Config *, void *function, void **parameters, void **extra);
+typedef int (*Capturing)(void *stream, int *status);
 
 typedef struct {
   unsigned offset, slot; /* into the parameters' bytes; of the address that goes there */
@@ -63,6 +65,8 @@ typedef struct {
   PyObject_HEAD
   PyObject *count, *device, *current_device, *stream_of, *address_of, *recover, *keep;
   Launcher launcher;
+  Capturing capturing;
+  uint64_t room_bytes;
   unsigned given, makes, views, launches;
   Make *make, room;
   View *view;
@@ -217,18 +221,21 @@ static int take_all(Plan *self, PyObject *makes, PyObject *room, PyObject *views
   return total <= MOST_BYTES ? 0 : refuse("too many parameters");
 }
 
-/* Plan(launcher, count, device, current_device, stream_of, address_of, recover, keep, given, makes, room, views, launches):
-   what runtime/native.py makes of a plan; its words are explained there. */
+/* Plan(launcher, capturing, count, device, current_device, stream_of, address_of, recover, keep, given, makes, room, room_bytes,
+   views, launches): what hits.py makes of a plan; its words are explained there. */
 static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-  unsigned long long launcher;
+  unsigned long long launcher, capturing, room_bytes;
   unsigned given;
   PyObject *count, *device, *current_device, *stream_of, *address_of, *recover, *keep, *makes, *room, *views, *launches;
-  if (!PyArg_ParseTuple(args, "KOOOOOOOIO!OO!O!", &launcher, &count, &device, &current_device, &stream_of, &address_of, &recover,
-                        &keep, &given, &PyTuple_Type, &makes, &room, &PyTuple_Type, &views, &PyTuple_Type, &launches))
+  if (!PyArg_ParseTuple(args, "KKOO!OOOOOIO!OKO!O!", &launcher, &capturing, &count, &PyLong_Type, &device, &current_device,
+                        &stream_of, &address_of, &recover, &keep, &given, &PyTuple_Type, &makes, &room, &room_bytes, &PyTuple_Type,
+                        &views, &PyTuple_Type, &launches))
     return NULL;
   Plan *self = (Plan *)type->tp_alloc(type, 0);
   if (!self) return NULL;
   self->launcher = (Launcher)(uintptr_t)launcher;
+  self->capturing = (Capturing)(uintptr_t)capturing;
+  self->room_bytes = room_bytes;
   self->count = Py_NewRef(count);
   self->device = Py_NewRef(device);
   self->current_device = Py_NewRef(current_device);
@@ -325,18 +332,80 @@ static int launch_all(const Plan *self, unsigned char *bytes, void *stream) {
   return 0;
 }
 
+/* Memory between the launches of one call. The next call on the same stream runs behind it, so that it may have the same: each
+   stream keeps the last, as cuBLAS keeps its own, since an allocation costs the host as much as half a launch. A call takes it out
+   for as long as it launches: another thread's, in between on the same stream, finds none and allocates. What is captured in a
+   graph outlives its call, and has memory of the graph's own. */
+typedef struct {
+  PyObject *tensor; /* NULL while it is taken */
+  uint64_t address, bytes, stream;
+  long device;
+} Room;
+
+static Room rooms[MOST_ROOMS];
+
+static PyObject *rooms_clear(PyObject *module, PyObject *ignored) {
+  for (unsigned i = 0; i < MOST_ROOMS; i++) {
+    PyObject *tensor = rooms[i].tensor;
+    memset(rooms + i, 0, sizeof(Room));
+    Py_XDECREF(tensor);
+  }
+  Py_RETURN_NONE;
+}
+
+/* The place of a stream's room: its own, or one that nobody has; NULL where all are taken. */
+static Room *place_of(const Room *room) {
+  Room *unused = NULL;
+  for (unsigned i = 0; i < MOST_ROOMS; i++) {
+    if (rooms[i].bytes && rooms[i].stream == room->stream && rooms[i].device == room->device) return rooms + i;
+    if (!rooms[i].bytes && !unused) unused = rooms + i;
+  }
+  return unused;
+}
+
+/* A room for a call on a stream; kept is whether it may stay with the stream. 0, or -1 with an error set. */
+static int room_taken(const Plan *self, uint64_t stream, Room *room, int *kept) {
+  int status = 0;
+  room->bytes = self->room_bytes;
+  room->stream = stream;
+  room->device = PyLong_AsLong(self->device);
+  *kept = room->bytes <= MOST_ROOM_BYTES && !self->capturing((void *)(uintptr_t)stream, &status) && !status;
+  Room *place = *kept ? place_of(room) : NULL;
+  if (place && place->tensor && place->bytes >= room->bytes) {
+    *room = *place;
+    place->tensor = NULL;
+    return 0;
+  }
+  room->tensor = made(self, &self->room, &room->address);
+  return room->tensor ? 0 : -1;
+}
+
+/* Leave the larger of two with the stream. */
+static void room_given_back(Room *room, int kept) {
+  Room *place = kept ? place_of(room) : NULL;
+  PyObject *left = room->tensor;
+  if (place && (!place->tensor || place->bytes < room->bytes)) {
+    left = place->tensor;
+    *place = *room;
+  }
+  Py_XDECREF(left);
+}
+
 static int run(const Plan *self, uint64_t *slots, PyObject **allocated) {
   unsigned char bytes[MOST_BYTES] __attribute__((aligned(64)));
   uint64_t stream, ignored;
-  PyObject *room = NULL, *counted = PyObject_CallNoArgs(self->count);
+  Room room = {0};
+  int kept = 0;
+  PyObject *counted = PyObject_CallNoArgs(self->count);
   if (!counted) return -1;
   Py_DECREF(counted);
   for (unsigned i = 0; i < self->makes; i++)
     if (!(allocated[i] = made(self, self->make + i, self->make[i].addressed ? slots + self->given + i : &ignored))) return -1;
-  if (self->room.function && !(room = made(self, &self->room, slots + self->given + self->makes))) return -1;
-  int failed = fill(self, slots, bytes) || address(self->stream_of, self->device, &stream) ||
-               launch_all(self, bytes, (void *)(uintptr_t)stream);
-  Py_XDECREF(room); /* it stays until the last launch is on its way */
+  if (address(self->stream_of, self->device, &stream)) return -1;
+  if (self->room.function && room_taken(self, stream, &room, &kept)) return -1;
+  slots[self->given + self->makes] = room.address;
+  int failed = fill(self, slots, bytes) || launch_all(self, bytes, (void *)(uintptr_t)stream);
+  if (self->room.function) room_given_back(&room, kept && !failed); /* it stays until the last launch is on its way */
   return failed ? -1 : 0;
 }
 
@@ -592,7 +661,12 @@ static PyTypeObject PlanType = {
     .tp_dealloc = (destructor)plan_dealloc,
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "hits", "A call like an earlier one, in C.", -1};
+static PyMethodDef module_methods[] = {
+    {"release", rooms_clear, METH_NOARGS, "Keep no memory."},
+    {NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "hits", "A call like an earlier one, in C.", -1, module_methods};
 
 PyMODINIT_FUNC PyInit_hits(void) {
   PyObject *self = PyModule_Create(&module);

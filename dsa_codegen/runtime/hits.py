@@ -41,6 +41,7 @@ class Form:
         self.again: Callable[[tuple[Any, ...]], Any] = _never
         """The results of a call with these arguments; NotImplemented, and nothing done, where it is like none that is known."""
         self._hits: Any = None
+        self._module: Any = None
         self._op, self._written, self._listed = op, frozenset(written), listed
         _forms.add(self)
 
@@ -64,6 +65,7 @@ class Form:
         places = tuple([place for name, place in zip(plan.names, plan.results, strict=True) if name not in self._written])
         known = module.Known(kinds, options, guard, gradients, plan.in_c, places, self._listed)
         if self._hits is None:
+            self._module = module
             self._hits = module.Hits(guards.function_modes, guards.profiler_enabled, torch.is_grad_enabled)
         self._hits.add(known)
         self.again = self._hits
@@ -73,13 +75,15 @@ class Form:
         if self._hits is not None and op in (None, self._op):
             self._hits.clear()
             self.again = _never
+            if op is None:
+                self._module.release()
 
 
 _forms: weakref.WeakSet[Form] = weakref.WeakSet()
 
 
 def forget(op: str | None = None) -> None:
-    """Know no call of the operation any more, or none at all; held by whoever forgets plans."""
+    """Know no call of the operation any more, or none at all and keep no memory either; held by whoever forgets plans."""
     for form in list(_forms):
         form.forget(op)
 
@@ -114,7 +118,8 @@ def _translated(plan: plans.Plan, current_device: Callable[[], int]) -> Any:
     raw_stream: Any = torch._C._cuda_getCurrentRawStream
     asked = plan.count, plan.device, current_device, raw_stream, Tensor.data_ptr, _recovery(plan.device, recipes, grids)
     try:
-        return module.Plan(driver.launcher(), *asked, tuple(recipes), plan.given, makes, room, tuple(views), launches)
+        rest = plan.given, makes, room, plan.room, tuple(views), launches
+        return module.Plan(*driver.addresses(), *asked, tuple(recipes), *rest)
     except ValueError:  # more parameters than C has room for
         return None
 

@@ -126,16 +126,18 @@ class Plan:
         self.make_room: Callable[[], Tensor] | None = None
         self.offsets: tuple[int, ...] = ()
         """Of the workspaces in the room that they share."""
+        self.room = 0
+        """Its bytes."""
         names: dict[str, Any] = {"count": count}
         names |= {f"make_{number}": make for number, make in enumerate(self.makers)}
         names |= {f"view_{number}": each.at for number, each in enumerate(views)}
         names |= {f"constant_{number}": value for number, value in enumerate(constants)}
         names |= {f"launch_{number}": _bound(kernel, grid, by_address) for number, (kernel, grid, _) in enumerate(launches)}
         if by_address:
-            self.offsets, room = _side_by_side(workspaces)
+            self.offsets, self.room = _side_by_side(workspaces)
             names |= {f"offset_{number}": offset for number, offset in enumerate(self.offsets)}
-            if room:
-                self.make_room = guards.allocator((room,), (1,), torch.uint8, workspaces[0].device)
+            if self.room:
+                self.make_room = guards.allocator((self.room,), (1,), torch.uint8, workspaces[0].device)
                 names["make_room"] = self.make_room
         else:
             names |= {f"work_{number}": _maker(each) for number, each in enumerate(workspaces)}

@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -328,6 +329,97 @@ def test_what_an_allocation_raises_is_raised(monkeypatch, fake, by_python):
     functions.select(values, ends, 64)
 
 
+@pytest.fixture
+def split(fake):
+    """A call of two launches with memory between them, for so many rows; tells where that memory was."""
+
+    def call(rows: int = 3) -> int:
+        values, ends = scores(rows)
+        before = len(fake.launched)
+        chosen = functions.select(values, ends, 64)
+        own = {each.data_ptr() for each in (values, ends, chosen)}
+        first, second = ([each for each in launched.addresses() if each not in own] for launched in fake.launched[before:])
+        assert first[0] == second[0]
+        return first[0]
+
+    with dispatch.override(select.OP, SPLIT):
+        for rows in (3, 3, 3, 40, 40, 40):
+            call(rows)
+        yield call
+
+
+def test_a_stream_keeps_the_memory_between_launches(split, fake, by_python, monkeypatch):
+    """The largest that it needed; another stream has another."""
+    place = split(40)
+    assert [split(rows) for rows in (40, 3, 40, 3)] == [place] * 4 and not by_python
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM + 1, raising=False)
+    dispatch._plans.clear()  # plans ask for the stream as they were told to
+    dispatch._guarded.clear()
+    hits.forget("select")
+    other = [split(rows) for rows in (3, 3, 40, 40, 40)][-1]
+    assert other != place and split(3) == split(40) == other
+
+
+def test_a_call_during_another_has_memory_of_its_own(split, fake):
+    """As one of another thread on the same stream, between two launches."""
+    places: list[int] = []
+    launched: list[int] = []
+
+    def meanwhile() -> None:
+        launched.append(1)
+        if len(launched) == 1:
+            values, ends = scores(40)
+            functions.select(values, ends, 64)
+            places.extend(fake.launched[-1].addresses())
+
+    usual = split(40)
+    fake.launched.clear()
+    fake.meanwhile = meanwhile
+    values, ends = scores(40)
+    functions.select(values, ends, 64)
+    fake.meanwhile = lambda: None
+    assert len(launched) == 4 and usual in fake.launched[0].addresses() and usual in fake.launched[3].addresses()
+    assert usual not in places and split(40) in (usual, *places)
+
+
+@pytest.mark.parametrize("way", ["capturing", "refuses"])
+def test_a_graph_has_memory_of_its_own(split, fake, way):
+    place = split(40)
+    setattr(fake, way, 1)
+    fresh = split(40)
+    assert fresh != place
+    setattr(fake, way, 0)
+    assert split(40) == place
+
+
+def test_what_is_large_is_not_kept_nor_what_was_forgotten(split, monkeypatch):
+    kept: list[weakref.ref] = []
+    make = plans.guards.allocator
+
+    def allocator(shape, stride, dtype, device):
+        inner = make(shape, stride, dtype, device)
+
+        def made() -> Tensor:
+            tensor = inner()
+            kept.append(weakref.ref(tensor))
+            return tensor
+
+        return made if dtype == torch.uint8 else inner
+
+    monkeypatch.setattr(plans.guards, "allocator", allocator)
+    split(40)
+    hits.forget()
+    dispatch._plans.clear()
+    dispatch._guarded.clear()
+    for rows, left in ((40, 1), (400, 1), (40000, 1)):
+        for _ in range(4):
+            split(rows)
+        assert sum(each() is not None for each in kept) == left
+    assert len(kept) > 6
+    dispatch.reset()
+    assert not [each for each in kept if each() is not None]
+
+
 def test_descriptors_are_kept_while_a_tensor_stays_where_it_is(monkeypatch, fake, by_python):
     encoded: list[int] = []
     encode = fake.cuTensorMapEncodeTiled
@@ -409,6 +501,7 @@ def calls_on_a_gpu() -> dict[str, Callable[[], Any]]:
     for name in ("select", "indexer", "indexer_paged", "attention", "attention_paged", "quantize_paged"):
         op = ops.get(name)
         spec = of_preset(op, "glm-5")[0]
+        spec = replace(spec, clean=True) if hasattr(spec, "clean") else spec  # else memory beside windows stays as it was
         args = arguments(op, spec, op.inputs(spec, op.cases(spec)[0], Draw(1, "cuda")))
         found[name] = functools.partial(torch_ops.direct(op.function), *args)
     return found

@@ -51,7 +51,11 @@ class Launched:
 
 
 class FakeDriver:
-    """Stands in for the library; ``answers`` are what the next launches return, the first one first."""
+    """Stands in for the library; ``answers`` are what the next launches return, the first one first.
+
+    ``meanwhile`` happens behind every launch, as another thread's work might; ``capturing`` is every stream's status, and
+    ``refuses`` what is answered to the question.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched: list[Launched] = []
@@ -60,6 +64,9 @@ class FakeDriver:
         self.entered = 0
         prototype = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_void_p)
         self.cuLaunchKernelEx = prototype(self._launch)
+        self.capturing, self.refuses = 0, 0
+        self.cuStreamIsCapturing = ctypes.CFUNCTYPE(c_int, c_void_p, ctypes.POINTER(c_int))(self._is_capturing)
+        self.meanwhile: Callable[[], object] = lambda: None
         self.cuModuleGetFunction = lambda function, module, name: setattr(function._obj, "value", len(self.kinds) + 1)
         for name in ("cuModuleLoadData", "cuFuncSetAttribute", "cuFuncSetCacheConfig", "cuCtxGetCurrent", "cuGetErrorString"):
             setattr(self, name, lambda *args: 0)
@@ -74,6 +81,10 @@ class FakeDriver:
         ctypes.memmove(start.value, (address.value or 0).to_bytes(8, "little") + shape, 8 + len(shape))
         return 0
 
+    def _is_capturing(self, stream: int, status: Any) -> int:
+        status[0] = self.capturing
+        return self.refuses
+
     def _enter(self, device: int) -> None:
         self.entered += 1
 
@@ -85,6 +96,7 @@ class FakeDriver:
         attributes = [told.attributes[number] for number in range(told.count)]
         known = tuple([(each.id, *each.value) for each in attributes])
         self.launched.append(Launched(function, shape, known, kinds, tuple(values)))
+        self.meanwhile()
         return self.answers.pop(0) if self.answers else 0
 
 

@@ -62,9 +62,11 @@ def library() -> ctypes.CDLL:
         raise ToolMissing(_LIBRARY, _REMEDY) from error
 
 
-def launcher() -> int:
-    """The address of what launches a kernel, for C."""
-    return ctypes.cast(library().cuLaunchKernelEx, c_void_p).value or 0
+def addresses() -> tuple[int, int]:
+    """For C: where the driver's functions are that launch a kernel, and that say whether a stream is being captured."""
+    found = library().cuLaunchKernelEx, library().cuStreamIsCapturing
+    launch, capturing = (ctypes.cast(function, c_void_p).value or 0 for function in found)
+    return launch, capturing
 
 
 def check(code: int, what: str) -> None:
