@@ -42,7 +42,7 @@ class AttentionKernels(Kernels[AttentionSpec, AttentionSizes]):
         if spec.math == "fp8":  # in Triton values widen: wider tiles spill
             narrow = (tiles.FEW.replace(num_warps=8), *narrow[1:]) if narrow else ()
             return (pairs.FP8, *narrow, *tiles.DEFAULTS[2:], *tiles.DEFAULTS)
-        sorts = sweep.pays(spec, sizes, spec.heads <= few.HEADS)
+        sorts = sweep.pays(spec, sizes)
         if spec.heads <= few.HEADS:
             rings = few.rings(spec)
             swept = tuple(ring.replace(sweep=True) for ring in rings) if sorts else ()

@@ -13,20 +13,19 @@ _SORTERS = 256  # threads that sort a list
 _SORTED_EACH = (8, 16)  # entries that each of them has, in registers
 _PATIENCE = 128  # looks at a counter of steps: some 60 us
 _LAG = 4  # steps, of a pair of tiles, that a block may be ahead
-# H200, 4096 queries, without and with: 64 heads of 32K 1989 and 1932 µs, of 64K 2266 and 2008, of 128K 2453 and 2219; 128 heads
-# 3908 and 3821, 4102 and 3960, 4198 and 4168; 16 heads of 64K 1481 and 1167, of 128K 1772 and 1251. k 512 loses (590 and 622,
-# 64 heads of 48K), k 1024 gains nothing (2021 and 2046).
+# H200, 4096 queries, without and with: 64 heads of 32K 1989 and 1932 µs, of 64K 2266 and 2008, of 128K 2453 and 2219; 128
+# heads 3908 and 3821, 4102 and 3960, 4198 and 4168; 16 heads of 32K 1174 and 1177, of 64K 1481 and 1167, of 128K 1772 and 1251;
+# 8 heads of 32K 1089 and 1046. 128 heads of 16K lose (3689 and 3761), so does k 512 (590 and 622), k 1024 gains nothing.
 _LEAST_TOPK = 2048
 
 
-def pays(spec: AttentionSpec, sizes: AttentionSizes, few_heads: bool) -> bool:
+def pays(spec: AttentionSpec, sizes: AttentionSizes) -> bool:
     """Whether lists are sorted by default, which takes an order that nothing else decides."""
     if spec.batch_invariant or not _LEAST_TOPK <= spec.topk <= _SORTED_EACH[-1] * _SORTERS:
         return False
     near, far, _ = sizes.EDGES["tokens"]
-    if few_heads:
-        return usual(spec.d_qk, spec.d_v) and sharing(spec.heads, spec.share) == 1 and sizes.tokens >= far
-    return sizes.tokens >= (near if sizes.queries >= sizes.EDGES["queries"][0] else far)
+    many = sizes.queries >= sizes.EDGES["queries"][0]
+    return usual(spec.d_qk, spec.d_v) and sharing(spec.heads, spec.share) == 1 and sizes.tokens >= (near if many else far)
 
 
 def constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
