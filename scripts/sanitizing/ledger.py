@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from .pieces import Piece
 from .reports import CLEAN
 from .sources import label
 
+_ORDERED = re.compile(rf"{CLEAN} but for (\d+) reports.*")
 Key = tuple[str, str, str]
 """Of a check: tool, label of the text, id of the case."""
 
@@ -104,5 +107,9 @@ def _state(kind: Key, own: Sequence[Check], clean: set[Key], entries: Sequence[M
     done = [check for check in own if check.key in clean]
     said = [f"{len(done)} of {len(own)} cases of {len(_grouped(done))} of {len(texts)} texts clean"]
     others = [str(each["verdict"]) for each in entries if (each["op"], each["backend"], each["tool"]) == kind]
-    said += [f"{others.count(verdict)} x {verdict}" for verdict in dict.fromkeys(others) if verdict != CLEAN]
+    ordered = [int(number[1]) for verdict in others if (number := _ORDERED.fullmatch(verdict))]
+    if ordered:
+        said.append(f"{len(ordered)} pieces but for {sum(ordered)} reports of what is in order")
+    left = Counter(verdict for verdict in others if not verdict.startswith(CLEAN))
+    said += [f"{count} x {verdict}" for verdict, count in left.items()]
     return ", ".join(said)
