@@ -51,6 +51,7 @@ _LEAST = 15.0  # seconds that a piece must be given to be worth its start
 _GRACE = 8.0  # seconds behind its own end that a process is given to finish a case and its report
 _LAST = 3.0  # seconds of the whole run that are kept for the summary
 _POLL = 0.25
+_TOGETHER = 2  # texts of a compiler that are compiled before the next ones
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Run:
 
     def builds(self, piece: Piece) -> list[Built]:
         """Those of a piece's texts that are there."""
-        return [built for built in map(self._find, map(sources.rendered, piece.subjects)) if built]
+        return [built for built in map(self._find, map(sources.run_in_place, piece.subjects)) if built]
 
     def _find(self, text: Rendered) -> Built | None:
         if text.sha not in self.built and (found := find(text, self.gpu)):
@@ -169,7 +170,7 @@ def judge(run: Run) -> None:
             continue
         _, piece = pickle.loads((run.out / f"{entry['piece']}.piece").read_bytes())
         text = (run.out / f"{piece.name}.txt").read_text(errors="replace")
-        builds = [build(sources.rendered(subject), run.gpu) for subject in piece.subjects]
+        builds = [build(sources.run_in_place(subject), run.gpu) for subject in piece.subjects]
         entry["verdict"] = reports.judged(piece, entry["verdict"], text, builds)
         ledger.append(run.out / LEDGER, entry)
         print(f"{piece.name}: {entry['verdict']}", flush=True)
@@ -178,8 +179,10 @@ def judge(run: Run) -> None:
 def compile_all(file: Path, processes: int) -> int:
     """The compiling child's work; the first text in the file is compiled first."""
     gpu, subjects = pickle.loads(file.read_bytes())
-    texts = list(map(sources.rendered, subjects))
-    failed = build_all(reversed(texts), gpu, processes)  # it takes them from the end
+    waiting, failed = list(map(sources.run_in_place, subjects)), {}
+    while waiting:  # so few at a time as keep the order: all that is there would be compiled one language after the other
+        failed |= build_all(waiting[: _TOGETHER * processes], gpu, processes)
+        waiting = waiting[_TOGETHER * processes :]
     print("\n".join(failed.values()))
     return 1 if failed else 0
 

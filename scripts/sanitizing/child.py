@@ -24,7 +24,7 @@ from dsa_codegen.problem.op import Accuracy, Case, Inputs, Op, Outputs
 from dsa_codegen.proof.verify import verify
 
 from .cases import Check, operation, sms
-from .sources import label, rendered
+from .sources import label, run_in_place
 
 
 def run(file: Path, until: float) -> None:
@@ -50,7 +50,7 @@ def _verify(check: Check, loaded: dict[str, Variant], gpu: Gpu) -> None:
     subject = check.subject
     name = label(subject)
     if name not in loaded:
-        kernels = build(rendered(subject), gpu).load()
+        kernels = build(run_in_place(subject), gpu).load()
         loaded[name] = Variant(subject.op, subject.spec, subject.config, gpu, kernels).within(sms(check.tool, subject, gpu))
     variant = replace(loaded[name], op=on_host(operation(check)))
     accuracy = verify(variant, check.case, "cuda")

@@ -13,12 +13,13 @@ from . import source_lines
 from .pieces import Piece
 
 CLEAN = "clean"
-_SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: .*?\()(\d+) error")
+_SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")  # warnings too
 _RACE = re.compile(r"(?:Race reported between|Potential invalid __shared__ read) .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r" in (\w+\.py):(\d+)")
 _ENDED = re.compile(r"^ended (\d+) of \d+ checks", re.MULTILINE)
 ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
     ("attention_paged", "gluon"): [("def attention_paged(", "gl.warp_specialize(", "per_row.")],
+    ("attention_paged", "cuda"): [("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN")],
     ("indexer_paged", "gluon"): [("def indexer_paged(", "gl.warp_specialize(")],
     ("attention", "cuda"): [
         ("load16(from), pass)", "copy_rows(copy16)"),
@@ -54,6 +55,8 @@ lane arrives behind these. With FP8 products every place passes so, both ways an
 masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
 tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
 
+Thread 0 makes the barrier at which parts of other blocks are counted, and tells it how many bytes come: one thread's order.
+
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
 such barrier). ``found`` is read together with the word before it, ``output_count``. No block ends before the others have read
@@ -76,7 +79,7 @@ def first_look(status: int | None, text: str) -> str:
     """
     if status is None:
         return "timeout"
-    errors = sum(map(int, _SUMMARY.findall(text)))
+    errors = sum(int(one or other) for one, other in _SUMMARY.findall(text))
     if errors:
         return f"{errors} reports"
     return CLEAN if _ENDED.search(text) and not status else "failed"

@@ -123,6 +123,18 @@ def test_further_designs_bring_the_kernels_that_small_models_do_not():
     assert {each.spec.heads for each in sources.of(found, "attention_backward", "triton")} == {16, 64, 128}
 
 
+def test_what_has_all_registers_runs_without_shares_of_them():
+    """And is known by its own text; everything else runs as it is."""
+    found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
+    for subject in found:
+        own, run = sources.rendered(subject), sources.run_in_place(subject)
+        assert sources.label(subject).startswith(own.sha[:12])
+        shared = subject.config["sharers"] > 0 and subject.config["columns"] == 0
+        assert ("setmaxnreg" in own.code and "setmaxnreg" not in run.code) if shared else run == own
+        left = [line for line in own.code.splitlines() if "setmaxnreg" not in line]
+        assert run.code.splitlines() == (left if shared else own.code.splitlines())
+
+
 def test_blocks_of_a_cache_lie_apart_with_nan_between():
     (subject, *_) = (each for each in sources.sources(["tiny"], H200, ["attention_paged"]) if cases._reads_plain_pages(each))
     check = next(check for check in cases.checks([subject], ["memcheck"], H200) if check.apart and check.case.sizes.tokens > 64)
@@ -169,6 +181,12 @@ PIECE = SimpleNamespace(tool="racecheck", op="indexer_paged", backend="gluon", n
         ("echo ended 7 of 9 checks; echo ========= ERROR SUMMARY: 0 errors", "clean", "clean", 7),
         ("echo ended 7 of 7 checks; echo ========= ERROR SUMMARY: 3 errors; exit 9", "3 reports", "3 errors", 7),
         ("echo '= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)'; exit 9", "2 reports", "2 errors", 0),
+        (
+            "echo ended 1 of 1 checks; echo '= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)'",
+            "1 reports",
+            "1 errors",
+            1,
+        ),
         ("echo ended 3 of 3 checks; cat RACES; exit 9", "1 reports", "clean but for 1 reports of what is in order", 3),
         ("echo ended 3 of 3 checks; sed s/m.py:2/m.py:3/ RACES; exit 9", "1 reports", "1 errors", 3),
         ("cat RACES; exit 9", "1 reports", "failed", 0),
