@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import dsa_codegen as dsa
 from dsa_codegen import cli, gpu, paths
-assert not paths.is_checkout() and (Path(dsa.__file__).parent / "py.typed").exists()
+assert not paths.is_checkout() and all((Path(dsa.__file__).parent / name).exists() for name in ("py.typed", "runtime/hits.c"))
 values, scale = dsa.quantize_index_k(torch.randn(5, 128).bfloat16())
 chosen = dsa.select(torch.arange(300.0)[None], torch.tensor([300], dtype=torch.int32), 64)
 assert (values.shape, scale.shape, chosen[0, 0]) == ((5, 128), (5,), 236)
