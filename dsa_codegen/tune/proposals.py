@@ -2,6 +2,7 @@
 
 Every feasible config is asked about, so that none is proposed twice, and none that cannot be built. What is under way counts
 as if it were as fast as is expected of it: so the proposals that a machine with many compilers wants at once lie apart.
+The last third of the trials go to neighbours of the fastest, the trades of sizes among them (``Space.neighbours``).
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 
 from ..problem.op import Config, Parameter
-from .space import Space
+from .space import Space, by_size
 from .surrogate import Array, Surrogate
 
 LIMIT = 4000
 """Configs that are asked about; of more feasible ones so many, drawn at random, with the neighbours of the best."""
 _DRAWS = 40_000  # points of a space too large to list, from which feasible ones are taken
 _FIRST = 6  # configs that lie apart, before what is known of them says where to look
+_LAST = 1 / 3  # of the trials: a surrogate of some dozens of times passes over what is two steps away
+_FASTEST = 2  # whose neighbours are tried last; of one alone eight at once lost more
 _NEAR = 0.05  # what is expected to be within so much of the best is worth a trial, though it may not be faster
 _DOUBT = 0.05  # of the variance: what a ranking says is off by a fifth of the spread of times
 _SLOWEST = 4.0  # times the best: what is slower, or fails, tells no more than that
@@ -29,8 +33,8 @@ _SLOWEST = 4.0  # times the best: what is slower, or fails, tells no more than t
 class Proposals:
     """The configs of a space that were not tried yet, and which of them is the most promising."""
 
-    def __init__(self, space: Space, seed: int) -> None:
-        self._space, self._order = space, random.Random(seed)
+    def __init__(self, space: Space, seed: int, trials: int) -> None:
+        self._space, self._order, self._trials = space, random.Random(seed), trials
         self._scales = [_scale(parameter) for parameter in space.table]
         self._configs: list[Config] = []
         self._points: list[list[float]] = []
@@ -39,6 +43,7 @@ class Proposals:
         self._under_way: set[int] = set()
         self._dropped: set[int] = set()
         self._expected: dict[int, float] = {}
+        self._around: dict[int, list[int]] = {}
         self._surrogate = Surrogate(len(space.table))
         self.add(self._some(space.feasible()))
 
@@ -97,9 +102,25 @@ class Proposals:
             return None
         points = np.array(self._points)
         known = [time_us for time_us in self._values.values() if time_us is not None]
-        few = len(self._values) + len(self._under_way) < _FIRST or not known
+        begun = len(self._values) + len(self._under_way)
+        few = begun < _FIRST or not known
+        if not few and self._trials - begun <= _LAST * self._trials:
+            open_numbers = self._near_the_fastest(closed) or open_numbers
+            points = np.array(self._points)
         merits = self._distances(points, open_numbers) if few else self._merits(points, open_numbers, min(known))
         return self._configs[open_numbers[int(np.argmax(merits))]]
+
+    def _near_the_fastest(self, closed: AbstractSet[int]) -> list[int]:
+        """The neighbours of the fastest that are not closed; those that a sample of a large space has left out come in."""
+        timed = sorted((time_us, number) for number, time_us in self._values.items() if time_us is not None)
+        near: set[int] = set()
+        for _, number in timed[:_FASTEST]:
+            if number not in self._around:
+                found = self._space.neighbours(self._configs[number])
+                self.add(found)
+                self._around[number] = [self._number[config] for config in found]
+            near.update(self._around[number])
+        return sorted(near - closed)
 
     def _merits(self, points: Array, open_numbers: Sequence[int], best_us: float) -> Array:
         """The improvement that is expected of each, in shares of the best."""
@@ -135,5 +156,5 @@ class Proposals:
 
 def _scale(parameter: Parameter) -> Mapping[Any, float]:
     """A parameter's values on [0, 1], by size and not in the order of its choices, which begin with the default."""
-    ordered = sorted(parameter.choices) if not isinstance(parameter.choices[0], str) else parameter.choices
+    ordered = by_size(parameter)
     return {choice: number / max(len(ordered) - 1, 1) for number, choice in enumerate(ordered)}

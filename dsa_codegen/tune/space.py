@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..gpu import Gpu
@@ -105,21 +105,37 @@ class Space:
         return self.bucket is None or not list(self.op.reach(self.spec, config, self.bucket))
 
     def neighbours(self, config: Config) -> list[Config]:
-        """The feasible configs one step away in one parameter."""
-        indices = self.encode(config)
-        found = []
-        for parameter in self.table:
-            for step in (-1, 1):
-                index = indices[parameter.name] + step
-                if 0 <= index < len(parameter.choices):
-                    found.append(self.decode({**indices, parameter.name: index}))
-        return [neighbour for neighbour in found if self.fits(neighbour)]
+        """The feasible configs a step of size away in one parameter, or in two, up in one and down in the other.
+
+        So sizes that share a budget are traded, threads for values of each: a step in one alone may not fit, or leave threads
+        idle.
+        """
+        steps = [step for parameter in self.table for step in _steps(parameter, config[parameter.name])]
+        traded = [(up, down) for up in steps for down in steps if up[0] != down[0] and up[1] == 1 and down[1] == -1]
+        values = dict(config.values)
+        changes = [{name: value for name, _, value in taken} for taken in (*((step,) for step in steps), *traded)]
+        return [near for change in changes if self.fits(near := Config.of(self.backend, **{**values, **change}))]
 
     def candidate(self, config: Config) -> Candidate:
         """Render a config; its key is the text's hash and the values that only the launch depends on."""
         rendered = _rendered(self.op, self.spec, config)
         launch = tuple((p.name, config[p.name]) for p in self.table if p.launch_only)
         return Candidate(config, rendered, (rendered.sha, launch))
+
+
+def by_size(parameter: Parameter) -> Sequence[Scalar]:
+    """A parameter's choices in ascending order; names in the order of the table. The choices begin with the default."""
+    named = isinstance(parameter.choices[0], str)
+    return parameter.choices if named else sorted(parameter.choices)
+
+
+def _steps(parameter: Parameter, value: Scalar) -> list[tuple[str, int, Scalar]]:
+    """The next smaller and the next larger value, as name, direction and value; of names all others, without direction."""
+    order = by_size(parameter)
+    if isinstance(value, str):
+        return [(parameter.name, 0, other) for other in order if other != value]
+    rank = order.index(value)
+    return [(parameter.name, step, order[rank + step]) for step in (-1, 1) if 0 <= rank + step < len(order)]
 
 
 @functools.lru_cache(maxsize=64)

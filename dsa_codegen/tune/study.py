@@ -79,7 +79,7 @@ class Study:
         if fresh:
             shelf.forget(journal, name)
         order = seed + int(journal.digest, 16) % 2**31
-        self._proposals = Proposals(space, order)
+        self._proposals = Proposals(space, order, trials)
         self._study, self._shared = shelf.open(journal, name), shelf.shared
         self._noted: set[int] = set()
         self._study.set_user_attr("identity", journal.identity)

@@ -14,7 +14,7 @@ from tune_support import DEFAULT, SPACE
 
 
 def test_each_config_is_proposed_once_then_none():
-    proposals, feasible = Proposals(SPACE, 0), SPACE.feasible()
+    proposals, feasible = Proposals(SPACE, 0, 40), SPACE.feasible()
     seen = []
     for number in range(len(feasible)):
         seen.append(proposals.next())
@@ -28,7 +28,7 @@ def test_each_config_is_proposed_once_then_none():
 
 
 def test_while_nothing_is_known_they_lie_apart():
-    proposals = Proposals(SPACE, 0)
+    proposals = Proposals(SPACE, 0, 40)
     for _ in range(6):
         proposals.begin(proposals.next())
     points = np.array(proposals._points)[sorted(proposals._under_way)]
@@ -37,7 +37,7 @@ def test_while_nothing_is_known_they_lie_apart():
 
 
 def test_failures_keep_away():
-    proposals = Proposals(SPACE, 0)
+    proposals = Proposals(SPACE, 0, 40)
     for config in SPACE.feasible():
         if config["block_n"] == 32:
             proposals.learn(config, None)
@@ -45,11 +45,23 @@ def test_failures_keep_away():
     assert proposals.next()["block_n"] != 32
 
 
+def test_the_last_third_goes_to_neighbours_of_the_fastest():
+    proposals, feasible = Proposals(SPACE, 0, 30), SPACE.feasible()
+    for config in feasible[:19]:
+        proposals.learn(config, landscape(config))
+    proposals.learn(feasible[19], None)
+    fastest = sorted(feasible[:19], key=landscape)[:2]
+    near = {each for config in fastest for each in SPACE.neighbours(config)} - set(feasible[:20])
+    for count in range(len(near) + 1):
+        proposals.begin(found := proposals.next())
+        assert (found in near) == (count < len(near)), "then what promises most, wherever it lies"
+
+
 def test_what_a_ranking_says_is_expected_until_it_is_timed():
     feasible = SPACE.feasible()
     fastest = min(feasible, key=landscape)
     ranked = {config: 7 * landscape(config) for config in feasible[::3]}  # right but for a factor
-    proposals = Proposals(SPACE, 0)
+    proposals = Proposals(SPACE, 0, 40)
     proposals.expect({**ranked, DEFAULT: 7 * landscape(DEFAULT)})
     proposals.learn(DEFAULT, landscape(DEFAULT))
     for config in feasible[1:12:2]:
@@ -61,7 +73,7 @@ def test_what_a_ranking_says_is_expected_until_it_is_timed():
 
 
 def test_screened_configs_lie_apart_and_are_not_begun():
-    proposals = Proposals(SPACE, 0)
+    proposals = Proposals(SPACE, 0, 40)
     spread = proposals.spread(8)
     assert len(set(spread)) == 8 and not proposals._under_way
     points = np.array(proposals._points)[[proposals._number[config] for config in spread]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dsa_codegen.problem.op import Config, exceeds
+from dsa_codegen.problem.op import Config, Parameter, exceeds
 from dsa_codegen.problem.values import upper
+from dsa_codegen.tune.space import _steps, by_size
 
 from support import H200
 from toy import OP
@@ -51,13 +52,18 @@ def test_what_does_not_reach_the_bucket_is_not_feasible(monkeypatch):
     assert {each["num_stages"] for each in SPACE.feasible()} == {2, 3, 4, 5}
 
 
-def test_neighbours_differ_in_one_step_and_are_feasible():
+def test_neighbours_are_a_step_away_or_a_trade_and_are_feasible():
     found = SPACE.neighbours(DEFAULT)
-    assert found
-    for neighbour in found:
-        there, here = SPACE.encode(neighbour), SPACE.encode(DEFAULT)
-        assert sum(abs(there[name] - here[name]) for name in here) == 1
-        assert SPACE.fits(neighbour)
+    ranks = {parameter.name: by_size(parameter).index for parameter in SPACE.table}
+    moves = [sorted(step for name in ranks if (step := ranks[name](each[name]) - ranks[name](DEFAULT[name]))) for each in found]
+    assert {tuple(each) for each in moves} == {(-1,), (1,), (-1, 1)} and len(set(found)) == len(found)
+    assert all(map(SPACE.fits, found))
+
+
+def test_a_name_is_a_step_from_every_other_and_is_not_traded():
+    schemes = Parameter("scheme", ("row", "split", "both"), "")
+    assert _steps(schemes, "split") == [("scheme", 0, "row"), ("scheme", 0, "both")]
+    assert _steps(Parameter("items", (8, 4, 16), ""), 8) == [("items", -1, 4), ("items", 1, 16)]
 
 
 def test_launch_only_values_share_the_source_but_not_the_key():
