@@ -110,6 +110,16 @@ def test_what_has_ended_clean_is_not_run_again(some, tmp_path):
     assert "1 errors" in said and said.count("\n") == 3, "a line for each operation and tool"
 
 
+def test_what_is_kept_is_a_ledger_of_what_there_is():
+    """By text, so that a template that changes has nothing clean any more, and is run again."""
+    entries = ledger.read([SCRIPT.parents[1] / "benchmarks/sanitizers/h200.jsonl"])
+    kinds = {(name, backend) for name, op in sources.ops.all_ops().items() for backend in op.backends}
+    assert {entry["tool"] for entry in entries} == set(cases.TOOLS)
+    assert {(entry["op"], entry["backend"]) for entry in entries} <= kinds
+    assert len(ledger.ended_clean(entries)) > 1000
+    assert len({entry["piece"] for entry in entries}) == len(entries)
+
+
 def test_further_designs_bring_the_kernels_that_small_models_do_not():
     """All kernels of prompts, clusters whose blocks share entries in all layouts, pooled keys, wide gradients."""
     found = sources.sources(["tiny"], H200, ["attention_paged", "expand", "pool", "attention_backward"])
