@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,6 +63,20 @@ class Calibration:
 def is_calibrated(op: str, backend: str) -> bool:
     """Whether a sweep has shown how much the features of a template count."""
     return f"{op}.{backend}" in calibrations()
+
+
+def trust(names: Iterable[str]) -> Iterator[str]:
+    """For people: how well the rankings of these templates ("select.cuda") agree with what GPUs have measured."""
+    unknown = []
+    for name in dict.fromkeys(names):
+        found = calibrations().get(name)
+        if found is None:
+            unknown.append(name)
+            continue
+        low, high = min(found.correlation.values()), max(found.correlation.values())
+        yield f"{name} is ranked by its machine code; rank correlation with a sweep on {found.gpu}: {low:.2f} to {high:.2f}"
+    if unknown:
+        yield f"ranked by a plain model that no sweep has judged: {', '.join(unknown)}"
 
 
 def compile(rendered: Rendered, gpu: Gpu) -> Built:

@@ -173,6 +173,9 @@ class _Run:
             self.opened.close()
         if not interrupted:
             self.ledger.finish()
+        if not evaluator.measures:
+            for line in ranking.trust(f"{study.space.op.name}.{study.space.backend}" for study in self.opened.studies):
+                self.opened.note(line)
         for complaint in filter(None, map(_complaint, self.opened.studies)):
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)

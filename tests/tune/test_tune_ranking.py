@@ -37,6 +37,14 @@ def test_what_is_shipped_is_fitted_to_the_sweeps_and_ranks_them(path):
     assert all(top <= WITHIN for top in found.top.values()), "of configs that were left out of the fit"
 
 
+def test_how_far_a_ranking_may_be_trusted_is_said():
+    known, unknown = ranking.trust(["select.cuda", "attention.triton", "select.cuda", "indexer.gluon"])
+    assert known.startswith("select.cuda is ranked by its machine code") and known.endswith(
+        "with a sweep on h200: 0.93 to 0.98"
+    )
+    assert unknown.endswith("no sweep has judged: attention.triton, indexer.gluon")
+
+
 def test_the_calibration_is_better_than_the_model():
     swept = sweep.read(next(path for path in FILES if path.stem == "select-cuda-h200"))
     case = swept.cases[0]

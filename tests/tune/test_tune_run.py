@@ -411,6 +411,7 @@ def test_offline_ranks_what_really_compiles(one_bucket, tmp_path):
     assert (record.evidence, record.policy, record.accuracy) == ("modelled", None, None)
     assert record.time_us.n == 0 and record.time_us.median > record.limit_us
     assert seen[-1].phase == "done" and seen[-1].fraction == 1.0
+    assert "no sweep has judged" in report.notes[-1]
     assert lookup(OP, spec, CASE.sizes, H200, {"tuned": tmp_path / "tuned"}).origin == "modelled"
 
 
