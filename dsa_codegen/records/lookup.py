@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import paths
-from ..errors import DsaError, NoConfig, ToolMissing
+from ..errors import DsaError, InputError, NoConfig, ToolMissing
 from ..gpu import Gpu
 from ..kernels import backends
 from ..kernels.render import render
@@ -85,12 +86,23 @@ def lookup(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, folders: Mapping[str, Pat
             notes.append(f"{label(record)} passed over: {reason}")
             continue
         difference = toolchain_difference(record)
+        if difference and _ignores_stale():
+            notes.append(f"{label(record)} passed over: tuned with {difference}, and DSA_STALE is ignore")
+            continue
         if origin == "borrowed":
             notes.append(f"borrowed from {_board(record, gpu)}: no record for {gpu.id}")
         if difference:
             notes.append(f"stale: tuned with {difference}")
         return Found(record.config_for(op), origin, record, bool(difference), tuple(notes))
     return _default(op, spec, sizes, gpu, notes)
+
+
+def _ignores_stale() -> bool:
+    """Whether records of other versions are to be passed over; by default they serve, and are said to be stale."""
+    wish = os.environ.get("DSA_STALE", "") or "use"
+    if wish not in ("use", "ignore"):
+        raise InputError("DSA_STALE", wish, "use (as where it is unset) or ignore")
+    return wish == "ignore"
 
 
 def _ranked(op: Op, records: Iterable[Record], bucket: Bucket) -> list[Record]:

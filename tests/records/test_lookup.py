@@ -10,7 +10,7 @@ import pytest
 from test_records import CASE, CONFIG, SPEC, make
 
 from dsa_codegen import ops
-from dsa_codegen.errors import RecordError
+from dsa_codegen.errors import InputError, RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
@@ -252,6 +252,21 @@ def test_another_toolchain_is_stale_but_used(folders):
     assert f"triton 3.5.0 (installed: {installed_triton()}" in result.notes[-1]
     put(folders["tuned"], 2, toolchain={"triton": installed_triton(), "driver": "550.1"})
     assert not found(folders).stale
+
+
+def test_what_is_stale_is_ignored_on_demand(folders, monkeypatch):
+    put(folders["tuned"], 2, toolchain={"triton": "3.5.0"})
+    monkeypatch.setenv("DSA_STALE", "ignore")
+    result = found(folders)
+    assert result.origin == "default" and "triton 3.5.0" in result.notes[0] and "DSA_STALE" in result.notes[0]
+    put(folders["tuned"], 2, toolchain={"triton": installed_triton()})
+    assert found(folders).origin == "tuned"
+    monkeypatch.setenv("DSA_STALE", "use")
+    put(folders["tuned"], 2, toolchain={"triton": "3.5.0"})
+    assert found(folders).stale
+    monkeypatch.setenv("DSA_STALE", "never")
+    with pytest.raises(InputError, match="DSA_STALE"):
+        found(folders)
 
 
 def test_a_corrupt_file_is_a_miss_with_a_warning(folders):
