@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from types import SimpleNamespace
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 
@@ -56,6 +57,18 @@ def test_the_dashboard_is_given_every_study(tmp_path, monkeypatch):
     assert (host, port) == ("127.0.0.1", 8123), "nobody else's machine sees it"
     assert found.study_name == f"h200 {study._study.study_name}"
     assert len(storage.get_all_trials(found._study_id)) >= 9
+
+
+def test_the_dashboard_serves_them(tmp_path):
+    """The real one, where it is installed."""
+    server = pytest.importorskip("optuna_dashboard", reason="the extra dashboard")
+    study = searched(tmp_path, count=5)
+    answers = []
+    served = server.wsgi(dashboard.snapshot(tmp_path))
+    environment = {"PATH_INFO": "/api/studies"}
+    setup_testing_defaults(environment)
+    body = b"".join(served(environment, lambda status, headers, error=None: answers.append(status)))
+    assert answers == ["200 OK"] and study._study.study_name in body.decode()
 
 
 def test_where_it_is_not_installed_the_way_to_get_it_is_told(tmp_path, monkeypatch):
