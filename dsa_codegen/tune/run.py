@@ -88,37 +88,52 @@ def tune(
     check(budget, seed, processes, backends, folder, state)
     if storage and cluster:
         raise InputError("storage", "a database", "files of this host, which a cluster's hosts reach through it")
-    shelf = Database(storage) if storage else FILES
-    chosen = problems(wanted, gpu)
-    aim = [*(problem.id for problem in chosen), *backends, "offline" if offline else "gpu", *_named(effort)]
-    notes = []
-    if effort.narrow:
-        every, chosen = chosen, most_needed(chosen, lambda problem: _is_served(problem, folder))
-        notes.append(f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record")
-    ledger = Ledger(state / gpu.id, aim, budget.wall_s, patience)
-    size = 0 if cluster else processes or cores(spare=0 if offline else 1 + len(devices))
+    chosen, notes, aim = _aim(problems(wanted, gpu), folder, effort)
+    ledger = Ledger(
+        state / gpu.id, [*aim, *backends, "offline" if offline else "gpu", *_named(effort)], budget.wall_s, patience
+    )
     with (
         ledger,
-        CompilePool(
-            gpu, ledger.builds, size, compile=ranking.compile, log=ledger.log, backends=_compiled(wanted, backends)
-        ) as pool,
+        _compilers(wanted, gpu, ledger, backends, _processes(processes, offline, devices, cluster)) as pool,
+        _judge(pool, ledger, offline, () if cluster else devices) as evaluator,
     ):
-        evaluator = ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
-        with evaluator:
-            opener = Opener(
-                ledger.folder,
-                folder,
-                evaluator.method,
-                evaluator.measures,
-                budget.trials,
-                seed,
-                fresh,
-                tuple(backends),
-                patience,
-                shelf,
-                effort.narrow,
-            )
-            return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
+        opener = Opener(
+            ledger.folder,
+            folder,
+            evaluator.method,
+            evaluator.measures,
+            budget.trials,
+            seed,
+            fresh,
+            tuple(backends),
+            patience,
+            Database(storage) if storage else FILES,
+            effort.narrow,
+        )
+        return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
+
+
+def _aim(every: Sequence[Problem], folder: Path, effort: Effort) -> tuple[Sequence[Problem], list[str], list[str]]:
+    """The problems to be searched, what there is to say of the others, and what all of them are called."""
+    names = [problem.id for problem in every]
+    if not effort.narrow:
+        return every, [], names
+    chosen = most_needed(every, lambda problem: _is_served(problem, folder))
+    note = f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record"
+    return chosen, [note], names
+
+
+def _processes(wished: int | None, offline: bool, devices: Sequence[str], cluster: Cluster | None) -> int:
+    """How many compilers run at once: none here where other hosts have theirs."""
+    return 0 if cluster else wished or cores(spare=0 if offline else 1 + len(devices))
+
+
+def _compilers(wanted: Sequence[tuple[Op, Spec]], gpu: Gpu, ledger: Ledger, backends: Sequence[str], size: int) -> CompilePool:
+    return CompilePool(gpu, ledger.builds, size, compile=ranking.compile, log=ledger.log, backends=_compiled(wanted, backends))
+
+
+def _judge(pool: CompilePool, ledger: Ledger, offline: bool, devices: Sequence[str]) -> Evaluator:
+    return ModelEvaluator(pool) if offline else GpuEvaluator(pool, log=ledger.log, devices=devices)
 
 
 def _compiled(wanted: Sequence[tuple[Op, Spec]], backends: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -46,6 +47,22 @@ def test_the_first_entry_that_matches_serves(pin):
     pin([{**ENTRY, "spec": {"width": 64}}, {**ENTRY, "config": {"block_t": 4, "num_warps": 4}}])
     assert (chosen().origin, chosen().config.to_dict()) == ("override", {"block_t": 4, "num_warps": 4})
     assert chosen(OTHER).config.to_dict() == CONFIG
+
+
+def test_stats_and_explain_say_so(pin, monkeypatch):
+    """A call on a GPU that is not here, whose kernel is not built: what counts is where its config comes from."""
+    pin([ENTRY])
+    text = io.StringIO()
+    show.explanation(OP, FEW, H100, [(SPEC, chosen(), explain(OP, SPEC, FEW, H100))])(Console(file=text, width=200))
+    assert "override" in text.getvalue()
+    loaded = []
+    monkeypatch.setattr(dispatch.gpus, "detect", lambda device: H100)
+    monkeypatch.setattr(dispatch.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dispatch, "_built", lambda *args: loaded.append(args[4]) or SimpleNamespace(rehearse=str))
+    monkeypatch.setattr(dispatch.compiled, "module", lambda: None)
+    dispatch._first_call(OP, SPEC, FEW, (OP.name, SPEC, FEW.bucket(), 0))
+    assert loaded[0].to_dict() == CONFIG
+    assert dispatch.stats()["quantize: override"] == 1
 
 
 def test_what_no_entry_means_is_served_by_records(pin):
