@@ -42,7 +42,9 @@ def index_select_by_position(
     sms: int | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """``index_select_paged`` over a cache of which every rank of a group holds a part: one all-gather of candidates.
+    """``index_select_paged`` over a cache of which every rank of a group holds a part; candidates of all are merged.
+
+    One all-gather, or, of many candidates, an exchange of rows and an all-gather of choices (``DEALT_BYTES``). 1 to 128 ranks.
 
     Args:
         q, weights, lengths: as in ``index_select_paged``, the same on every rank; lengths count the sequence's tokens.
