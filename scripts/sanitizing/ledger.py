@@ -61,20 +61,28 @@ def is_clean(entry: Mapping[str, Any]) -> bool:
     return str(entry["verdict"]).startswith(CLEAN)
 
 
-def ended_clean(entries: Iterable[Mapping[str, Any]]) -> set[Key]:
-    """Checks that need not be run again."""
-    return {
-        (entry["tool"], text, case)
-        for entry in entries
-        if is_clean(entry)
-        for text, cases in entry["ended"].items()
-        for case in cases
-    }
+def ended_clean(entries: Sequence[Mapping[str, Any]]) -> set[Key]:
+    """Checks that need not be run again: those that ended clean once, and in no piece that had errors."""
+    clean, wrong = (
+        {
+            (entry["tool"], text, case)
+            for entry in entries
+            if chosen(entry)
+            for text, cases in entry["ended"].items()
+            for case in cases
+        }
+        for chosen in (is_clean, _is_wrong)
+    )
+    return clean - wrong
 
 
-def latest(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _is_wrong(entry: Mapping[str, Any]) -> bool:
+    return str(entry["verdict"]).endswith("errors")
+
+
+def latest(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The last line of every piece of one ledger: a judgement stands behind what was said before it."""
-    return list({entry["piece"]: entry for entry in entries}.values())
+    return list({entry["piece"]: dict(entry) for entry in entries}.values())
 
 
 def merged(entries: Sequence[Mapping[str, Any]], wanted: Iterable[Check], name: str) -> list[dict[str, Any]]:
@@ -106,7 +114,7 @@ def _state(kind: Key, own: Sequence[Check], clean: set[Key], entries: Sequence[M
     texts = _grouped(own)
     done = [check for check in own if check.key in clean]
     said = [f"{len(done)} of {len(own)} cases of {len(_grouped(done))} of {len(texts)} texts clean"]
-    others = [str(each["verdict"]) for each in entries if (each["op"], each["backend"], each["tool"]) == kind]
+    others = [str(each["verdict"]) for each in latest(entries) if (each["op"], each["backend"], each["tool"]) == kind]
     ordered = [int(number[1]) for verdict in others if (number := _ORDERED.fullmatch(verdict))]
     if ordered:
         said.append(f"{len(ordered)} pieces but for {sum(ordered)} reports of what is in order")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -17,23 +16,12 @@ import torch
 
 from dsa_codegen.ops.attention_paged import OP as PAGED
 from dsa_codegen.problem.draw import Draw
-from scripts.sanitizing import cases, child, ledger, pieces, reports, source_lines, sources
+from scripts.sanitizing import cases, child, ledger, pieces, reports, runner, source_lines, sources
 
 from support import H200
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/sanitize.py"
+ROOT = Path(__file__).resolve().parents[2]
 SOME = ("quantize", "resolve")
-
-
-@pytest.fixture(scope="module")
-def sanitize():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("sanitize", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sanitize"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["sanitize"]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +85,11 @@ def test_what_has_ended_clean_is_not_run_again(some, tmp_path):
     ledger.append(file, ledger.line(second, "2 reports", len(second.checks), 9.0))
     ledger.append(file, ledger.line(second, "clean but for 2 reports of what is in order", len(second.checks), 9.0))
     ledger.append(file, ledger.line(third, "clean", 2, 9.0))  # its time was up
-    for piece in others[:2]:
-        ledger.append(file, ledger.line(piece, "1 errors", len(piece.checks), 9.0))
+    for piece, verdict in ((others[0], "clean"), (others[0], "1 errors"), (others[1], "1 errors"), (first, "timeout")):
+        ledger.append(file, ledger.line(piece, verdict, len(piece.checks) if verdict != "timeout" else 0, 9.0))
     with file.open("a") as written:
         written.write('{"piece": "racecheck-res')  # stopped while it was written
-    entries = ledger.latest(ledger.read([file, tmp_path / "none"]))
+    entries = ledger.read([file, tmp_path / "none"])
     left = {check.key for piece in pieces.pieces(wanted, ledger.ended_clean(entries)) for check in piece.checks}
     assert left == {check.key for piece in [third, *others] for check in piece.checks} - {c.key for c in third.checks[:2]}
     kept = ledger.merged(entries, wanted, "h200")
@@ -112,7 +100,7 @@ def test_what_has_ended_clean_is_not_run_again(some, tmp_path):
 
 def test_what_is_kept_is_a_ledger_of_what_there_is():
     """By text, so that a template that changes has nothing clean any more, and is run again."""
-    entries = ledger.read([SCRIPT.parents[1] / "benchmarks/sanitizers/h200.jsonl"])
+    entries = ledger.read([ROOT / "benchmarks/sanitizers/h200.jsonl"])
     kinds = {(name, backend) for name, op in sources.ops.all_ops().items() for backend in op.backends}
     assert {entry["tool"] for entry in entries} == set(cases.TOOLS)
     assert {(entry["op"], entry["backend"]) for entry in entries} <= kinds
@@ -206,14 +194,14 @@ PIECE = SimpleNamespace(tool="racecheck", op="indexer_paged", backend="gluon", n
         ("sleep 5", "timeout", "timeout", 0),
     ],
 )
-def test_a_verdict_is_the_tools(sanitize, tmp_path, monkeypatch, script, seen, verdict, cases):
+def test_a_verdict_is_the_tools(tmp_path, monkeypatch, script, seen, verdict, cases):
     monkeypatch.setattr(reports.paths, "cache", lambda: tmp_path)
     reports.line_of.cache_clear()
     (tmp_path / "build").mkdir()
     (tmp_path / "build/m.py").write_text("def indexer_paged(\n    gl.warp_specialize(\n    other.store(x)\n")
     (tmp_path / "RACES").write_text(RACES)
     command = ["sh", "-c", script.replace("RACES", str(tmp_path / "RACES"))]
-    status = sanitize.supervised(command, tmp_path / "said.txt", "racecheck", 0.5)
+    status = runner.supervised(command, tmp_path / "said.txt", "racecheck", 0.5)
     text = (tmp_path / "said.txt").read_text()
     assert reports.first_look(status, text) == seen
     assert (reports.judged(PIECE, seen, text, ()), reports.ended(text)) == (verdict, cases)
@@ -230,27 +218,27 @@ print(f"ended {{len(piece.checks)}} of {{len(piece.checks)}} checks")
 """
 
 
-def test_a_run_checks_records_and_goes_on(sanitize, some, tmp_path, monkeypatch, capsys):
+def test_a_run_checks_records_and_goes_on(some, tmp_path, monkeypatch, capsys):
     """With a tool that finds nothing and texts that are there; what it is called with, and what is left for a second run."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
-    monkeypatch.setattr(sanitize, "compile_ahead", lambda *_: subprocess.Popen("true", start_new_session=True))
-    monkeypatch.setattr(sanitize, "find", lambda *_: SimpleNamespace(resources={"resolve": None}))
-    sanitize.filter_option.cache_clear()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(runner, "compile_ahead", lambda *_: subprocess.Popen("true", start_new_session=True))
+    monkeypatch.setattr(runner, "find", lambda *_: SimpleNamespace(resources={"resolve": None}))
+    runner.filter_option.cache_clear()
     (subject, *_) = (each for each in some if each.op.name == "resolve")
     wanted = cases.checks([subject], ["memcheck", "racecheck"], H200)
     first, second = pieces.pieces(wanted)
     out = tmp_path / "out"
     out.mkdir()
-    sanitize.check_all([first], sanitize.Run(H200, out, 2, 20.0, time.time() + 100))
-    entries = ledger.read([out / sanitize.LEDGER])
+    runner.check_all([first], runner.Run(H200, out, 2, 20.0, time.time() + 100))
+    entries = ledger.read([out / runner.LEDGER])
     assert [(entry["piece"], entry["verdict"]) for entry in entries] == [(first.name, "clean")]
     assert pieces.pieces(wanted, ledger.ended_clean(entries)) == [second]
     assert (out / f"{first.name}.txt").read_text().splitlines()[0] == "['kns=resolve'] True"
-    sanitize.check_all([second], sanitize.Run(H200, out, 2, 20.0, time.time() + 2))
+    runner.check_all([second], runner.Run(H200, out, 2, 20.0, time.time() + 2))
     assert f"{second.name}: not begun, {len(second.checks)} cases" in capsys.readouterr().out
 
 
