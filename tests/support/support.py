@@ -25,7 +25,7 @@ from dsa_codegen.worker import Worker
 H200 = resolve("H200")
 FURTHER = pytest.mark.slow
 """Of compilations that take nvcc 6 to 20 s each: one of each kind runs everywhere, the further ones with ``-m slow``."""
-UNMEASURED = {"adapt", "candidates", "expand", "merge_lists", "merge_parts", "pool"}
+UNMEASURED = {"adapt", "expand", "pool"}
 """Operations that nothing has been measured of yet."""
 UNMEASURED_H100 = set(ops.all_ops()) - {"gather_paged", "quantize", "quantize_paged", "select"}
 """Without records of the H100's own."""
