@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dsa_codegen.command.verification import Subject
 
 from .cases import Check
-from .sources import label
+from .sources import label, rendered, run_in_place
 
 SECONDS = {"memcheck": 0.8, "racecheck": 1.0, "synccheck": 0.8}
 """Of a check, at a guess; a long case takes several times that."""
@@ -52,16 +52,23 @@ def pieces(wanted: Iterable[Check], ended: Collection[tuple[str, str, str]] = ()
     """The checks in pieces, without those that have ended clean.
 
     Operations, backends and tools take turns, so that a text's pieces come together and a run that is cut off has seen of all.
+    What may not end is in no piece with others: of one that is stopped nothing counts.
     """
-    kinds: dict[tuple[str, str, str], list[Check]] = {}
+    kinds: dict[tuple[str, str, str, bool], list[Check]] = {}
     for check in wanted:
         if check.key not in ended:
-            kinds.setdefault((check.tool, check.subject.op.name, check.subject.config.backend), []).append(check)
+            kind = (check.tool, check.subject.op.name, check.subject.config.backend)
+            kinds.setdefault((*kind, may_not_end(check)), []).append(check)
     found = []
-    for kind, own in kinds.items():
+    for (tool, op, backend, _), own in kinds.items():
         groups = together(own)
-        found += [(nth / len(groups), Piece(*kind, tuple(group))) for nth, group in enumerate(groups)]
+        found += [(nth / len(groups), Piece(tool, op, backend, tuple(group))) for nth, group in enumerate(groups)]
     return [piece for _, piece in sorted(found, key=lambda each: each[0])]
+
+
+def may_not_end(check: Check) -> bool:
+    """Long cases, and texts that hang under the tools as they are."""
+    return check.long or run_in_place(check.subject) != rendered(check.subject)
 
 
 def together(wanted: Sequence[Check], budget: float = BUDGET) -> list[list[Check]]:

@@ -16,7 +16,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsa_codegen.errors import ToolMissing
 from dsa_codegen.gpu import Gpu
+from dsa_codegen.kernels import backends
 from dsa_codegen.kernels.build import Built, build, build_all, find
 from dsa_codegen.kernels.render import Rendered
 
@@ -118,8 +120,22 @@ def compile_ahead(wanted: Sequence[Piece], run: Run) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
 
 
+def with_compilers(wanted: Sequence[Piece]) -> list[Piece]:
+    """Those whose backend can compile here; of the others the reason is told, and the run goes on without them."""
+    lacking: dict[str, str] = {}
+    for backend in sorted({piece.backend for piece in wanted}):
+        try:
+            backends.get(backend).toolchain()
+        except ToolMissing as error:  # a library of its own may lack, too
+            lacking[backend] = str(error)
+            count = sum(len(piece.checks) for piece in wanted if piece.backend == backend)
+            print(f"{backend}: not begun, {count} cases: {error}")
+    return [piece for piece in wanted if piece.backend not in lacking]
+
+
 def check_all(wanted: Sequence[Piece], run: Run) -> None:
     """Check the pieces whose texts are there, as many at once as the run says, until its time is up."""
+    wanted = with_compilers(wanted)
     compiling, waiting, begun = compile_ahead(wanted, run), list(wanted), set[Future[None]]()
     with ThreadPoolExecutor(run.jobs) as threads:
         while (waiting and run.left() > _LEAST + _LAST) or begun:

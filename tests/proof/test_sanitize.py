@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsa_codegen.errors import ToolBroken
 from dsa_codegen.ops.attention_paged import OP as PAGED
 from dsa_codegen.problem.draw import Draw
 from scripts.sanitizing import cases, child, ledger, pieces, reports, runner, source_lines, sources
@@ -75,6 +77,33 @@ def test_pieces_are_short_and_hold_every_check_once(some):
     assert max(len(piece.checks) for piece in found) <= 12
     assert len({piece.name for piece in found}) == len(found)
     assert len({(piece.tool, piece.op) for piece in found[:6]}) == 6, "all have begun before one goes on"
+
+
+def test_what_may_not_end_takes_nothing_with_it():
+    """Long cases and texts that are run in another form are in pieces of their own kind."""
+    subjects = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")[::6]
+    found = pieces.pieces(cases.checks(subjects, ["memcheck"], H200))
+    kinds = [{pieces.may_not_end(check) for check in piece.checks} for piece in found]
+    assert {True} in kinds and {False} in kinds and {True, False} not in kinds
+    assert all(
+        check.long or "setmaxnreg" in sources.rendered(check.subject).code
+        for piece in found
+        for check in piece.checks
+        if pieces.may_not_end(check)
+    )
+
+
+def test_a_run_goes_on_without_a_backend_that_cannot_compile(some, monkeypatch, capsys):
+    def get(name):
+        if name == "tilelang":
+            raise ToolBroken("tilelang", "ImportError: libother.so", "pip install it")
+        return SimpleNamespace(toolchain=dict)
+
+    monkeypatch.setattr(runner.backends, "get", get)
+    mine, *others = pieces.pieces(cases.checks(some, ["memcheck"], H200))
+    other = dataclasses.replace(mine, backend="tilelang")
+    assert runner.with_compilers([other, *others]) == others
+    assert f"tilelang: not begun, {len(mine.checks)} cases: " in capsys.readouterr().out
 
 
 def test_what_has_ended_clean_is_not_run_again(some, tmp_path):
@@ -226,6 +255,7 @@ def test_a_run_checks_records_and_goes_on(some, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(runner, "compile_ahead", lambda *_: subprocess.Popen("true", start_new_session=True))
+    monkeypatch.setattr(runner.backends, "get", lambda _: SimpleNamespace(toolchain=dict))
     monkeypatch.setattr(runner, "find", lambda *_: SimpleNamespace(resources={"resolve": None}))
     runner.filter_option.cache_clear()
     (subject, *_) = (each for each in some if each.op.name == "resolve")
