@@ -16,6 +16,8 @@ from support import H200, assert_compiles
 
 CHEAP = ("attention", "gather_paged", "latent_prologue", "quantize_paged")
 """What the interpreter runs in about a second."""
+QUICK = ("expand", "gather_paged", "indexer_paged", "quantize")
+"""What compiles in two seconds."""
 BACKENDS = ("triton", "gluon", "tilelang", "cuda")
 
 
@@ -57,6 +59,12 @@ def test_random_specs_agree_with_the_reference(interpreter, name):
 @pytest.mark.parametrize("name", random_specs.DRAWN)
 def test_more_random_specs_agree_with_the_reference(interpreter, name, seed):
     interpreted(interpreter, name, seed)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_random_specs_compile(name):
+    op = ops.get(name)
+    assert_compiles(op, *random_specs.served(op, "triton", random.Random(f"{name} compiled"), H200))
 
 
 @pytest.mark.slow
