@@ -19,7 +19,10 @@ _PLACE = re.compile(r" in (\w+\.py):(\d+)")
 _ENDED = re.compile(r"^ended (\d+) of \d+ checks", re.MULTILINE)
 ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
     ("attention_paged", "gluon"): [("def attention_paged(", "gl.warp_specialize(", "per_row.")],
-    ("attention_paged", "cuda"): [("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN")],
+    ("attention_paged", "cuda"): [
+        ("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN"),
+        ("load_float(base + AT_KEEP", "store_float(base + AT_KEEP"),
+    ],
     ("indexer_paged", "gluon"): [("def indexer_paged(", "gl.warp_specialize(")],
     ("attention", "cuda"): [
         ("load16(from), pass)", "copy_rows(copy16)"),
@@ -56,6 +59,8 @@ masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; 
 tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
 
 Thread 0 makes the barrier at which parts of other blocks are counted, and tells it how many bytes come: one thread's order.
+What rescales sums passes from one group to another by WEIGHED, behind ``__syncwarp`` (of 1024 reads 896 were reported, all but
+those of what the arriving lane stored), and back by USED, behind a vote of the warp that needs what its lanes have read.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
