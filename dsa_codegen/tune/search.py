@@ -115,7 +115,8 @@ class Search:
             return False
         for study in screen.studies:
             problem, default = self._problems[study], self._default_of(study)
-            built = [each for each in (*default, *screen.candidates) if self._evaluator.is_built(each)]
+            served = [each for each in screen.candidates if study.space.fits(each.config)]  # they are spread over one's sizes
+            built = [each for each in (*default, *served) if self._evaluator.is_built(each)]
             study.expect({each.config: self._evaluator.estimate_us(problem, each) for each in built})
         return True
 

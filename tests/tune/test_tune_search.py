@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from dataclasses import replace
 
 import pytest
 
 from dsa_codegen.ops.indexer import IndexerSizes
 from dsa_codegen.problem.op import Case
+from dsa_codegen.tune import ranking
 from dsa_codegen.tune.outcome import Kind, Outcome
 from dsa_codegen.tune.progress import Progress, StudyStatus
 from dsa_codegen.tune.search import Search
+from dsa_codegen.tune.space import Space
 
 from tune_jobs import landscape, timed
-from tune_support import CASE, DEFAULT, PROBLEM, SPACE, InstantEvaluator, config, open_study
+from tune_support import CASE, DEFAULT, PROBLEM, SPACE, InstantEvaluator, InstantGpu, config, open_study
 
 OTHER = Case(IndexerSizes(512, 8192), "causal")
 
@@ -111,6 +115,27 @@ def test_gpus_are_looked_at_after_every_question(tmp_path):
     evaluator.pool.size = 40
     search([open_study(tmp_path, trials=12), open_study(tmp_path, trials=12, case=OTHER)], evaluator)
     assert max(at_once) == 1
+
+
+def test_compiled_candidates_are_ranked_for_the_sizes_that_they_serve(tmp_path, monkeypatch):
+    """Studies of one code share what is compiled to be ranked; a config of one may not even be planned for another's sizes."""
+    few, ranked = replace(SPACE, bucket=OTHER.sizes.bucket()), []
+    fits = Space.fits
+    monkeypatch.setattr(Space, "fits", lambda space, config: fits(space, config) and (space != few or config["block_q"] < 4))
+    monkeypatch.setattr(ranking, "is_calibrated", lambda op, backend: True)
+
+    class Evaluator(InstantGpu):
+        def estimate_us(self, problem, candidate):
+            ranked.append((problem, candidate.config))
+            return 1.0
+
+    first = open_study(tmp_path, trials=30)
+    second = open_study(tmp_path, trials=30, space=few, case=OTHER, seeds=[config(block_q=2)])
+    studies = {first: PROBLEM, second: replace(PROBLEM, case=OTHER)}
+    Search(studies, Evaluator(), lambda: None, itertools.count().__next__).run(8)
+    sizes = [sum(problem is of for of, _ in ranked) for problem in studies.values()]
+    assert sizes[0] >= 24 > sizes[1] > 1
+    assert all(second.space.fits(each) for problem, each in ranked if problem is studies[second])
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
