@@ -123,9 +123,20 @@ def drift_of(contest: Contest, record: Record, shipped: Candidate | str, toleran
     if state.reason and not state.template:
         return Drift(record, VOID, now, contest.default_us, state.reason)
     default = contest.default_us
-    if default is not None and default < (1 - TIE) * now.median - 2 * mad_us(now) and not contest.is_default(shipped):
+    if (
+        default is not None
+        and _led(record)
+        and default < (1 - TIE) * now.median - 2 * mad_us(now)
+        and not contest.is_default(shipped)
+    ):
         return Drift(record, OVERTAKEN, now, default, f"the default takes {default:.4g} µs")
     return Drift(record, _moved(record.time_us, now, tolerance), now, default)
+
+
+def _led(record: Record) -> bool:
+    """Whether a record was as fast as the default when it was made: another backend's, which serves nothing, need not."""
+    default_us = record.default_time_us
+    return default_us is None or record.time_us.median <= (1 + TIE) * default_us
 
 
 def _moved(before: Timing, now: Timing, tolerance: float) -> str:

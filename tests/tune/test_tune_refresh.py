@@ -301,6 +301,12 @@ def test_a_check_tells_how_far_a_record_has_drifted(look, tmp_path, good, defaul
     assert bool(report.drifted) is (what in ("slower", "overtaken"))
 
 
+@pytest.mark.parametrize(("recorded", "what"), [(None, "overtaken"), (60.0, "overtaken"), (40.0, "holds")])
+def test_another_backends_record_that_never_led_is_not_overtaken(look, tmp_path, recorded, what):
+    put(tmp_path, make(time_us=Timing(50.0, 50.0, 50.0, 10), default_time_us=recorded))
+    assert [drift.what for drift in look({GOOD: 50.0, DEFAULT: 40.0}.__getitem__).drifts] == [what]
+
+
 def test_a_spread_is_no_drift(look, tmp_path):
     put(tmp_path, make(time_us=Timing(50.0, 45.0, 55.0, 10)))
     assert [drift.what for drift in look({GOOD: 57.0, DEFAULT: 90.0}.__getitem__).drifts] == ["holds"]
