@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,12 @@ from fake_gpu import FakeGpu
 PAGED = indexer_paged.IndexerPagedSpec(64, 128)
 HOPPER = Config.of("gluon", part_queries=1, block_n=64, num_stages=4, accumulators=1, blocks_per_sm=4, gathered=1)
 SPLIT = Config.of("triton", scheme="split", capacity=4096, block_n=4096, num_warps=8, sample=2048, splits=4)
+OF_HITS = [
+    pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned"),
+    pytest.mark.usefixtures("fresh_dispatch"),
+    pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler"),
+]
+"""Of all tests of hits in C."""
 
 
 def scores(rows: int = 3, columns: int = 500, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

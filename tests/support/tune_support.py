@@ -11,6 +11,8 @@ from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.problem.op import Accuracy, Case, Config
 from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD
+from dsa_codegen.records import files as records
+from dsa_codegen.records.record import Record
 from dsa_codegen.tune.evaluate import Done, Evaluator, Task
 from dsa_codegen.tune.lane import Jobs
 from dsa_codegen.tune.outcome import Kind, Outcome
@@ -28,6 +30,8 @@ CASE = Case(IndexerSizes(4096, 32768), "causal")
 PROBLEM = Problem(OP, SPEC, CASE, H200)
 SPACE = Space(OP, SPEC, "triton", H200)
 DEFAULT = OP.default_config(SPEC, CASE.sizes, H200)
+TRIALS = 8
+"""Of a whole run, where a test does not say another number."""
 FAKE = Jobs(
     tune_jobs.prepare,
     tune_jobs.evaluate,
@@ -49,6 +53,16 @@ def open_study(folder: Path, **changes) -> Study:
     """A study of the indexer, with some arguments changed."""
     options = {"method": "measured", "trials": 40, "seeds": [DEFAULT], **changes}
     return Study(options.pop("space", SPACE), options.pop("case", CASE), folder, **options)
+
+
+def stored(folder: Path) -> tuple[Record, ...]:
+    """The records of the indexer that a run has written below a folder."""
+    return records.read(folder / "tuned" / "h200" / "indexer.json")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, locks aside."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 class InstantEvaluator(Evaluator):

@@ -1,0 +1,43 @@
+"""Efforts: what each may take, and which calls a quick one keeps to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dsa_codegen.errors import UnknownName
+from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
+from dsa_codegen.problem.op import Case
+from dsa_codegen.tune.effort import EFFORTS, NORMAL, QUICK, THOROUGH, effort, most_needed
+from dsa_codegen.tune.plan import problems
+
+from support import H200
+from toy import OP
+from tune_support import SPEC
+
+
+def test_a_quick_effort_keeps_to_what_is_needed_most(go, tmp_path):
+    """The dearest call of each kind; another one where that has a record."""
+    first, second = go(effort=QUICK), go(effort=QUICK)
+    (one,), (two,) = first.records, second.records
+    assert one.sizes == {"queries": 4096, "context": 32768} and two.sizes == {"queries": 4096, "context": 8192}
+    assert first.notes == ("effort quick: 1 of 4 calls, the dearest of each kind without a record",)
+    assert first.missing == ()
+
+
+def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():
+    wanted = problems([(OP, SPEC)], H200)
+    cost = {problem.id: OP.cost(SPEC, problem.case).limit_us(H200) for problem in wanted}
+    other = dataclasses.replace(wanted[0], spec=IndexerSpec(8, 32), case=Case(IndexerSizes(8, 64), "causal"))
+    assert [problem.id for problem in most_needed([*wanted, other], lambda problem: False)] == [max(cost, key=cost.get)]
+    assert most_needed([other], lambda problem: True) == [other], "where everything is served, all is"
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+def test_every_effort_has_budgets(name):
+    chosen = effort(name)
+    assert chosen.budget(offline=True).trials < chosen.budget(offline=False).trials
+    assert QUICK.on_gpu.wall_s + 12 <= 60 < NORMAL.on_gpu.wall_s == 600 < THOROUGH.on_gpu.wall_s
+    with pytest.raises(UnknownName, match="quick, normal, thorough"):
+        effort("enough")
