@@ -29,14 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A build cache of this run's own, so that nothing of the user's is read or written; or the one in DSA_TEST_CACHE.
+@pytest.fixture(scope="session")
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes share which share out a run (``-n``)."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    Processes that share out a run (``-n``) share its builds.
-    """
-    shared = tmp_path_factory.getbasetemp().parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else None
-    folder = Path(os.environ.get("DSA_TEST_CACHE") or shared or tmp_path_factory.mktemp("cache"))
+
+@pytest.fixture(scope="session", autouse=True)
+def build_cache(of_the_run: Path) -> Iterator[Path]:
+    """A build cache of this run's own, so that nothing of the user's is read or written; or the one in DSA_TEST_CACHE."""
+    folder = Path(os.environ.get("DSA_TEST_CACHE") or of_the_run / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSA_CACHE_DIR", str(folder))
         patch.delenv("DSA_TUNED_DIR", raising=False)

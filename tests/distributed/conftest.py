@@ -1,8 +1,9 @@
-"""One group of processes computes every case of this folder, once."""
+"""One group of processes computes every case of this folder, once a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ PROCESSES = 4
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+def results(of_the_run: Path) -> dict[int, list[dict]]:
     """World -> the results of each rank over gloo; world 1 is one rank alone."""
-    return ranks.launch(tmp_path_factory.mktemp("ranks"), PROCESSES)
+    return ranks.computed(of_the_run / "ranks", PROCESSES)
 
 
 @pytest.fixture(autouse=True)

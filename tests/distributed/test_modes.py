@@ -15,9 +15,10 @@ from dsa_codegen.problem.compare import ATTENTION, LSE, close
 from dsa_codegen.runtime import dispatch
 
 import exact_inputs
+import rank_inputs
 import ranks
 
-WORLDS = pytest.mark.parametrize("world", ranks.worlds(4))
+WORLDS = pytest.mark.parametrize("world", rank_inputs.worlds(4))
 
 
 def assert_equal(found, expected, tokens=None):
@@ -30,10 +31,10 @@ def assert_equal(found, expected, tokens=None):
 
 
 @WORLDS
-@pytest.mark.parametrize("tokens", ranks.TOKENS)
+@pytest.mark.parametrize("tokens", rank_inputs.TOKENS)
 def test_prefill_of_dealt_rows(results, world, tokens):
     whole = results[1][0]["modes"]["prefill", tokens]
-    for name, deal in ranks.deals(tokens, world).items():
+    for name, deal in rank_inputs.deals(tokens, world).items():
         for rank in range(world):
             found = results[world][rank]["modes"]["context", tokens, name]
             assert_equal(found, [each[deal.rows(rank)] for each in whole])
@@ -49,44 +50,44 @@ def test_deals_by_name_are_of_equal_parts(results, world):
 def test_batch_invariant_rows_have_the_bits_of_one_rank(results, world):
     whole = results[1][0]["modes"]["invariant"]
     for rank in range(world):
-        found, rows = results[world][rank]["modes"]["invariant", ranks.TOKENS[0]]
+        found, rows = results[world][rank]["modes"]["invariant", rank_inputs.TOKENS[0]]
         for name, value, expected in zip(("out", "lse", "chosen"), found, whole, strict=True):
             assert torch.equal(value, expected[rows]), (rank, name)
 
 
 @WORLDS
-@pytest.mark.parametrize("tokens", ranks.TOKENS)
+@pytest.mark.parametrize("tokens", rank_inputs.TOKENS)
 def test_heads_that_are_split(results, world, tokens):
     out, lse, chosen = results[1][0]["modes"]["prefill", tokens]
     for rank in range(world):
-        heads = ranks.heads_of(rank, world)
+        heads = rank_inputs.heads_of(rank, world)
         assert_equal(results[world][rank]["modes"]["tensor", tokens], (out[:, heads], lse[:, heads], chosen))
-    for batch, _ in ranks.STEPS:
+    for batch, _ in rank_inputs.STEPS:
         out, lse, chosen = results[1][0]["modes"]["paged", batch]
         for rank in range(world):
-            heads = ranks.heads_of(rank, world)
+            heads = rank_inputs.heads_of(rank, world)
             found = results[world][rank]["modes"]["tensor paged", batch]
             assert_equal(found, (out[..., heads, :], lse[..., heads], chosen))
 
 
 @WORLDS
-@pytest.mark.parametrize(("batch", "next_n"), ranks.STEPS)
+@pytest.mark.parametrize(("batch", "next_n"), rank_inputs.STEPS)
 def test_decode_over_caches_that_are_sharded(results, world, batch, next_n):
     """Choices are tokens there, slots where one rank has all pages."""
-    step = ranks.decode_step(batch, next_n)
+    step = rank_inputs.decode_step(batch, next_n)
     expected = results[1][0]["modes"]["paged", batch]
     for rank in results[world]:
         out, lse, tokens = rank["modes"]["context paged", batch]
-        slots = dsa.choice.slots_of(tokens.flatten(0, 1), step["page_table"], ranks.PAGE).view(tokens.shape)
+        slots = dsa.choice.slots_of(tokens.flatten(0, 1), step["page_table"], rank_inputs.PAGE).view(tokens.shape)
         assert_equal((out, lse, slots), expected)
 
 
 @WORLDS
 def test_ranks_with_other_sequences_and_with_none(results, world):
-    for tokens in ranks.TOKENS:
+    for tokens in rank_inputs.TOKENS:
         for rank in results[world]:
             assert_equal(rank["modes"]["data", tokens], results[1][0]["modes"]["prefill", tokens])
-    for batch, _ in ranks.STEPS:
+    for batch, _ in rank_inputs.STEPS:
         expected = results[1][0]["modes"]["paged", batch]
         for rank in results[world]:
             assert_equal(rank["modes"]["data paged", batch], expected)
@@ -96,32 +97,34 @@ def test_ranks_with_other_sequences_and_with_none(results, world):
 
 
 def test_the_scores_are_exact_and_windows_are_short_and_long():
-    step = ranks.prefill_step(131)
+    step = rank_inputs.prefill_step(131)
     q8, folded = dsa.quantize_index_q(step["index_q"], step["index_weights"])
     assert torch.equal(q8.float(), step["index_q"].float()) and torch.equal(folded, step["index_weights"] / 16)
     seen = step["ends"] - step["starts"]
-    assert seen.min() < ranks.TOPK < seen.max()
+    assert seen.min() < rank_inputs.TOPK < seen.max()
 
 
 def test_arguments_that_do_not_fit_are_named():
     for parallel, named in [("zigzag", "parallel"), (TensorParallel, "parallel")]:
         with pytest.raises(InputError, match=f"^{named}:"):
-            dsa.Layer(ranks.MODEL, parallel=parallel)
+            dsa.Layer(rank_inputs.MODEL, parallel=parallel)
     with pytest.raises(InputError, match=r"^deal:.*zigzag"):
         ContextParallel("ring")
-    step = ranks.prefill_step(5)
+    step = rank_inputs.prefill_step(5)
     for parallel in (ContextParallel(), TensorParallel(), DataParallel([5])):
         with pytest.raises(InputError, match=r"^group:.*init_process_group"):
-            dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**step)
+            dsa.Layer(rank_inputs.MODEL, parallel=parallel).prefill(**step)
 
 
 def test_a_decode_step_of_few_keys_is_scored_by_every_rank():
     """Without a group nothing can be exchanged: it is asked for where there are many, and where bounds are stated."""
-    step = ranks.decode_step(2, 1)
-    assert_equal(dsa.Layer(ranks.MODEL, parallel=TensorParallel()).decode(**step), dsa.Layer(ranks.MODEL).decode(**step))
-    for parallel in (TensorParallel(least=2 * ranks.CONTEXT), TensorParallel(bounds=[0, 2])):
+    step = rank_inputs.decode_step(2, 1)
+    assert_equal(
+        dsa.Layer(rank_inputs.MODEL, parallel=TensorParallel()).decode(**step), dsa.Layer(rank_inputs.MODEL).decode(**step)
+    )
+    for parallel in (TensorParallel(least=2 * rank_inputs.CONTEXT), TensorParallel(bounds=[0, 2])):
         with pytest.raises(InputError, match=r"^group:"):
-            dsa.Layer(ranks.MODEL, parallel=parallel).decode(**step)
+            dsa.Layer(rank_inputs.MODEL, parallel=parallel).decode(**step)
 
 
 @pytest.fixture
@@ -134,23 +137,23 @@ def alone():
 
 def tokens_of(slots):
     """The tokens of two sequences that lie in slots."""
-    table = ranks.decode_step(2, 1)["page_table"]
-    held = slots[..., None] // ranks.PAGE == table[:, None, None]
-    return torch.where(slots >= 0, held.int().argmax(-1) * ranks.PAGE + slots % ranks.PAGE, -1).int()
+    table = rank_inputs.decode_step(2, 1)["page_table"]
+    held = slots[..., None] // rank_inputs.PAGE == table[:, None, None]
+    return torch.where(slots >= 0, held.int().argmax(-1) * rank_inputs.PAGE + slots % rank_inputs.PAGE, -1).int()
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_group_of_one():
-    whole = dsa.Layer(ranks.MODEL).prefill(**ranks.prefill_step(70))
+    whole = dsa.Layer(rank_inputs.MODEL).prefill(**rank_inputs.prefill_step(70))
     for parallel in (ContextParallel(), ContextParallel("interleaved"), TensorParallel(), DataParallel([70]), DataParallel()):
-        assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).prefill(**ranks.prefill_step(70)), whole)
-    kept = replace(ranks.MODEL, keep_first=3, keep_recent=9)
+        assert_equal(dsa.Layer(rank_inputs.MODEL, parallel=parallel).prefill(**rank_inputs.prefill_step(70)), whole)
+    kept = replace(rank_inputs.MODEL, keep_first=3, keep_recent=9)
     one, alike = dsa.Layer(kept), dsa.Layer(kept, parallel=ContextParallel())
-    out, lse, slots = one.decode(**ranks.decode_step(2, 1))
-    assert_equal(alike.decode(**ranks.decode_step(2, 1)), (out, lse), tokens_of(slots))
-    whole = dsa.Layer(ranks.MODEL).decode(**ranks.decode_step(2, 1))
+    out, lse, slots = one.decode(**rank_inputs.decode_step(2, 1))
+    assert_equal(alike.decode(**rank_inputs.decode_step(2, 1)), (out, lse), tokens_of(slots))
+    whole = dsa.Layer(rank_inputs.MODEL).decode(**rank_inputs.decode_step(2, 1))
     for parallel in (TensorParallel(), DataParallel([2]), DataParallel()):
-        assert_equal(dsa.Layer(ranks.MODEL, parallel=parallel).decode(**ranks.decode_step(2, 1)), whole)
+        assert_equal(dsa.Layer(rank_inputs.MODEL, parallel=parallel).decode(**rank_inputs.decode_step(2, 1)), whole)
 
 
 @pytest.mark.usefixtures("alone")
@@ -158,7 +161,7 @@ def test_a_group_of_one():
     "parallel", [ContextParallel(), TensorParallel(), DataParallel()], ids=lambda each: type(each).__name__
 )
 def test_a_layers_warmup_covers_what_its_ranks_call(parallel, monkeypatch):
-    layer, called, warmed = dsa.Layer(ranks.MODEL, parallel=parallel), set(), set()
+    layer, called, warmed = dsa.Layer(rank_inputs.MODEL, parallel=parallel), set(), set()
     call = dispatch.call
 
     def watched(op, args, sms=None):
@@ -171,8 +174,8 @@ def test_a_layers_warmup_covers_what_its_ranks_call(parallel, monkeypatch):
         warmed.update((op.name, spec, sizes.bucket()) for op, spec, sizes in wanted)
 
     monkeypatch.setattr(dispatch, "warmup", noted)
-    layer.warmup(max_queries=64, max_batch=4, max_context=ranks.CONTEXT, next_n=(1, 2))
-    prefill, decode = ranks.prefill_step(50), ranks.decode_step(1, 1)
+    layer.warmup(max_queries=64, max_batch=4, max_context=rank_inputs.CONTEXT, next_n=(1, 2))
+    prefill, decode = rank_inputs.prefill_step(50), rank_inputs.decode_step(1, 1)
     monkeypatch.setattr(dispatch, "call", watched)
     layer.prefill(**prefill)
     layer.decode(**decode)
@@ -182,13 +185,13 @@ def test_a_layers_warmup_covers_what_its_ranks_call(parallel, monkeypatch):
 
 @pytest.mark.usefixtures("alone")
 def test_rows_that_do_not_fit_are_named_before_anything_is_sent():
-    step = ranks.prefill_step(6)
+    step = rank_inputs.prefill_step(6)
     with pytest.raises(InputError, match=r"^local: got 6 rows"):
-        dsa.Layer(ranks.MODEL, parallel=ContextParallel(Deal.zigzag(7, 1))).prefill(**step)
+        dsa.Layer(rank_inputs.MODEL, parallel=ContextParallel(Deal.zigzag(7, 1))).prefill(**step)
     with pytest.raises(InputError, match=r"^deal: got one for 2 ranks"):
-        dsa.Layer(ranks.MODEL, parallel=ContextParallel(Deal.zigzag(6, 2))).prefill(**step)
+        dsa.Layer(rank_inputs.MODEL, parallel=ContextParallel(Deal.zigzag(6, 2))).prefill(**step)
     with pytest.raises(InputError, match=r"^counts:"):
-        dsa.Layer(ranks.MODEL, parallel=DataParallel([5])).prefill(**step)
+        dsa.Layer(rank_inputs.MODEL, parallel=DataParallel([5])).prefill(**step)
     inputs = exact_inputs.paged(3, 1, 100)
     with pytest.raises(InputError, match=r"^bounds:"):
         distributed.index_select_paged_by_rows(**inputs, topk=64, bounds=[0, 4])
@@ -199,9 +202,9 @@ def test_rows_that_do_not_fit_are_named_before_anything_is_sent():
 
 
 @pytest.fixture(scope="module")
-def of_eight(tmp_path_factory):
+def of_eight(of_the_run):
     """As ``results``, of as many ranks as a node has GPUs; of some cases most ranks have nothing."""
-    return ranks.launch(tmp_path_factory.mktemp("eight"), 8)
+    return ranks.computed(of_the_run / "eight", 8)
 
 
 @pytest.mark.slow
@@ -220,8 +223,8 @@ def test_more_processes(of_eight, world):
         for (out, chosen), (wanted, tokens) in zip(rank["modules"]["blocks"], whole["modules", True], strict=True):
             assert torch.equal(chosen, tokens)
             torch.testing.assert_close(out, wanted, rtol=2**-7, atol=2e-3)
-    for tokens in ranks.TOKENS:
+    for tokens in rank_inputs.TOKENS:
         one = whole["modes"]["prefill", tokens]
-        for name, deal in ranks.deals(tokens, world).items():
+        for name, deal in rank_inputs.deals(tokens, world).items():
             for rank in range(world):
                 assert_equal(found[rank]["modes"]["context", tokens, name], [each[deal.rows(rank)] for each in one])

@@ -12,9 +12,9 @@ from dsa_codegen.errors import InputError
 from dsa_codegen.runtime import dispatch
 
 import deepseek_layer
-import ranks
+import rank_inputs
 
-WORLDS = pytest.mark.parametrize("world", ranks.worlds(4))
+WORLDS = pytest.mark.parametrize("world", rank_inputs.worlds(4))
 PREFILLED = [number for number, (counts, _) in enumerate(deepseek_layer.SHARED_STEPS) if counts]
 
 
@@ -51,7 +51,7 @@ def test_batch_invariant_steps_have_the_bits_of_one_rank(results, world, way):
 
 @WORLDS
 def test_ranks_without_a_sequence_take_part(results, world):
-    layer = deepseek_layer.made(ranks.nn_model(), None)
+    layer = deepseek_layer.made(rank_inputs.nn_model(), None)
     caches = nn.PagedCache(layer.model, nn.rotary_table(256, 64), layers=1, blocks=1, batch=1)
     expected = layer(deepseek_layer.hidden()[:9], caches.layers[0], caches.prefill([9]))
     for rank in results[world]:

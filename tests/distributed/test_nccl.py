@@ -7,6 +7,7 @@ import torch
 
 from dsa_codegen.problem.compare import similarity_gap
 
+import rank_inputs
 import ranks
 from test_modes import assert_equal
 
@@ -19,8 +20,8 @@ WORLD = 2
 
 
 @pytest.fixture(scope="module")
-def on_gpus(tmp_path_factory) -> dict[int, list[dict]]:
-    return ranks.launch(tmp_path_factory.mktemp("nccl"), WORLD, "nccl")
+def on_gpus(of_the_run) -> dict[int, list[dict]]:
+    return ranks.computed(of_the_run / "nccl", WORLD, "nccl")
 
 
 def test_rows_dealt_out_are_chosen_alike(on_gpus):
@@ -47,15 +48,15 @@ def test_caches_that_are_sharded_serve_alike(on_gpus):
 def test_layers_whose_work_is_shared(on_gpus):
     whole = on_gpus[1][0]["modes"]
     for number, rank in enumerate(on_gpus[WORLD]):
-        heads, found = ranks.heads_of(number, WORLD), rank["modes"]
-        for tokens in ranks.TOKENS:
+        heads, found = rank_inputs.heads_of(number, WORLD), rank["modes"]
+        for tokens in rank_inputs.TOKENS:
             out, lse, chosen = whole["prefill", tokens]
-            for name, deal in ranks.deals(tokens, WORLD).items():
+            for name, deal in rank_inputs.deals(tokens, WORLD).items():
                 rows = deal.rows(number)
                 assert_equal(found["context", tokens, name], (out[rows], lse[rows], chosen[rows]))
             assert_equal(found["tensor", tokens], (out[:, heads], lse[:, heads], chosen))
             assert_equal(found["data", tokens], (out, lse, chosen))
-        for batch, _ in ranks.STEPS:
+        for batch, _ in rank_inputs.STEPS:
             out, lse, chosen = whole["paged", batch]
             assert_equal(found["tensor paged", batch], (out[..., heads, :], lse[..., heads], chosen))
             assert_equal(found["data paged", batch], (out, lse, chosen))
