@@ -21,7 +21,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes that share out a run share out the cores: threads that wait for each other doubled the CPU time of small tensors."""
+    """Processes that share out a run share out the cores: threads that waited for each other took twice the time."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
     if workers:
         threads = max(1, (os.cpu_count() or 1) // workers)

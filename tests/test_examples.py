@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line import script
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = os.pathsep.join([str(ROOT), *sys.path])  # compilers may lie anywhere
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -28,8 +30,7 @@ def skip_without_what_it_shows(path):
 @pytest.mark.parametrize("path", [each for each in EXAMPLES if each != TRAINING], ids=lambda path: path.stem)
 def test_an_example_runs(path):
     skip_without_what_it_shows(path)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PACKAGES}
-    shown = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=300)
+    shown = script(path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout
 

@@ -32,7 +32,7 @@ def defaults():
 
 @pytest.mark.parametrize(("op", "gpu"), defaults())
 def test_the_default_compiles(op, gpu):
-    """The first workload's; all of them, of every preset and Triton, stand in docs/matrix.md, which no template is newer than."""
+    """The first workload's; all of them, of every preset and Triton, stand in docs/matrix.md, and no template is newer."""
     target = resolve(gpu)
     if target.capability < op.min_capability:
         pytest.skip(f"{op.name} needs FP8 arithmetic (sm_{op.min_capability})")

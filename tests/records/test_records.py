@@ -195,7 +195,7 @@ def _write(folder, start: int) -> None:
 
 
 def test_two_writers_lose_nothing(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # they only write: another start would import torch anew
     writers = [context.Process(target=_write, args=(tmp_path, start)) for start in (0, 1)]
     for writer in writers:
         writer.start()

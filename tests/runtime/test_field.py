@@ -147,7 +147,8 @@ def assert_near_zero(lse, inputs):
 
 def test_lse_near_zero_is_within_its_tolerance(interpreter):
     inputs = near_zero("cpu")
-    assert_near_zero(run_interpreted(interpreter, "attention", AttentionSpec(16, 576, 4096), SMALL, inputs)["lse"], inputs)
+    config = SMALL.replace(block_n=128)  # a quarter of the interpreter's steps
+    assert_near_zero(run_interpreted(interpreter, "attention", AttentionSpec(16, 576, 4096), config, inputs)["lse"], inputs)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,8 @@ from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.ops import select
 from dsa_codegen.ops.attention import AttentionSpec
 from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config, Op
+from dsa_codegen.problem.values import Spec
 from dsa_codegen.runtime import dispatch, torch_ops
 
 from plans_support import SPLIT, Seen, gpu, told, without_plans
@@ -49,6 +51,12 @@ def problems() -> list[Any]:
 PROBLEMS = problems()
 
 
+def sizes_of(op: Op, spec: Spec, config: Config) -> list[Case]:
+    """A case of each size: launches know nothing of what tensors hold."""
+    cases = [op.within_reach(spec, config, case) for case in op.cases(spec)]
+    return [*{case.sizes: case for case in cases}.values()]
+
+
 def test_every_operation_and_backend_is_among_the_problems():
     listed = {(param.values[0].name, param.values[2].backend) for param in PROBLEMS}
     assert listed == {(op.name, backend) for op in ops.all_ops().values() for backend in op.backends}
@@ -59,7 +67,7 @@ def test_a_plan_launches_what_the_call_would_have(op, spec, config, monkeypatch)
     _, kernels = gpu(monkeypatch)
     function = torch_ops.direct(op.function)
     with dispatch.override(op, config):
-        for case in [op.within_reach(spec, config, case) for case in op.cases(spec)]:
+        for case in sizes_of(op, spec, config):
             first, other = (arguments(op, spec, op.inputs(spec, case, Draw(seed))) for seed in (1, 2))
             without_plans(lambda args=first: function(*args))
             kernels.launched.clear()
@@ -76,7 +84,7 @@ def test_kernels_that_take_addresses_get_those_of_the_same_tensors(op, spec, con
     _, kernels = gpu(monkeypatch, takes_addresses=True)
     function = torch_ops.direct(op.function)
     with dispatch.override(op, config):
-        for case in [op.within_reach(spec, config, case) for case in op.cases(spec)]:
+        for case in sizes_of(op, spec, config):
             args = arguments(op, spec, op.inputs(spec, case, Draw(1)))
             without_plans(lambda args=args: function(*args))
             wanted = [*kernels.launched]
@@ -102,7 +110,7 @@ def test_kernels_that_take_addresses_get_those_of_the_same_tensors(op, spec, con
 @pytest.mark.parametrize(("op", "spec", "config"), PROBLEMS)
 def test_launches_come_without_work_of_torch(op, spec, config):
     """A plan repeats launches and allocations, nothing else: whatever torch did besides would be lost."""
-    for case in [op.within_reach(spec, config, case) for case in op.cases(spec)]:
+    for case in sizes_of(op, spec, config):
         inputs = op.inputs(spec, case, Draw(1))
         outputs = op.allocate(spec, inputs)
         with Seen() as seen:

@@ -1,4 +1,4 @@
-"""The command line without a process for every call: each would import torch and TileLang anew, 3 seconds of CPU."""
+"""The command line and other scripts without a process for each: it would import torch and TileLang anew, 3 seconds of CPU."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ def cli(*arguments: str, cwd: Path = ROOT, hidden: Sequence[str] = (), **environ
     Args:
         hidden: packages that are not to be found, as where they are not installed.
     """
-    variables = {**os.environ, **WITHOUT_GPU, "COLUMNS": "200", **environment}
-    code, out, err = _worker.call(_run, arguments, str(cwd), variables, hidden)
-    return subprocess.CompletedProcess(arguments, code, out, err)
+    return script(ROOT / "cli.py", *arguments, cwd=cwd, hidden=hidden, COLUMNS="200", **environment)
 
 
-def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str], hidden: Sequence[str]) -> tuple[int, str, str]:
-    """The job: ``cli.py`` from its first line, as in a new process but for what modules below it keep."""
+def script(
+    path: Path, *arguments: str, cwd: Path = ROOT, hidden: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess:
+    """``python PATH ARGUMENTS``, likewise."""
+    words = [str(path), *arguments]
+    code, out, err = _worker.call(_run, words, str(cwd), {**os.environ, **WITHOUT_GPU, **environment}, hidden)
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+def _run(words: Sequence[str], folder: str, variables: Mapping[str, str], hidden: Sequence[str]) -> tuple[int, str, str]:
+    """The job: a script from its first line, as in a new process but for what modules below it keep."""
     modules = {name: sys.modules.get(name) for name in hidden}
     sys.modules.update(dict.fromkeys(hidden))  # whoever imports one gets an ImportError
     for name in [name for name in sys.modules if f"{name}.".startswith("dsa_codegen.cli.")]:
@@ -44,8 +51,8 @@ def _run(arguments: Sequence[str], folder: str, variables: Mapping[str, str], hi
         try:
             os.chdir(folder)
             _set(variables)
-            sys.argv = ["cli.py", *arguments]
-            runpy.run_path(str(ROOT / "cli.py"), run_name="__main__")
+            sys.argv = [Path(words[0]).name, *words[1:]]
+            runpy.run_path(words[0], run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

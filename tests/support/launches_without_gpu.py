@@ -6,6 +6,7 @@ import ctypes
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,22 @@ def told(kernel: Any) -> tuple[Any, ...]:
     return recipe.name, recipe.function, recipe.parameters.kinds, shape, described, recipe.hidden
 
 
-def main(libcuda: str, name: str, backend: str) -> None:
+def main(libcuda: str, *names: str) -> None:
+    """Say of each operation and backend that its launches arrive, or why not."""
     driver = ctypes.CDLL(libcuda)
     torch.cuda.current_device = lambda: 0
     torch._C._cuda_getCurrentRawStream = lambda device: STREAM
     triton_driver.set_active(CudaDriver())
+    for each in names:
+        try:
+            compare(driver, *each.split())
+            print(f"{each}: as Triton sends them")
+        except Exception:
+            print(f"{each}: {traceback.format_exc()}")
+
+
+def compare(driver: ctypes.CDLL, name: str, backend: str) -> None:
+    """Launch an operation's kernels by Triton's launcher and by ours."""
     op = ops.get(name)
     spec = op.specs(presets.preset("glm-5"))[0]
     case = op.cases(spec)[0]
