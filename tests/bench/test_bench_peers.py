@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsa_codegen import functions
-from dsa_codegen.bench import installed, peers
+from dsa_codegen.bench import peers
 from dsa_codegen.bench.cases import FP8_PRODUCTS, LOCAL, case
 from dsa_codegen.bench.peers import (
-    base,
     chain,
     cudnn_frontend,
     deep_gemm,
@@ -23,7 +19,6 @@ from dsa_codegen.bench.peers import (
     fast_topk,
     flashinfer,
     flashmla,
-    libraries,
     padded_flash_mla,
     q8kv8,
     sgl_flash_mla,
@@ -36,6 +31,8 @@ from dsa_codegen.bench.peers import (
 )
 from dsa_codegen.bench.problems import stage_of
 from dsa_codegen.problem.draw import Draw
+
+import peer_stand_ins as stand_ins
 
 _INDEX = {"heads": 32, "head_dim": 64}
 _PAGED = {"batch": 2, "next_n": 1, "context": 192, "page": 64}
@@ -62,64 +59,31 @@ ENGINE_DECODE = case("engine_decode", "real", {**_PAGED, "context": 2112, "heads
 LAYER_DECODE = case("layer_decode", "real", {**_PAGED, "context": 2112, "heads": 64, "head_dim": 576, "k": 2048})
 
 
-def _fast_topk(score, indices, lengths, row_starts):
-    for row, (values, length) in enumerate(zip(score, lengths.tolist(), strict=True)):
-        start = int(row_starts[row]) if row_starts is not None else 0
-        best = values[start : start + length].topk(min(length, indices.shape[1]), sorted=False).indices
-        indices[row] = -1
-        indices[row, : len(best)] = best.int().flip(0)
-
-
-def _fast_topk_slots(score, lengths, dst_page_table, src_page_table, cu_seqlens_q, row_starts):
-    assert cu_seqlens_q.tolist() == list(range(len(score) + 1))
-    _fast_topk(score, dst_page_table, lengths, row_starts)
-    chosen = src_page_table.gather(1, dst_page_table.clamp(min=0).long())
-    dst_page_table.copy_(torch.where(dst_page_table < 0, -1, chosen))
-
-
-def _sparse_prefill(q, kv, indices, sm_scale, d_v, sink=None):
-    assert q.shape[1] in flashmla.HEADS and q.stride(-1) == 1 and d_v == 512 and indices.shape[2] % 128 == 0
-    out, lse = functions.sparse_attention(q, kv, indices, sm_scale, sink=sink)
-    return [out, lse, lse]
-
-
-def _metadata(seqlens_k, num_q_tokens_per_head_k, h_k, h_q, is_fp8_kvcache, topk):
-    assert is_fp8_kvcache and h_k == 1 and num_q_tokens_per_head_k % h_q == 0 and topk
-    return [seqlens_k.new_zeros(4, 8), seqlens_k.new_zeros(len(seqlens_k) + 1)]
-
-
-def _decode(q, cache, d_v, seqlens, table, scale, causal, tiles, splits, is_fp8, indices, sink=None):
-    assert is_fp8 and not causal and len(seqlens) == len(table) == len(q) and len(splits) == len(q) + 1
-    assert q.shape[2] in flashmla.HEADS and indices.shape[2] % 64 == 0
-    assert cache.shape[2] == 1 and cache.stride(1) == cache.shape[3] == {576: 656, 512: 584}[q.shape[3]]
-    if q.shape[3] == 512:  # our functions take a v4 cache as padded pages
-        cache = cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1))
-    out, lse = functions.sparse_attention_paged(q, cache, indices, scale, sink=sink)
-    return [out, lse.transpose(1, 2).contiguous()]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def sgl_kernel():
     """Operators with the signatures that sglang-kernel registers."""
     library = torch.library.Library("sgl_kernel", "DEF")
     for schema, stand_in in (
-        ("fast_topk(Tensor score, Tensor indices, Tensor lengths, Tensor? row_starts) -> ()", _fast_topk),
+        ("fast_topk(Tensor score, Tensor indices, Tensor lengths, Tensor? row_starts) -> ()", stand_ins.fast_topk),
         (
             "fast_topk_transform_fused(Tensor score, Tensor lengths, Tensor dst_page_table, Tensor src_page_table, "
             "Tensor cu_seqlens_q, Tensor? row_starts) -> ()",
-            _fast_topk_slots,
+            stand_ins.fast_topk_slots,
         ),
-        ("sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v) -> Tensor[]", _sparse_prefill),
+        (
+            "sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v) -> Tensor[]",
+            stand_ins.sparse_prefill,
+        ),
         (
             "get_mla_decoding_metadata(Tensor seqlens_k, int num_q_tokens_per_head_k, int h_k, int? h_q, "
             "bool is_fp8_kvcache, int? topk) -> Tensor[]",
-            _metadata,
+            stand_ins.metadata,
         ),
         (
             "fwd_kvcache_mla(Tensor q, Tensor kv_cache, int head_size_v, Tensor seqlens_k, Tensor block_table, "
             "float softmax_scale, bool is_causal, Tensor tile_scheduler_metadata, Tensor num_splits, bool is_fp8, "
             "Tensor? indices) -> Tensor[]",
-            _decode,
+            stand_ins.decode,
         ),
     ):
         library.define(schema)
@@ -159,7 +123,7 @@ def sgl_flash_mla_operators():
         library,
         "sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v, Tensor? attn_sink=None, "
         "Tensor? topk_length=None, bool return_log2_stats=False, bool return_stats=True) -> Tensor?[]",
-        lambda q, kv, indices, sm_scale, d_v, sink=None, length=None, log2=False, stats=True: _sparse_prefill(
+        lambda q, kv, indices, sm_scale, d_v, sink=None, length=None, log2=False, stats=True: stand_ins.sparse_prefill(
             q, kv, indices, sm_scale, d_v, sink
         ),
     )
@@ -168,26 +132,10 @@ def sgl_flash_mla_operators():
         "sparse_decode_fwd(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? attn_sink, "
         "Tensor(a!)? tile_scheduler_metadata, Tensor(b!)? num_splits, Tensor? extra_kv, Tensor? extra_indices, "
         "Tensor? extra_topk_length, int d_v, float sm_scale, str? kv_format=None) -> (Tensor, Tensor, Tensor(a)?, Tensor(b)?)",
-        _legacy_decode,
+        stand_ins.legacy_decode,
     )
     yield
     library._destroy()
-
-
-def _legacy_decode(q, kv, indices, length, sink, tiles, splits, extra, extra_indices, extra_length, d_v, sm_scale, layout):
-    assert (tiles is None) == (splits is None) and (length, extra_length) == (None,) * 2
-    assert layout == {576: "V32", 512: "V4"}[q.shape[3]]
-    if tiles is None:
-        tiles, splits = q.new_zeros(4, 8, dtype=torch.int32), q.new_zeros(len(q) + 1, dtype=torch.int32)
-    lengths = q.new_zeros(len(q), dtype=torch.int32)
-    if extra is not None:
-        pools = ((kv, indices), (extra, extra_indices))
-        assert all(cache.shape[3] == 584 and slots.shape[2] % 64 == 0 for cache, slots in pools)
-        kv, extra = (cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1)) for cache in (kv, extra))
-        second = {"extra_cache": extra, "extra_indices": extra_indices, "sink": sink}
-        return *functions.sparse_attention_paged(q, kv, indices, sm_scale, **second), tiles, splits
-    out, lse = _decode(q, kv, d_v, lengths, lengths[:, None], sm_scale, False, tiles, splits, True, indices, sink)
-    return out, lse, tiles, splits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,7 +144,7 @@ def vllm_operators():
     topk, fa3 = torch.library.Library("_C", "FRAGMENT"), torch.library.Library("_vllm_fa3_C", "DEF")
     arguments = "(Tensor logits, Tensor lengths, Tensor! output, Tensor workspace, int k, int max_seq_len) -> ()"
     for name in ("persistent_topk", "cooperative_topk"):
-        define(topk, name + arguments, _vllm_topk)
+        define(topk, name + arguments, stand_ins.vllm_topk)
     define(
         fa3,
         "fwd(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out, Tensor? cu_seqlens_q, "
@@ -206,30 +154,11 @@ def vllm_operators():
         "float softmax_scale, bool is_causal, int window_size_left, int window_size_right, float softcap, "
         "bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin, "
         "Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]",
-        _fa3,
+        stand_ins.fa3,
     )
     yield
     topk._destroy()
     fa3._destroy()
-
-
-def _vllm_topk(logits, lengths, output, workspace, k, max_seq_len):
-    assert workspace.numel() == 1 << 20 and output.shape == (len(logits), k) and max_seq_len == logits.shape[1]
-    _fast_topk(logits, output, lengths, None)
-
-
-def _fa3(q, k, v, k_new, v_new, q_v, out, cu_q, *rest):
-    used, longest_q, longest_k, pages = rest[3], rest[4], rest[5], rest[6]
-    sm_scale, causal, left, right, softcap = rest[15:20]
-    assert k_new is v_new is out is None and cu_q.tolist() == list(range(len(q) + 1)) and set(used.tolist()) == {pages.shape[1]}
-    assert (longest_q, longest_k, causal, left, right, softcap) == (1, pages.shape[1], True, -1, -1, 0.0)
-    assert rest[26:28] == (1, 0)
-    if q_v is None:  # keys as wide as they are, values the first of them
-        return list(functions.sparse_attention(q, k[:, 0], pages[:, None], sm_scale, d_v=v.shape[-1]))
-    assert k.shape[1:] == (1, 1, 64) and v.shape[1:] == (1, 1, 512)
-    kv = torch.cat([v, k], -1)[:, 0]
-    out, lse = functions.sparse_attention(torch.cat([q_v, q], -1), kv, pages[:, None], sm_scale)
-    return [out, lse]
 
 
 def define(library, schema, stand_in):
@@ -238,77 +167,18 @@ def define(library, schema, stand_in):
     library.impl(schema.partition("(")[0], stand_in, "CPU")
 
 
-def _plan(lengths):
-    return lengths.new_zeros(len(lengths) + 1, 2)
-
-
-def _topk_v2_paged(scores, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices=None):
-    assert scores.stride(0) % 4 == 0 and metadata.shape == (len(scores) + 1, 2) and page_size & (page_size - 1) == 0
-    _fast_topk(scores, out_page_indices, seq_lens, None)
-    if page_tables is not None:
-        tokens = out_page_indices.clamp(min=0)
-        slots = page_tables.gather(1, (tokens // page_size).long()) * page_size + tokens % page_size
-        out_page_indices.copy_(torch.where(out_page_indices < 0, -1, slots))
-
-
-def _topk_v2_ragged(scores, seq_lens, *, out_offsets, out_indices, row_starts=None):
-    assert seq_lens.dtype == out_offsets.dtype == out_indices.dtype == torch.int32 and scores.stride(0) % 4 == 0
-    _fast_topk(scores, out_indices, seq_lens, row_starts)
-    out_indices.copy_(torch.where(out_indices < 0, -1, out_indices + out_offsets[:, None]))
-
-
-def _triton_mla(q, kv, indices, sm_scale, d_v=512, *, topk_length=None, out=None, union=0):
-    assert union in (0, 2, 4) and topk_length.shape == q.shape[:1] and (not union or len(q) % union == 0)
-    return functions.sparse_attention(q, kv, indices, sm_scale)[0]
-
-
-def _q8kv8(q, kv, indices, sm_scale, q_scale, kv_scale, d_v=512):
-    assert q.dtype == kv.dtype == torch.float8_e4m3fn and q_scale.shape == kv_scale.shape == (1,) and q.shape[1] % 64 == 0
-    out, lse = functions.sparse_attention(
-        (q.float() * q_scale).bfloat16(), (kv.float() * kv_scale).bfloat16(), indices, sm_scale
-    )
-    return out, lse, lse
-
-
-def _cudnn_indexer(q, k, w, ratio=4, q_causal_offsets=None, precision="bf16", q_scale=None, k_scale=None):
-    assert ratio == 1 and precision == "fp8" and q_scale.shape == w.shape and q_causal_offsets.dtype == torch.int32
-    queries, context = q.shape[1], k.shape[1]
-    ends = torch.arange(1, queries + 1, dtype=torch.int32) + q_causal_offsets
-    logits = functions.indexer_logits(q[0], k[0, :, 0], k_scale[0, :, 0], w[0], torch.zeros_like(ends), ends)
-    return {"scores": logits[None, :, :context]}
-
-
-class _CudnnTopk:
-    """cuDNN-frontend's plan of a top-k."""
-
-    def __init__(self, sample_input_values, sample_seq_lens, top_k, return_val, deterministic):
-        assert not return_val and deterministic
-        self.topk, self.ready = top_k, 0
-
-    def check_support(self):
-        self.ready += 1
-        return True
-
-    def compile(self):
-        self.ready += 1
-
-    def scratch_workspace_bytes(self):
-        return 64
-
-    def execute(self, input_values, seq_lens, *, out_indices, workspace):
-        assert self.ready == 2 and workspace.numel() == 64
-        _fast_topk(input_values, out_indices, seq_lens, None)
-        return out_indices, None
-
-
 @pytest.fixture(autouse=True)
 def python_libraries(monkeypatch):
     """The functions of the libraries that are Python modules."""
-    top_k = {"plan_topk_v2": _plan, "topk_transform_paged_v2": _topk_v2_paged, "topk_transform_ragged_v2": _topk_v2_ragged}
+    top_k = {
+        "plan_topk_v2": stand_ins.plan,
+        "topk_transform_paged_v2": stand_ins.topk_v2_paged,
+        "topk_transform_ragged_v2": stand_ins.topk_v2_ragged,
+    }
     monkeypatch.setattr(topk_v2, "imported", lambda name: SimpleNamespace(**top_k))
-    monkeypatch.setattr(triton_mla, "library", lambda: SimpleNamespace(sparse_mla_prefill=_triton_mla))
-    monkeypatch.setattr(q8kv8, "imported", lambda name: SimpleNamespace(sparse_mla_q8kv8_prefill_fwd=_q8kv8))
-    cudnn = SimpleNamespace(indexer_forward_wrapper=_cudnn_indexer, IndexerTopK=_CudnnTopk)
+    monkeypatch.setattr(triton_mla, "library", lambda: SimpleNamespace(sparse_mla_prefill=stand_ins.triton_mla))
+    monkeypatch.setattr(q8kv8, "imported", lambda name: SimpleNamespace(sparse_mla_q8kv8_prefill_fwd=stand_ins.q8kv8))
+    cudnn = SimpleNamespace(indexer_forward_wrapper=stand_ins.cudnn_indexer, IndexerTopK=stand_ins.CudnnTopk)
     monkeypatch.setattr(cudnn_frontend, "imported", lambda name: cudnn)
 
 
@@ -487,27 +357,9 @@ def test_flashinfer_is_called_with_its_options(monkeypatch):
     assert os.environ["FLASHINFER_TOPK_ALGO"] == "clusters"
 
 
-class _Mla:
-    """FlashInfer's paged MLA in plain operations: a page is a token."""
-
-    def __init__(self, workspace, backend):
-        assert workspace.dtype == torch.int8 and backend == "auto"
-
-    def plan(self, qo, kv, pages, lengths, heads, d_v, d_rope, page, causal, sm_scale, q_dtype, kv_dtype):
-        assert page == 1 and not causal and q_dtype == kv_dtype == torch.bfloat16
-        assert qo.tolist() == list(range(len(lengths) + 1)) and kv[-1] == len(pages) and qo.dtype == kv.dtype == torch.int32
-        self.pages, self.lengths, self.sm_scale, self.shape = pages, lengths, sm_scale, (heads, d_v, d_rope)
-
-    def run(self, q_nope, q_rope, kv_nope, kv_rope, return_lse):
-        assert not return_lse and (*q_nope.shape[1:], q_rope.shape[2]) == self.shape
-        chosen = self.pages.view(len(self.lengths), 1, -1)
-        kv = torch.cat([kv_nope, kv_rope], -1)
-        return functions.sparse_attention(torch.cat([q_nope, q_rope], -1), kv, chosen, self.sm_scale)[0]
-
-
 @pytest.mark.parametrize("each", [ATTENTION, ATTENTION_512], ids=lambda each: each.id)
 def test_flashinfer_attends_page_by_page(monkeypatch, each):
-    library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=_Mla))
+    library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=stand_ins.Mla))
     monkeypatch.setattr(flashinfer, "imported", lambda name: library)
     monkeypatch.setattr(flashinfer, "_WORKSPACE", 16)
     stage = stage_of(each.stage)
@@ -517,76 +369,6 @@ def test_flashinfer_attends_page_by_page(monkeypatch, each):
     assert prepared.label == "FlashInfer MLA" and accuracy.passed, accuracy.detail
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_only_torch_takes_part():
-    able = {peer.name for peer in peers.load(peers.sources()) if peer.available() is None}
-    gathered = {"PyTorch (gathered, SDPA)", "PyTorch (gathered latents)", "PyTorch (gathered latents, SDPA)"}
-    assert able == {"torch.topk", "PyTorch (unfused)", *gathered}
-
-
-def test_a_missing_library_is_a_reason():
-    assert libraries.loaded("sgl_kernel", "flashmla_ops.abi3.so", "sglang-kernel") == "sglang-kernel is not installed"
-    assert libraries.imported("no_such_library.part") == "no_such_library is not installed"
-    assert libraries.from_file("no_such_library", "part.py", "no-such") == "no-such is not installed"
-    assert libraries.version_of("no-such", "no_such_library/part.py") is None
-
-
-def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "a_package").mkdir()
-    (tmp_path / "a_package" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    (tmp_path / "a_package" / "broken.abi3.so").write_bytes(b"not a library")
-    (tmp_path / "a_package" / "broken.py").write_text("raise OSError('no driver')")
-    (tmp_path / "broken_module.py").write_text("raise OSError('libnuma is missing')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert libraries.loaded("a_package", "absent.*so", "a-package") == "a-package has no absent.*so"
-    assert libraries.loaded("a_package", "broken.*so", "a-package").startswith("broken.abi3.so cannot be loaded")
-    assert libraries.imported("broken_module") == "broken_module cannot be imported: OSError: libnuma is missing"
-    assert libraries.from_file("a_package", "absent.py", "a-package") == "a-package has no absent.py"
-    assert libraries.from_file("a_package", "broken.py", "a-package") == "broken.py cannot be imported: OSError: no driver"
-
-
-def test_files_without_their_package_are_enough(tmp_path, monkeypatch):
-    """What was carried to a machine may be a folder of files, without ``__init__`` or metadata."""
-    (tmp_path / "carried").mkdir()
-    (tmp_path / "carried" / "part.py").write_text("ANSWER = 42")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert libraries.from_file("carried", "part.py", "carried").ANSWER == 42
-    version = libraries.version_of("carried", "carried/part.py")
-    (tmp_path / "carried" / "part.py").write_text("ANSWER = 43")
-    assert version.startswith("of unknown version (sha1 ") and libraries.version_of("carried", "carried/part.py") != version
-    assert libraries.version_of("torch", "carried/part.py") == importlib.metadata.version("torch")
-
-
-def test_a_library_that_breaks_when_it_is_looked_at_is_a_reason(monkeypatch):
-    peer = named(flashmla, "FlashMLA")
-    monkeypatch.setattr(peer, "available", lambda: {}["driver"])
-    assert peer.reason() == "cannot be looked at: KeyError: 'driver'"
-
-
 def test_dense_attention_runs_group_after_group():
     q, k, v = (torch.randn(1, 2, tokens, d).bfloat16() for tokens, d in ((4, 192), (16, 192), (16, 128)))
     dense.attention_of(q, k, v, groups=3)()
-
-
-def test_what_is_installed_is_named_with_its_version(monkeypatch):
-    monkeypatch.setattr(base, "version_of", lambda name, file: {"sglang-kernel": "0.4.2", "torch": "2.11"}.get(name))
-    found = {finding.what: finding for finding in installed.findings()}
-    assert set(found) == {"peer sglang-kernel", "peer torch", "peers not installed"} and all(each.ok for each in found.values())
-    assert found["peer sglang-kernel"].state.startswith("0.4.2: ") and "FlashMLA" in found["peer sglang-kernel"].state
-    assert "sgl-flash-mla" in found["peers not installed"].state and "sglang-kernel" not in found["peers not installed"].state
-
-
-def test_the_documented_commands_install_the_extras():
-    """Without dependencies pip ignores extras too: the command repeats what they hold, and SGLang, which cannot be resolved."""
-    root = Path(__file__).resolve().parents[2]
-    project, page = (root / "pyproject.toml").read_text(), (root / "docs/benchmark.md").read_text().replace("\\\n", " ")
-    listed = {
-        extra: set(re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)[1]))
-        for extra in ("peers", "peers-torch211")
-    }
-    without = set(re.search(r"^pip install --no-deps (.*)$", page, re.MULTILINE)[1].split())
-    assert {each for each in without if not each.startswith("sglang==")} == listed["peers-torch211"]
-    named = re.search(r"\[bench,peers\]'  # (.*)$", page, re.MULTILINE)[1].split(", ")
-    assert sorted(named) == sorted(each.partition("==")[0] for each in listed["peers"])
-    known = {name for peer in peers.load(peers.sources()) for name in peer.distributions}
-    assert {each.partition("==")[0] for each in set().union(*listed.values())} - {"apache-tvm-ffi", "msgspec"} <= known
