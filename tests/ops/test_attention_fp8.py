@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import detect, resolve
 from dsa_codegen.kernels import build, render
 from dsa_codegen.kernels.variant import Variant
-from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec
+from dsa_codegen.ops.attention import OP, AttentionSizes, AttentionSpec, fp8
 from dsa_codegen.problem.compare import similarity_gap
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
@@ -44,6 +45,44 @@ def test_matches_the_reference(interpreter, spec, case):
     accuracy = interpreter.call(interpret, OP.name, spec, TRITON, case, H200, 1)
     assert accuracy.passed, accuracy.detail
     assert accuracy.similarity < 5e-6
+
+
+def cut(q, latent, bits=13):
+    """``q @ latent.T`` as Hopper adds up: 32 products and the sum so far, each cut where the largest of them has no bit."""
+    total = torch.zeros(len(q), len(latent))
+    for first in range(0, q.shape[1], 32):
+        products = q[:, None, first : first + 32] * latent[None, :, first : first + 32]
+        largest = torch.maximum(products.abs().amax(-1), total.abs()).clamp_min(1e-30)
+        bit = torch.exp2(torch.floor(torch.log2(largest)) - bits)
+        total = (torch.trunc(products / bit[..., None]).sum(-1) + torch.trunc(total / bit)) * bit
+    return total
+
+
+def as_on_hopper(spec, inputs, without=0):
+    """What its sums make of the outputs; ``without``: so many of each list's last tokens are left out."""
+    found = {"out": torch.zeros(*inputs["q"].shape[:2], spec.d_v), "lse": OP.reference(spec, inputs)["lse"]}
+    for query, listed in enumerate(inputs["indices"][:, 0].long()):
+        valid = (listed >= 0) & (listed < len(inputs["kv"])) & (torch.arange(len(listed)) < inputs["lengths"][query])
+        tokens = listed[valid][: int(valid.sum()) - without]
+        latent, scale = inputs["kv"][tokens, 0].float(), inputs["kv_scale"][tokens, 0]
+        factor = inputs["q_scale"][query, :, None] * inputs["sm_scale"] * scale
+        scores = cut(inputs["q"][query].float(), latent) * factor
+        peak = torch.exp2((scores / math.log(2) + scale.log2()).amax(-1, keepdim=True).ceil() - fp8.TOP) if len(tokens) else 1.0
+        weights, sink = scores.exp() / peak, inputs["sink"][:, None].exp() / peak
+        rounded = (weights * scale).to(torch.float8_e4m3fn).float()
+        found["out"][query] = rounded @ latent[:, : spec.d_v] / (weights.sum(-1, keepdim=True) + sink)
+    return found
+
+
+def test_weights_on_the_other_side_of_a_boundary_are_told_from_what_is_wrong():
+    """A draw in which heads that look at few tokens round them to the other side, as a sum of 13 bits is a little off."""
+    spec, case = AttentionSpec(64, 512, 2063, lengths=True, sink=True, math="fp8"), Case(AttentionSizes(5, 333), "ragged")
+    inputs = OP.inputs(spec, case, Draw(17, "cpu"))
+    reference, outputs = OP.reference(spec, inputs), as_on_hopper(spec, inputs)
+    assert similarity_gap(outputs["out"], reference["out"]) > 4e-4
+    accuracy = OP.check(spec, inputs, outputs, reference)
+    assert accuracy.passed and accuracy.similarity < 1e-5, accuracy.detail
+    assert not OP.check(spec, inputs, as_on_hopper(spec, inputs, without=1), reference).passed
 
 
 @pytest.mark.parametrize(
