@@ -12,8 +12,7 @@ from .choice import LOGITS_BYTES, index_select_paged, slots_of
 from .errors import InputError
 from .problem import checks
 from .problem.caches import valid_slots
-from .problem.paged import check_cache, check_plain_cache
-from .problem.presets import PRECISIONS
+from .problem.paged import check_keys
 
 _ALIGNED_ROWS = 4  # kernels read lengths of 4 bytes that lie on 16-byte addresses
 _NONE = 1 << 30  # in place of a number that is no candidate: sorts behind all others
@@ -88,11 +87,8 @@ def _checked(
     q: Tensor, cache: Tensor, lengths: Tensor, page_table: Tensor, candidates: Tensor, block: int | None, scores: str
 ) -> int:
     """The tokens of a block."""
-    checks.one_of("scores", scores, PRECISIONS)
-    quantised = scores == "fp8"
-    allowed = checks.FP8 if quantised else checks.floating(q)
-    batch, next_n, _, head_dim = checks.rows("q", q, (None, None, None, None), allowed).shape
-    page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
+    checked, page = check_keys(q, cache, scores)
+    batch, next_n = checked.shape[:2]
     checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
     checks.tensor("page_table", page_table, (batch, None), torch.int32, like=q, inner_contiguous=True)
     checks.tensor("candidates", candidates, (batch, next_n, None), torch.int32, like=q)

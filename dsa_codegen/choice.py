@@ -25,8 +25,7 @@ from .ops.logits import LOGITS, chunk_rows
 from .ops.select import OP as SELECT
 from .ops.select import SelectSpec
 from .problem import checks
-from .problem.paged import check_cache, check_plain_cache
-from .problem.presets import PRECISIONS
+from .problem.paged import check_keys
 
 LOGITS_BYTES = 1 << 30
 _ALIGNED_ROWS = 4  # kernels read windows of 4 bytes that lie on 16-byte addresses
@@ -88,13 +87,10 @@ def index_select(
     options["batch_invariant"] = batch_invariant
 
     def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
-        parts = q[rows], k, k_scale, weights[rows], starts[rows], ends[rows]
-        written = None if chosen_scores is None else chosen_scores[rows]
-        made = functions.indexer_logits(*parts, **options)
-        if adaptive is not None and chosen_lengths is not None:
-            buffers = chosen_lengths[rows], out, written
-            return _adapted(made, ends[rows], starts[rows], table, rule, adaptive.of_rows(rows), buffers, sms)
-        return _choose(made, ends[rows], starts[rows], table, rule, out, written, sms)
+        made = functions.indexer_logits(q[rows], k, k_scale, weights[rows], starts[rows], ends[rows], **options)
+        worth = None if adaptive is None else adaptive.of_rows(rows)
+        buffers = _part(chosen_lengths, rows), out, _part(chosen_scores, rows)
+        return _taken(made, ends[rows], starts[rows], table, rule, worth, buffers, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
     if step >= queries:
@@ -150,11 +146,8 @@ def index_select_paged(
     Raises:
         InputError, SpecError: before anything is launched.
     """
-    checks.one_of("scores", scores, PRECISIONS)
-    quantised = scores == "fp8"
-    allowed = checks.FP8 if quantised else checks.floating(q)
-    batch, next_n, _, head_dim = checks.rows("q", q, (None, None, None, None), allowed).shape
-    page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
+    checked, page = check_keys(q, cache, scores)
+    batch, next_n = checked.shape[:2]
     rule = _rule(topk, page, keep_first, keep_recent)
     _check_kinds(max_bytes=(max_bytes, "int"), slots=(slots, "bool"), max_context=(max_context, "int"))
     checks.one_of("logits", logits, tuple(LOGITS))
@@ -167,18 +160,13 @@ def index_select_paged(
     options["batch_invariant"] = batch_invariant
 
     def choose(rows: slice, out: Tensor | None) -> Tensor:
-        own = slice(None if rows.start is None else rows.start * next_n, None if rows.stop is None else rows.stop * next_n)
-        pages, ends = page_table[rows], lengths[rows].flatten()
+        own, pages, ends = _queries_of(rows, next_n), page_table[rows], lengths[rows].flatten()
         made = functions.indexer_logits_paged(q[rows], cache, weights[own], lengths[rows], pages, max_context, **options)
-        begins = None if starts is None else starts[rows].flatten()
         if not slots:  # as slots do, tokens end where the table does
             ends = ends.clamp(max=pages.shape[1] * rule.page)
-        written = None if chosen_scores is None else chosen_scores[rows].flatten(0, 1)
-        flat = None if out is None else out.flatten(0, 1)
-        if adaptive is not None and chosen_lengths is not None:
-            buffers = chosen_lengths[rows].flatten(), flat, written
-            return _adapted(made, ends, begins, pages if slots else None, rule, adaptive.of_rows(own), buffers, sms)
-        return _choose(made, ends, begins, pages if slots else None, rule, flat, written, sms)
+        worth = None if adaptive is None else adaptive.of_rows(own)
+        buffers = _flat(chosen_lengths, rows), None if out is None else out.flatten(0, 1), _flat(chosen_scores, rows)
+        return _taken(made, ends, _flat(starts, rows), pages if slots else None, rule, worth, buffers, sms)
 
     step = _sequences(max_bytes, batch, next_n, max_context, logits)
     if step >= batch:
@@ -248,6 +236,21 @@ def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
     return torch.where((token < 0) | (block < 0), -1, block * page + token % page).view(tokens.shape)
 
 
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _flat(tensor: Tensor | None, sequences: slice) -> Tensor | None:
+    """One row for each query of some sequences."""
+    return None if tensor is None else tensor[sequences].flatten(0, 1)
+
+
+def _queries_of(sequences: slice, next_n: int) -> slice:
+    """The rows that belong to some sequences."""
+    first, last = sequences.start, sequences.stop
+    return slice(None if first is None else first * next_n, None if last is None else last * next_n)
+
+
 def _sequences(max_bytes: int, batch: int, next_n: int, columns: int, logits: str) -> int:
     """How many sequences' logits to compute at a time: all, or as many whole groups of 4 as the budget allows, at least one."""
     fitting = chunk_rows(max_bytes, batch * next_n, columns, logits) // max(next_n, 1)
@@ -289,6 +292,27 @@ def _table_of(page_table: Tensor | None, queries: int, rows: slice) -> Tensor | 
         return None
     request = torch.arange(rows.start, rows.stop, device=page_table.device) // (queries // len(page_table))
     return page_table[request]
+
+
+def _taken(
+    logits: Tensor,
+    ends: Tensor,
+    starts: Tensor | None,
+    table: Tensor | None,
+    rule: SelectSpec,
+    adaptive: Adaptive | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sms: int | None,
+) -> Tensor:
+    """Select from one chunk's logits, all that the spec allows or as many as a rule of these rows finds worth it.
+
+    Args:
+        buffers: where to write lengths, tokens or slots, and scores, each where it is wanted.
+    """
+    lengths, out, scores = buffers
+    if adaptive is not None and lengths is not None:
+        return _adapted(logits, ends, starts, table, rule, adaptive, (lengths, out, scores), sms)
+    return _choose(logits, ends, starts, table, rule, out, scores, sms)
 
 
 def _choose(

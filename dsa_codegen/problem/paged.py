@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .caches import Field, IndexKLayout, KvV4Layout, KvV32Layout
 from .channels import INDEX_WIDTHS, MOST, MOST_TAIL, STEP
 from .draw import Draw
 from .kv_layouts import KV_LAYOUTS, ROW_SCALES, KvPlainLayout, KvV41Layout, Layout, kv_layout
+from .presets import PRECISIONS
 from .values import Scalar, next_power_of_two
 
 LAYOUTS = ("index_k", *KV_LAYOUTS)
@@ -147,6 +149,18 @@ def check_cache(name: str, value: object, bytes_per_token: int, like: Tensor | N
         allowed = f"a multiple of {_ALIGNMENT} of at least {page * bytes_per_token}"
         raise InputError(name, f"{cache.stride(0)} bytes between blocks", allowed)
     return page
+
+
+def check_keys(q: Any, cache: Any, scores: Any) -> tuple[Tensor, int]:
+    """Check an indexer's queries [batch, next_n, heads, head_dim] and the paged cache of its keys, in one of ``PRECISIONS``.
+
+    Returns:
+        the queries, with rows that are read as they lie, and the tokens of a page.
+    """
+    checks.one_of("scores", scores, PRECISIONS)
+    quantised = scores == "fp8"
+    q = checks.rows("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
+    return q, check_cache("cache", cache, q.shape[3] + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
 
 
 def check_plain_cache(name: str, value: object, q: Tensor) -> int:

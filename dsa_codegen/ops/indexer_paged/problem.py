@@ -19,7 +19,7 @@ from ...problem import channels, checks, compare
 from ...problem.caches import IndexKLayout, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.paged import check_cache, check_plain_cache
+from ...problem.paged import check_keys
 from ...problem.presets import MLA, PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
@@ -100,11 +100,8 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, invariant = args
         checks.one_of("score", score, SCORES)
         checks.one_of("logits", logits, tuple(LOGITS))
-        checks.one_of("scores", scores, PRECISIONS)
-        quantised = scores == "fp8"
-        q = checks.rows("q", q, (None, None, None, None), checks.FP8 if quantised else checks.floating(q))
+        q, page = check_keys(q, cache, scores)
         batch, next_n, heads, head_dim = q.shape
-        page = check_cache("cache", cache, head_dim + 4, like=q) if quantised else check_plain_cache("cache", cache, q)
         whole = whole_weights(heads)
         weights = checks.rows("weights", weights, (batch * next_n, heads), torch.float32, like=q, whole=whole)
         lengths = checks.tensor("lengths", lengths, (batch, next_n), torch.int32, like=q)
