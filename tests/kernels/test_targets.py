@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["a100", "l40s", "h200", "b200", "rtx5090"]
 SMALL_SPILL = 64  # bytes; a spill of this size costs less than the smaller tile that would avoid it
 LONG = {"attention", "attention_backward", "attention_dense", "attention_paged", "indexer_backward", "select"}
-"""Operations that take a compiler 2 to 20 s for each GPU: for Hopper and the oldest everywhere, for the others further."""
+"""Operations that take a compiler 2 to 20 s for each GPU."""
 
 
 def defaults():
-    """Operations and GPUs."""
+    """Operations and GPUs: all for Hopper and the oldest, quick ones for the newest data center GPU, the others further."""
     for op in ops.all_ops().values():
         for gpu in GPUS:
-            further = op.name in LONG and gpu not in ("a100", "h200")
-            yield pytest.param(op, gpu, id=f"{op.name}-{gpu}", marks=FURTHER if further else ())
+            here = gpu in ("a100", "h200") or (gpu == "b200" and op.name not in LONG)
+            yield pytest.param(op, gpu, id=f"{op.name}-{gpu}", marks=() if here else FURTHER)
 
 
 @pytest.mark.parametrize(("op", "gpu"), defaults())

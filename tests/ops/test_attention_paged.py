@@ -16,7 +16,7 @@ from dsa_codegen.problem.caches import KvV4Layout, KvV32Layout, as_pages
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 
-from support import H200, assert_compiles, assert_matches_reference, completed, default
+from support import FURTHER, H200, assert_compiles, assert_matches_reference, completed, default
 
 SPECS = [
     AttentionPagedSpec(16, 64),
@@ -85,9 +85,9 @@ def test_default_config_compiles_for_hopper(name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"block_h": 16, "block_n": 64, "num_warps": 8},
+        pytest.param({"block_h": 16, "block_n": 64, "num_warps": 8}, marks=FURTHER),
         {"block_h": 32, "block_n": 32},
-        {"block_h": 64, "block_n": 32, "num_warps": 8, "num_stages": 3},
+        pytest.param({"block_h": 64, "block_n": 32, "num_warps": 8, "num_stages": 3}, marks=FURTHER),
         {"block_h": 64, "block_n": 64, "num_warps": 8, "dequantize": "cast"},
     ],
     ids=str,
@@ -102,7 +102,7 @@ def test_rotary_channels_within_the_value_of_any_rows_compile():
     assert_compiles(OP, spec, SMALL, spills=96)
 
 
-@pytest.mark.parametrize("heads", [8, 16, 64, 128])
+@pytest.mark.parametrize("heads", [8, *(pytest.param(heads, marks=FURTHER) for heads in (16, 64)), 128])
 def test_two_pools_compile_for_hopper(heads):
     spec = AttentionPagedSpec(heads, 128, "v4", 256, sink=True, extra_topk=512, extra_page=64, extra_lengths=True)
     assert_compiles(OP, spec, default(OP, spec, "triton"), spills=64)
