@@ -89,27 +89,13 @@ def tune(
     if storage and cluster:
         raise InputError("storage", "a database", "files of this host, which a cluster's hosts reach through it")
     chosen, notes, aim = _aim(problems(wanted, gpu), folder, effort)
-    ledger = Ledger(
-        state / gpu.id, [*aim, *backends, "offline" if offline else "gpu", *_named(effort)], budget.wall_s, patience
-    )
-    with (
-        ledger,
-        _compilers(wanted, gpu, ledger, backends, _processes(processes, offline, devices, cluster)) as pool,
-        _judge(pool, ledger, offline, () if cluster else devices) as evaluator,
-    ):
-        opener = Opener(
-            ledger.folder,
-            folder,
-            evaluator.method,
-            evaluator.measures,
-            budget.trials,
-            seed,
-            fresh,
-            tuple(backends),
-            patience,
-            Database(storage) if storage else FILES,
-            effort.narrow,
-        )
+    names = [*aim, *backends, "offline" if offline else "gpu", *_named(effort)]
+    ledger = Ledger(state / gpu.id, names, budget.wall_s, patience)
+    size, here = _processes(processes, offline, devices, cluster), () if cluster else devices
+    with ledger, _compilers(wanted, gpu, ledger, backends, size) as pool, _judge(pool, ledger, offline, here) as evaluator:
+        measured = evaluator.method, evaluator.measures, budget.trials, seed, fresh
+        shelf = Database(storage) if storage else FILES
+        opener = Opener(ledger.folder, folder, *measured, tuple(backends), patience, shelf, effort.narrow)
         return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
 
 
@@ -175,11 +161,7 @@ class _Run:
             if self.opener.fresh:
                 self.ledger.restart()
             try:
-                if self.cluster:
-                    self._elsewhere(self.cluster, evaluator.search_share)
-                else:
-                    self._search(evaluator)
-                    self._finals(evaluator)
+                self._settle_all(evaluator)
             except KeyboardInterrupt:
                 interrupted = True
                 self._salvage()
@@ -191,25 +173,32 @@ class _Run:
         if not evaluator.measures:
             for line in ranking.trust(f"{study.space.op.name}.{study.space.backend}" for study in self.opened.studies):
                 self.opened.note(line)
+        return self._report(wanted, statuses, interrupted)
+
+    def _report(self, wanted: Sequence[Problem], statuses: tuple[StudyStatus, ...], interrupted: bool) -> Report:
         for complaint in filter(None, map(_complaint, self.opened.studies)):
             self.opened.note(complaint)
         found = tuple(record for each in self.written.values() for record in each)
         files = dict.fromkeys(records.path_of(self.folder, record.gpu.id, record.op) for record in found)
-        missing = tuple(self._missing(problem) for problem in wanted if not self._served(problem))
-        notes = tuple(self.opened.notes)
-        failures = tuple(failure for study in self.opened.studies for failure in _failures(study))
         return Report(
-            found,
-            tuple(files),
-            statuses,
-            notes,
-            interrupted,
-            self.ledger.elapsed_s,
-            missing,
-            failures,
-            tuple(self.changes),
-            self.account,
+            records=found,
+            files=tuple(files),
+            studies=statuses,
+            notes=tuple(self.opened.notes),
+            interrupted=interrupted,
+            elapsed_s=self.ledger.elapsed_s,
+            missing=tuple(self._missing(problem) for problem in wanted if not self._served(problem)),
+            failures=tuple(failure for study in self.opened.studies for failure in _failures(study)),
+            changes=tuple(self.changes),
+            account=self.account,
         )
+
+    def _settle_all(self, evaluator: Evaluator) -> None:
+        if self.cluster:
+            self._elsewhere(self.cluster, evaluator.search_share)
+        else:
+            self._search(evaluator)
+            self._finals(evaluator)
 
     def _search(self, evaluator: Evaluator) -> None:
         search, begun = Search(self.opened.studies, evaluator, self._tell), time.monotonic()
