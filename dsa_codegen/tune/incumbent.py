@@ -55,8 +55,5 @@ class Change:
     """What that took in this run's final, beside the new one; None where it no longer runs or is no longer right."""
     why: str = ""
     """Why it was not timed."""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the config is the same as before."""
-        return self.before is not None and dict(self.before.config) == dict(self.now.config)
+    kept: bool = False
+    """Whether the config is what the operation read there before: a record may be older than one of its parameters."""

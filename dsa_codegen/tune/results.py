@@ -97,7 +97,7 @@ def _change(record: Record, incumbent: Incumbent | None, field: Sequence[Found],
     beside = next((each.outcome.time_us for each in field if each.standing), None)
     known = study.outcome_of(incumbent.config)
     why = "" if known is None or known[1].ok else f"{known[1].kind.value}: {known[1].detail}"
-    return Change(record, incumbent.record, beside, why)
+    return Change(record, incumbent.record, beside, why, kept=incumbent.config.to_dict() == dict(record.config))
 
 
 def _reject(found: Found, outcome: Outcome) -> None:

@@ -89,6 +89,15 @@ def test_what_is_recorded_runs_in_the_final_and_is_kept_where_it_is_faster(go, g
     assert (change.before.time_us.median, change.now.time_us.median) == (80.0, 81.0)
 
 
+def test_a_record_older_than_a_parameter_is_kept_where_it_means_the_same(go, good, tmp_path, monkeypatch):
+    table = tuple(dataclasses.replace(each, before=1) if each.name == "splits" else each for each in OP.parameters("triton"))
+    monkeypatch.setattr(type(OP), "parameters", lambda self, backend: table)
+    older = dataclasses.replace(good, config={name: each for name, each in good.config.items() if name != "splits"})
+    records.merge(tmp_path / "tuned", [older])
+    (change,) = go(only(OTHER, 50.0), fast=only(GOOD, 81.0)).changes
+    assert change.kept and "splits" in change.now.config and "splits" not in change.before.config
+
+
 def test_it_gives_way_to_what_is_faster_beside_it_and_both_times_are_told(go, good, tmp_path, capsys):
     times = {OTHER: 70.0, GOOD: 85.0}
     report = go(lambda choice: times.get(choice, 100.0))
