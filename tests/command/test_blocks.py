@@ -29,7 +29,7 @@ ELSEWHERE = {
     r"python scripts/sanitize\.py": "needs a GPU and compute-sanitizer",
     r"python scripts/several_gpus\.py .*": "needs several GPUs; tests/bench/test_bench_several.py has it run over gloo",
     r"git add .*": "commits",
-    r"python cli\.py verify --(preset deepseek-v3\.2|spec my-\w+\.yaml( --op \w+)?)": "minutes of interpreter; that of tiny runs",
+    r"python cli\.py verify --(preset deepseek-v3\.2|spec my-\w+\.yaml( --op \w+)?)": "minutes of interpreter; tiny runs",
     r"python cli\.py tune --gpu auto .*": "for the GPU that serves; for one that is named it runs",
     r"python cli\.py tune .*--backend cuda.*": "a minute of nvcc; tests/tune/test_tune_search.py restricts a search",
     r"python cli\.py tune --dashboard .*": "serves a page until it is interrupted; tests/tune/test_tune_look.py",

@@ -27,7 +27,7 @@ def cli(*arguments: str, cwd: Path = ROOT, hidden: Sequence[str] = (), **environ
     Args:
         hidden: packages that are not to be found, as where they are not installed.
     """
-    return script(ROOT / "cli.py", *arguments, cwd=cwd, hidden=hidden, COLUMNS="200", **environment)
+    return script(ROOT / "cli.py", *arguments, cwd=cwd, hidden=hidden, **{"COLUMNS": "200", **environment})
 
 
 def script(
