@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError
 from dsa_codegen.ops.adapt import OP, AdaptSizes, AdaptSpec
 from dsa_codegen.problem import presets
@@ -32,10 +31,6 @@ def test_matches_the_reference(interpreter, spec, case):
 def test_compiles_for_hopper(topk, mass):
     spec = AdaptSpec(topk, mass=mass, counts=True)
     assert_compiles(OP, spec, OP.default_config(spec, AdaptSizes(64, 65536), H200))
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("adapt") is OP
 
 
 def by_hand(scores, topk, mass=None, scale=1.0, of="window", least=-math.inf, most=10**9):

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
@@ -133,10 +132,6 @@ def test_more_blocks_share_a_row_when_rows_are_few():
     assert splits == sorted(splits, reverse=True)
     assert splits[0] >= 16
     assert splits[-1] == 1
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("attention_paged") is OP
 
 
 def test_serves_the_models_whose_latents_a_cache_can_hold():

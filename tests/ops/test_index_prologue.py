@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.index_prologue import OP, IndexPrologueSizes, IndexPrologueSpec
 from dsa_codegen.ops.index_prologue.problem import hadamard_matrix
@@ -51,10 +50,6 @@ def test_keys_alone_are_stored_as_with_queries():
     call(inputs)
     assert inputs["cache"].any()
     assert torch.equal(alone["cache"], inputs["cache"])
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("index_prologue") is OP
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import detect, resolve
 from dsa_codegen.kernels import build, render
@@ -195,10 +194,6 @@ def test_columns_that_begin_with_each_window_are_always_masked():
     spec = IndexerSpec(8, 128, compressed=True)
     texts = {render.render(OP, spec, WIDE.replace(edges=edges)).code for edges in (False, True)}
     assert len(texts) == 1
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("indexer") is OP
 
 
 @pytest.mark.parametrize(

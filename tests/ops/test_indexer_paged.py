@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec
@@ -119,10 +118,6 @@ def test_logits_that_the_l2_keeps_are_written_stage_by_stage(batch, together):
     assert launch.args[-1] == together
     (plain,) = OP.launches(IndexerPagedSpec(8, 64), HOPPER, inputs, outputs, H200)
     assert len(plain.args) == len(launch.args) - 1
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("indexer_paged") is OP
 
 
 @pytest.mark.parametrize(

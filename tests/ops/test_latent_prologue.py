@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.latent_prologue import OP, LatentPrologueSizes, LatentPrologueSpec
 from dsa_codegen.problem import presets
@@ -42,10 +41,6 @@ def test_matches_the_reference_with_options(interpreter, spec):
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[-1]], ids=lambda spec: spec.id)
 def test_compiles_for_hopper(spec):
     assert_compiles(OP, spec, SMALL)
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("latent_prologue") is OP
 
 
 @pytest.mark.parametrize(

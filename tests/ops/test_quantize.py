@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.quantize import OP, QuantizeSizes, QuantizeSpec
 from dsa_codegen.problem import presets
@@ -35,10 +34,6 @@ def test_matches_the_reference(interpreter, spec, case):
 @BY_SPEC
 def test_compiles_for_hopper(spec):
     assert_compiles(OP, spec, SMALL)
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("quantize") is OP
 
 
 @pytest.mark.parametrize(

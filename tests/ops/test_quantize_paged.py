@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.quantize_paged import OP, QuantizePagedSizes, QuantizePagedSpec
 from dsa_codegen.problem import caches, presets
@@ -42,10 +41,6 @@ def test_matches_the_reference(interpreter, spec, case):
 @BY_SPEC
 def test_compiles_for_hopper(spec):
     assert_compiles(OP, spec, SMALL)
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("quantize_paged") is OP
 
 
 @BY_SPEC

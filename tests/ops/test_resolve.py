@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dsa_codegen as dsa
-from dsa_codegen import ops
 from dsa_codegen.distributed import Shard, localise, merge_attention
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.ops.resolve import OP, ResolveSizes, ResolveSpec
@@ -34,10 +33,6 @@ def test_matches_the_reference(interpreter, spec, case):
 def test_compiles_for_hopper(topk):
     spec = ResolveSpec(topk)
     assert_compiles(OP, spec, OP.default_config(spec, ResolveSizes(64, 65536), H200))
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("resolve") is OP
 
 
 @pytest.mark.parametrize("misses", [True, False])

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsa_codegen import ops
 from dsa_codegen.errors import InputError, SpecError
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
@@ -126,10 +125,6 @@ def test_slots_go_through_the_page_table_and_absent_pages_give_none():
     table = torch.tensor([[5, -1, 2]], dtype=torch.int32)
     row = [*range(160, 192), *[-1] * 32]
     assert select(scores.contiguous(), page_table=table, page=32).tolist() == [row, row]
-
-
-def test_is_registered_by_its_stem():
-    assert ops.get("select") is OP
 
 
 @pytest.mark.parametrize(
