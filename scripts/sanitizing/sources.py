@@ -58,6 +58,7 @@ FURTHER = (
     # What prompts take: marked, read back, spread, listed anew, then prefill's kernels.
     *(Further("attention_paged", {"heads": heads}, _PAGED.replace(flat=True)) for heads in (16, 128)),
     Further("attention_paged", {"kv_layout": "bf16"}, _PAGED.replace(flat=True)),
+    Further("attention_paged", {"heads": 16}, _PAGED.replace(flat=True, sweep=True)),
     # Few rows: clusters whose blocks share a row's entries, one block for heads or two, over both layouts and two pools.
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4)),
     Further("attention_paged", {"heads": 16, **_V4}, _PAGED.replace(sharers=2)),

@@ -30,7 +30,7 @@ BY_SHARERS = [
 
 
 def shared(sharers):
-    return Config.of("cuda", splits=0, sharers=sharers, columns=0, flat=False, interleave=False)
+    return Config.of("cuda", splits=0, sharers=sharers, columns=0, flat=False, interleave=False, sweep=False)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -11,6 +11,7 @@ import dsa_codegen as dsa
 from dsa_codegen.gpu import GPUS
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.ops.attention import staying
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec, flat
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
@@ -21,7 +22,8 @@ from dsa_codegen.runtime import dispatch
 import emulator
 from support import FURTHER, H200, assert_compiles
 
-FLAT = Config.of("cuda", splits=0, sharers=0, columns=0, flat=True, interleave=False)
+FLAT = Config.of("cuda", splits=0, sharers=0, columns=0, flat=True, interleave=False, sweep=False)
+SWEPT = FLAT.replace(sweep=True)
 POOLS = AttentionPagedSpec(16, 70, "v4", lengths=True, sink=True, extra_topk=90, extra_page=2, extra_lengths=True)
 NEEDS_COMPILER = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 
@@ -40,8 +42,8 @@ def test_it_compiles_for_hopper_without_spills(spec):
     assert_compiles(OP, spec, FLAT, spills=0)
 
 
-def emulated(spec, folder, order="shuffled", sms=1):
-    return Variant(OP, spec, FLAT, replace(H200, sms=sms), emulator.cuda_kernels(render(OP, spec, FLAT), folder, order))
+def emulated(spec, folder, order="shuffled", sms=1, config=FLAT):
+    return Variant(OP, spec, config, replace(H200, sms=sms), emulator.cuda_kernels(render(OP, spec, config), folder, order))
 
 
 @NEEDS_COMPILER
@@ -89,6 +91,31 @@ def test_only_chunks_that_are_listed_are_read_back(tmp_path, monkeypatch):
     read = (slots // 128 == 2) | (slots // 128 == 4)
     assert latents[read, 0].equal(expected[read])
     assert (latents[~read] == 7).all()
+
+
+@NEEDS_COMPILER
+def test_lists_that_are_sorted_are_marked_as_they_are_read(tmp_path, monkeypatch):
+    """Where one launch sorts all of them; sequences whose rows are not evenly apart are sorted one after another."""
+    monkeypatch.setattr(staying, "_SORTED_FROM", 1)
+    spec = AttentionPagedSpec(5, 70, lengths=True, sink=True)
+    variant = emulated(spec, tmp_path, sms=2, config=SWEPT)
+    inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(2, 9, 300), "ragged"), Draw(3)))
+    inputs["indices"] = torch.where(inputs["indices"] // 64 == 2, 0, inputs["indices"])
+    inputs["lengths"] = torch.tensor([70, 33], dtype=torch.int32)
+    together, apart = inputs["q"], torch.cat((inputs["q"], inputs["q"]), 1)[:, :9]
+    once, turns = ["spread", "sort", "read_back", "attention"], ["mark", "read_back", "spread", *["sort", "attention"] * 2]
+    for inputs["q"], names in ((together, once), (apart, turns)):
+        outputs = OP.allocate(spec, inputs)
+        launches = OP.launches(spec, SWEPT, inputs, outputs, variant.gpu)
+        assert [launch.kernel for launch in launches] == names
+        (back,) = (launch for launch in launches if launch.kernel == "read_back")
+        (latents,) = (arg for arg in back.args if isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16)
+        latents.fill_(7)
+        for launch in launches:
+            variant.kernels[launch.kernel](launch.grid, launch.args)
+        assert OP.check(spec, inputs, outputs, OP.reference(spec, inputs)).passed
+        assert (latents[128:192] == 7).all()
+        assert not (latents[:64] == 7).all()
 
 
 @NEEDS_COMPILER
@@ -154,6 +181,33 @@ PROMPT, DECODE = AttentionPagedSizes(4096, 1, 1 << 15), AttentionPagedSizes(64, 
 def test_it_serves_without_a_record(spec, sizes, first, tmp_path):
     found = lookup.lookup(OP, spec, sizes, H200, {"tuned": tmp_path})
     assert bool(found.config.backend == "cuda" and found.config["flat"]) == first
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "swept"),
+    [
+        (AttentionPagedSpec(64, 2048), PROMPT, True),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(1, 4096, 1 << 15), True),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(4096, 1, 16384), False),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(512, 1, 1 << 15), False),
+        (AttentionPagedSpec(128, 2048), PROMPT, True),
+        (AttentionPagedSpec(16, 2048), PROMPT, False),
+        (AttentionPagedSpec(16, 2048), AttentionPagedSizes(4096, 1, 1 << 17), True),
+        (AttentionPagedSpec(128, 2048, "bf16"), PROMPT, True),
+        (AttentionPagedSpec(64, 2048, "bf16"), DECODE, False),
+        (AttentionPagedSpec(64, 512, "v4"), PROMPT, False),
+        (AttentionPagedSpec(64, 2048, extra_topk=64), PROMPT, False),
+        (AttentionPagedSpec(128, 2048, "bf16", batch_invariant=True), PROMPT, False),
+    ],
+)
+def test_lists_are_sorted_by_default_where_that_was_faster(spec, sizes, swept):
+    config = OP.default_config(spec, sizes, H200)
+    assert config["flat"]
+    assert config["sweep"] == swept
+
+
+def test_lists_of_two_pools_are_not_sorted():
+    assert [found.name for found in OP.violations(POOLS, SWEPT, H200)] == ["sweep"]
 
 
 def test_no_other_gpu_has_it():

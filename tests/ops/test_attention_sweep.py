@@ -26,12 +26,12 @@ EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-6
 
 
 def sorted_by_bands(entries: Tensor, tokens: int, back: bool) -> Tensor:
-    """A list as ``sort`` leaves it: within a band by threads, of which 256 have every 256th entry."""
+    """A list as ``sort`` leaves it: within a band by lanes, of which 32 have every 32nd entry, from the band's own on."""
     factor = min((BANDS << 32) // tokens, (1 << 32) - 1)
-    bands = entries.long() * factor >> 32
-    bands = torch.where((entries < 0) | (entries >= tokens), BANDS - 1, BANDS - 1 - bands if back else bands)
-    by_thread = (torch.arange(len(entries)) % 256).sort(stable=True).indices
-    return entries[by_thread][bands[by_thread].sort(stable=True).indices]
+    bands = torch.where(entries < 0, tokens - 1, entries.long().clamp(max=tokens - 1)) * factor >> 32
+    bands = BANDS - 1 - bands if back else bands
+    lanes = (torch.arange(len(entries)) - bands) % 32
+    return entries[(bands * 32 + lanes).sort(stable=True).indices]
 
 
 @EMULATED

@@ -45,6 +45,7 @@ static uint atomicOr(uint *address, uint value) {
   *address |= value;
   return before;
 }
+static uint __umulhi(uint a, uint b) { return (uint)((unsigned long long)a * b >> 32); }
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }
 static void __syncwarp() { emulator::collective(0); }

@@ -12,6 +12,7 @@ from ...problem.channels import D_V
 from ...problem.checks import step
 from ...problem.op import Config, Inputs, Launch, Outputs
 from .. import pair
+from . import sweep
 from .problem import AttentionSpec, sharing
 
 _PAIR_TILES = 2 * 64  # tokens of two tiles: less of a list is no block's part
@@ -33,7 +34,7 @@ class _Lists:
     """Of steps that blocks take together, and how many they are."""
 
 
-def _lists(config: Config, inputs: Inputs, round_: int, steps: int | None = None) -> _Lists:
+def _lists(spec: AttentionSpec, config: Config, inputs: Inputs, gpu: Gpu, round_: int, steps: int | None = None) -> _Lists:
     """The lists as they came, or sorted.
 
     ``round_``: queries that the blocks have at a time. ``steps``: that they take together, None where they have no counters.
@@ -47,8 +48,9 @@ def _lists(config: Config, inputs: Inputs, round_: int, steps: int | None = None
     # Lists of several lengths are not gone through together: a round would take as long as the longest.
     counters = () if steps is None or lengths is not None else (lists.new_empty(max(steps, 1)), steps)
     tokens, topk = len(inputs["kv"]), lists.shape[-1]
-    args = (*given, *counters, tokens, topk, round_, min((_BANDS << 32) // tokens, _MOST), step(lists, 0))
-    return _Lists(entries, topk, lengths, (Launch("sort", (len(lists), 1, 1), args),), counters)
+    args = (*given, *counters, len(lists), tokens, topk, round_, min((_BANDS << 32) // tokens, _MOST), step(lists, 0))
+    sort = Launch("sort", (sweep.sorting_blocks(spec, len(lists), gpu), 1, 1), args)
+    return _Lists(entries, topk, lengths, (sort,), counters)
 
 
 def _joined(spec: AttentionSpec, inputs: Inputs, share: int) -> _Lists:
@@ -67,7 +69,7 @@ def _few(spec: AttentionSpec, config: Config, inputs: Inputs, outputs: Outputs, 
     share, sizes = sharing(spec.heads, spec.share), (len(q), len(kv))
     bundles = -(-len(q) // share)
     blocks = min(bundles, gpu.sms)
-    lists = _joined(spec, inputs, share) if share > 1 else _lists(config, inputs, 2 * blocks)
+    lists = _joined(spec, inputs, share) if share > 1 else _lists(spec, config, inputs, gpu, 2 * blocks)
     optional = [tensor for tensor in (lists.lengths, inputs["sink"]) if tensor is not None]
     strides = (step(q, 0), step(q, 1), step(kv, 0), lists.stride)
     tensors = (q, kv, lists.entries, *optional, *outputs.values())
@@ -83,7 +85,7 @@ def _pairs(spec: AttentionSpec, config: Config, inputs: Inputs, outputs: Outputs
     whole, cut = cut_last(items, pairs, gpu.sms) if divides(spec) else (items, 1)
     units = (items - whole) * cut
     blocks = min(whole + units, gpu.sms)
-    lists = _lists(config, inputs, max(blocks // parts, 1), whole // blocks * pairs)
+    lists = _lists(spec, config, inputs, gpu, max(blocks // parts, 1), whole // blocks * pairs)
     sink = () if inputs["sink"] is None else (inputs["sink"],)
     lengths = () if lists.lengths is None else (lists.lengths,)
     sums, facts = (outputs["lse"].new_empty(units, pair.HEADS, width) for width in (D_V, 4))

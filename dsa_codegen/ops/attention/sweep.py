@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...gpu import Gpu
 from ...problem.channels import usual
 from ...problem.op import Config, Violation, exceeds
 from ...problem.values import Scalar
 from .problem import AttentionSizes, AttentionSpec, sharing
 
-_SORTERS = 256  # threads that sort a list
-_SORTED_EACH = (8, 16)  # entries that each of them has, in registers
+SORTERS = 256
+"""Threads of a block that sorts, 32 of them a list."""
+_SORTED_EACH = {64: 2, 128: 1}  # entries that each of them has, in registers, and blocks on an SM
+_MOST_ENTRIES = 32 * max(_SORTED_EACH)
+_LANE_BYTES = 4 * 32  # places of its entries of each band
 _PATIENCE = 128  # looks at a counter of steps: some 60 us
 _LAG = 4  # steps, of a pair of tiles, that a block may be ahead
 # H200, 4096 queries, without and with: 64 heads of 32K 1989 and 1932 µs, of 64K 2266 and 2008, of 128K 2453 and 2219; 128
@@ -21,7 +25,7 @@ _LEAST_TOPK = 2048
 
 def pays(spec: AttentionSpec, sizes: AttentionSizes) -> bool:
     """Whether lists are sorted by default, which takes an order that nothing else decides."""
-    if spec.batch_invariant or not _LEAST_TOPK <= spec.topk <= _SORTED_EACH[-1] * _SORTERS:
+    if spec.batch_invariant or not _LEAST_TOPK <= spec.topk <= _MOST_ENTRIES:
         return False
     near, far, _ = sizes.EDGES["tokens"]
     many = sizes.queries >= sizes.EDGES["queries"][0]
@@ -31,10 +35,28 @@ def pays(spec: AttentionSpec, sizes: AttentionSizes) -> bool:
 def constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     """What cannot be sorted."""
     if config["sweep"]:
-        yield from exceeds("entries of a sorted list", spec.topk, _SORTED_EACH[-1] * _SORTERS)
+        yield from exceeds("entries of a sorted list", spec.topk, _MOST_ENTRIES)
 
 
 def derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
-    each = next((each for each in _SORTED_EACH if spec.topk <= each * _SORTERS), _SORTED_EACH[-1])
-    return {"sweep": config["sweep"], "sorters": _SORTERS, "sorted_each": each, "patience": _PATIENCE, "lag": _LAG}
+    each = _sorted_each(spec)
+    return {
+        "sweep": config["sweep"],
+        "marking": False,  # which parts of a cache are in lists
+        "sorters": SORTERS,
+        "sorted_each": each,
+        "sorting_blocks": _SORTED_EACH[each],
+        "sorting_smem": SORTERS * (_LANE_BYTES + 4 * each),
+        "patience": _PATIENCE,
+        "lag": _LAG,
+    }
+
+
+def sorting_blocks(spec: AttentionSpec, queries: int, gpu: Gpu) -> int:
+    """Of the grid that sorts: as many as an SM holds, which take one list after another."""
+    return min(-(-32 * queries // SORTERS), _SORTED_EACH[_sorted_each(spec)] * gpu.sms)
+
+
+def _sorted_each(spec: AttentionSpec) -> int:
+    return next((each for each in _SORTED_EACH if spec.topk <= 32 * each), max(_SORTED_EACH))

@@ -32,8 +32,9 @@ _HOPPER_SMEM = 232448  # bytes of a block
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What the template cannot do."""
-    if config["interleave"]:
-        yield Violation("interleave", 1.0, "interleave: clusters have no choice")
+    for name in ("interleave", "sweep"):
+        if config[name]:
+            yield Violation(name, 1.0, f"{name}: clusters have no choice")
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)

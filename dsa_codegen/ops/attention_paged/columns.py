@@ -35,7 +35,7 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
         yield Violation("layout", 1.0, f"layout: columns read {reads}, Triton's {spec.kv_layout}")
     if not config["sharers"]:
         yield Violation("sharers", 1.0, "sharers: columns are heads of blocks that share a row's entries")
-    for name in ("splits", "flat", "interleave"):
+    for name in ("splits", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside columns", int(config[name]), 0)
     yield from exceeds("columns beside heads", config["columns"], _most_columns(spec))
 

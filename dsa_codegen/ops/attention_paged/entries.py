@@ -33,7 +33,7 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
         yield Violation("capability", 1.0, reason)
     if spec.kv_layout not in FIXED:
         yield Violation("layout", 1.0, f"layout: sharers read v32 and v4, Triton's {spec.kv_layout}")
-    for name in ("splits", "flat", "interleave"):
+    for name in ("splits", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside sharers", int(config[name]), 0)
 
 

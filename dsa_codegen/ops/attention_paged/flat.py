@@ -7,6 +7,7 @@ reading them back once and prefill's kernel take (4096 rows of 32K, H200).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from ...problem.op import Config, Inputs, Launch, Outputs, Violation
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar, upper
 from ..attention import OP as PREFILL
-from ..attention import AttentionSizes, AttentionSpec
+from ..attention import AttentionSizes, AttentionSpec, sweep
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
 MOST_SLOTS = 1 << 20
@@ -31,10 +32,12 @@ _ENTRIES_PER_SLOT = 4  # of all lists, from which on reading all slots back take
 _PROMPT = AttentionSizes(4096, 32768)  # for which prefill's kernel is chosen
 _HOPPER = GPUS["h200"]
 _UNCUT_HEADS, _UNCUT_ROWS = 32, 17  # up to so many heads a list has one block, or half of one; from so many rows on that pays
+_SORTED_TOKENS = 40961  # from which on lists of so few heads are sorted
 _WORD = 16  # bytes, and channels in e4m3
 _CHUNK_BITS = 6  # 64 slots are read back or left
 _MOST_CHUNKS = 1 << 14
 _MARKERS, _READERS, _LISTERS = 512, 256, 256  # threads of a block
+_SORTING_BLOCKS = 2  # on an SM at most, of those that sort
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -46,9 +49,11 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
         yield Violation("layout", 1.0, f"layout: {reads} are read as BF16, Triton reads {spec.kv_layout}")
     if spec.kv_layout == "bf16" and spec.extra_topk:
         yield Violation("second pool", 1.0, "second pool: two caches of BF16 rows are no one cache; Triton attends to both")
+    if config["sweep"] and spec.extra_topk:
+        yield Violation("sweep", 1.0, "sweep: lists of two pools are joined as they come")
     if config["splits"]:
         yield Violation("splits", 1.0, "splits: prefill's kernels cut lists by themselves")
-    if kernel_of(spec, bool(config["interleave"])) is None:
+    if kernel_of(spec, config) is None:
         served = "up to 32 heads, 64 and 128, and 512 channels of value with 64 more or none"
         reason = (
             f"prefill: its CUDA template serves {served}, not {spec.heads} heads, {spec.layout.d_v} of {spec.d_qk} channels"
@@ -85,6 +90,20 @@ def is_first_choice(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> boo
     return rows * (spec.topk + spec.extra_topk) >= _ENTRIES_PER_SLOT * upper(sizes.bucket(), "tokens")
 
 
+def sweeps(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
+    """Whether lists are sorted by default: where prefill sorts them, and that was faster over what was read back just before.
+
+    H200, 4096 rows, as lists come and sorted: 128 heads of 32K 3900 and 3846 µs, of 128K 4218 and 4164; 64 heads 2024 and 1979,
+    2412 and 2209; 16 heads of 128K 1845 and 1294, of 32K 1183 and 1154, but 1119 and 1137 where neighbours choose alike.
+    """
+    low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
+    tokens = low.get("tokens", 1)
+    if spec.kv_layout != "bf16" and spec.heads <= _UNCUT_HEADS and tokens < _SORTED_TOKENS:
+        return False
+    prompt = AttentionSizes(low.get("batch", 1) * low.get("next_n", 1), tokens)
+    return not spec.extra_topk and sweep.pays(prefill_of(spec), prompt)
+
+
 def interleaves(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """As prefill has it for so many tokens."""
     least = next((low for name, low, _ in sizes.bucket() if name == "tokens"), 0)
@@ -108,11 +127,11 @@ def prefill_of(spec: AttentionPagedSpec) -> AttentionSpec:
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def kernel_of(spec: AttentionPagedSpec, interleave: bool) -> Config | None:
-    """Prefill's first choice in CUDA C++ for a prompt; None where there is none."""
+def kernel_of(spec: AttentionPagedSpec, flat: Config) -> Config | None:
+    """Prefill's first choice in CUDA C++ for a prompt, of lists as they come or sorted; None where there is none."""
     prefill = prefill_of(spec)
     for guess in _guesses(prefill, _PROMPT):
-        config = guess.replace(interleave=interleave)
+        config = guess.replace(interleave=flat["interleave"], sweep=flat["sweep"])
         if not any(PREFILL.constraints(prefill, config, _HOPPER)):
             return config
     return None
@@ -120,22 +139,27 @@ def kernel_of(spec: AttentionPagedSpec, interleave: bool) -> Config | None:
 
 def order(spec: AttentionPagedSpec, config: Config) -> str | None:
     """That of prefill's kernel."""
-    kernel = kernel_of(spec, bool(config["interleave"]))
+    kernel = kernel_of(spec, config)
     return None if kernel is None else PREFILL.order(prefill_of(spec), kernel)
 
 
 def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template: those of prefill's, and of the kernels before it."""
-    prefill, kernel = prefill_of(spec), kernel_of(spec, bool(config["interleave"]))
+    prefill, kernel = prefill_of(spec), kernel_of(spec, config)
     assert kernel is not None, "constraints"
+    names = PREFILL.derived(prefill, kernel)
+    marking = bool(config["sweep"]) and spec.kv_layout != "bf16"
+    if marking:
+        names["sorting_smem"] = int(names["sorting_smem"]) + _MOST_CHUNKS
     return {
         **prefill.to_dict(),
         **kernel.to_dict(),
-        **PREFILL.derived(prefill, kernel),
+        **names,
         "prefill_template": f"{PREFILL.name}/cuda.py.jinja",
         "plain": spec.kv_layout == "bf16",
         "spreads": spec.lengths and not spec.extra_topk,
         "first_lengths": spec.lengths,
+        "marking": marking,
         "most_chunks": _MOST_CHUNKS,
         "markers": _MARKERS,
         "readers": _READERS,
@@ -145,15 +169,13 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
 
 def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
     """Rows and lists as prefill takes them, then its own launches."""
-    prefill, kernel = prefill_of(spec), kernel_of(spec, bool(config["interleave"]))
+    prefill, kernel = prefill_of(spec), kernel_of(spec, config)
     assert kernel is not None, "constraints"
     rows = _as_they_are(inputs) if spec.kv_layout == "bf16" else _read_back(spec, inputs, gpu)
     if rows.lengths is not None and rows.lengths.shape != inputs["q"].shape[:2]:
         rows = _spread(rows, inputs)
-    found = list(rows.before)
-    for some, written in _parts(rows, inputs, outputs):
-        found += PREFILL.launches(prefill, kernel, some, written, gpu)
-    return _of_the_call(found, (*inputs.values(), *outputs.values(), rows.indices, rows.lengths))
+    parts = [PREFILL.launches(prefill, kernel, *part, gpu) for part in _parts(rows, inputs, outputs)]
+    return _of_the_call(_in_order(rows, parts), (*inputs.values(), *outputs.values(), rows.indices, rows.lengths))
 
 
 @dataclass(frozen=True)
@@ -166,6 +188,9 @@ class _Rows:
     """int32 [batch, next_n, topk], row numbers."""
     lengths: Tensor | None
     before: tuple[Launch, ...] = ()
+    marks: Tensor | None = None
+    """Which chunks lists name, for each block that notes it."""
+    chunk_bits: int = 0
 
 
 def _as_they_are(inputs: Inputs) -> _Rows:
@@ -199,7 +224,7 @@ def _read_back(spec: AttentionPagedSpec, inputs: Inputs, gpu: Gpu) -> _Rows:
     chunks = sum(-(-each >> bits) for each in slots)
     blocks = min(gpu.sms, -(-rows * 32 // _MARKERS))
     indices, lengths = inputs["indices"], inputs["lengths"]
-    marks = indices.new_empty(-(-chunks // 32), blocks)
+    marks = indices.new_empty(-(-chunks // 32), max(blocks, _SORTING_BLOCKS * gpu.sms))
     latents = inputs["q"].new_empty(sum(slots), 1, spec.d_qk)
     joined: tuple[Tensor, ...] = ()
     if spec.extra_topk:
@@ -212,7 +237,24 @@ def _read_back(spec: AttentionPagedSpec, inputs: Inputs, gpu: Gpu) -> _Rows:
         assert not isinstance(layout, KvPlainLayout), "constraints"
         stored += (each, cache.stride(0), layout.page, layout.scales.base)
     back = Launch("read_back", (chunks << bits - _CHUNK_BITS, 1, 1), (*caches, marks, latents, *stored, blocks, bits))
-    return _Rows(latents, indices, lengths, (mark, back))
+    return _Rows(latents, indices, lengths, (mark, back), marks, bits)
+
+
+def _in_order(rows: _Rows, parts: Sequence[Sequence[Launch]]) -> list[Launch]:
+    """All launches. Where one of them sorts all lists, it notes what they name, as it reads them."""
+    launches = [*rows.before, *itertools.chain(*parts)]
+    if rows.marks is None or not any(launch.kernel == "sort" for launch in launches):
+        return launches
+    noting = (rows.marks, rows.chunk_bits)
+    launches = [replace(each, args=(*each.args, *noting)) if each.kernel == "sort" else each for each in launches]
+    if len(parts) > 1:
+        return launches
+    named = {each.kernel: each for each in launches}
+    sort, back = named.pop("sort"), named.pop("read_back")
+    del named["mark"]
+    back = replace(back, args=(*back.args[:-2], sort.grid[0], rows.chunk_bits))
+    lengths = [named.pop("spread")] if "spread" in named else []
+    return [*lengths, sort, back, *named.values()]
 
 
 def _lists(inputs: Inputs, layouts: Iterable[str], slots: Sequence[int]) -> tuple[list[Tensor], list[int]]:

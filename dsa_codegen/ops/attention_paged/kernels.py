@@ -22,9 +22,10 @@ _CUDA = (
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
     ),
     Parameter("interleave", (False, True), "as in attention, of which flat rows are", before=False),
+    Parameter("sweep", (False, True), "as in attention, of which flat rows are", before=False),
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False)
+_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False, sweep=False)
 _FLAT = _CLUSTERS.replace(flat=True)
 
 
@@ -65,6 +66,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
         if flat.is_first_choice(spec, sizes):
+            if flat.sweeps(spec, sizes):
+                yield _FLAT.replace(sweep=True)
             yield _FLAT.replace(interleave=flat.interleaves(spec, sizes))
         if not spec.batch_invariant:
             yield from _few_rows(spec, sizes, gpu)

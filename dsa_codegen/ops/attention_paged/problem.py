@@ -119,7 +119,7 @@ class AttentionPagedSizes(Sizes):
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "batch": (2, 3, 5, 9, _FEW, 65, *_PROMPTS),
         "next_n": (2, 9, *_PROMPTS),
-        "tokens": (65537, (1 << 20) + 1),
+        "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
 
     def bucket(self) -> Bucket:
@@ -238,7 +238,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
         return [Case(AttentionPagedSizes(1, 2, 300), "random"), *(Case(AttentionPagedSizes(*size), "ragged") for size in sizes)]
 
     def long_cases(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
-        return [Case(AttentionPagedSizes(75, 2, 3000), "ragged")]  # more blocks than a GPU has SMs
+        return [Case(AttentionPagedSizes(130, 2, 3000), "ragged")]  # blocks of two rounds, and lists that may be sorted
 
     def options(self, spec: AttentionPagedSpec) -> Sequence[AttentionPagedSpec]:
         plain = [replace(spec, lengths=lengths, sink=sink) for lengths in (False, True) for sink in (False, True)]
