@@ -32,9 +32,6 @@ def constraints(spec: AttentionPagedSpec, gpu: Gpu) -> Iterable[Violation]:
         reason = f"layout: the Gluon template reads v32 and v4, Triton's {spec.kv_layout}"
         yield Violation("layout", 1.0, reason)
         return
-    if spec.extra_topk:
-        reason = "second pool: the Gluon template gathers from one cache, the others from two"
-        yield Violation("second pool", 1.0, reason)
     yield from exceeds("smem", _smem(spec), gpu.smem_per_block, " B")
 
 
@@ -82,7 +79,7 @@ def _shared_out(spec: AttentionPagedSpec, blocks: int, gpu: Gpu) -> tuple[int, i
 
     The unit is a tile, 3 µs on an H100: a program starts in 2, joining takes 1, and a quarter for every MB of parts.
     """
-    tiles = -(-spec.topk // shared.TILE)
+    tiles = -(-spec.topk // shared.TILE) + -(-spec.extra_topk // shared.TILE)
     part = 4 * spec.layout.d_v * min(spec.heads, shared.TILE)
 
     def duration(shares: tuple[int, int]) -> float:
