@@ -63,6 +63,9 @@ FURTHER = (
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4)),
     Further("attention_paged", {"heads": 16, **_V4}, _PAGED.replace(sharers=2)),
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED.replace(sharers=8)),
+    Further("attention_paged", {"heads": 64, **_V41}, _PAGED.replace(sharers=2)),
+    # Many rows: a block takes all entries.
+    *(Further("attention_paged", {"heads": 128, **layout}, _PAGED.replace(sharers=1)) for layout in ({}, _V4, _V41)),
     # Heads as columns: shares of one tile and of several.
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4, columns=32)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(sharers=3, columns=16)),

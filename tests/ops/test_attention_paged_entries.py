@@ -23,8 +23,11 @@ TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk
 BY_SHARERS = [
     (AttentionPagedSpec(5, 45, "v4", 53, lengths=True, sink=True), 2),
     (AttentionPagedSpec(16, 700, "v4"), 2),
+    (AttentionPagedSpec(40, 200, page=7, lengths=True, sink=True), 1),
+    (AttentionPagedSpec(8, 300, "v41", d_rope=0, lengths=True, sink=True), 2),
     pytest.param(AttentionPagedSpec(3, 64, sink=True), 16, marks=FURTHER),
     pytest.param(TWO_POOLS, 4, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(5, 300, "fp8_fp32_128", 7, d_rope=0, extra_topk=90, extra_page=2), 2, marks=FURTHER),
     pytest.param(AttentionPagedSpec(100, 400, page=7, lengths=True), 4, marks=FURTHER),
 ]
 
@@ -51,6 +54,8 @@ def test_shared_entries_match_the_reference(spec, sharers, tmp_path):
     ("spec", "sharers"),
     [
         (TWO_POOLS, 8),
+        (AttentionPagedSpec(64, 2048, sink=True), 1),
+        pytest.param(AttentionPagedSpec(64, 512, "v41", d_rope=0, sink=True), 2, marks=FURTHER),
         pytest.param(AttentionPagedSpec(128, 2048), 16, marks=FURTHER),
         pytest.param(AttentionPagedSpec(16, 2048, lengths=True), 2, marks=FURTHER),
     ],
@@ -61,16 +66,18 @@ def test_clusters_of_sharers_compile_for_hopper(spec, sharers):
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
 
-@pytest.mark.parametrize(("heads", "rows", "blocks"), [(128, 1, 16), (64, 1, 8), (3, 2, 16), (65, 5, 80)])
-def test_each_row_and_64_heads_have_a_cluster(heads, rows, blocks):
+@pytest.mark.parametrize(
+    ("heads", "rows", "sharers", "blocks"), [(128, 1, 8, 16), (64, 1, 8, 8), (3, 2, 8, 16), (65, 5, 8, 80), (65, 5, 1, 10)]
+)
+def test_each_row_and_64_heads_have_a_cluster(heads, rows, sharers, blocks):
     spec = AttentionPagedSpec(heads, 70, sink=True, lengths=True)
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0))
-    (launch,) = OP.launches(spec, shared(8), inputs, OP.allocate(spec, inputs), H200)
+    (launch,) = OP.launches(spec, shared(sharers), inputs, OP.allocate(spec, inputs), H200)
     namespace: dict = {}
-    exec(render(OP, spec, shared(8)).code, namespace)
+    exec(render(OP, spec, shared(sharers)).code, namespace)
     facts = namespace["KERNELS"][launch.kernel]
     assert launch.grid == (blocks, 1, 1)
-    assert facts["cluster"] == 8
+    assert facts["cluster"] == sharers
     assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in facts["args"]]
 
 
@@ -101,7 +108,10 @@ def test_the_order_of_summation_is_the_clusters_size():
         (128, 16, 1, 3, 0),
         (64, 1, 4, 6, 32),
         (128, 64, 1, 0, 0),
-        (64, 1, 4096, 0, 0),
+        (64, 64, 1, 0, 0),
+        (64, 128, 1, 1, 0),  # more rows than clusters run at once
+        (16, 128, 1, 0, 0),
+        (64, 1, 4096, 1, 0),
         (16, 1, 1, 10, 16),
     ],
 )
@@ -109,7 +119,13 @@ def test_few_rows_are_shared_by_as_many_blocks_as_run_at_once(heads, batch, next
     spec = AttentionPagedSpec(heads, 128, "v4", 256, extra_topk=512)
     config = OP.default_config(spec, AttentionPagedSizes(batch, next_n, 1 << 17), H200)
     assert ((config["sharers"], config["columns"]) if config.backend == "cuda" else (0, 0)) == (sharers, columns)
-    assert OP.default_config(replace(spec, extra_topk=4096), AttentionPagedSizes(1, 1, 1 << 17), H200)["sharers"] == 0
+    assert OP.default_config(replace(spec, extra_topk=4096), AttentionPagedSizes(1, 1, 1 << 17), H200).backend == "gluon"
+
+
+def test_rows_of_528_bytes_that_gluon_does_not_serve_are_taken_by_blocks():
+    for heads, batch, sharers in ((8, 64, 0), (8, 128, 1), (64, 64, 0), (64, 16, 6), (64, 128, 1), (128, 128, 0)):
+        spec = AttentionPagedSpec(heads, 512, "v41", d_rope=0)
+        assert OP.default_config(spec, AttentionPagedSizes(batch, 1, 1 << 17), H200)["sharers"] == sharers
 
 
 def test_many_rows_are_not_shared():

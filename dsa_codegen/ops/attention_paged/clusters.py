@@ -54,13 +54,13 @@ def halves(spec: AttentionPagedSpec) -> bool:
 def pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
     """Whether clusters are known to take less than Gluon's blocks of 64 heads, or than Triton's where those do not serve.
 
-    On an H200 with 128 heads 33.6 µs against 36.6 at 16 rows, 87 against 103 at 64, 25 each at 8; with 64 heads 63 and 66 at
-    64 rows, where each has a cluster of its own, 28 against 26 at 16, 123 against 106 at 128. Of 528 bytes with 64 heads
-    16 against Triton's 13 at one row, 17 against 22 at 8, 22 against 99 at 64; with 8 heads 15 against 13 at 8.
+    On an H200 with 128 heads 32.5 µs against 36.4 at 16 rows, 75 against 103 at 64, 25 each at 8; with 64 heads 57 and 63 at
+    64 rows, where each has a cluster of its own, 28 against 26 at 16, 110 against 99 at 128. Of 528 bytes with 64 heads
+    16 against Triton's 13 at one row, 17 against 22 at 8, 20 against 99 at 64; with 8 heads 15 against 13 at 8.
     """
     rows, clusters = sizes.batch * sizes.next_n, gpu.sms // 2
     if spec.general:
-        return rows >= (_FEW_ROWS if spec.heads > _FEW_HEADS else _ROWS)
+        return bool(spec.extra_topk) or rows >= (_FEW_ROWS if spec.heads > _FEW_HEADS else _ROWS)
     if spec.heads > _HEADS:
         return rows >= _ROWS
     return spec.heads > _HEADS // 2 and clusters // 2 < rows <= clusters

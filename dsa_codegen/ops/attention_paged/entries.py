@@ -1,4 +1,4 @@
-"""Paged attention in CUDA C++ for few rows: clusters whose blocks share a row's entries and join their parts themselves."""
+"""Paged attention in CUDA C++ by blocks of 64 heads that take a row's entries by themselves, or share them in clusters."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
-from ...problem.paged import FIXED
 from ...problem.values import Bucket, Scalar, upper
-from . import shared
+from . import clusters, shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
 SHARERS = Parameter(
     "sharers",
-    (0, 2, 3, 4, 5, 6, 7, 8, 10, 16),
-    "blocks of a cluster that share a row's entries and join their parts; 0: two blocks that split the channels",
+    (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 16),
+    "blocks of a cluster that share a row's entries and join their parts; 1: a block has all; 0: two blocks split the channels",
     before=0,
 )
 _HEADS = 64  # of a block
@@ -27,19 +26,21 @@ _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-    """What such clusters cannot do: they take whole rows of the lists, and tokens with a rotary part."""
+    """What such clusters cannot do: they take whole rows of the lists, and tokens with a rotary part or 512 channels."""
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
-    if spec.kv_layout not in FIXED:
-        yield Violation("layout", 1.0, f"layout: sharers read v32 and v4, Triton's {spec.kv_layout}")
+    if not clusters.halves(spec):
+        reads = "v32, v4 and rows of 512 channels without rotary part"
+        yield Violation("layout", 1.0, f"layout: sharers read {reads}, Triton's {spec.kv_layout}")
     for name in ("splits", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside sharers", int(config[name]), 0)
 
 
 def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
-    """Few rows: not many more blocks than run at once."""
-    yield from exceeds("blocks of sharers", _most_clusters(spec, bucket) * config["sharers"], _MOST_BLOCKS)
+    """Few rows: not many more blocks than run at once, where they meet."""
+    if config["sharers"] > 1:
+        yield from exceeds("blocks of sharers", _most_clusters(spec, bucket) * config["sharers"], _MOST_BLOCKS)
 
 
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
@@ -49,10 +50,23 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     8, 19.8 and 22.9 at 16; 64 heads 9.9 and 13.8, 13.1 and 15.1, 13.9 and 18.5. With k 2048 over 656 bytes 14.3 and 14.4 at one
     row of 128 heads, more than Gluon's elsewhere.
     """
+    if _pays_alone(spec, sizes, gpu):
+        return 1
     if spec.topk + spec.extra_topk > _FEW_ENTRIES or spec.heads <= _FEW_HEADS:
         return 0
     clusters = _most_clusters(spec, sizes.bucket())
     return max((sharers for sharers, most in _AT_ONCE.items() if clusters <= most * gpu.sms // _SMS), default=0)
+
+
+def _pays_alone(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
+    """Whether a block for each row is known to take less than Gluon's, and than clusters, of which too few run at once.
+
+    On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 37.4 µs at 128 rows, Gluon 39.9, clusters 48.8;
+    72.3, 77.0 and 95.1 at 256; with 8 heads 33.5 and 31.7. Over 528 bytes with k 512, where Gluon does not serve, 30.7 and
+    clusters 37.8, with 8 heads 26.7 and 35.1. Over 656 bytes more than Gluon.
+    """
+    most = sizes.batch * sizes.next_n > gpu.sms // 2
+    return most and spec.d_qk == spec.d_v and (_FEW_HEADS < spec.heads <= _HEADS or (spec.general and spec.heads <= _HEADS))
 
 
 def _most_clusters(spec: AttentionPagedSpec, bucket: Bucket) -> float:
@@ -63,6 +77,8 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
     return {
         "d_qk": spec.d_qk,
+        "apart": _apart(spec),
+        "scale_bytes": _scale_bytes(spec),
         "head_blocks": _head_blocks(spec),
         "joined": _joined(spec),
         "owned": -(-_joined(spec) // config["sharers"]),
@@ -73,7 +89,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
 
 
 def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Sequence[Launch]:
-    """A cluster for each row and 64 heads."""
+    """A block or cluster for each row and 64 heads."""
     q = inputs["q"]
     sink = (inputs["sink"],) if spec.sink else ()
     tensors, scalars = shared.arguments(spec, inputs, (q, sink, (outputs["out"], outputs["lse"])))
@@ -94,4 +110,16 @@ def _smem(spec: AttentionPagedSpec, sharers: int, owned: int) -> int:
     """Bytes of shared memory per block: tiles, q or the parts that come in, weights, facts, what rescales, barriers."""
     tile, part = 2 * shared.TILE * spec.d_qk, owned * 2 * spec.layout.d_v
     weights, facts, keep, barriers = 2 * shared.TILE * _HEADS, 32 * sharers * owned, 4 * _HEADS, 2 * (8 + 3 * 8) + 3 * 8
+    if sharers == 1:
+        part, facts, barriers = 0, 0, barriers - 8
     return 2 * tile + max(tile, sharers * part) + weights + facts + keep + barriers
+
+
+def _apart(spec: AttentionPagedSpec) -> bool:
+    """Whether scales lie elsewhere than in their token's row as "v32" has it."""
+    return spec.kv_layout != "v32"
+
+
+def _scale_bytes(spec: AttentionPagedSpec) -> int:
+    """Of 256 channels of a token: four powers of two in "v4", eight of 32 channels each or two fp32 elsewhere."""
+    return 4 if spec.kv_layout == "v4" else 8

@@ -73,7 +73,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             yield from _few_rows(spec, sizes, gpu)
         splits = shared.fixed_splits(spec) if spec.batch_invariant else 0
         # One order serves all sizes: that of clusters where Gluon's do not.
-        if spec.general if spec.batch_invariant else (spec.extra_topk or clusters.pay(spec, sizes, gpu)):
+        if spec.general if spec.batch_invariant else clusters.pay(spec, sizes, gpu):
             yield _CLUSTERS.replace(splits=splits)
         # On an H100 at batch 64 with 128 heads: 101 µs against Triton's 194.
         yield gluon.CONFIG.replace(splits=splits)
