@@ -219,9 +219,18 @@ def test_no_other_gpu_has_it():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "spec", [AttentionPagedSpec(128, 2048), POOLS, AttentionPagedSpec(64, 300, "bf16")], ids=lambda spec: spec.id
+    ("spec", "config"),
+    [
+        (AttentionPagedSpec(128, 2048), FLAT),
+        (AttentionPagedSpec(128, 2048), SWEPT),
+        (AttentionPagedSpec(16, 2048, lengths=True), SWEPT),
+        (POOLS, FLAT),
+        (AttentionPagedSpec(64, 300, "bf16"), FLAT),
+        (AttentionPagedSpec(64, 300, "bf16"), SWEPT),
+    ],
+    ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else "swept" if value["sweep"] else "",
 )
-def test_a_prompt_in_a_graph_on_a_gpu(spec):
+def test_a_prompt_in_a_graph_on_a_gpu(spec, config):
     """Replayed with other lists, over a cache that holds several layers."""
     inputs = dict(OP.inputs(spec, Case(AttentionPagedSizes(1, 600, 20000), "ragged"), Draw(5, "cuda")))
     cache = inputs["cache"]
@@ -235,7 +244,7 @@ def test_a_prompt_in_a_graph_on_a_gpu(spec):
         return dsa.sparse_attention_paged(*(inputs[name] for name in ("q", "cache", "indices", "sm_scale")), **options)
 
     graph = torch.cuda.CUDAGraph()
-    with dispatch.override(OP, FLAT):
+    with dispatch.override(OP, config):
         attend()
         with torch.cuda.graph(graph):
             out, lse = attend()
