@@ -29,7 +29,9 @@ BY_COLUMNS = [
 
 
 def shared(sharers, columns):
-    return Config.of("cuda", splits=0, sharers=sharers, columns=columns, flat=False, interleave=False, sweep=False)
+    return Config.of(
+        "cuda", splits=0, sharers=sharers, columns=columns, head_rounds=0, flat=False, interleave=False, sweep=False
+    )
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -18,7 +18,7 @@ from dsa_codegen.problem.op import Case, Config
 import emulator
 from support import FURTHER, H200, assert_compiles
 
-CLUSTER = Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False, sweep=False)
+CLUSTER = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
 SPILLS_BETWEEN_QUERIES = 128  # bytes; none is touched in the loops over tiles
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
 

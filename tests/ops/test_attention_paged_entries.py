@@ -33,7 +33,7 @@ BY_SHARERS = [
 
 
 def shared(sharers):
-    return Config.of("cuda", splits=0, sharers=sharers, columns=0, flat=False, interleave=False, sweep=False)
+    return Config.of("cuda", splits=0, sharers=sharers, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -106,7 +106,7 @@ def test_the_order_of_summation_is_the_clusters_size():
         (64, 8, 1, 6, 32),
         (64, 6, 1, 6, 32),  # one choice for the whole bucket
         (128, 16, 1, 3, 0),
-        (64, 1, 4, 6, 32),
+        (64, 1, 4, 6, 16),
         (128, 64, 1, 0, 0),
         (64, 64, 1, 0, 0),
         (64, 128, 1, 1, 0),  # more rows than clusters run at once

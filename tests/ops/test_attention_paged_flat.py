@@ -22,7 +22,7 @@ from dsa_codegen.runtime import dispatch
 import emulator
 from support import FURTHER, H200, assert_compiles
 
-FLAT = Config.of("cuda", splits=0, sharers=0, columns=0, flat=True, interleave=False, sweep=False)
+FLAT = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=True, interleave=False, sweep=False)
 SWEPT = FLAT.replace(sweep=True)
 POOLS = AttentionPagedSpec(16, 70, "v4", lengths=True, sink=True, extra_topk=90, extra_page=2, extra_lengths=True)
 NEEDS_COMPILER = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -52,11 +52,14 @@ PREFILL = {
 DECODE = {
     "gluon": Config.of("gluon", splits=1),
     "split": Config.of("gluon", splits=2),
-    "cuda": Config.of("cuda", splits=1, sharers=0, columns=0, flat=False, interleave=False, sweep=False),
-    "cuda split": Config.of("cuda", splits=2, sharers=0, columns=0, flat=False, interleave=False, sweep=False),
-    "cuda sharers": Config.of("cuda", splits=0, sharers=4, columns=0, flat=False, interleave=False, sweep=False),
-    "cuda columns": Config.of("cuda", splits=0, sharers=4, columns=16, flat=False, interleave=False, sweep=False),
-    "cuda flat": Config.of("cuda", splits=0, sharers=0, columns=0, flat=True, interleave=False, sweep=False),
+    "cuda": Config.of("cuda", splits=1, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+    "cuda split": Config.of("cuda", splits=2, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+    "cuda sharers": Config.of("cuda", splits=0, sharers=4, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+    "cuda columns": Config.of(
+        "cuda", splits=0, sharers=4, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False
+    ),
+    "cuda rounds": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
+    "cuda flat": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=True, interleave=False, sweep=False),
     "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
     "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
 }

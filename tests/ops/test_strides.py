@@ -202,9 +202,26 @@ ON_HOPPER = [
     ("attention", Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384), None),
     ("attention", Config.of("tilelang", pipeline="multistage", block_h=32, block_n=64, num_stages=2, threads=256), None),
     ("attention_paged", Config.of("gluon", splits=2), None),
-    ("attention_paged", Config.of("cuda", splits=2, sharers=0, columns=0, flat=False, interleave=False, sweep=False), None),
-    ("attention_paged", Config.of("cuda", splits=0, sharers=4, columns=0, flat=False, interleave=False, sweep=False), None),
-    ("attention_paged", Config.of("cuda", splits=0, sharers=4, columns=16, flat=False, interleave=False, sweep=False), None),
+    (
+        "attention_paged",
+        Config.of("cuda", splits=2, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+        None,
+    ),
+    (
+        "attention_paged",
+        Config.of("cuda", splits=0, sharers=4, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+        None,
+    ),
+    (
+        "attention_paged",
+        Config.of("cuda", splits=0, sharers=4, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
+        None,
+    ),
+    (
+        "attention_paged",
+        Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
+        None,
+    ),
 ]
 ON_GPU = [*ON_HOPPER, *((name, config, None) for name, config in TRITON.items())]
 

@@ -143,7 +143,7 @@ def test_further_designs_bring_the_kernels_that_small_models_do_not():
     paged = sources.of(found, "attention_paged", "cuda")
     wanted = cases.checks(paged, ["racecheck"], H200)
     kernels = {kernel for each in wanted for kernel in cases.launched(each, H200)}
-    assert kernels == {"mark", "read_back", "relist", "spread", "sort", "attention", "attention_paged", "combine"}
+    assert kernels == {"mark", "read_back", "relist", "spread", "sort", "attention", "attention_paged", "combine", "join"}
     sharers = {(each.spec.kv_layout, each.config["sharers"] > 0, each.spec.extra_topk > 0) for each in paged}
     assert {("v32", True, True), ("v4", True, False), ("v4", True, True), ("v41", False, True)} <= sharers
     assert {each.op.name for each in found} == {"attention_paged", "expand", "pool", "attention_backward"}

@@ -45,7 +45,7 @@ STAYING = {
     ),
     "attention-cuda": (guessed("attention", "cuda"), {"queries": 4096, "tokens": 8192}, 1),
     "attention_paged-cuda": (
-        Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False, sweep=False),
+        Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
         {"batch": 4096},
         1,
     ),

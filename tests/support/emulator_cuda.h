@@ -35,6 +35,7 @@ static uint __float_as_uint(float value) { return value != value ? 0x7FFFFFFFu :
 static float __uint_as_float(uint value) { return bits_as<float>(value); }
 static size_t __cvta_generic_to_shared(const void *address) { return (size_t)address; }
 template <class T> static T __ldcs(const T *address) { return *address; }
+template <class T> static void __stcg(T *address, T value) { *address = value; }
 static uint atomicAdd(uint *address, uint value) {
   uint before = *address;
   *address += value;

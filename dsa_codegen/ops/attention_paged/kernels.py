@@ -10,7 +10,7 @@ from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
-from . import clusters, columns, entries, flat, gluon, shared, triton
+from . import clusters, columns, entries, flat, gluon, rounds, shared, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
@@ -18,6 +18,7 @@ _CUDA = (
     *gluon.PARAMETERS,
     entries.SHARERS,
     columns.COLUMNS,
+    rounds.HEAD_ROUNDS,
     Parameter(
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
     ),
@@ -25,7 +26,7 @@ _CUDA = (
     Parameter("sweep", (False, True), "as in attention, of which flat rows are", before=False),
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, flat=False, interleave=False, sweep=False)
+_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
 _FLAT = _CLUSTERS.replace(flat=True)
 
 
@@ -43,6 +44,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return gluon.constraints(spec, gpu)
         if config.backend == "triton":
             return triton.constraints(spec, config, gpu)
+        if config["head_rounds"]:
+            return rounds.constraints(spec, config, gpu)
         if config["columns"]:
             return columns.constraints(spec, config, gpu)
         if config["sharers"]:
@@ -52,6 +55,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     def reach(self, spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
         if _shares(config):
             return _sharing(config).reach(spec, config, bucket)
+        if _in_rounds(config):
+            return rounds.reach(spec, config, bucket)
         return flat.reach(spec, bucket) if _is_flat(config) else ()
 
     def order(self, spec: AttentionPagedSpec, config: Config) -> str | None:
@@ -62,6 +67,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return flat.order(spec, config)
         if _shares(config):
             return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
+        if _in_rounds(config):
+            return "cuda-rounds"
         return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
@@ -90,6 +97,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             **shared.places_of(layout),
         }
         if config.backend == "cuda":
+            if config["head_rounds"]:
+                return names | rounds.derived(spec)
             if config["sharers"]:
                 return names | _sharing(config).derived(spec, config)
             return names | (flat.derived(spec, config) if config["flat"] else clusters.derived(spec))
@@ -110,6 +119,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
         if _shares(config):
             return _sharing(config).launches(spec, config, inputs, outputs)
+        if _in_rounds(config):
+            return rounds.launches(spec, config, inputs, outputs)
         design = {"cuda": clusters.launches, "gluon": gluon.launches, "triton": triton.launches}[config.backend]
         return (flat.launches if _is_flat(config) else design)(spec, config, inputs, outputs, gpu)
 
@@ -118,12 +129,18 @@ def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) ->
     sharers, heads = columns.best(spec, sizes, gpu)
     if sharers:
         yield _CLUSTERS.replace(sharers=sharers, columns=heads)
+    elif head_rounds := rounds.best(spec, sizes, gpu):
+        yield _CLUSTERS.replace(head_rounds=head_rounds)
     elif sharers := entries.best(spec, sizes, gpu):
         yield _CLUSTERS.replace(sharers=sharers)
 
 
 def _is_flat(config: Config) -> bool:
     return config.backend == "cuda" and bool(config["flat"])
+
+
+def _in_rounds(config: Config) -> bool:
+    return config.backend == "cuda" and bool(config["head_rounds"])
 
 
 def _shares(config: Config) -> bool:

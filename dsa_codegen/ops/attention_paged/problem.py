@@ -118,7 +118,7 @@ class AttentionPagedSizes(Sizes):
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "batch": (2, 3, 5, 9, _FEW, 65, *_PROMPTS),
-        "next_n": (2, 9, *_PROMPTS),
+        "next_n": (2, 3, 5, 9, *_PROMPTS),
         "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
 

@@ -1,0 +1,109 @@
+"""Paged attention in CUDA C++ for few rows of many heads: blocks that load a tile at once, for 64 heads after 64 heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...gpu import Gpu
+from ...problem import channels
+from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
+from ...problem.values import Bucket, Scalar, upper
+from . import clusters, shared
+from .problem import AttentionPagedSizes, AttentionPagedSpec
+
+HEAD_ROUNDS = Parameter(
+    "head_rounds",
+    (0, 1, 2),
+    "rounds of 64 heads in which a block attends to a tile that it loads all at once; a kernel joins parts; 0: other kernels",
+    before=0,
+)
+_HEADS = 64  # of a round
+_TOKENS = 128  # of a tile
+_THREADS = 512
+_WARPS = _THREADS // 32
+_JOIN_THREADS = 256
+_FEW_ENTRIES = 640  # of lists that clusters serve as well
+_MOST_BLOCKS = 528  # four waves
+_PART = _HEADS * channels.D_V * 2  # bytes
+_FACTS = 2 * _HEADS + _WARPS
+
+
+def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What such blocks cannot do: rows have 512 channels of which none or 64 are rotary, and rounds have heads."""
+    if gpu.capability != 90:
+        reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
+        yield Violation("capability", 1.0, reason)
+    if not clusters.halves(spec):
+        reads = "v32, v4 and rows of 512 channels without rotary part"
+        yield Violation("layout", 1.0, f"layout: head_rounds read {reads}, Triton's {spec.kv_layout}")
+    for name in ("splits", "sharers", "columns", "flat", "interleave", "sweep"):  # a block has one tile: splits follow
+        yield from exceeds(f"{name} beside head_rounds", int(config[name]), 0)
+    yield from exceeds("head_rounds", config["head_rounds"], _head_blocks(spec))
+
+
+def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
+    """Few rows: not many more blocks than run at once."""
+    rows = upper(bucket, "batch") * upper(bucket, "next_n")
+    blocks = rows * _groups(spec, config) * _tiles(spec)
+    yield from exceeds("blocks of head_rounds", blocks, _MOST_BLOCKS)
+
+
+def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
+    """The rounds that serve so many rows best; 0 where other kernels are known to take less.
+
+    All blocks run at once, each with its 64 heads, or with 128 in two rounds.
+    """
+    tiles = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n") * _tiles(spec)
+    if spec.topk + spec.extra_topk <= _FEW_ENTRIES:
+        return 0
+    return next(
+        (rounds for rounds in range(1, _head_blocks(spec) + 1) if tiles * -(-_head_blocks(spec) // rounds) <= gpu.sms), 0
+    )
+
+
+def derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
+    """Names for the template."""
+    return {
+        "d_qk": spec.d_qk,
+        "head_blocks": _head_blocks(spec),
+        "threads": _THREADS,
+        "join_threads": _JOIN_THREADS,
+        "smem": _smem(spec),
+    }
+
+
+def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Sequence[Launch]:
+    """A block for each part of a row and its rounds of heads; then the parts are joined."""
+    q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
+    rows = q.shape[0] * q.shape[1]
+    splits, units = _tiles(spec), rows * _head_blocks(spec)
+    parts = torch.empty(units * splits * _PART, dtype=torch.uint8, device=q.device)
+    facts = torch.empty(units * splits * _FACTS, dtype=torch.float32, device=q.device)
+    tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
+    grid = (rows * _groups(spec, config) * splits, 1, 1)
+    sink = (inputs["sink"],) if spec.sink else ()
+    return (
+        Launch("attention_paged", grid, (*tensors, *scalars, splits, inputs["sm_scale"])),
+        Launch("join", (units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, splits)),
+    )
+
+
+def _tiles(spec: AttentionPagedSpec) -> int:
+    return -(-(spec.topk + spec.extra_topk) // _TOKENS)
+
+
+def _head_blocks(spec: AttentionPagedSpec) -> int:
+    return -(-spec.heads // _HEADS)
+
+
+def _groups(spec: AttentionPagedSpec, config: Config) -> int:
+    """Blocks that share a row and a part of its entries."""
+    return -(-_head_blocks(spec) // config["head_rounds"])
+
+
+def _smem(spec: AttentionPagedSpec) -> int:
+    """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima and totals, a mask."""
+    tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * channels.D_V * _HEADS, 2 * _HEADS * _TOKENS
+    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2

@@ -1,0 +1,137 @@
+"""Sparse decode of few rows of many heads: blocks that load a tile at once, and attend to it for 64 heads after 64 heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_codegen.kernels import build
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import verify
+
+import emulator
+from support import FURTHER, H200, assert_compiles
+
+TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
+WITHOUT_TAIL = AttentionPagedSpec(20, 300, "v41", 64, lengths=True, sink=True, d_rope=0)
+IN_ROUNDS = [
+    (AttentionPagedSpec(70, 140, lengths=True, sink=True), 2),
+    (AttentionPagedSpec(70, 45, "v4", lengths=True), 2),
+    (AttentionPagedSpec(5, 140, "v4", 53, lengths=True, sink=True), 1),
+    pytest.param(AttentionPagedSpec(128, 300), 1, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(8, 2100, lengths=True), 1, marks=FURTHER),
+    pytest.param(TWO_POOLS, 1, marks=FURTHER),
+    pytest.param(WITHOUT_TAIL, 1, marks=FURTHER),
+    pytest.param(replace(WITHOUT_TAIL, heads=128), 2, marks=FURTHER),
+]
+
+
+def in_rounds(rounds):
+    return Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=rounds, flat=False, interleave=False, sweep=False)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "rounds"), IN_ROUNDS, ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else ""
+)
+def test_rounds_match_the_reference(spec, rounds, tmp_path):
+    """Both kernels: shares of a tile, of less, of none; more parts than the join loads at once; rows without a token."""
+    config = in_rounds(rounds)
+    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
+    variant = Variant(OP, spec, config, H200, kernels)
+    for sizes, distribution in (((1, 2, 300), "random"), ((1, 1, 40), "ragged")):
+        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
+        assert accuracy.passed, (sizes, accuracy.detail)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rounds"),
+    [
+        (AttentionPagedSpec(128, 2048), 2),
+        pytest.param(TWO_POOLS, 1, marks=FURTHER),
+        pytest.param(WITHOUT_TAIL, 1, marks=FURTHER),
+    ],
+)
+def test_blocks_of_rounds_compile_for_hopper(spec, rounds):
+    assert_compiles(OP, spec, in_rounds(rounds), spills=16)
+    built = build.find(render(OP, spec, in_rounds(rounds)), H200)
+    assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+
+
+@pytest.mark.parametrize(
+    ("heads", "topk", "rounds", "rows", "blocks", "splits"),
+    [
+        (64, 2048, 1, 8, 128, 16),
+        (128, 2048, 2, 8, 128, 16),
+        (128, 300, 1, 4, 24, 3),
+        (5, 45, 1, 2, 2, 1),
+    ],
+)
+def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, blocks, splits):
+    spec = AttentionPagedSpec(heads, topk, sink=True, lengths=True)
+    inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0, "meta"))
+    main, join = OP.launches(spec, in_rounds(rounds), inputs, OP.allocate(spec, inputs), H200)
+    namespace: dict = {}
+    exec(render(OP, spec, in_rounds(rounds)).code, namespace)
+    assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits)
+    assert join.grid == (rows * -(-heads // 64) * 16, 1, 1)
+    for launch in (main, join):
+        kinds = namespace["KERNELS"][launch.kernel]["args"]
+        assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "names"),
+    [
+        (AttentionPagedSpec(128, 2048), in_rounds(2), []),
+        (AttentionPagedSpec(64, 2048), in_rounds(1), []),
+        (AttentionPagedSpec(128, 2048), in_rounds(2).replace(splits=4), ["splits beside head_rounds"]),
+        (AttentionPagedSpec(64, 2048), in_rounds(2), ["head_rounds"]),
+        (AttentionPagedSpec(64, 2048), in_rounds(1).replace(sharers=2), ["sharers beside head_rounds"]),
+        (AttentionPagedSpec(64, 2048, "bf16"), in_rounds(1), ["layout"]),
+    ],
+)
+def test_what_rounds_cannot_do(spec, config, names):
+    assert [violation.name for violation in OP.violations(spec, config, H200)] == names
+
+
+def test_rounds_are_of_few_rows():
+    def reach(rows):
+        bucket = AttentionPagedSizes(rows, 1, 4096).bucket()
+        return [violation.name for violation in OP.reach(AttentionPagedSpec(128, 2048), in_rounds(2), bucket)]
+
+    assert (reach(16), reach(64)) == ([], ["blocks of head_rounds"])
+
+
+def test_older_records_have_none():
+    assert OP.config("cuda", {"splits": 0, "sharers": 0, "columns": 0}) == in_rounds(0)
+
+
+def test_the_order_of_summation_is_that_of_the_parts():
+    """Which do not depend on the other rows, nor on the rounds that a block takes."""
+    assert {OP.order(AttentionPagedSpec(128, 2048), in_rounds(rounds)) for rounds in (1, 2)} == {"cuda-rounds"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "topk", "batch", "next_n", "rounds"),
+    [
+        (64, 2048, 8, 1, 1),
+        (128, 2048, 8, 1, 2),  # a block of its own for each 64 heads would not run at once
+        (128, 2048, 2, 2, 1),
+        (128, 2048, 5, 1, 2),  # one choice for the whole bucket
+        (128, 2048, 1, 1, 0),  # clusters of columns take less
+        (64, 2048, 16, 1, 0),
+        (64, 640, 8, 1, 0),
+        (64, 1024, 16, 1, 1),
+        (16, 2048, 8, 1, 1),
+    ],
+)
+def test_a_few_rows_of_long_lists_are_served_in_rounds(heads, topk, batch, next_n, rounds):
+    config = OP.default_config(AttentionPagedSpec(heads, topk), AttentionPagedSizes(batch, next_n, 1 << 17), H200)
+    assert (config["head_rounds"] if config.backend == "cuda" else 0) == rounds
