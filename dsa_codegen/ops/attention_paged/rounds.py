@@ -24,7 +24,7 @@ _TOKENS = 128  # of a tile
 _THREADS = 512
 _WARPS = _THREADS // 32
 _JOIN_THREADS = 256
-_FEW_ENTRIES = 640  # of lists that clusters serve as well
+_FEW_ENTRIES, _MOST_ENTRIES = 640, 4096  # of lists that clusters serve as well, and up to which it is known to win
 _MOST_BLOCKS = 528  # four waves
 _PART = _HEADS * channels.D_V * 2  # bytes
 _FACTS = 2 * _HEADS + _WARPS
@@ -56,7 +56,7 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     All blocks run at once, each with its 64 heads, or with 128 in two rounds.
     """
     tiles = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n") * _tiles(spec)
-    if spec.topk + spec.extra_topk <= _FEW_ENTRIES:
+    if not _FEW_ENTRIES < spec.topk + spec.extra_topk <= _MOST_ENTRIES:
         return 0
     return next(
         (rounds for rounds in range(1, _head_blocks(spec) + 1) if tiles * -(-_head_blocks(spec) // rounds) <= gpu.sms), 0
