@@ -28,7 +28,7 @@ text has long cases among its own: more blocks than the GPU has SMs, loops and r
 _LONG_EVERY = 4  # texts
 SMS = {"attention": 2}
 """On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
-several queries of a case there, where on all SMs each would take one."""
+several queries of a short case there, where on all SMs each would take one."""
 _BARRIERS = ("racecheck", "synccheck")
 _GAP = 64  # elements between blocks of a cache that holds several layers
 
@@ -63,10 +63,10 @@ def _reads_plain_pages(subject: Subject) -> bool:
     return subject.op.name == "attention_paged" and subject.config.backend == "cuda" and subject.spec.kv_layout == "bf16"
 
 
-def sms(tool: str, subject: Subject, gpu: Gpu) -> int:
-    """On how many SMs a text runs under a tool."""
-    few = SMS.get(subject.op.name) if subject.config.backend == "cuda" and tool in _BARRIERS else None
-    return few or gpu.sms
+def sms(check: Check, gpu: Gpu) -> int:
+    """On how many SMs a check runs."""
+    few = check.subject.config.backend == "cuda" and check.tool in _BARRIERS and not check.long
+    return min(SMS.get(check.subject.op.name, gpu.sms), gpu.sms) if few else gpu.sms
 
 
 def cases_of(subject: Subject, tool: str, gpu: Gpu, long: bool = True) -> list[Check]:
@@ -120,7 +120,7 @@ def representatives(own: Sequence[Check], nth: int, kind: Callable[[Check], obje
 
 def launched(check: Check, gpu: Gpu) -> tuple[str, ...]:
     """The kernels that a check launches, in order; asked without memory."""
-    card = replace(gpu, sms=min(sms(check.tool, check.subject, gpu), gpu.sms))
+    card = replace(gpu, sms=sms(check, gpu))
     return _launched(replace(check, tool="", long=False), card)
 
 

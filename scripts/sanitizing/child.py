@@ -48,11 +48,11 @@ def run(file: Path, until: float) -> None:
 
 def _verify(check: Check, loaded: dict[str, Variant], gpu: Gpu) -> None:
     subject = check.subject
-    name = label(subject)
+    name, count = label(subject), sms(check, gpu)
     if name not in loaded:
         kernels = build(run_in_place(subject), gpu).load()
-        loaded[name] = Variant(subject.op, subject.spec, subject.config, gpu, kernels).within(sms(check.tool, subject, gpu))
-    variant = replace(loaded[name], op=on_host(operation(check)))
+        loaded[name] = Variant(subject.op, subject.spec, subject.config, gpu, kernels)
+    variant = replace(loaded[name].within(count), op=on_host(operation(check)))
     accuracy = verify(variant, check.case, "cuda")
     if not accuracy.passed:
         raise SystemExit(f"{subject.op.name} {subject.spec.id} {subject.config} {check.id}: {accuracy.detail}")
