@@ -68,8 +68,8 @@ tile came that who read them signals behind that. The tool sees the order of the
 Thread 0 makes the barrier at which parts of other blocks are counted, and tells it how many bytes come: one thread's order.
 What rescales sums passes from one group to another by WEIGHED, behind ``__syncwarp`` (of 1024 reads 896 were reported, all but
 those of what the arriving lane stored), and back by USED, behind a vote of the warp that needs what its lanes have read.
-Between what parts weigh and those who read it stands a barrier of all 512 threads, in a block where half of them have met at one
-of their own before, as in the selection's clusters; few of the reads are reported, and others in every run.
+Between what parts weigh and those who read it stands a barrier of all 512 threads, in a block where half of them have met at a
+barrier of their own before, as in the selection's clusters; few of the reads are reported, and others in every run.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
