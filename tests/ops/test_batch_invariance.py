@@ -40,7 +40,9 @@ SPECS = {
     "indexer_paged_bf16": IndexerPagedSpec(8, 32, page=32, scores="bf16", clean=True, batch_invariant=True),
     "attention": AttentionSpec(5, 576, 96, lengths=True, sink=True, batch_invariant=True),
     "attention_gqa": AttentionGqaSpec(6, 2, 64, 32, 5, 16, ends=True, lengths=True, sink=True, batch_invariant=True),
-    "attention_paged": AttentionPagedSpec(3, 128, lengths=True, extra_topk=64, batch_invariant=True),
+    "attention_paged": AttentionPagedSpec(
+        3, 128, "fp8_fp32_64", lengths=True, extra_topk=64, batch_invariant=True, d_v=192, d_rope=48
+    ),
     "index_prologue": IndexPrologueSpec(8, 64, hadamard=True, batch_invariant=True),
     "latent_prologue": LatentPrologueSpec("v32", 512, norm="nope", batch_invariant=True),
 }
