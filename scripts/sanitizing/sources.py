@@ -130,11 +130,11 @@ def run_in_place(subject: Subject) -> Rendered:
     """The text that runs: its own, but for one whose groups of warps come to barriers of all of them by ways of their own.
 
     Under the tools a warp that arrives at a cluster's barrier goes on when all of its block have arrived, those that wait for
-    what it brings among them: 150 s of memcheck were not enough for a row that takes 9 s so. A barrier of the whole block that
-    stands in several places would be several to read in a report, and synccheck calls it divergent there. Such a text runs with each arrival directly before its wait, and
-    with that barrier in one function; a call takes no part in shares of the registers (setmaxnreg), which are left out, so that
-    accumulators are spilled. Memory, copies, products and the order of all others are the same. That no arrival comes too early
-    is not seen so.
+    what it brings among them: 150 s of memcheck were not enough for a row that takes 9 s so. Such a text runs with each arrival
+    directly before its wait, and with the block's barrier in one function, so that a report is of one place; a call takes no
+    part in shares of the registers (setmaxnreg), which are left out, so that accumulators are spilled. Memory, copies, products
+    and the order of all others are the same. That no arrival comes too early is not seen so. Synccheck calls that barrier of
+    512 threads divergent, 256 of which have met at one of their own before.
     """
     text = rendered(subject)
     if _IN_STEP[-1][0] not in text.code:
