@@ -186,11 +186,12 @@ def test_it_serves_without_a_record(spec, sizes, first, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sizes", "swept"),
     [
-        (AttentionPagedSpec(64, 2048), PROMPT, True),
-        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(1, 4096, 1 << 15), True),
-        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(4096, 1, 16384), False),
-        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(512, 1, 1 << 15), False),
         (AttentionPagedSpec(128, 2048), PROMPT, True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(1, 4096, 1 << 15), True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(4096, 1, 16384), False),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(512, 1, 1 << 15), False),
+        (AttentionPagedSpec(64, 2048), PROMPT, False),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(1, 4096, 1 << 17), True),
         (AttentionPagedSpec(16, 2048), PROMPT, False),
         (AttentionPagedSpec(16, 2048), AttentionPagedSizes(4096, 1, 1 << 17), True),
         (AttentionPagedSpec(128, 2048, "bf16"), PROMPT, True),

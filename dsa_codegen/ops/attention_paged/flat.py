@@ -32,7 +32,7 @@ _ENTRIES_PER_SLOT = 4  # of all lists, from which on reading all slots back take
 _PROMPT = AttentionSizes(4096, 32768)  # for which prefill's kernel is chosen
 _HOPPER = GPUS["h200"]
 _UNCUT_HEADS, _UNCUT_ROWS = 32, 17  # up to so many heads a list has one block, or half of one; from so many rows on that pays
-_SORTED_TOKENS = 40961  # from which on lists of so few heads are sorted
+_FEWER_HEADS, _SORTED_TOKENS = 64, 40961  # up to so many lists are sorted from so many tokens on
 _WORD = 16  # bytes, and channels in e4m3
 _CHUNK_BITS = 6  # 64 slots are read back or left
 _MOST_CHUNKS = 1 << 14
@@ -93,12 +93,13 @@ def is_first_choice(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> boo
 def sweeps(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """Whether lists are sorted by default: where prefill sorts them, and that was faster over what was read back just before.
 
-    H200, 4096 rows, as lists come and sorted: 128 heads of 32K 3900 and 3846 µs, of 128K 4218 and 4164; 64 heads 2024 and 1979,
-    2412 and 2209; 16 heads of 128K 1845 and 1294, of 32K 1183 and 1154, but 1119 and 1137 where neighbours choose alike.
+    H200, 4096 rows, as lists come and sorted: 128 heads of 32K 3900 and 3846 µs, of 128K 4218 and 4164; 64 heads of 128K 2412
+    and 2209, 16 heads 1845 and 1294. Of 32K 64 heads take 2024 and 1979, but 1926 and 1971 where neighbours choose alike, and
+    1900 and 1965 in the benchmark's turns; 16 heads 1183 and 1154, 1119 and 1137.
     """
     low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
     tokens = low.get("tokens", 1)
-    if spec.kv_layout != "bf16" and spec.heads <= _UNCUT_HEADS and tokens < _SORTED_TOKENS:
+    if spec.kv_layout != "bf16" and spec.heads <= _FEWER_HEADS and tokens < _SORTED_TOKENS:
         return False
     prompt = AttentionSizes(low.get("batch", 1) * low.get("next_n", 1), tokens)
     return not spec.extra_topk and sweep.pays(prefill_of(spec), prompt)
