@@ -91,7 +91,7 @@ def test_nothing_is_built_after_warmup(fake, model, weights):
 def test_warmup_within_limits_builds_less_and_still_enough(fake, weights):
     layer = dsa.Layer(TINY)
     decoding = layer.warmup(max_queries=0, max_batch=16, max_context=16384, next_n=(3,))
-    assert 0 < decoding < 36
+    assert decoding
     before = len(fake.builds)
     for batch in (1, 2, 16):
         layer.decode(**decode_shapes(TINY, batch, 3, 16384, weights))
@@ -104,6 +104,7 @@ def test_warmup_within_limits_builds_less_and_still_enough(fake, weights):
         layer.prefill(**prefill_shapes(TINY, queries, context, weights))
     assert prefilling
     assert len(fake.builds) == before
+    assert layer.warmup() > decoding  # of what the limits left out
 
 
 @pytest.mark.parametrize("limits", [{"max_queries": -1}, {"max_batch": -1}, {"max_context": -1}, {"next_n": ()}], ids=str)
