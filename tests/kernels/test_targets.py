@@ -23,10 +23,10 @@ LONG = {"attention", "attention_backward", "attention_dense", "attention_paged",
 
 
 def defaults():
-    """Operations and GPUs: all for Hopper and the oldest, quick ones for the newest data center GPU, the others further."""
+    """Operations and GPUs: all for Hopper, quick ones for the oldest and the newest data center GPU, the others further."""
     for op in ops.all_ops().values():
         for gpu in GPUS:
-            here = gpu in ("a100", "h200") or (gpu == "b200" and op.name not in LONG)
+            here = gpu == "h200" or (gpu in ("a100", "b200") and op.name not in LONG)
             yield pytest.param(op, gpu, id=f"{op.name}-{gpu}", marks=() if here else FURTHER)
 
 
