@@ -35,12 +35,17 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
     for name in ("interleave", "sweep"):
         if config[name]:
             yield Violation(name, 1.0, f"{name}: clusters have no choice")
+    yield from whole_rows("clusters", spec, gpu)
+
+
+def whole_rows(name: str, spec: AttentionPagedSpec, gpu: Gpu) -> Iterable[Violation]:
+    """What no kernel of Hopper's that reads tokens of 512 channels can do, as the parameter ``name`` says it."""
     if gpu.capability != 90:
         reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
     if not halves(spec):
         reads = "v32, v4 and rows of 512 channels without rotary part"
-        yield Violation("layout", 1.0, f"layout: clusters read {reads}, Triton's {spec.kv_layout}")
+        yield Violation("layout", 1.0, f"layout: {name} read {reads}, Triton's {spec.kv_layout}")
 
 
 def halves(spec: AttentionPagedSpec) -> bool:

@@ -27,12 +27,7 @@ _TILES = (64, 128)  # tokens
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What such clusters cannot do: they need sharers, and rows of 512 channels of which none or 64 are rotary."""
-    if gpu.capability != 90:
-        reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
-        yield Violation("capability", 1.0, reason)
-    if not clusters.halves(spec):
-        reads = "v32, v4 and rows of 512 channels without rotary part"
-        yield Violation("layout", 1.0, f"layout: columns read {reads}, Triton's {spec.kv_layout}")
+    yield from clusters.whole_rows("columns", spec, gpu)
     if not config["sharers"]:
         yield Violation("sharers", 1.0, "sharers: columns are heads of blocks that share a row's entries")
     for name in ("splits", "flat", "interleave", "sweep"):

@@ -27,12 +27,7 @@ _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What such clusters cannot do: they take whole rows of the lists, and tokens with a rotary part or 512 channels."""
-    if gpu.capability != 90:
-        reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
-        yield Violation("capability", 1.0, reason)
-    if not clusters.halves(spec):
-        reads = "v32, v4 and rows of 512 channels without rotary part"
-        yield Violation("layout", 1.0, f"layout: sharers read {reads}, Triton's {spec.kv_layout}")
+    yield from clusters.whole_rows("sharers", spec, gpu)
     for name in ("splits", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside sharers", int(config[name]), 0)
 

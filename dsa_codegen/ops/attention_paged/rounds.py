@@ -32,12 +32,7 @@ _FACTS = 2 * _HEADS + _WARPS
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What such blocks cannot do: rows have 512 channels of which none or 64 are rotary, and rounds have heads."""
-    if gpu.capability != 90:
-        reason = f"capability: the CUDA template is Hopper's, {gpu.name} is sm_{gpu.capability}"
-        yield Violation("capability", 1.0, reason)
-    if not clusters.halves(spec):
-        reads = "v32, v4 and rows of 512 channels without rotary part"
-        yield Violation("layout", 1.0, f"layout: head_rounds read {reads}, Triton's {spec.kv_layout}")
+    yield from clusters.whole_rows("head_rounds", spec, gpu)
     for name in ("splits", "sharers", "columns", "flat", "interleave", "sweep"):  # a block has one tile: splits follow
         yield from exceeds(f"{name} beside head_rounds", int(config[name]), 0)
     yield from exceeds("head_rounds", config["head_rounds"], _head_blocks(spec))
