@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import NoConfig, SpecError, UnknownName
 from ..gpu import Gpu
+from .presets import MLA, Model
 from .values import Bucket, Scalar, Sizes, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .draw import Draw
-    from .presets import Model
 
 Inputs = Mapping[str, Any]
 """Named arguments of one call: tensors, None for an absent optional tensor, floats."""
@@ -151,12 +151,18 @@ class Problem(ABC, Generic[S, Z]):
     sizes_type: ClassVar[type[Sizes]]
     training: ClassVar[bool] = False
     """Whether only training calls it: then it is no part of what serving a model needs, and is run where it is named."""
+    attentions: ClassVar[tuple[str, ...]] = (MLA,)
+    """The kinds of attention (``Model.attention``) whose models have a use for it."""
     minor: ClassVar[frozenset[str]] = frozenset()
     """Fields of the spec that leave the best config nearly as it is: where no record has their values, another's serves."""
 
-    @abstractmethod
     def specs(self, model: Model) -> Sequence[S]:
         """Every spec that serving the model needs of this operation; none where it has no use for it."""
+        return self.specs_of(model) if model.attention in self.attentions else ()
+
+    @abstractmethod
+    def specs_of(self, model: Model) -> Sequence[S]:
+        """``specs`` of a model with one of ``attentions``."""
 
     @abstractmethod
     def bind(self, *args: Any) -> tuple[S, Z, Inputs]:

@@ -108,6 +108,7 @@ class Model(Value):
         self.require_range("kv_heads", 1, self.heads)
         if self.heads % self.kv_heads:
             raise SpecError("Model.kv_heads", self.kv_heads, f"a divisor of {self.heads} heads")
+        self.require_in("pool", (1,))
         self.require_range("d_rope", 0, 256)
         self.require_range("d_nope", 0, 256)
         if self.d_nope + self.d_rope not in range(16, 257, 16):

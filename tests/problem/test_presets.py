@@ -141,6 +141,7 @@ GROUPS |= {"d_v": 128, "topk": 2048, "block": 128}
         ({"topk": 2000}, "128 to 1048576 in steps of 128"),
         ({"kv_layout": "v32"}, "Model.kv_layout = 'v32' is not possible; allowed: bf16, none"),
         ({"attention": "mha"}, "allowed: mla, gqa"),
+        ({"pool": 4}, "Model.pool = 4 is not possible; allowed: 1"),
         ({"attention": "mla"}, "Model.kv_heads = 4 is not possible; allowed: 1"),
     ],
     ids=str,

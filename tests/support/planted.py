@@ -74,7 +74,7 @@ class Planted(Op):
     spec_type, sizes_type = PlantedSpec, PlantedSizes
     backends = ("triton",)
 
-    def specs(self, model):
+    def specs_of(self, model):
         return (PlantedSpec(),)
 
     def bind(self, *args):

@@ -26,7 +26,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.values import Sizes, Spec
 from ..select import OP as SELECT
 from ..select import SelectSizes, SelectSpec
@@ -92,9 +92,7 @@ class AdaptProblem(Problem[AdaptSpec, AdaptSizes]):
     sizes_type = AdaptSizes
     minor = frozenset({"starts", "output", "masses", "min_scores", "counts", "chosen_scores"})
 
-    def specs(self, model: Model) -> Sequence[AdaptSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AdaptSpec]:
         return (AdaptSpec(model.topk), AdaptSpec(model.topk, starts=False, output="slots"))
 
     def bind(self, *args: Any) -> tuple[AdaptSpec, AdaptSizes, Inputs]:

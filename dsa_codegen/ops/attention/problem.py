@@ -21,7 +21,7 @@ from ...problem import channels, checks, compare
 from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.values import Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
 from ..logits import exact
@@ -94,9 +94,7 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     sizes_type = AttentionSizes
     minor = frozenset({"lengths", "sink", "max_logits", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[AttentionSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AttentionSpec]:
         options: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant, "d_v": model.d_v}
         return (AttentionSpec(model.heads, model.d_qk, model.entries, lengths=model.pool > 1, **options),)
 

@@ -16,7 +16,7 @@ from ...problem import channels, checks, compare
 from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.values import Spec
 from ..attention import OP as FORWARD
 from ..attention.problem import AttentionSizes, AttentionSpec
@@ -69,9 +69,7 @@ class AttentionBackwardProblem(Problem[AttentionBackwardSpec, AttentionBackwardS
     minor = frozenset({"lengths", "sink", "lse_gradient"})
     training: ClassVar[bool] = True
 
-    def specs(self, model: Model) -> Sequence[AttentionBackwardSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AttentionBackwardSpec]:
         return (AttentionBackwardSpec(model.heads, model.d_qk, model.topk, sink=model.attn_sink, d_v=model.d_v),)
 
     def repeatable(self, spec: AttentionBackwardSpec) -> bool:

@@ -16,7 +16,7 @@ from ...problem import channels, checks
 from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.values import Spec
 from ..attended import attended, check_scale, compare_attended
 from ..attention.problem import AttentionSizes
@@ -58,9 +58,7 @@ class AttentionDenseProblem(Problem[AttentionDenseSpec, AttentionDenseSizes]):
     minor = frozenset({"sink"})
     training: ClassVar[bool] = True
 
-    def specs(self, model: Model) -> Sequence[AttentionDenseSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AttentionDenseSpec]:
         return (AttentionDenseSpec(model.heads, model.d_qk, model.attn_sink, model.d_v),)
 
     def bind(self, *args: Any) -> tuple[AttentionDenseSpec, AttentionDenseSizes, Inputs]:

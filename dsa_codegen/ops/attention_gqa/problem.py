@@ -103,10 +103,9 @@ class AttentionGqaProblem(Problem[AttentionGqaSpec, AttentionGqaSizes]):
     spec_type = AttentionGqaSpec
     sizes_type = AttentionGqaSizes
     minor = frozenset({"page", "ends", "lengths", "sink", "batch_invariant"})
+    attentions = (GQA,)
 
-    def specs(self, model: Model) -> Sequence[AttentionGqaSpec]:
-        if model.attention != GQA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AttentionGqaSpec]:
         shape = model.heads, model.kv_heads, model.d_qk, model.d_v, model.topk // model.block, model.block
         rows = AttentionGqaSpec(*shape, ends=True, sink=model.attn_sink, batch_invariant=model.invariant)
         return (rows,) if model.kv_layout == NO_CACHE else (rows, replace(rows, page=model.page))

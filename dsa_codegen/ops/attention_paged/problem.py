@@ -27,7 +27,7 @@ from ...problem.kv_layouts import KV_LAYOUTS, AnyKvLayout, KvPlainLayout, kv_lay
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.paged import FIXED, check_cache, check_plain_rows, scales_of
 from ...problem.paged import check_scale as check_cache_scale
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Bucket, Sizes, Spec
 from ..attended import attended, check_buffers, check_scale, compare_attended
@@ -149,9 +149,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     sizes_type = AttentionPagedSizes
     minor = frozenset({"lengths", "sink", "page", "extra_page", "extra_lengths", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[AttentionPagedSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[AttentionPagedSpec]:
         if model.kv_layout == NO_CACHE:
             return ()
         of: dict[str, Any] = {"sink": model.attn_sink, "batch_invariant": model.invariant}

@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.values import Sizes, Spec
 from ..logits import LOGITS
 
@@ -57,8 +57,8 @@ class CandidatesProblem(Problem[CandidatesSpec, CandidatesSizes]):
     sizes_type = CandidatesSizes
     minor = frozenset({"logits"})
 
-    def specs(self, model: Model) -> Sequence[CandidatesSpec]:
-        return () if model.attention != MLA or model.kv_layout == NO_CACHE else (CandidatesSpec(model.topk),)
+    def specs_of(self, model: Model) -> Sequence[CandidatesSpec]:
+        return () if model.kv_layout == NO_CACHE else (CandidatesSpec(model.topk),)
 
     def bind(self, *args: Any) -> tuple[CandidatesSpec, CandidatesSizes, Inputs]:
         logits, tokens, offset, stride, block = args

@@ -68,7 +68,7 @@ class ExpandProblem(Problem[ExpandSpec, ExpandSizes]):
     sizes_type = ExpandSizes
     minor = frozenset({"output"})
 
-    def specs(self, model: Model) -> Sequence[ExpandSpec]:
+    def specs_of(self, model: Model) -> Sequence[ExpandSpec]:
         return () if model.pool == 1 else (ExpandSpec(model.topk // model.pool, model.pool),)
 
     def bind(self, *args: Any) -> tuple[ExpandSpec, ExpandSizes, Inputs]:

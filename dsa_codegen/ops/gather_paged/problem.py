@@ -19,7 +19,7 @@ from ...problem.caches import IndexKLayout, tokens_of, valid_slots
 from ...problem.draw import Draw
 from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ..paged_rows import PagedRowsSpec
 from ..rows import RowSizes, draw_rows, same_bytes
@@ -48,9 +48,7 @@ class GatherPagedProblem(Problem[GatherPagedSpec, GatherPagedSizes]):
     sizes_type = GatherPagedSizes
     minor = frozenset({"slots", "page"})
 
-    def specs(self, model: Model) -> Sequence[GatherPagedSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[GatherPagedSpec]:
         keys = GatherPagedSpec("index_k", model.index_head_dim, model.page)
         if model.kv_layout == NO_CACHE:
             return (keys,)

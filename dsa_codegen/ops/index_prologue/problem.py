@@ -21,7 +21,7 @@ from ...problem import channels, checks, compare, paged
 from ...problem.caches import IndexKLayout, last_of_each, tokens_of, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Spec
 from .. import rotated
@@ -101,9 +101,7 @@ class IndexPrologueProblem(Problem[IndexPrologueSpec, IndexPrologueSizes]):
     sizes_type = IndexPrologueSizes
     minor = frozenset({"d_rope", "rotary", "rope_first", "norm", "weights", "power_of_two", "page", "slots", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[IndexPrologueSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[IndexPrologueSpec]:
         head_dim = model.index_head_dim
         options: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant}
         return (IndexPrologueSpec(model.index_heads, head_dim, d_rope=_rotary(model), **options),)

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import channels, checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, PRECISIONS, SCORES, Model
+from ...problem.presets import PRECISIONS, SCORES, Model
 from ...problem.values import Sizes, Spec
 from .. import ordered
 from ..logits import LOGITS, empty_logits, exact, whole_weights
@@ -78,9 +78,7 @@ class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):
     sizes_type = IndexerSizes
     minor = frozenset({"clean", "score", "compressed", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[IndexerSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[IndexerSpec]:
         shape = model.index_heads, model.index_head_dim, model.score
         return (IndexerSpec(*shape, scores=model.index_scores, batch_invariant=model.invariant),)
 

@@ -18,7 +18,7 @@ from ...problem import channels, checks, compare
 from ...problem.channels import D_V
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, SCORES, Model
+from ...problem.presets import SCORES, Model
 from ...problem.values import Spec
 from ..attended import check_scale
 from ..attention import OP as FORWARD
@@ -81,9 +81,7 @@ class IndexerBackwardProblem(Problem[IndexerBackwardSpec, IndexerBackwardSizes])
     minor = frozenset({"score"})
     training: ClassVar[bool] = True
 
-    def specs(self, model: Model) -> Sequence[IndexerBackwardSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[IndexerBackwardSpec]:
         shape = model.heads, model.d_qk, model.index_heads, model.index_head_dim
         return tuple(IndexerBackwardSpec(*shape, topk, model.score) for topk in (model.topk, WHOLE_ROW))
 

@@ -20,7 +20,7 @@ from ...problem.caches import IndexKLayout, valid_slots
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.paged import check_keys
-from ...problem.presets import MLA, PRECISIONS, SCORES, Model
+from ...problem.presets import PRECISIONS, SCORES, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Sizes, Spec
 from .. import ordered
@@ -88,9 +88,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
     sizes_type = IndexerPagedSizes
     minor = frozenset({"clean", "score", "page", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[IndexerPagedSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[IndexerPagedSpec]:
         shape = model.index_heads, model.index_head_dim
         options: dict[str, Any] = {"page": model.page, "score": model.score, "scores": model.index_scores}
         plain = IndexerPagedSpec(*shape, **options, batch_invariant=model.invariant)

@@ -21,7 +21,7 @@ from ...problem.caches import last_of_each, valid_slots
 from ...problem.draw import Draw
 from ...problem.kv_layouts import KV_LAYOUTS, AnyKvLayout, KvPlainLayout, kv_layout
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ...problem.values import Spec
 from .. import rotated
@@ -102,9 +102,7 @@ class LatentPrologueProblem(Problem[LatentPrologueSpec, LatentPrologueSizes]):
     sizes_type = LatentPrologueSizes
     minor = frozenset({"rotary", "norm", "norm_weight", "power_of_two", "page", "slots", "batch_invariant"})
 
-    def specs(self, model: Model) -> Sequence[LatentPrologueSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[LatentPrologueSpec]:
         of: dict[str, Any] = {"page": model.page, "batch_invariant": model.invariant, "d_rope": model.d_rope}
         if model.kv_layout == NO_CACHE:
             return (LatentPrologueSpec(PLAIN, model.d_nope, norm="nope", **of),)

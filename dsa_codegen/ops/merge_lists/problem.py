@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.values import Sizes, Spec
 from ..candidates.problem import NO_TOKEN
 
@@ -54,8 +54,8 @@ class MergeListsProblem(Problem[MergeListsSpec, MergeListsSizes]):
     spec_type = MergeListsSpec
     sizes_type = MergeListsSizes
 
-    def specs(self, model: Model) -> Sequence[MergeListsSpec]:
-        return () if model.attention != MLA or model.kv_layout == NO_CACHE else (MergeListsSpec(model.topk),)
+    def specs_of(self, model: Model) -> Sequence[MergeListsSpec]:
+        return () if model.kv_layout == NO_CACHE else (MergeListsSpec(model.topk),)
 
     def bind(self, *args: Any) -> tuple[MergeListsSpec, MergeListsSizes, Inputs]:
         candidates = checks.tensor("candidates", args[0], (None, None, 2, None), torch.int32)

@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.values import Sizes, Spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,8 +61,8 @@ class MergePartsProblem(Problem[MergePartsSpec, MergePartsSizes]):
     sizes_type = MergePartsSizes
     minor = frozenset({"sink"})
 
-    def specs(self, model: Model) -> Sequence[MergePartsSpec]:
-        if model.attention != MLA or model.kv_layout == NO_CACHE:
+    def specs_of(self, model: Model) -> Sequence[MergePartsSpec]:
+        if model.kv_layout == NO_CACHE:
             return ()
         return (MergePartsSpec(model.d_v, sink=model.attn_sink),)
 

@@ -58,7 +58,7 @@ class PoolProblem(Problem[PoolSpec, PoolSizes]):
     sizes_type = PoolSizes
     minor = frozenset({"gates"})
 
-    def specs(self, model: Model) -> Sequence[PoolSpec]:
+    def specs_of(self, model: Model) -> Sequence[PoolSpec]:
         return () if model.pool == 1 else (PoolSpec(model.index_head_dim, model.pool),)
 
     def bind(self, *args: Any) -> tuple[PoolSpec, PoolSizes, Inputs]:

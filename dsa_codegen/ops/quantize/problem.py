@@ -17,7 +17,7 @@ import torch
 from ...problem import channels, checks, quantization
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, Model
+from ...problem.presets import Model
 from ...problem.values import Spec
 from ..rows import RowSizes, check_rows, draw_rows, same_bytes
 
@@ -63,9 +63,7 @@ class QuantizeProblem(Problem[QuantizeSpec, QuantizeSizes]):
     sizes_type = QuantizeSizes
     minor = frozenset({"power_of_two", "weights"})
 
-    def specs(self, model: Model) -> Sequence[QuantizeSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[QuantizeSpec]:
         return (QuantizeSpec(model.index_head_dim, model.index_heads, "fp32"), QuantizeSpec(model.index_head_dim))
 
     def bind(self, *args: Any) -> tuple[QuantizeSpec, QuantizeSizes, Inputs]:

@@ -19,7 +19,7 @@ from ...problem import checks, compare, paged
 from ...problem.draw import Draw
 from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
 from ..paged_rows import PagedRowsSpec
 from ..rows import RowSizes, as_bytes, check_rows, draw_rows
@@ -63,9 +63,7 @@ class QuantizePagedProblem(Problem[QuantizePagedSpec, QuantizePagedSizes]):
     sizes_type = QuantizePagedSizes
     minor = frozenset({"power_of_two", "slots", "page"})
 
-    def specs(self, model: Model) -> Sequence[QuantizePagedSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[QuantizePagedSpec]:
         keys = QuantizePagedSpec("index_k", model.index_head_dim, model.page)
         if model.kv_layout == NO_CACHE:
             return (keys,)

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import MLA, NO_CACHE, Model
+from ...problem.presets import NO_CACHE, Model
 from ...problem.values import Sizes, Spec
 
 MOST = 2**31 - 1
@@ -64,9 +64,7 @@ class ResolveProblem(Problem[ResolveSpec, ResolveSizes]):
     sizes_type = ResolveSizes
     minor = frozenset({"page", "misses"})
 
-    def specs(self, model: Model) -> Sequence[ResolveSpec]:
-        if model.attention != MLA:
-            return ()
+    def specs_of(self, model: Model) -> Sequence[ResolveSpec]:
         return () if model.kv_layout == NO_CACHE else (ResolveSpec(model.topk), ResolveSpec(model.topk, model.page, False))
 
     def bind(self, *args: Any) -> tuple[ResolveSpec, ResolveSizes, Inputs]:

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...problem import checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
-from ...problem.presets import GQA, Model
+from ...problem.presets import GQA, MLA, Model
 from ...problem.values import Sizes, Spec
 
 SCORES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,8 +83,9 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     spec_type = SelectSpec
     sizes_type = SelectSizes
     minor = frozenset({"starts", "output", "page", "keep_first", "keep_recent"})
+    attentions = (MLA, GQA)
 
-    def specs(self, model: Model) -> Sequence[SelectSpec]:
+    def specs_of(self, model: Model) -> Sequence[SelectSpec]:
         kept: dict[str, Any] = {name: getattr(model, name) // model.block for name in ("keep_first", "keep_recent")}
         if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
             return (SelectSpec(model.topk // model.block, starts=False, **kept),)
