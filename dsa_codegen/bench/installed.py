@@ -14,7 +14,7 @@ def findings() -> Iterator[Finding]:
     here = {name: version for peer in found for name, version in peer.versions().items()}
     wanted = sorted({name for peer in found for name in peer.distributions})
     for name in (name for name in wanted if name in here):
-        served = [peer.name for peer in found if name in peer.distributions]
+        served = dict.fromkeys(peer.name for peer in found if name in peer.distributions)
         yield Finding(f"peer {name}", f"{here[name]}: {', '.join(served)}", True)
     missing = [name for name in wanted if name not in here]
     if missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..gpu import Gpu
+from ..invocation import command
 from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
@@ -76,11 +77,22 @@ def quality(rows: Sequence[Choice]) -> Printer:
 
 
 def lines(*texts: str, style: str = "") -> Printer:
-    """Plain lines."""
+    """Plain lines; one with a command is broken by the terminal alone, so that it can be copied whole."""
 
     def show(console: Console) -> None:
         for text in texts:
-            console.print(text, style=style, highlight=False, markup=False)
+            console.print(text, style=style, highlight=False, markup=False, soft_wrap=f"{command()} " in text)
+
+    return show
+
+
+def _under(head: str, texts: Iterable[str]) -> Printer:
+    """A line and what belongs to it, each thing once; what a console is too narrow for goes on below its own beginning."""
+
+    def show(console: Console) -> None:
+        _indented(console, head, 0, "")
+        for text in dict.fromkeys(texts):
+            _indented(console, text, 1, "")
 
     return show
 
@@ -298,9 +310,10 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     """For each spec: what is used and why, and field by field what kept the nearest records from it."""
     printers: list[Printer] = []
     for spec, found, compared in answers:
-        used = f"{op.name} {spec.id}\n  at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
-        kin = [f"  tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
-        printers.append(lines(used, *kin, *_runner_up(found), *trust(found.record), *(f"  {note}" for note in found.notes)))
+        used = f"at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
+        kin = [f"tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
+        below = [used, *kin, *_runner_up(found), *trust(found.record), *found.notes]
+        printers.append(_under(f"{op.name} {_short(spec.to_dict())}", below))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
             (f"{record.gpu.id} {record.backend} {describe(record.bucket)}", each.field, each.wanted, each.there)
@@ -323,7 +336,7 @@ def _runner_up(found: Found) -> list[str]:
     default = [f"the default {100 * (beside / best - 1):.1f} % behind"] if beside else []
     others = "; ".join([*(f"runner-up {each}" for each in lost), *default])
     kind = "measured" if record.evidence == MEASURED else "modelled"
-    return [f"  {kind} {best:.4g} µs; {others}"] if others else []
+    return [f"{kind} {best:.4g} µs; {others}"] if others else []
 
 
 def trust(record: Record | None) -> list[str]:
@@ -332,12 +345,12 @@ def trust(record: Record | None) -> list[str]:
         return []
     time, day = record.time_us, record.measured_at[:10]
     if not time.n:
-        return ["  a model's word: nothing was timed"]
+        return ["a model's word: nothing was timed"]
     where = " on one " + (record.card or record.gpu.id)
     when = f", {day}" if day else ""
-    spread = f"  {time.n} samples, the middle ones {time.p20:.4g} to {time.p80:.4g} µs,{where}{when}"
+    spread = f"{time.n} samples, the middle ones {time.p20:.4g} to {time.p80:.4g} µs,{where}{when}"
     eager = record.eager_us
-    return [spread, *([f"  launched without a graph {eager.median:.4g} µs, the host's work included"] if eager else [])]
+    return [spread, *([f"launched without a graph {eager.median:.4g} µs, the host's work included"] if eager else [])]
 
 
 def _listed(config: Mapping[str, object]) -> str:
@@ -360,6 +373,17 @@ def explanation_row(spec: Spec, found: Found, compared: list[tuple[Record, list[
 
 
 def findings(found: Sequence[Finding]) -> Printer:
-    """The diagnosis."""
-    rows = [(each.what, "ok" if each.ok else "amiss", each.state, "" if each.ok else each.remedy) for each in found]
-    return table("doctor", ("what", "", "state", "remedy"), rows)
+    """The diagnosis; below what is amiss stands the remedy."""
+
+    def show(console: Console) -> None:
+        drawn = Table.grid(padding=(0, 2))
+        for overflow in ("ellipsis", "ellipsis", "fold"):
+            drawn.add_column(overflow=overflow, no_wrap=overflow != "fold")
+        for each in found:
+            style = "" if each.ok else "bold"
+            drawn.add_row("ok" if each.ok else "amiss", each.what, Text(each.state), style=style)
+            if not each.ok:
+                drawn.add_row("", "", Text(each.remedy))
+        console.print(drawn)
+
+    return show

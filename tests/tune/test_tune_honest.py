@@ -159,7 +159,7 @@ def test_explain_says_so(good, capsys):
     assert "5 samples, the middle ones 80 to 80 µs, on one NVIDIA H200, 20" in said
     assert "launched without a graph 99 µs" in said
     unmeasured = dataclasses.replace(good, time_us=Timing.modelled(80.0))
-    assert show.trust(unmeasured) == ["  a model's word: nothing was timed"] and show.trust(None) == []
+    assert show.trust(unmeasured) == ["a model's word: nothing was timed"] and show.trust(None) == []
 
 
 def test_what_older_records_lack_is_left_out_of_files(good):
