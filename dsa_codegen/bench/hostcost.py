@@ -52,6 +52,8 @@ class HostCost:
     host_us: float | None
     graph_us: float | None
     note: str = ""
+    add_us: float | None = None
+    """What torch's ``add_`` took the host in turns with it: hosts differ by half, and so does one from minute to minute."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,18 @@ def measure_host(
     job: Job, gpu: Gpu, sources: Sequence[str], device: str = "cuda", stopwatch: Stopwatch | None = None
 ) -> list[HostCost]:
     """Time the entry points of one job."""
+    timed = _Timed(_add(device), stopwatch)
     if job.what == PLAIN:
-        return [_timed(name, PLAIN, run, stopwatch) for name, run in _plain(device)]
+        return [timed(name, PLAIN, run) for name, run in _plain(device)]
     (each,) = (each for each in CASES if each.stage == job.what)
     inputs = stage_of(each.stage).inputs(each, Draw(0, device))
     if job.name == OURS:
-        return [_timed(name, each.stage, run, stopwatch) for name, run in _ours(each, inputs, gpu, device)]
+        return [timed(name, each.stage, run) for name, run in _ours(each, inputs, gpu, device)]
     named = (peer for peer in adapters.load(sources) if peer.name == job.name and each.stage in peer.stages)
-    return [_of_peer(peer, each, inputs, stopwatch) for peer in named]
+    return [_of_peer(peer, each, inputs, timed) for peer in named]
 
 
-def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, stopwatch: Stopwatch | None) -> HostCost:
+def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, timed: _Timed) -> HostCost:
     missing = peer.reason()
     if missing:
         return HostCost(peer.name, each.stage, None, None, missing)
@@ -93,7 +96,7 @@ def _of_peer(peer: adapters.Peer, each: BenchCase, inputs: Any, stopwatch: Stopw
         prepared = peer.prepare(each, inputs)
         if prepared is None:
             return HostCost(peer.name, each.stage, None, None, "does not serve the case")
-        return _timed(prepared.label, each.stage, prepared.run, stopwatch)
+        return timed(prepared.label, each.stage, prepared.run)
     except Exception as error:  # a foreign library may fail in any way
         return HostCost(peer.name, each.stage, None, None, f"failed: {type(error).__name__}: {error}"[:200])
 
@@ -119,30 +122,50 @@ def _ours(each: BenchCase, inputs: Any, gpu: Gpu, device: str) -> Iterator[tuple
 
 
 def _plain(device: str) -> Iterator[tuple[str, Run]]:
-    x = torch.zeros(1024, device=device)
-    yield "torch add_", lambda: x.add_(1)
+    yield "torch add_", _add(device)
     if device.startswith("cuda"):
         from .jit_launch import touch
 
+        x = torch.zeros(1024, device=device)
         yield "Triton JIT launch, one argument", lambda: touch[(1,)](x)
 
 
-def _timed(name: str, what: str, run: Run, stopwatch: Stopwatch | None) -> HostCost:
-    for _ in range(20):
-        run()
-    (in_graph,) = measure_calls([[lambda: (run(), None)[1]]], _IN_GRAPH, stopwatch)
-    graph_us = round(in_graph.timing.median, 3) if in_graph.policy.graph else None
-    return HostCost(name, what, round(host_us(run), 3), graph_us, "" if graph_us else "not captured in a graph")
+def _add(device: str) -> Callable[[], object]:
+    x = torch.zeros(1024, device=device)
+    return lambda: x.add_(1)
 
 
-def host_us(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int | None = None) -> float:
-    """Microseconds of the host per call: the median of rounds that never wait for the device inside."""
-    rounds, calls = [], calls or _CALLS
-    for _ in range(_ROUNDS):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        before = clock()
-        for _ in range(calls):
+@dataclass(frozen=True)
+class _Timed:
+    """Times one entry point after another, each in turns with the launch that everybody knows."""
+
+    add: Callable[[], object]
+    stopwatch: Stopwatch | None
+
+    def __call__(self, name: str, what: str, run: Run) -> HostCost:
+        for _ in range(20):
             run()
-        rounds.append((clock() - before) / calls * 1e6)
-    return statistics.median(rounds)
+        (in_graph,) = measure_calls([[lambda: (run(), None)[1]]], _IN_GRAPH, self.stopwatch)
+        graph_us = round(in_graph.timing.median, 3) if in_graph.policy.graph else None
+        us, add_us = (round(each, 3) for each in host_us((run, self.add)))
+        return HostCost(name, what, us, graph_us, "" if graph_us else "not captured in a graph", add_us)
+
+
+def host_us(
+    runs: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter, calls: int | None = None
+) -> list[float]:
+    """Microseconds of the host per call of each: medians of rounds in turns that never wait for the device inside."""
+    rounds: list[list[float]] = [[] for _ in runs]
+    for _ in range(_ROUNDS):
+        for run, taken in zip(runs, rounds, strict=True):
+            taken.append(_round_us(run, clock, calls or _CALLS))
+    return [statistics.median(taken) for taken in rounds]
+
+
+def _round_us(run: Callable[[], object], clock: Callable[[], float], calls: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    before = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - before) / calls * 1e6

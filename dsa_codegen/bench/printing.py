@@ -109,11 +109,10 @@ def _summary(found: Sequence[Row]) -> Printer:
 
 def host(found: Sequence[Mapping[str, Any]]) -> Printer:
     """What a call costs the host."""
-    body = [
-        (each["what"], each["name"], labels.microseconds(each["host_us"]), labels.microseconds(each["graph_us"]), each["note"])
-        for each in found
-    ]
-    return table("a call: the host's time, and the device's in a graph", ("call", "by", "host µs", "graph µs", "note"), body)
+    body = [labels.host_cost(each) for each in found]
+    return table(
+        "a call: the host's time, and the device's in a graph", ("call", "by", "host µs", "× add_", "graph µs", "note"), body
+    )
 
 
 def sweep(found: Sequence[Mapping[str, Any]]) -> Printer:

@@ -266,7 +266,8 @@ def test_ceilings_are_rates_of_a_copy_and_of_products(monkeypatch):
 
 def test_host_costs_of_whoever_is_there(monkeypatch):
     ticks = iter(range(10**6))
-    assert hostcost.host_us(lambda: None, clock=lambda: next(ticks) / 1e6, calls=1) == pytest.approx(1.0)
+    told = hostcost.host_us([lambda: None, lambda: next(ticks)], clock=lambda: next(ticks) / 1e6, calls=1)
+    assert told == pytest.approx([1.0, 2.0])
     monkeypatch.setattr(hostcost, "_CALLS", 1)
     monkeypatch.setattr(hostcost, "_IN_GRAPH", QUICK)
     monkeypatch.setattr(hostcost, "CASES", (SMALL,))
@@ -275,6 +276,7 @@ def test_host_costs_of_whoever_is_there(monkeypatch):
     rows = [row for job in jobs for row in hostcost.measure_host(job, H200, ["bench_fakes"], "cpu", clock)]
     found = {each.name: each for each in rows}
     assert found["torch add_"].host_us > 0 and found["ours: public function"].graph_us == 10.0
+    assert all(each.add_us > 0 for each in rows if each.host_us), "whoever is timed is timed in turns with add_"
     assert found["missing"].note == "missing is not installed" and found["raising"].note.startswith("failed: ValueError")
     assert found["unwilling"].note == "does not serve the case"
 
@@ -282,7 +284,8 @@ def test_host_costs_of_whoever_is_there(monkeypatch):
 def test_machine_facts_reach_the_tables():
     named = tables.named(made_up_rows(), made_up_machine())
     assert "device copy, read and written | 4.27 TB/s" in named["ceilings"]
-    assert "| select | fast_topk | 8.10 | 8.70 |  |" in named["host"]
+    assert "| select | fast_topk | 8.10 | – | 8.70 |  |" in named["host"]
+    assert "| select | ours: public function | 8.50 | 1.25 | 5.20 |  |" in named["host"]
     assert set(named) == {*tables.NAMES, *labels.TITLES}
     assert "| 32K | 5.3 ms, 0.69 GB | 0.52 ms, 0.44 GB | 1.56 ms, 0.58 GB |" in named["context"]
     assert named["context"].endswith("Sparse is faster from about 6K tokens of context on.")

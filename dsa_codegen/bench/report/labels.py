@@ -130,6 +130,13 @@ def told(rows: Sequence[Row]) -> str:
     return ", ".join(f"{count} {name}" for name, count in standings(rows).items())
 
 
+def host_cost(row: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:
+    """What a call costs the host, in microseconds and beside ``add_`` in turns with it; rows of before have no such turns."""
+    us, add_us = row["host_us"], row.get("add_us")
+    beside = f"{us / add_us:.2f}" if us and add_us else "–"
+    return row["what"], row["name"], microseconds(us), beside, microseconds(row["graph_us"]), row["note"]
+
+
 def worst(rows: Sequence[Row]) -> Row | None:
     """The case that is furthest behind, first of all one in which ours has no time; None where nobody else serves any."""
     contested = [row for row in rows if row["peers"]]

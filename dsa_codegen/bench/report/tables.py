@@ -101,11 +101,8 @@ def stage(rows: Sequence[Row], name: str) -> str:
 
 def host(found: Sequence[Mapping[str, Any]]) -> str:
     """What a call costs the host."""
-    body = [
-        (each["what"], each["name"], labels.microseconds(each["host_us"]), labels.microseconds(each["graph_us"]), each["note"])
-        for each in found
-    ]
-    return markdown(("call", "by", "host, µs", "in a graph, µs", ""), body, right=(2, 3))
+    body = [labels.host_cost(each) for each in found]
+    return markdown(("call", "by", "host, µs", "× add_", "in a graph, µs", ""), body, right=(2, 3, 4))
 
 
 def context(found: Sequence[Mapping[str, Any]]) -> str:
