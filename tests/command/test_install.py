@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = {"2.11.0": "3.6", "2.13.0": "3.7", "2.14.1": "3.8"}
 """torch -> the Triton that it brings."""
@@ -17,24 +15,20 @@ EXTRAS = {"main": ("tune", "tilelang"), "test": ("test",)}
 """What the README's two commands install."""
 
 
-def resolved(extras: tuple[str, ...], constraints: Path, python: str = "3.10") -> subprocess.CompletedProcess:
+def resolving(extras: tuple[str, ...], constraints: Path, python: str = "3.10") -> subprocess.Popen[str]:
     """Resolve for this Python and all later ones from the index's metadata alone: no local wheels, no configuration."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "--quiet",
-        "--no-config",
-        "--no-annotate",
-        "--only-binary",
-        ":all:",
-    ]
-    command += ["--universal", "--python-version", python, "--constraints", str(constraints)]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", "--no-annotate"]
+    command += ["--only-binary", ":all:", "--universal", "--python-version", python, "--constraints", str(constraints)]
     command += [part for extra in extras for part in ("--extra", extra)]
-    return subprocess.run([*command, ROOT / "pyproject.toml"], capture_output=True, text=True, env=variables, timeout=300)
+    command += [str(ROOT / "pyproject.toml")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def constrained(path: Path, *lines: str) -> Path:
+    """A file of constraints."""
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
 def test_the_commands_install_what_is_resolved_here():
@@ -43,29 +37,23 @@ def test_the_commands_install_what_is_resolved_here():
     assert [tuple(extras.split(",")) for extras in commands] == list(EXTRAS.values())
 
 
-@pytest.mark.parametrize("torch", TRITON)
-def test_it_resolves_on_the_public_index(tmp_path, torch):
-    """The second command's extras hold the first one's."""
+def test_what_the_documents_name_resolves_on_the_public_index(tmp_path):
+    """All at once, for they wait for the index most of the time. The second command's extras hold the first one's."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("torch==", "triton=="))]
-    constraints = tmp_path / "constraints.txt"
-    constraints.write_text("\n".join([*(lines if f"torch=={torch}" in lines else [*kept, f"torch=={torch}"]), ""]))
-    done = resolved(EXTRAS["test"], constraints)
-    assert done.returncode == 0, done.stderr
-    assert f"torch=={torch}" in done.stdout
-    assert re.search(rf"^triton=={re.escape(TRITON[torch])}\.", done.stdout, re.MULTILINE)
-
-
-def test_older_drivers_have_an_extra_without_a_compiler_of_cuda_13(tmp_path):
-    (tmp_path / "torch.txt").write_text("torch==2.13.0\n")
-    done = resolved(("tilelang-cu12",), tmp_path / "torch.txt")
-    assert done.returncode == 0, done.stderr
-    assert "tilelang==" in done.stdout
-    assert "nvidia-cuda-nvcc" not in done.stdout
-
-
-def test_what_several_hosts_tune_by_resolves_too(tmp_path):
-    (tmp_path / "none.txt").write_text("")
-    done = resolved(("ray", "postgres"), tmp_path / "none.txt", python="3.11")
-    assert done.returncode == 0, done.stderr
-    assert "\nray==" in done.stdout and "psycopg2-binary==" in done.stdout
+    asked = {}
+    for torch in TRITON:
+        wanted = lines if f"torch=={torch}" in lines else [*kept, f"torch=={torch}"]
+        asked[torch] = resolving(EXTRAS["test"], constrained(tmp_path / f"{torch}.txt", *wanted))
+    asked["older drivers"] = resolving(("tilelang-cu12",), constrained(tmp_path / "older.txt", "torch==2.13.0"))
+    asked["several hosts"] = resolving(("ray", "postgres"), constrained(tmp_path / "none.txt"), python="3.11")
+    found = {}
+    for name, process in asked.items():
+        found[name], said = process.communicate(timeout=300)
+        assert process.returncode == 0, (name, said)
+    for torch, triton in TRITON.items():
+        assert f"torch=={torch}" in found[torch]
+        assert re.search(rf"^triton=={re.escape(triton)}\.", found[torch], re.MULTILINE)
+    assert "tilelang==" in found["older drivers"]
+    assert "nvidia-cuda-nvcc" not in found["older drivers"], "a compiler of CUDA 13, for a driver of CUDA 12"
+    assert "\nray==" in found["several hosts"] and "psycopg2-binary==" in found["several hosts"]

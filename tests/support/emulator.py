@@ -8,12 +8,14 @@ its end ends the process.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import platform
 import re
 import shutil
 import struct
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_codegen import paths
 from dsa_codegen.kernels.backends import Launchable
 from dsa_codegen.kernels.backends.base import import_module
 from dsa_codegen.kernels.build import Built
@@ -33,10 +36,10 @@ ORDERS = ("ascending", "descending", "shuffled")
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[^)]*\) (\w+)\(([^)]*)\)')
 _SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar buf_dyn_shmem\[\];")
 _LAUNCHER = """
-static void call() {{ {name}({arguments}); }}
-extern "C" int launch(long long *arguments, int width, int height, int threads, int order, uint random) {{
+static void call_{name}() {{ {name}({arguments}); }}
+extern "C" int launch_{name}(long long *arguments, int width, int height, int threads, int order, uint random) {{
   emulator::arguments = arguments;
-  emulator::kernel = call;
+  emulator::kernel = call_{name}; {before}
   emulator::block_threads = threads;
   if (!emulator::shared) emulator::shared = (uchar *)malloc(emulator::shared_bytes);
   for (blockIdx.y = 0; blockIdx.y < height; blockIdx.y++)
@@ -68,8 +71,8 @@ class _Emulated:
         kinds, self._names = zip(*(part.strip().rsplit(" ", 1) for part in declared.split(",")), strict=True)
         arguments = ", ".join(f"({kind.replace('__restrict__', '')})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
         body = _SHARED.sub("uchar *buf_dyn_shmem = emulator::shared;", text[text.index('extern "C" __global__') :])
-        launcher = _LAUNCHER.format(name=name, arguments=arguments)
-        self._library = ctypes.CDLL(str(_compile(folder, f'#include "emulator.h"\n{body}\n{launcher}')))
+        launcher = _LAUNCHER.format(name=name, arguments=arguments, before="")
+        self._launch = _compiled(f'#include "emulator.h"\n{body}\n{launcher}')[f"launch_{name}"]
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         values: dict[str, int] = {}
@@ -83,7 +86,7 @@ class _Emulated:
             memory.append(_Guarded(arg))
             values[buffer.name] = memory[-1].address
         arguments = (ctypes.c_longlong * len(self._names))(*(values[name] for name in self._names))
-        stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
+        stuck = self._launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory:
             guarded.copy_back()
@@ -106,41 +109,49 @@ _PRODUCT = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k16.*p, 1, 1, (\
 
 
 def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Launchable]:
-    """The kernel of a module in CUDA C++, its inline assembly left out: what it waits for has happened in an emulated block."""
+    """The kernels of a module in CUDA C++, inline assembly left out: what it waits for has happened in an emulated block."""
     source = folder / f"{rendered.module_name}.py"
     source.write_text(rendered.text)
     module = import_module(source)
-    return {
-        name: _EmulatedCuda(folder, module.SOURCE, name, facts, ORDERS.index(order)) for name, facts in module.KERNELS.items()
-    }
+    return dict(_cuda(module.SOURCE, module.KERNELS, ORDERS.index(order)))
+
+
+def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator[tuple[str, _EmulatedCuda]]:
+    """The kernels of a text by name, those of clusters of one size from one library."""
+    header = "emulator_cuda.h"
+    if "wgmma" in text:
+        header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
+    text = _RECEIVE.sub("done = 1;\n", _BRING.sub(r"\1memcpy(to, from, bytes);\n", _PRAGMA_OR_INCLUDE.sub("", text)))
+    text = _ASSEMBLY.sub(";\n", text)
+    declared = {match[1]: [" ".join(part.split()) for part in match[2].split(",")] for match in _SIGNATURE.finditer(text)}
+    text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
+    for cluster in {facts["cluster"] for facts in kernels.values()}:
+        own = {name: facts["threads"] for name, facts in kernels.items() if facts["cluster"] == cluster}
+        launchers = "".join(_cuda_launcher(name, declared[name]) for name in own)
+        library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
+        for name, threads in own.items():
+            names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
+            yield name, _EmulatedCuda(library[f"launch_{name}"], names, threads, order)
+
+
+def _cuda_launcher(name: str, parameters: list[str]) -> str:
+    kinds = [parameter.rpartition(" ")[0] for parameter in parameters]
+    arguments = ", ".join(
+        f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
+        for i, kind in enumerate(kinds)
+    )
+    return _LAUNCHER.format(name=name, arguments=arguments, before="gridDim = {width, height, 1};")
 
 
 class _EmulatedCuda:
-    def __init__(self, folder: Path, text: str, name: str, facts: dict[str, Any], order: int) -> None:
-        self._threads, self._order = facts["threads"], order
-        header = "emulator_cuda.h"
-        if "wgmma" in text:
-            header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
-        text = _RECEIVE.sub("done = 1;\n", _BRING.sub(r"\1memcpy(to, from, bytes);\n", _PRAGMA_OR_INCLUDE.sub("", text)))
-        text = _ASSEMBLY.sub(";\n", text)
-        (declared,) = (match[2] for match in _SIGNATURE.finditer(text) if match[1] == name)
-        kinds = [" ".join(part.split()).rpartition(" ")[0] for part in declared.split(",")]
-        self.names = [part.split()[-1] for part in declared.split(",")]
-        text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
-        arguments = ", ".join(
-            f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
-            for i, kind in enumerate(kinds)
-        )
-        launcher = _LAUNCHER.format(name=name, arguments=arguments)
-        launcher = launcher.replace("emulator::kernel = call;", "emulator::kernel = call; gridDim = {width, height, 1};")
-        included = f'#define EMULATED_CLUSTER {facts["cluster"]}\n#include "{header}"'
-        self._library = ctypes.CDLL(str(_compile(folder, f"{included}\n{text}\n{launcher}", name)))
+    def __init__(self, launch: Callable[..., int], names: list[str], threads: int, order: int) -> None:
+        self._launch, self.names, self._threads, self._order = launch, names, threads, order
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
         values = (memory[i].address if i in memory else _as_integer(arg) for i, arg in enumerate(args))
         arguments = (ctypes.c_longlong * len(args))(*values)
-        stuck = self._library.launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
+        stuck = self._launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory.values():
             guarded.copy_back()
@@ -166,7 +177,8 @@ def cuda_gatherers(
     text = _RANK.sub(f"DEVICE u32 rank_in_cluster() {{ return {rank}; }}\n", text[: text.index("// Joins the parts")])
     text = _CLUSTER_SYNC.sub("DEVICE void cluster_sync() {}\n", text)
     defined = "".join(f"constexpr int {constant} = {value};\n" for constant, value in constants.items())
-    kernel = _EmulatedCuda(folder, defined + text, name, {**module.KERNELS[name], "cluster": 1}, ORDERS.index("shuffled"))
+    facts = {**module.KERNELS[name], "cluster": 1}
+    ((_, kernel),) = _cuda(defined + text, {name: facts}, ORDERS.index("shuffled"))
 
     def launch(grid: tuple[int, int, int], others: dict[str, Tensor], args: tuple[Any, ...]) -> None:
         kernel(grid, tuple(others.get(parameter, arg) for parameter, arg in zip(kernel.names, args, strict=True)))
@@ -197,13 +209,22 @@ def _without_instructions(text: str) -> Iterator[str]:
             yield f"DEVICE void {name}({parameters}) {{ emulator::{kind}<{flags}>(d, {rows}, b, {add}); }}"
 
 
-def _compile(folder: Path, text: str, name: str = "emulated") -> Path:
-    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+_OPTIONS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}")
+
+
+def _compiled(text: str) -> ctypes.CDLL:
+    """The library of a text, made once a run for all tests and orders that emulate it; published whole, for two may make it."""
+    headers = sorted(Path(__file__).parent.glob("emulator*.h"))
+    key = hashlib.sha256("".join([text, *(header.read_text() for header in headers)]).encode()).hexdigest()[:32]
+    library = paths.cache() / "emulated" / f"{key}.so"
     if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        source = library.with_name(f".{uuid.uuid4().hex}.cpp")
         source.write_text(text)
-        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
-        subprocess.run(["g++", *options, source, "-o", library], check=True)
-    return library
+        subprocess.run(["g++", *_OPTIONS, source, "-o", source.with_suffix(".so")], check=True)
+        source.rename(library.with_suffix(".cpp"))
+        source.with_suffix(".so").rename(library)
+    return ctypes.CDLL(str(library))
 
 
 class _Guarded:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dsa_codegen.gpu import Gpu
 from dsa_codegen.ops.indexer import Indexer, IndexerSizes, IndexerSpec
-from dsa_codegen.problem.op import Config, Parameter, Violation, exceeds
+from dsa_codegen.problem.op import Case, Config, Parameter, Violation, exceeds
 from dsa_codegen.problem.values import Scalar
 
 
@@ -23,6 +23,10 @@ class Toy(Indexer):
             Parameter("splits", (1, 2, 4, 8), "blocks that share a window", launch_only=True),
             Parameter("num_warps", (4, 8), "warps per block"),
         )
+
+    def long_cases(self, spec: IndexerSpec) -> Sequence[Case[IndexerSizes]]:
+        """One, and short: the indexer's take the CPU a second for every candidate."""
+        return (Case(IndexerSizes(33, 200), "ragged"),)
 
     def constraints(self, spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         columns = config["block_q"] * spec.heads
