@@ -1,18 +1,20 @@
 """Prove the presets on a GPU: all that ``cli.py verify`` checks of each of them, what several share once, in processes at once.
 
     python scripts/prove_presets.py [--preset NAME ...] [--op NAME ...] [--own] [--after FILE] [--gpu NAME]
-                                    [--repeats 2] [--workers 8] [--seconds 600] [--json FILE]
+                                    [--repeats 2] [--workers 8] [--seconds 600] [--json FILE] [--page FILE]
 
 Every operation, option and template of a preset runs its cases (fresh inputs, poisoned outputs, the plain PyTorch reference,
 repeats bit for bit). A model's own specs come first, ``--own`` ends there; ``--after`` leaves out what an earlier run's file
-shows as passed. With ``--gpu``, for a machine without one, they are compiled for it and what is Triton's is interpreted, one
-after another. It prints a line for each preset, and fails where something is wrong or was left for want of time.
+shows as passed with the very text that is rendered today. With ``--gpu``, for a machine without one, they are compiled for it
+and what is Triton's is interpreted, one after another. It prints a line for each preset, with ``--page`` also into that page's
+table, and fails where something is wrong or was left for want of time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +28,10 @@ from dsa_codegen import gpu as gpus  # noqa: E402
 from dsa_codegen import ops  # noqa: E402
 from dsa_codegen.cli.verify import OFFLINE  # noqa: E402
 from dsa_codegen.command.verification import Subject, offline, run_cases, subjects_of  # noqa: E402
+from dsa_codegen.kernels.render import render  # noqa: E402
 from dsa_codegen.ops.needs import specs  # noqa: E402
 from dsa_codegen.problem import presets  # noqa: E402
+from dsa_codegen.problem.op import Op  # noqa: E402
 from dsa_codegen.problem.values import Spec  # noqa: E402
 from dsa_codegen.proof.crew import at_once  # noqa: E402
 from dsa_codegen.worker import Worker  # noqa: E402
@@ -35,29 +39,38 @@ from dsa_codegen.worker import Worker  # noqa: E402
 Row = dict[str, Any]
 BY_NVCC = ("tilelang", "cuda")
 _KEEP_EVERY = 10  # checks
+_BEGIN, _END, _RULE = "<!-- presets -->", "<!-- /presets -->", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+_ROW = re.compile(r"^\| `([^`]+)` \| ([^|]*) \|", re.MULTILINE)
 
 
-def key(op: str, spec: dict[str, Any], config: dict[str, Any], backend: str) -> str:
-    """What makes a check the same one in another preset, or in an earlier run."""
-    return json.dumps([op, spec, backend, config], sort_keys=True)
+def key(op: Op, spec: Spec, backend: str, config: dict[str, Any], text: str) -> str:
+    """What makes a check the same one in another preset, or in an earlier run: the spec, its text and how that is launched."""
+    launch = {each.name: config.get(each.name) for each in op.parameters(backend) if each.launch_only}
+    return json.dumps([op.name, spec.to_dict(), backend, launch, text], sort_keys=True)
+
+
+def text_of(subject: Subject) -> str:
+    """The hash of the subject's code (its first 16 digits), for the Triton that is installed."""
+    return render(subject.op, subject.spec, subject.config).sha[:16]
 
 
 def key_of(subject: Subject) -> str:
-    return key(subject.op.name, subject.spec.to_dict(), subject.config.to_dict(), subject.config.backend)
+    config = subject.config
+    return key(subject.op, subject.spec, config.backend, config.to_dict(), text_of(subject))
 
 
 def wanted(names: list[str], gpu: gpus.Gpu, own: bool, only: Sequence[str] = ()) -> dict[str, dict[str, Subject]]:
     """By preset and key; with ``own`` the specs that the model itself calls, without their options."""
-    known: dict[tuple[str, Spec], list[Subject]] = {}  # presets share most of their specs
+    known: dict[tuple[str, Spec], dict[str, Subject]] = {}  # presets share most of their specs
     found: dict[str, dict[str, Subject]] = {}
     for name in names:
         for op, spec in specs(presets.preset(name), (), gpu):
             if only and op.name not in only:
                 continue
             if (op.name, spec) not in known:
-                known[op.name, spec] = list(subjects_of(op, spec, gpu))
-            kept = (each for each in known[op.name, spec] if not own or each.spec == spec)
-            found.setdefault(name, {}).update((key_of(each), each) for each in kept)
+                asked = (each for each in subjects_of(op, spec, gpu) if not own or each.spec == spec)
+                known[op.name, spec] = {key_of(each): each for each in asked}
+            found.setdefault(name, {}).update(known[op.name, spec])
     return found
 
 
@@ -76,7 +89,7 @@ def in_order(named: dict[str, dict[str, Subject]], gpu: gpus.Gpu) -> dict[str, S
 def row_of(subject: Subject, outcome: Any) -> Row:
     """A check's line of the file."""
     named = {"op": subject.op.name, "backend": subject.config.backend, "spec": subject.spec.to_dict()}
-    row: Row = {**named, "config": subject.config.to_dict(), "cases": 0, "wrong": ""}
+    row: Row = {**named, "config": subject.config.to_dict(), "text": text_of(subject), "cases": 0, "wrong": ""}
     if isinstance(outcome, list):
         wrong = [f"{verdict.check}: {verdict.detail}" for verdict in outcome if not verdict.passed]
         return {**row, "cases": len(outcome), "wrong": "; ".join(wrong)[:400]}
@@ -100,13 +113,28 @@ def keep(file: Path | None, gpu: str, counts: dict[str, dict[str, int]], rows: d
         file.write_text(json.dumps({"gpu": gpu, "presets": counts, "rows": list(rows.values())}, indent=1))
 
 
+def paged(page: str, own: dict[str, dict[str, int]], every: dict[str, dict[str, int]]) -> str:
+    """The page with today's counts in its table; what a preset brings stays as the page says it."""
+    head, begin, rest = page.partition(_BEGIN)
+    table, end, tail = rest.partition(_END)
+    brings = dict(_ROW.findall(table))
+    lines = ["", "| preset | what it brings | own checks | passed | with options | passed | cases |", _RULE]
+    for name, each in every.items():
+        counts = (own[name]["checks"], own[name]["passed"], each["checks"], each["passed"], each["cases"])
+        lines.append(f"| `{name}` | {brings.get(name, '')} | " + " | ".join(map(str, counts)) + " |")
+    return head + begin + "\n".join(lines) + "\n" + end + tail
+
+
 def earlier(file: Path | None) -> dict[str, Row]:
-    """What passed in an earlier run, by key; fields that specs have grown since are at their defaults."""
+    """What passed in an earlier run, by key: a row counts where its text is still rendered, whatever else has changed since.
+
+    Fields that specs have grown are at their defaults.
+    """
     found = {}
     for row in json.loads(file.read_text())["rows"] if file else []:
-        spec = ops.get(row["op"]).spec_type.from_dict(row["spec"]).to_dict()
+        op = ops.get(row["op"])
         if not row["wrong"]:
-            found[key(row["op"], spec, row["config"], row["backend"])] = row
+            found[key(op, op.spec_type.from_dict(row["spec"]), row["backend"], row["config"], row["text"])] = row
     return found
 
 
@@ -130,6 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that build and run at once")
     parser.add_argument("--seconds", type=float, default=600.0, help="for it all")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="write the counts into the table between its marks, docs/shapes.md's say")
     return parser.parse_args()
 
 
@@ -158,6 +187,9 @@ def main() -> int:
         at_once(run_cases, calls, asked.workers, seconds=rest, told=told)
     counts = summary(named, rows)
     keep(asked.json, gpu.id, counts, rows)
+    if asked.page:
+        own = summary(wanted(names, gpu, True, asked.op), rows)
+        asked.page.write_text(paged(asked.page.read_text(), own, counts))
     for name, each in counts.items():
         print(f"{name:24} " + " ".join(f"{what} {number:5}" for what, number in each.items()))
     seconds, left = time.monotonic() - start, len(todo) - sum(check in rows for check in checks)

@@ -29,6 +29,7 @@ from dsa_codegen.proof.random_specs import checked, sample  # noqa: E402
 
 COUNTS = {"triton": 28, "gluon": 16, "tilelang": 16, "cuda": 16}
 Row = dict[str, Any]
+_KEEP_EVERY = 10  # specs
 Subject = tuple[Op, Spec, Config]
 
 
@@ -43,6 +44,12 @@ def tell(row: Row) -> None:
     """A line of each spec as it ends."""
     state = f"WRONG {row['wrong']}\n  {row['spec']} {row['config']}" if row["wrong"] else f"spills {row['spills']}"
     print(f"{row['op']:18} {row['backend']:8} {row.get('seconds', 0):5.1f} s  {state}", flush=True)
+
+
+def keep(file: Path | None, rows: list[Row]) -> None:
+    """Write the ``--json``, where one is wanted."""
+    if file:
+        file.write_text(json.dumps(rows, indent=1))
 
 
 def table(rows: list[Row]) -> str:
@@ -86,11 +93,12 @@ def main() -> int:
     def told(number: int, outcome: Any) -> None:
         rows.append(row_of(subjects[number], outcome))
         tell(rows[-1])
+        if len(rows) % _KEEP_EVERY == 0:  # whoever ends this run early has what it found
+            keep(asked.json, rows)
 
     calls = [(op.name, spec, config, gpu, found is not None) for op, spec, config in subjects]
     at_once(checked, calls, asked.workers, seconds=asked.seconds - (time.monotonic() - start), told=told)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1))
+    keep(asked.json, rows)
     print(table(rows))
     seconds, left = time.monotonic() - start, len(subjects) - len(rows)
     print(f"{len(rows)} random specs {'verified on' if found else 'compiled for'} {gpu.id} in {seconds:.0f} s, {left} left")
