@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 
 import pytest
@@ -156,6 +157,20 @@ def test_what_compiles_is_run_once_per_kind(monkeypatch):
     assert {name for _, name in found} == {"compiles"}
 
 
+def test_each_peer_compiles_its_first_before_any_second():
+    wanted = command.Request(stages=("select",)).cases()
+    found = ahead.first_calls(wanted, lambda case: [_Compiles("one"), _CompilesOnce("two")])
+    assert [name for _, name in found] == ["one", "two", "one", "one", "one"]
+
+
+def test_ours_are_compiled_behind_the_peers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ahead, "build_ours", lambda cases, gpu: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    ahead.build([], H200, lambda case: [], [], "cpu", Deadline())
+    assert seen == [min(19, before + ahead._NICE)] and os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
 def test_an_adapter_that_cannot_say_what_it_compiles_stops_nobody():
     found = ahead.first_calls([SMALL], lambda case: [bench_fakes.Broken("broken"), _Compiles("compiles")])
     assert found == [(SMALL, "compiles")]
@@ -164,6 +179,11 @@ def test_an_adapter_that_cannot_say_what_it_compiles_stops_nobody():
 class _Compiles(bench_fakes.Fake):
     def build_key(self, case):
         return case["context"]
+
+
+class _CompilesOnce(bench_fakes.Fake):
+    def build_key(self, case):
+        return self.name
 
 
 def test_every_kernel_of_a_run_is_known_ahead():

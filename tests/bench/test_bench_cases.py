@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsa_codegen.bench.cases import KEYS, LOCAL, STAGES, SUITES, all_cases, chosen
+from dsa_codegen.bench.cases import KEYS, LOCAL, STAGES, SUITES, all_cases, chosen, headlines_first
 from dsa_codegen.bench.problems import Roofs, stage_of
 from dsa_codegen.errors import UnknownName
 from dsa_codegen.runtime.dispatch import chosen as dispatched
@@ -72,6 +72,14 @@ def test_a_run_can_be_cut_to_stages_suites_and_headlines():
     assert all(case["rows"] for case in chosen(["select"], ["distributions"]))
     headline = chosen(["attention_prefill"], per_stage=1)[0]
     assert (headline["queries"], headline["context"], headline["heads"]) == (4096, 32768, 128)
+
+
+def test_a_run_that_is_cut_short_has_measured_what_says_most():
+    found = headlines_first(all_cases())
+    assert set(found) == set(all_cases()) and len(found) == len(all_cases())
+    assert [case.stage for case in found[: len(STAGES)]] == list(STAGES)
+    rest = [case.suite for case in found[len(STAGES) :]]
+    assert "core" not in rest[rest.count("core") :], "other suites come behind what people serve"
 
 
 @pytest.mark.parametrize(("stages", "suites"), [(["attention"], ["core"]), ([], ["flash"])])
