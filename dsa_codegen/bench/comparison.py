@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Pair:
     """Whose time moved most, and from what to what."""
     key: tuple[Any, ...] = ()
     """The case's."""
+    turns: tuple[str, str] = ("", "")
+    """How contestants took turns in either."""
 
     @property
     def difference(self) -> float:
@@ -59,6 +62,11 @@ class Comparison:
         """Those whose second ratio is lower by more than the limit."""
         return [pair for pair in self.pairs if pair.difference < -self.limit]
 
+    @property
+    def unlike(self) -> dict[tuple[str, str], int]:
+        """How many were timed in different ways, by these: at the power limit that alone makes a difference."""
+        return dict(Counter(pair.turns for pair in self.pairs if pair.turns[0] != pair.turns[1]))
+
 
 def rows_of(path: Path, gpu_id: str = "") -> list[Row]:
     """The rows of a file of results, or of the folder that a benchmark wrote to: there those of the GPU with the newest ones.
@@ -80,9 +88,7 @@ def compare(first: Sequence[Row], second: Sequence[Row], limit: float = LIMIT) -
     """Pair the rows of the same problems."""
     ones, twos = ({results.key_of(row): row for row in rows} for rows in (first, second))
     both = [(ones[key], twos[key]) for key in ones if key in twos and ones[key]["ratio"] and twos[key]["ratio"]]
-    pairs = [
-        Pair(labels.TITLES[one["stage"]], labels.shape(one), one["ratio"], two["ratio"], _moved(one, two)) for one, two in both
-    ]
+    pairs = [_pair(one, two, one["ratio"], two["ratio"], _moved(one, two)) for one, two in both]
     paired = {results.key_of(one) for one, _ in both}
     single = [row for rows in (ones, twos) for key, row in rows.items() if key not in paired and row["ratio"]]
     alone = [f"{row['stage']}: {labels.shape(row)} ({row['commit']}, {row['date']})" for row in single]
@@ -106,8 +112,13 @@ def against(committed: Sequence[Row], fresh: Sequence[Row], limit: float = LIMIT
             continue
         ratio = peer_us / row["ours_us"] if peer_us and row["ours_us"] else 0.0
         why = _moved(one, row) if row["ours_us"] else row["notes"].get("ours", "ours has no time")
-        pairs.append(Pair(labels.TITLES[row["stage"]], labels.shape(row), one["ratio"], ratio, why, results.key_of(row)))
+        pairs.append(_pair(one, row, one["ratio"], ratio, why))
     return Comparison(sorted(pairs, key=lambda pair: pair.difference), alone, limit)
+
+
+def _pair(one: Row, two: Row, first: float, second: float, why: str) -> Pair:
+    turns = results.turns_of(one), results.turns_of(two)
+    return Pair(labels.TITLES[two["stage"]], labels.shape(two), first, second, why, results.key_of(two), turns)
 
 
 def _moved(one: Row, two: Row) -> str:

@@ -17,6 +17,7 @@ from ..problem.op import Inputs, Outputs
 from ..proof.measure import InputSet, Measured, measure_calls, nbytes, rotation
 from ..proof.stopwatch import Stopwatch
 from ..proof.timing import Policy, Timing
+from ..proof.turns import SETTLED, Turns
 from ..proof.verify import poison, seed_of
 from ..runtime.dispatch import Untuned
 from . import peers as adapters
@@ -43,6 +44,7 @@ class How:
     warm: Policy = _WARM
     limit_s: float = 0.8
     """Device seconds for the cold samples of all contestants; a third of it for the warm ones."""
+    turns: Turns = SETTLED
     device: str = "cuda"
     stopwatch: Stopwatch | None = None
 
@@ -69,6 +71,8 @@ class Outcome:
     variant: str = ""
     sets: int = 0
     cold: bool = False
+    settled: bool = False
+    """Whether each contestant ran untimed before each of its samples."""
     versions: dict[str, str] = field(default_factory=dict)
     wall_s: float = 0.0
     """What the contest took, everything included."""
@@ -124,14 +128,16 @@ def _hold(case: BenchCase, gpu: Gpu, sources: Sequence[str], without: Sequence[s
     sets = _sets(stage, case, inputs, gpu, how.device)
     calls = [[_guarded(_ready(each, stage, case, one)) for one in sets] for each in fit]
     cold = len(sets) * moved(stage.costs(case)) > gpu.l2
-    timed = measure_calls(calls, how.cold, how.stopwatch, how.limit_s, cold=cold)
+    timed = measure_calls(calls, how.cold, how.stopwatch, how.limit_s, cold, how.turns)
     near = _near(timed) if _also_warm(case) else []
-    warm = dict(zip(near, measure_calls([calls[who] for who in near], how.warm, how.stopwatch, how.limit_s / 3), strict=True))
+    again = measure_calls([calls[who] for who in near], how.warm, how.stopwatch, how.limit_s / 3, turns=how.turns)
+    warm = dict(zip(near, again, strict=True))
     entries += [_entry(each, timed[who], warm.get(who)) for who, each in enumerate(fit)]
     del calls, sets, inputs
     _give_back(how.device)
-    wall_s = round(time.monotonic() - began, 2)
-    return Outcome(tuple(entries), stage.variant(case, gpu), timed[0].sets if timed else 0, cold, versions, wall_s)
+    wall_s, rotated = round(time.monotonic() - began, 2), max((each.sets for each in timed), default=0)
+    settled = any(each.settled for each in timed)
+    return Outcome(tuple(entries), stage.variant(case, gpu), rotated, cold, settled, versions, wall_s)
 
 
 def get_ready(sources: Sequence[str], device: str) -> None:

@@ -85,7 +85,8 @@ def comparison(found: Comparison, what: str = "") -> Printer:
     rest = len(found.pairs) - len(shown)
     more = lines(*([f"{rest} more differ by {100 * abs(found.pairs[len(shown)].difference):.1f} % at most"] if rest else []))
     alone = lines(*(f"only in one: {text}" for text in found.alone))
-    return together(table(title, ("case", "# first", "# second", "# difference"), body), more, why, alone)
+    unlike = lines(*(f"{count} were timed in other turns: {one}, then {two}" for (one, two), count in found.unlike.items()))
+    return together(table(title, ("case", "# first", "# second", "# difference"), body), more, why, alone, unlike)
 
 
 def regression(found: Comparison) -> Printer:

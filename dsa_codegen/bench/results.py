@@ -39,6 +39,8 @@ REQUIRED = (
     "commit",
     "toolchain",
 )
+SETTLED, MIXED, ALTERNATING = "settled", "mixed", "alternating"
+"""How a row's contestants took turns: behind untimed calls of their own; sharing one clock; each behind the same neighbours."""
 _LOCK_TIMEOUT_S = 60
 _GROUP = re.compile(r"[a-z0-9]x\d+$")
 
@@ -84,6 +86,11 @@ def latest_gpu(folder: Path) -> str:
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two rows those of the same problem; equal to ``BenchCase.key``."""
     return row["stage"], tuple(sorted(row["shape"].items())), row["distribution"]
+
+
+def turns_of(row: Mapping[str, Any]) -> str:
+    """How its contestants took turns; rows that do not say are of before there was a choice."""
+    return row.get("turns", ALTERNATING)
 
 
 def read_rows(path: Path) -> list[Row]:

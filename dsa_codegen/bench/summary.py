@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..proof.timing import Timing
+from . import results
 from .cases import BenchCase
 from .contest import OURS, Entry, Outcome
 from .problems import Roofs, stage_of
@@ -41,6 +42,7 @@ def summarise(case: BenchCase, outcome: Outcome, roofs: Roofs) -> dict[str, Any]
         "unit": _unit(case),
         "sets": outcome.sets,
         "cold": outcome.cold,
+        "turns": results.SETTLED if outcome.settled else results.MIXED,
         "suite": case.suite,
         "wall_s": outcome.wall_s,
     }

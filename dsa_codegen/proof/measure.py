@@ -1,13 +1,13 @@
 """Measure: microseconds per call of several variants that take turns, in the way that serving runs them.
 
-A sample is one replay of a CUDA graph of at least 20 calls, divided by its calls. Cold: the calls rotate over input sets that
-together touch more than twice the L2, so that no call finds its inputs there; warm: one set again and again.
+A sample is one replay of a CUDA graph of at least 20 calls (of fewer where few last long), divided by its calls. Cold: the
+calls rotate over input sets that together touch more than twice the L2, so that no call finds its inputs there; warm: one set
+again and again. ``turns`` says in which order samples are taken, and what runs before them.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,12 +21,12 @@ from ..problem.op import Case, Inputs, Op, Outputs
 from ..problem.values import Spec
 from .stopwatch import CudaStopwatch, Run, Stopwatch
 from .timing import COLD, Policy, Timing
+from .turns import MIXED, Runner, Turns, take, warm_up
 
 MEMORY_LIMIT = 8 << 30  # bytes of input sets with their outputs
 SETS_LIMIT = 256  # a problem that is smaller than L2 / 128 stays in L2 however it is served
 DISTINCT = 4  # sets drawn anew; the others are copies of them, which cost a tenth of the time to make
-_MIN_ROUNDS = 3
-_FAR_BEHIND = 4.0  # times the fastest: whoever is slower rests after _MIN_ROUNDS and costs the others no rounds
+_LEAST_CALLS = 4  # of a replay, however long they last
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Measured:
     timing: Timing
     policy: Policy
     sets: int
+    settled: bool = False
+    """Whether each sample came behind untimed calls of its own."""
 
 
 def measure(
@@ -74,33 +76,38 @@ def measure_calls(
     stopwatch: Stopwatch | None = None,
     limit_s: float = math.inf,
     cold: bool = True,
+    turns: Turns = MIXED,
 ) -> list[Measured]:
     """As ``measure``, of anything that can be called: for each contestant one call per input set.
 
     Args:
         cold: whether the sets together exceed the L2; what fits there must not be called cold.
+        turns: how the contestants take turns.
     """
     stopwatch = stopwatch or CudaStopwatch()
     contestants = contestants if policy.cold_l2 else [calls[:1] for calls in contestants]
     sets = max((len(calls) for calls in contestants), default=0)
-    reps = max(policy.reps, sets)
-    runs = [_prepare(calls, reps, policy, stopwatch) for calls in contestants]
-    replays = [run for run, _ in runs]
-    _warm_up(replays, policy, stopwatch)
-    samples = _take_turns(replays, policy.rounds, limit_s, stopwatch)
-    cold = cold and policy.cold_l2
-    return [
-        Measured(
-            Timing.of([elapsed / reps for elapsed in taken]),
-            replace(policy, graph=graph, cold_l2=cold, reps=reps, rounds=len(taken)),
-            sets,
-        )
-        for (_, graph), taken in zip(runs, samples, strict=True)
-    ]
+    runners = [_prepare(calls, _reps(calls, sets, policy, stopwatch, turns), policy, stopwatch) for calls in contestants]
+    warm_up(runners, policy.warmup_ms, stopwatch)
+    take(runners, policy.rounds, limit_s, stopwatch, turns)
+    return [_measured(runner, policy, sets, cold and policy.cold_l2) for runner in runners]
 
 
-def _prepare(each: Sequence[Run], reps: int, policy: Policy, stopwatch: Stopwatch) -> tuple[Run, bool]:
-    """Something that runs ``reps`` calls, and whether it is a graph."""
+def _reps(calls: Sequence[Run], sets: int, policy: Policy, stopwatch: Stopwatch, turns: Turns) -> int:
+    """Calls in a replay: every set is in it, and long calls are few."""
+    if math.isinf(turns.replay_ms) or sets >= policy.reps:
+        return max(policy.reps, sets)
+    call_us = max(min(stopwatch.time_us(calls[0]) for _ in range(2)), 1.0)  # what is loaded at the first is there at the second
+    return max(sets, min(policy.reps, max(_LEAST_CALLS, math.ceil(turns.replay_ms * 1000 / call_us))))
+
+
+def _measured(runner: Runner, policy: Policy, sets: int, cold: bool) -> Measured:
+    untimed, timed = runner.settled
+    done = replace(policy, graph=runner.graph, cold_l2=cold, reps=runner.reps * timed, rounds=len(runner.samples))
+    return Measured(Timing.of(runner.samples), done, sets, untimed > 0)
+
+
+def _prepare(each: Sequence[Run], reps: int, policy: Policy, stopwatch: Stopwatch) -> Runner:
     calls = [each[number % len(each)] for number in range(reps)]
     graph = stopwatch.capture(calls) if policy.graph else None
 
@@ -108,7 +115,7 @@ def _prepare(each: Sequence[Run], reps: int, policy: Policy, stopwatch: Stopwatc
         for call in calls:
             call()
 
-    return graph or plainly, graph is not None
+    return Runner(graph or plainly, reps, graph is not None)
 
 
 def _call(variant: Variant, each: InputSet) -> Run:
@@ -116,32 +123,6 @@ def _call(variant: Variant, each: InputSet) -> Run:
         variant.run(each.inputs, each.outputs)
 
     return call
-
-
-def _warm_up(runs: Sequence[Run], policy: Policy, stopwatch: Stopwatch) -> None:
-    """Whole rounds that do not count: clocks and power settle on the very mix that is timed afterwards."""
-    goal, elapsed = policy.warmup_ms * 1000 * len(runs), 0.0
-    while runs and elapsed <= goal:
-        elapsed += sum(max(stopwatch.time_us(run), 1.0) for run in runs)
-
-
-def _take_turns(runs: Sequence[Run], rounds: int, limit_s: float, stopwatch: Stopwatch) -> list[list[float]]:
-    """Samples of each run in microseconds. Every other round goes backwards: nobody always has the same predecessor."""
-    samples: list[list[float]] = [[] for _ in runs]
-    racing = list(range(len(runs)))
-    spent = 0.0
-    for number in range(rounds):
-        if number == _MIN_ROUNDS:
-            medians = [statistics.median(taken) for taken in samples]
-            racing = [who for who in racing if medians[who] <= _FAR_BEHIND * min(medians)]
-            spent = sum(sum(samples[who]) for who in racing)
-        if number >= _MIN_ROUNDS and spent > limit_s * 1e6:
-            break
-        for who in racing if number % 2 == 0 else reversed(racing):
-            elapsed = stopwatch.time_us(runs[who])
-            samples[who].append(elapsed)
-            spent += elapsed
-    return samples
 
 
 def input_sets(op: Op, spec: Spec, case: Case, gpu: Gpu, device: str = "cuda", seed: int = 0) -> list[InputSet]:

@@ -23,6 +23,12 @@ class Stopwatch(ABC):
     def time_us(self, run: Run) -> float:
         """Device time of one run, in microseconds; waits for it."""
 
+    def settled_us(self, run: Run, untimed: int, timed: int = 1) -> float:
+        """Device time of ``timed`` runs right behind ``untimed`` ones of the same, in microseconds; waits for them."""
+        for _ in range(untimed):
+            self.time_us(run)
+        return sum(self.time_us(run) for _ in range(timed))
+
 
 class CudaStopwatch(Stopwatch):
     """CUDA graphs and CUDA events on the current device."""
@@ -45,10 +51,16 @@ class CudaStopwatch(Stopwatch):
         return _Replay(graph)
 
     def time_us(self, run: Run) -> float:
+        return self.settled_us(run, 0)
+
+    def settled_us(self, run: Run, untimed: int, timed: int = 1) -> float:
         if isinstance(run, _Replay):  # otherwise the first microseconds of a sample would be the launch's
             torch.cuda._sleep(_HEAD_START)
+        for _ in range(untimed):  # all in one queue: a pause in which the host waits would let the clock rise
+            run()
         self._before.record()
-        run()
+        for _ in range(timed):
+            run()
         self._after.record()
         self._after.synchronize()
         return self._before.elapsed_time(self._after) * 1000

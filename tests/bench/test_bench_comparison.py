@@ -40,6 +40,20 @@ def test_the_worst_comes_first():
     assert len(found.alone) == 1 and "relu" in found.alone[0]
 
 
+@pytest.mark.parametrize(("before", "told"), [(results.MIXED, {}), ("", {("alternating", "mixed"): 2})])
+def test_rows_of_other_turns_are_not_compared_in_silence(tmp_path, before, told):
+    first, second = runs()
+    for each in first:
+        each["turns"] = before
+    for each in first if not before else ():
+        del each["turns"]  # as rows of before are
+    assert comparison.compare(first, second).unlike == comparison.against(first, second).unlike == told
+    results.merge_rows(tmp_path / "one.json", first)
+    results.merge_rows(tmp_path / "two.json", second)
+    result = CliRunner().invoke(cli.app, ["report", "--compare", str(tmp_path / "one.json"), str(tmp_path / "two.json")])
+    assert ("2 were timed in other turns: alternating, then mixed" in result.output) == bool(told), result.output
+
+
 def test_a_case_without_a_ratio_is_not_compared():
     first, _ = runs()
     assert comparison.compare(first, [row(SMALL, None, {"DeepGEMM": 150.0})]).pairs == []

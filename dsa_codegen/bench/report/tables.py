@@ -34,6 +34,8 @@ def measured(rows: Sequence[Row], gpu: str) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     earlier = sum("peer_facts" not in row for row in rows)
     less = f" {earlier} of them were measured earlier, beside fewer peers." if earlier else ""
+    others = sum(results.turns_of(row) == results.ALTERNATING for row in rows)
+    less += f" {others} of them were timed in other turns than the rest." if 0 < others < len(rows) else ""
     here = {results.key_of(row) for row in rows}
     unmeasured = sum(case.key not in here for case in chosen())
     left = f" {unmeasured} cases of the list have no row yet." if unmeasured else ""
