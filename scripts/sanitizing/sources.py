@@ -70,6 +70,9 @@ FURTHER = (
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4, columns=32)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(sharers=3, columns=16)),
     Further("attention_paged", {"heads": 64, "topk": 1024}, _PAGED.replace(sharers=2, columns=32)),
+    # Blocks through which tokens stream: several tiles each, and parts that a kernel joins.
+    Further("attention_paged", {"heads": 16, "topk": 1024}, _PAGED.replace(columns=16)),
+    Further("attention_paged", {"heads": 64, "topk": 1024}, _PAGED.replace(columns=32, splits=2)),
     # Blocks that load a tile at once: one for two rounds of heads, several for a row; parts that a kernel joins.
     Further("attention_paged", {"heads": 128}, _PAGED.replace(head_rounds=2)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(head_rounds=1)),

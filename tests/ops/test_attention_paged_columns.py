@@ -22,6 +22,7 @@ BY_COLUMNS = [
     (AttentionPagedSpec(5, 45, "v4", 53, lengths=True, sink=True), 2, 16),
     (AttentionPagedSpec(33, 300, lengths=True), 2, 32),
     pytest.param(AttentionPagedSpec(16, 300, sink=True), 16, 16, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(13, 300, lengths=True, sink=True), 4, 8, marks=FURTHER),
     pytest.param(TWO_POOLS, 3, 32, marks=FURTHER),
     pytest.param(AttentionPagedSpec(16, 1400, lengths=True, sink=True), 2, 16, marks=FURTHER),
     pytest.param(WITHOUT_TAIL, 4, 32, marks=FURTHER),
@@ -80,7 +81,6 @@ def test_each_row_and_its_columns_have_a_cluster(heads, columns, rows, blocks):
     [
         (AttentionPagedSpec(64, 2048), shared(8, 32), []),
         (AttentionPagedSpec(64, 2048), shared(8, 32).replace(splits=2), ["splits beside columns"]),
-        (AttentionPagedSpec(64, 2048), shared(0, 32), ["sharers"]),
         (AttentionPagedSpec(8, 2048), shared(8, 32), ["columns beside heads"]),
         (AttentionPagedSpec(64, 2048, "bf16"), shared(8, 32), ["layout"]),
     ],

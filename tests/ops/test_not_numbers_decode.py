@@ -26,11 +26,15 @@ DECODE = {
     "cuda columns": Config.of(
         "cuda", splits=0, sharers=4, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False
     ),
+    "cuda stream": Config.of("cuda", splits=2, sharers=0, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
     "cuda rounds": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
     "cuda flat": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=True, interleave=False, sweep=False),
     "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
     "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
 }
+SERVED = pytest.mark.parametrize(
+    ("layout", "config"), [(layout, name) for layout in ("v32", "v4") for name in DECODE if layout == "v32" or name != "cuda stream"]
+)
 OPTIONS = pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
 
 
@@ -51,8 +55,7 @@ def decode_inputs(device, layout, lengths, sink):
 
 
 @OPTIONS
-@pytest.mark.parametrize("layout", ["v32", "v4"])
-@pytest.mark.parametrize("config", DECODE)
+@SERVED
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_of_a_padded_batch_is_zero_whatever_q_holds(device, config, layout, lengths, sink):
     inputs = decode_inputs(device, layout, lengths, sink)
@@ -91,8 +94,7 @@ def assert_broken_once(out, lse):
 
 
 @pytest.mark.parametrize("byte", [0x7F, 0xFF])
-@pytest.mark.parametrize("layout", ["v32", "v4"])
-@pytest.mark.parametrize("config", DECODE)
+@SERVED
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_nan_byte_of_a_chosen_token_is_nan(device, config, layout, byte):
     inputs = broken_cache(layout, device, byte)

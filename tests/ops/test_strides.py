@@ -222,6 +222,11 @@ ON_HOPPER = [
         Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
         None,
     ),
+    (
+        "attention_paged",
+        Config.of("cuda", splits=2, sharers=0, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
+        None,
+    ),
 ]
 ON_GPU = [*ON_HOPPER, *((name, config, None) for name, config in TRITON.items())]
 

@@ -47,6 +47,25 @@ static void arrive(Barrier &barrier) {
   barrier.pending--;
   pass_if_done(barrier);
 }
+struct Piece {
+  u32 to;
+  const unsigned char *from;
+  u32 bytes, bar;
+};
+static std::vector<Piece> pieces;
+static void land(u32 bar) {
+  std::vector<Piece> others;
+  for (const Piece &piece : pieces) {
+    if (piece.bar != bar) {
+      others.push_back(piece);
+      continue;
+    }
+    memcpy(shared + piece.to, piece.from, piece.bytes);
+    barrier_at(bar).bytes -= piece.bytes;
+    pass_if_done(barrier_at(bar));
+  }
+  pieces.swap(others);
+}
 template <class Condition> static void wait_until(Condition condition) {
   while (!condition()) leave(++idle_turns > most_idle_turns ? State::at_collective : State::runnable);  // there: for ever
   idle_turns = 0;
@@ -163,7 +182,10 @@ DEVICE void barrier_expect(u32 bar, u32 bytes) {
   emulator::barrier_at(bar).bytes += bytes;
   barrier_arrive(bar);
 }
+// Bytes copied in one piece land when their barrier is waited for, until which its reader finds the poison.
+DEVICE void copy_bytes(u32 to, const unsigned char *from, u32 bytes, u32 bar) { emulator::pieces.push_back({to, from, bytes, bar}); }
 template <bool cluster = false> DEVICE void barrier_wait(u32 bar, u32 parity) {
+  emulator::land(bar);
   emulator::wait_until([&] { return emulator::barrier_at(bar).phase != parity; });
 }
 DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }

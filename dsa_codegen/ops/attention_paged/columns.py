@@ -11,10 +11,11 @@ from . import clusters, shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
 _COLUMNS = (16, 32)
+_LEAST = 16  # of a product
 COLUMNS = Parameter(
     "columns",
-    (0, *_COLUMNS),
-    "heads of a block of sharers as columns of all products, each block's tokens loaded at once; 0: 64 heads as rows, by roles",
+    (0, 8, *_COLUMNS),
+    "heads of a block as columns of all products; without sharers tokens stream through it; 0: 64 heads as rows, by roles",
     before=0,
 )
 _MOST_BLOCKS = 160
@@ -26,10 +27,8 @@ _TILES = (64, 128)  # tokens
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-    """What such clusters cannot do: they need sharers, and rows of 512 channels of which none or 64 are rotary."""
+    """What such clusters cannot do: rows have 512 channels of which none or 64 are rotary."""
     yield from clusters.whole_rows("columns", spec, gpu)
-    if not config["sharers"]:
-        yield Violation("sharers", 1.0, "sharers: columns are heads of blocks that share a row's entries")
     for name in ("splits", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside columns", int(config[name]), 0)
     yield from exceeds("columns beside heads", config["columns"], _most_columns(spec))
@@ -69,6 +68,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     tokens = _tokens_of_tile(spec, config)
     return {
         "d_qk": spec.d_qk,
+        "width": _width(config),
         "head_blocks": _head_blocks(spec, config),
         "tokens_of_tile": tokens,
         "units": units,
@@ -91,6 +91,11 @@ def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
     return -(-spec.heads // config["columns"])
 
 
+def _width(config: Config) -> int:
+    """Columns of a product, of which heads may leave some empty."""
+    return max(config["columns"], _LEAST)
+
+
 def _tokens_of_tile(spec: AttentionPagedSpec, config: Config) -> int:
     """128 where a share has more than 64 entries."""
     return _TILES[-(-(spec.topk + spec.extra_topk) // config["sharers"]) > _TILES[0]]
@@ -98,7 +103,7 @@ def _tokens_of_tile(spec: AttentionPagedSpec, config: Config) -> int:
 
 def _smem(spec: AttentionPagedSpec, config: Config, tokens: int, owned: int) -> int:
     """Bytes of shared memory per block: tile, q, weights, scores or parts that come in, what belongs to them, a barrier."""
-    heads, sharers = config["columns"], config["sharers"]
+    heads, sharers = _width(config), config["sharers"]
     tile, q, weights = 2 * spec.d_qk * tokens, 2 * spec.d_qk * heads, 2 * heads * tokens
     scores = 4 * heads * (tokens + 4) * _WARPS // 4 // (tokens // 64)
     behind = sharers * (16 * owned + 4 * _WARPS) + 4 * heads + tokens // 2 + 8

@@ -10,7 +10,7 @@ from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
-from . import clusters, columns, entries, flat, gluon, rounds, shared, triton
+from . import clusters, columns, entries, flat, gluon, rounds, shared, stream, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
@@ -47,7 +47,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if config["head_rounds"]:
             return rounds.constraints(spec, config, gpu)
         if config["columns"]:
-            return columns.constraints(spec, config, gpu)
+            return (columns if config["sharers"] else stream).constraints(spec, config, gpu)
         if config["sharers"]:
             return entries.constraints(spec, config, gpu)
         return flat.constraints(spec, config, gpu) if config["flat"] else clusters.constraints(spec, config, gpu)
@@ -69,6 +69,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
         if _in_rounds(config):
             return "cuda-rounds"
+        if _streams(config):
+            return f"cuda-columns-{config['columns']}-{config['splits']}" if config["splits"] else None
         return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
@@ -101,6 +103,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
                 return names | rounds.derived(spec)
             if config["sharers"]:
                 return names | _sharing(config).derived(spec, config)
+            if config["columns"]:
+                return names | stream.derived(spec, config)
             return names | (flat.derived(spec, config) if config["flat"] else clusters.derived(spec))
         return names | (gluon.derived(spec) if config.backend == "gluon" else triton.derived(spec, config))
 
@@ -121,6 +125,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return _sharing(config).launches(spec, config, inputs, outputs)
         if _in_rounds(config):
             return rounds.launches(spec, config, inputs, outputs)
+        if _streams(config):
+            return stream.launches(spec, config, inputs, outputs, gpu)
         design = {"cuda": clusters.launches, "gluon": gluon.launches, "triton": triton.launches}[config.backend]
         return (flat.launches if _is_flat(config) else design)(spec, config, inputs, outputs, gpu)
 
@@ -141,6 +147,10 @@ def _is_flat(config: Config) -> bool:
 
 def _in_rounds(config: Config) -> bool:
     return config.backend == "cuda" and bool(config["head_rounds"])
+
+
+def _streams(config: Config) -> bool:
+    return config.backend == "cuda" and bool(config["columns"]) and not config["sharers"]
 
 
 def _shares(config: Config) -> bool:

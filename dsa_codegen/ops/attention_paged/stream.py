@@ -1,0 +1,85 @@
+"""Paged attention in CUDA C++ for few heads: blocks through which whole tokens stream, heads as columns; a kernel joins parts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...gpu import Gpu
+from ...problem.op import Config, Inputs, Launch, Outputs, Violation, exceeds
+from ...problem.values import Scalar
+from . import clusters, shared
+from .problem import AttentionPagedSizes, AttentionPagedSpec
+
+_THREADS = 512
+_WARPS = _THREADS // 32
+_JOIN_THREADS = 128
+_TOKENS = 64  # of a tile
+_STAGES = 2  # tiles on their way or waiting
+_PITCH = 704  # bytes from token to token there: 64 of two neighbours lie in other banks
+_PARTIALS = {16: 4, 32: 2}  # groups that score, each a share of the channels: as many as have room for scores
+
+
+def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What such blocks cannot do: a token is copied in one piece, so it has all of its fields side by side; of one pool."""
+    yield from clusters.whole_rows("columns", spec, gpu)
+    if clusters.halves(spec) and (spec.kv_layout != "v32" or spec.extra_topk):
+        reads = "two pools" if spec.kv_layout == "v32" else spec.kv_layout
+        yield Violation("layout", 1.0, f"layout: columns without sharers read one pool of v32, not {reads}")
+    if config["columns"] not in _PARTIALS:
+        yield Violation("columns", 1.0, f"columns: without sharers {' or '.join(map(str, _PARTIALS))}, not {config['columns']}")
+    for name in ("head_rounds", "flat", "interleave", "sweep"):
+        yield from exceeds(f"{name} beside columns", int(config[name]), 0)
+    yield from exceeds("columns beside heads", config["columns"], max(16, 2 * spec.heads - 1))
+
+
+def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the template."""
+    return {
+        "d_qk": spec.d_qk,
+        "head_blocks": _head_blocks(spec, config),
+        "stages": _STAGES,
+        "pitch": _PITCH,
+        "partials": _PARTIALS[config["columns"]],
+        "threads": _THREADS,
+        "join_threads": _JOIN_THREADS,
+        "smem": _smem(spec, config),
+    }
+
+
+def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
+    """A block for each part of a row and its columns; then the parts are joined."""
+    q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
+    units = q.shape[0] * q.shape[1] * _head_blocks(spec, config)
+    splits = min(config["splits"] or _shared_out(spec, units, gpu), shared.most_splits(spec, q.shape[0] * q.shape[1]))
+    parts = torch.empty(units * splits * config["columns"] * spec.d_v * 2, dtype=torch.uint8, device=q.device)
+    facts = torch.empty(units * splits * (2 * config["columns"] + _WARPS), dtype=torch.float32, device=q.device)
+    tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
+    sink = (inputs["sink"],) if spec.sink else ()
+    joining = units * config["columns"] // 8 * _WARPS * 32 // _JOIN_THREADS
+    return (
+        Launch("attention_paged", (units * splits, 1, 1), (*tensors, *scalars, splits, inputs["sm_scale"])),
+        Launch("join", (joining, 1, 1), (*sink, parts, facts, out, lse, splits)),
+    )
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shared_out(spec: AttentionPagedSpec, units: int, gpu: Gpu) -> int:
+    """Into how many parts rows are cut, so that all blocks run at once."""
+    tiles = -(-spec.topk // _TOKENS)
+    return max(1, min(tiles, gpu.sms // units))
+
+
+def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
+    return -(-spec.heads // config["columns"])
+
+
+def _smem(spec: AttentionPagedSpec, config: Config) -> int:
+    """Bytes of shared memory per block: tile, q, weights, scores, tokens as they are cached, what rescales, a mask, barriers."""
+    heads = config["columns"]
+    tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * spec.d_qk * heads, 2 * heads * _TOKENS
+    scores = 4 * _PARTIALS[heads] * heads * (_TOKENS + 4)
+    staged = _STAGES * _TOKENS * _PITCH
+    return tile + q + weights + scores + staged + 4 * heads + _TOKENS // 2 + _STAGES * _WARPS * 8
