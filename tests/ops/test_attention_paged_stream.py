@@ -96,3 +96,22 @@ def test_what_streams_cannot_do(spec, config, names):
 def test_the_order_of_summation_is_that_of_the_parts():
     orders = [OP.order(AttentionPagedSpec(16, 2048), streamed(*given)) for given in ((16,), (16, 4), (32, 4))]
     assert orders == [None, "cuda-columns-16-4", "cuda-columns-32-4"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "topk", "layout", "batch", "columns"),
+    [
+        (16, 2048, "v32", 1, 16),
+        (8, 2048, "v32", 64, 16),
+        (16, 2048, "v32", 128, 16),
+        (32, 2048, "v32", 1, 16),  # 32 tiles: more blocks take less time than fewer with all heads
+        (32, 2048, "v32", 8, 32),
+        (32, 2048, "v32", 64, 0),
+        (64, 2048, "v32", 8, 0),
+        (16, 512, "v32", 8, 0),
+        (16, 2048, "v4", 8, 0),
+    ],
+)
+def test_few_heads_with_long_lists_are_served_by_streams(heads, topk, layout, batch, columns):
+    config = OP.default_config(AttentionPagedSpec(heads, topk, layout), AttentionPagedSizes(batch, 1, 1 << 17), H200)
+    assert (config["columns"] if config.backend == "cuda" and not config["sharers"] else 0) == columns

@@ -132,6 +132,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
 
 def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
+    if heads := stream.best(spec, sizes):
+        yield _CLUSTERS.replace(columns=heads)
     sharers, heads = columns.best(spec, sizes, gpu)
     if sharers:
         yield _CLUSTERS.replace(sharers=sharers, columns=heads)
