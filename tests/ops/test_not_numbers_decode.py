@@ -33,7 +33,8 @@ DECODE = {
     "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
 }
 SERVED = pytest.mark.parametrize(
-    ("layout", "config"), [(layout, name) for layout in ("v32", "v4") for name in DECODE if layout == "v32" or name != "cuda stream"]
+    ("layout", "config"),
+    [(layout, name) for layout in ("v32", "v4") for name in DECODE if layout == "v32" or name != "cuda stream"],
 )
 OPTIONS = pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
 

@@ -1,4 +1,4 @@
-"""Paged attention in CUDA C++ for few heads: blocks through which whole tokens stream, heads as columns; a kernel joins parts."""
+"""Paged attention in CUDA C++ for few heads: whole tokens stream through blocks, heads as columns; a kernel joins parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from .problem import AttentionPagedSizes, AttentionPagedSpec
 _THREADS = 512
 _WARPS = _THREADS // 32
 _JOIN_THREADS = 128
-_THREADS_OF_REGISTERS = 640  # 96 a thread and 128 of a block that joins: 11.0 instead of 12.3 µs for 8 rows of 16 heads on an H200
+_THREADS_OF_REGISTERS = (
+    640  # 96 for each, and some for blocks that join: 11.0 instead of 12.3 µs for 8 rows of 16 heads on an H200
+)
 _TOKENS = 64  # of a tile
 _STAGES = 2  # tiles on their way or waiting
 _PITCH = 704  # bytes from token to token there: 64 of two neighbours lie in other banks
@@ -32,7 +34,8 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
         reads = "two pools" if spec.kv_layout == "v32" else spec.kv_layout
         yield Violation("layout", 1.0, f"layout: columns without sharers read one pool of v32, not {reads}")
     if config["columns"] not in _PARTIALS:
-        yield Violation("columns", 1.0, f"columns: without sharers {' or '.join(map(str, _PARTIALS))}, not {config['columns']}")
+        known = " or ".join(map(str, _PARTIALS))
+        yield Violation("columns", 1.0, f"columns: without sharers {known}, not {config['columns']}")
     for name in ("head_rounds", "flat", "interleave", "sweep"):
         yield from exceeds(f"{name} beside columns", int(config[name]), 0)
     yield from exceeds("columns beside heads", config["columns"], max(16, 2 * spec.heads - 1))
@@ -41,9 +44,9 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> int:
     """The columns that serve the sizes' bucket best; 0 where other kernels are known to take less.
 
-    On an H200 over 32K with k 2048, µs, beside the best of the others: 16 heads 7.2 and 9.2 at one row, 11.0 and 13.9 at 8, 17.7 and
-    19.3 at 16, 50 and 54 at 64, 93 and 97 at 128; 8 heads 7.1 and 8.6, 48.8 and 52.9 at 64; 32 heads 7.3 and 9.0 at one row, 19.8
-    and 20.5 at 16, 58.2 and 57.6 at 64.
+    On an H200 with k 2048, µs, beside the best of the others: 16 heads 7.2 and 9.2 at one row, 11.0 and 13.9 at 8, 17.7 and
+    19.3 at 16, 50 and 54 at 64, 93 and 97 at 128; 8 heads 7.1 and 8.6, 48.8 and 52.9 at 64; 32 heads 7.3 and 9.0 at one row,
+    19.8 and 20.5 at 16, 58.2 and 57.6 at 64.
     """
     if spec.kv_layout != "v32" or spec.extra_topk or spec.topk <= _FEW_ENTRIES or spec.heads > _HEADS:
         return 0
@@ -96,7 +99,7 @@ def _head_blocks(spec: AttentionPagedSpec, config: Config) -> int:
 
 
 def _smem(spec: AttentionPagedSpec, config: Config) -> int:
-    """Bytes of shared memory per block: tile, q, weights, scores, tokens as they are cached, what rescales, a mask, barriers."""
+    """Bytes of shared memory per block: tile, q, weights, scores, tokens as they came, what rescales, a mask, barriers."""
     heads = config["columns"]
     tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * spec.d_qk * heads, 2 * heads * _TOKENS
     scores = 4 * _PARTIALS[heads] * heads * (_TOKENS + 4)
