@@ -16,11 +16,11 @@ class SpecError(DsaError, ValueError):
 
     def __init__(self, field: str, got: object, allowed: str) -> None:
         super().__init__(f"{field} = {got!r} is not possible; allowed: {allowed}.")
-        self.field, self._got, self._allowed = field, got, allowed
+        self.field, self._got, self.allowed = field, got, allowed
 
     def inside(self, owner: str, remedy: str) -> SpecError:
         """The same of a field of ``owner``, and what to do instead."""
-        return SpecError(f"{owner}.{self.field}", self._got, f"{self._allowed}; {remedy}")
+        return SpecError(f"{owner}.{self.field}", self._got, f"{self.allowed}; {remedy}")
 
 
 class InputError(DsaError, ValueError):

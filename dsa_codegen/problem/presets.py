@@ -75,7 +75,7 @@ class Model(Value):
     keep_first: int = 0
     """So many tokens at a window's start are always chosen (attention sinks; LongCat); they count among the ``topk``."""
     keep_recent: int = 0
-    """So many tokens at a window's end are always chosen."""
+    """So many tokens at a window's end are always chosen; of pooled keys whole blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,8 +91,6 @@ class Model(Value):
         self.require_range("index_heads", 1, channels.MOST_INDEX_HEADS)
         self.require_in("index_head_dim", channels.INDEX_WIDTHS)
         self.require_range("topk", 64, 4096)
-        self.require_range("keep_first", 0, self.topk)
-        self.require_range("keep_recent", 0, self.topk - self.keep_first)
         self.require_in("kv_layout", (*KV_LAYOUTS, NO_CACHE))
         self.require_in("page", (16, 32, 64, 128, 256))
         self.require_in("score", SCORES)
@@ -100,6 +98,8 @@ class Model(Value):
         self.require_in("pool", POOLS)
         if self.topk % self.pool or self.topk // self.pool < 64:
             raise SpecError("Model.pool", self.pool, f"a divisor of topk {self.topk}, 64 blocks or more")
+        self.require_range("keep_first", 0, self.topk, self.pool)  # whole blocks, where these are chosen
+        self.require_range("keep_recent", 0, self.topk - self.keep_first, self.pool)
         self._require_channels()
 
     def _require_groups(self) -> None:

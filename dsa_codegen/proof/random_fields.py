@@ -22,6 +22,16 @@ def _topk(draw: random.Random, least: int, most: int) -> int:
     return draw.choice((draw.randint(least, 700), draw.randint(least, 700), draw.randint(least, most)))
 
 
+def _entries(draw: random.Random) -> int:
+    """Entries of attention's lists, now and then as many as models have."""
+    return draw.choice((draw.randint(1, 300), draw.randint(1, 300), draw.randint(1, 300), draw.randint(301, 4096)))
+
+
+def _page(draw: random.Random) -> int:
+    """Tokens of a page, mostly such as engines have."""
+    return draw.choice((1, 16, 64, draw.randint(1, 200), draw.randint(1, 1024)))
+
+
 def _listed(draw: random.Random) -> dict[str, Any]:
     """What scores are read as, and what lists name."""
     output = {"output": draw.choice(("tokens", "slots"))}
@@ -30,9 +40,9 @@ def _listed(draw: random.Random) -> dict[str, Any]:
 
 def _channels(draw: random.Random, native: bool) -> dict[str, int]:
     """d_qk and d_v of attention."""
-    if native:
+    if native and draw.random() < 0.7:
         return {"d_v": 512, "d_qk": draw.choice((512, 576))}
-    d_v = draw.randrange(64, 513, 16)
+    d_v = draw.choice((64, 128, 192, 256)) if native else draw.randrange(64, 513, 16)
     return {"d_v": d_v, "d_qk": d_v + draw.randrange(0, 129, 16)}
 
 
@@ -44,7 +54,7 @@ def _attended(draw: random.Random, native: bool) -> dict[str, Any]:
     """What forward and backward have in common."""
     flags = {name: draw.random() < 0.5 for name in ("lengths", "sink")}
     heads = 128 if native and draw.random() < 0.3 else _heads(draw)
-    return {"heads": heads, "topk": draw.randint(1, 300), **_channels(draw, native), **flags}
+    return {"heads": heads, "topk": _entries(draw), **_channels(draw, native), **flags}
 
 
 def _attention(draw: random.Random, native: bool) -> dict[str, Any]:
@@ -66,9 +76,9 @@ def _attention_gqa(draw: random.Random, native: bool) -> dict[str, Any]:
 
 
 def _attention_paged(draw: random.Random, native: bool) -> dict[str, Any]:
-    second = {"extra_topk": draw.randint(1, 90), "extra_page": draw.randint(1, 80), "extra_lengths": draw.random() < 0.5}
+    second = {"extra_topk": draw.randint(1, 90), "extra_page": _page(draw), "extra_lengths": draw.random() < 0.5}
     extra = second if draw.random() < 0.2 else {}
-    common = {"heads": _heads(draw), "topk": draw.randint(1, 300), "page": draw.choice((1, 16, 64, draw.randint(1, 256)))}
+    common = {"heads": _heads(draw), "topk": _entries(draw), "page": _page(draw)}
     common |= {"lengths": draw.random() < 0.5, "sink": draw.random() < 0.5, **({} if native else extra)}
     common["batch_invariant"] = _invariant(draw)
     if native:
@@ -105,7 +115,7 @@ def _indexer_prefill(draw: random.Random, native: bool) -> dict[str, Any]:
 
 def _indexer_paged(draw: random.Random, native: bool) -> dict[str, Any]:
     page = draw.choice((32, 64, 128, 256) if native else (16, 32, 64, 128, 256))
-    return {**_indexer(draw, native), "next_n": draw.randint(1, 4), "page": page}
+    return {**_indexer(draw, native), "next_n": draw.choice((1, 2, draw.randint(1, 8))), "page": page}
 
 
 def _rows(draw: random.Random) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def _rows(draw: random.Random) -> dict[str, Any]:
     common = {
         "layout": layout,
         "width": draw.choice(paged.WIDTHS[layout]),
-        "page": draw.choice((16, 64, draw.randint(16, 200))),
+        "page": _page(draw),
     }
     return {**common, "slots": draw.choice(("i32", "i64")), "d_rope": draw.choice(paged.ROPES[layout])}
 
@@ -146,7 +156,7 @@ def _index_prologue(draw: random.Random, native: bool) -> dict[str, Any]:
     styles = {"rotary": draw.choice(("interleaved", "half_split")), "rope_first": draw.random() < 0.5}
     found = {"heads": draw.randint(0, 64), "head_dim": head_dim, "d_rope": draw.randrange(0, min(head_dim, 128) + 1, 16)}
     norm = {"norm": draw.choice(("none", "fp32", "bf16")), "hadamard": head_dim in (32, 64, 128, 256) and draw.random() < 0.5}
-    placed = {"page": draw.choice((16, 64, draw.randint(1, 200))), "slots": draw.choice(("i32", "i64"))}
+    placed = {"page": _page(draw), "slots": draw.choice(("i32", "i64"))}
     flags = {"power_of_two": draw.random() < 0.5, "batch_invariant": _invariant(draw)}
     return {**found, **styles, **norm, **placed, **flags, "weights": draw.choice(("fp32", "bf16"))}
 
@@ -154,7 +164,8 @@ def _index_prologue(draw: random.Random, native: bool) -> dict[str, Any]:
 def _quantize(draw: random.Random, native: bool) -> dict[str, Any]:
     keys = draw.random() < 0.3
     heads = {} if keys else {"heads": draw.randint(1, 64), "weights": draw.choice(("fp32", "bf16"))}
-    return {"width": draw.choice(channels.INDEX_WIDTHS), **heads, "power_of_two": draw.random() < 0.5}
+    width = draw.choice(channels.ROW_WIDTHS if keys else channels.INDEX_WIDTHS)
+    return {"width": width, **heads, "power_of_two": draw.random() < 0.5}
 
 
 def _backward(draw: random.Random, native: bool) -> dict[str, Any]:
@@ -210,7 +221,8 @@ def _expand(draw: random.Random, native: bool) -> dict[str, Any]:
 
 
 def _pool(draw: random.Random, native: bool) -> dict[str, Any]:
-    return {"head_dim": draw.choice((32, 64, 128)), "pool": draw.choice(presets.POOLS), "gates": draw.choice(("fp32", "bf16"))}
+    gates = draw.choice(("fp32", "bf16"))
+    return {"head_dim": draw.choice(channels.INDEX_WIDTHS), "pool": draw.choice(presets.POOLS), "gates": gates}
 
 
 DRAWN: dict[str, Callable[[random.Random, bool], dict[str, Any]]] = {

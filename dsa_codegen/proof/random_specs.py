@@ -18,6 +18,9 @@ from ..problem.values import Spec
 from .random_fields import DRAWN
 from .verify import verify
 
+_NATIVE = 0.7
+"""Of the draws for a template for Hopper those of the shapes that models have most; of any shape it serves few."""
+
 
 def drawn(op: Op, draw: random.Random, native: bool = False) -> Spec:
     """A random spec; ``native`` ones have shapes that the templates for Hopper take."""
@@ -27,7 +30,7 @@ def drawn(op: Op, draw: random.Random, native: bool = False) -> Spec:
 def served(op: Op, backend: str, draw: random.Random, gpu: Gpu) -> tuple[Spec, Config]:
     """A random spec that the backend serves, with the config that it is served by."""
     while True:
-        spec = drawn(op, draw, backend != "triton")
+        spec = drawn(op, draw, backend != "triton" and draw.random() < _NATIVE)
         try:
             return spec, op.default_config(spec, op.workloads(spec)[0].sizes, gpu, backend)
         except NoConfig:

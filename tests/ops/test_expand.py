@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from support import H200, assert_compiles, assert_matches_reference
 
 FLASH = presets.preset("glm-5.3-flash")
 SPECS = OP.options(ExpandSpec(12, 16))
-POOLS = POOL.options(PoolSpec(32, 16))
+POOLS = (*POOL.options(PoolSpec(32, 16)), PoolSpec(96, 2), PoolSpec(208, 8, "fp32"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -58,6 +60,16 @@ def test_a_model_states_its_blocks():
             Model("m", 64, 512, 0, 32, 128, topk, kv_layout="none", pool=pool)
     with pytest.raises(InputError, match=r"^model: .*pool"):
         dsa.Layer(FLASH)
+
+
+def test_a_paged_model_of_pooled_keys_states_lists_with_a_tail():
+    """And what is always kept in whole blocks, as these are what is chosen."""
+    model = replace(FLASH, kv_layout="bf16", keep_first=16, keep_recent=64)
+    (paged,) = ops.get("attention_paged").specs(model)
+    assert (paged.topk, paged.lengths) == (2063, True)
+    assert {(spec.keep_first, spec.keep_recent) for spec in ops.get("select").specs(model)} == {(1, 4)}
+    with pytest.raises(SpecError, match=r"Model\.keep_recent = 8 is not possible; allowed: 0 to 2048 in steps of 16"):
+        replace(FLASH, keep_recent=8)
 
 
 def test_a_gate_of_zero_is_a_mean():

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, SpecError
 from ...problem import channels, checks
 from ...problem.caches import tokens_of, valid_slots
 from ...problem.draw import Draw
@@ -81,7 +81,10 @@ class AttentionPagedSpec(Spec):
         self.require_range("d_rope", 64 if fixed else 0, 64 if fixed else channels.MOST_TAIL, channels.STEP)
         self.require_in("rope_in_value", (False,) if fixed or self.kv_layout == "bf16" or not self.d_rope else (False, True))
         if not fixed:
-            require_kv_channels(self.kv_layout, self._d_nope, self.d_rope)
+            try:
+                require_kv_channels(self.kv_layout, self._d_nope, self.d_rope)
+            except SpecError as error:  # of a field that a model has and this spec has not
+                raise SpecError(f"{type(self).__name__}.d_v", self.d_v, _of_which(error)) from None
 
     @property
     def _d_nope(self) -> int:
@@ -158,7 +161,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
             of["d_rope"] = model.d_qk - model.d_v
         elif model.kv_layout not in FIXED:
             of["rope_in_value"] = model.rope_in_value
-        return (AttentionPagedSpec(model.heads, model.topk, model.kv_layout, model.page, **of),)
+        of["lengths"] = model.pool > 1  # lists of blocks and of the tokens behind the last one end where they say
+        return (AttentionPagedSpec(model.heads, model.entries, model.kv_layout, model.page, **of),)
 
     def bind(self, *args: Any) -> tuple[AttentionPagedSpec, AttentionPagedSizes, Inputs]:
         q, cache, indices, sm_scale, lengths, sink, extra_cache, extra_indices, extra_lengths, *rest = args
@@ -269,9 +273,17 @@ def _layout_of(d_qk: int, name: str, d_v: int, d_rope: int) -> tuple[AnyKvLayout
         raise InputError("d_rope", d_rope, f"{' or '.join(map(str, allowed))}, where q has {d_qk} channels and d_v is {d_v}")
     rope = tail if d_rope == -1 else d_rope
     inside = rope > 0 and not tail
-    require_kv_channels(name, d_v - rope if inside else d_v, rope)
+    try:
+        require_kv_channels(name, d_v - rope if inside else d_v, rope)
+    except SpecError as error:
+        raise InputError("d_v", d_v, _of_which(error)) from None
     layout = kv_layout(name, 1, d_v - rope if inside else d_v, rope, d_v)
     return layout, {"d_v": d_v, "d_rope": rope, "rope_in_value": inside}
+
+
+def _of_which(error: SpecError) -> str:
+    """What is allowed of the channels that a layout names."""
+    return f"{error.allowed}, of channels {'with' if error.field == 'd_rope' else 'without'} position"
 
 
 def _check_pool(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
+from ...problem.channels import padded_to
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
 from ...problem.values import Scalar
 from ..rows import PARAMETERS, values_per_thread
@@ -20,7 +21,7 @@ class PoolKernels(Kernels[PoolSpec, PoolSizes]):
         return PARAMETERS
 
     def constraints(self, spec: PoolSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        yield from values_per_thread(config, spec.head_dim)
+        yield from values_per_thread(config, padded_to(spec.head_dim))
 
     def guesses(self, spec: PoolSpec, sizes: PoolSizes, gpu: Gpu) -> Iterable[Config]:
         # Each token is one load behind the other: few values a thread, so that many blocks hide them. On an H200 256 blocks of
@@ -28,7 +29,7 @@ class PoolKernels(Kernels[PoolSpec, PoolSizes]):
         yield Config.of("triton", block_t=1, num_warps=1)
 
     def derived(self, spec: PoolSpec, config: Config) -> dict[str, Scalar]:
-        return {}
+        return {"head_dim_padded": padded_to(spec.head_dim)}
 
     def launches(self, spec: PoolSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         k, gates, first = inputs["k"], inputs["gates"], inputs["first"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...problem import checks, compare
+from ...problem import channels, checks, compare
 from ...problem.draw import Draw
 from ...problem.op import Accuracy, Case, Cost, Inputs, Outputs, Problem
 from ...problem.presets import POOLS, Model
@@ -34,7 +34,7 @@ class PoolSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_in("head_dim", (32, 64, 128))
+        self.require_in("head_dim", channels.INDEX_WIDTHS)
         self.require_in("pool", POOLS)
         self.require_in("gates", GATES)
 

@@ -86,10 +86,11 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
     attentions = (MLA, GQA)
 
     def specs_of(self, model: Model) -> Sequence[SelectSpec]:
-        kept: dict[str, Any] = {name: getattr(model, name) // model.block for name in ("keep_first", "keep_recent")}
+        tokens = model.block * model.pool  # of a block, where these are what is scored
+        kept: dict[str, Any] = {name: getattr(model, name) // tokens for name in ("keep_first", "keep_recent")}
         if model.attention == GQA:  # rows are queries and KV heads, columns blocks; attention looks up where they lie
             return (SelectSpec(model.topk // model.block, starts=False, **kept),)
-        topk = model.topk // model.pool  # of blocks, where these are what is scored
+        topk = model.topk // model.pool
         slots = SelectSpec(topk, starts=False, output="slots", page=model.page, **kept)
         return (SelectSpec(topk, **kept), slots)
 
