@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dsa_codegen.records import lookup
+
 from command_line import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +29,11 @@ def test_python_examples_run(page, capsys):
     namespace: dict = {}
     examples = PYTHON.findall((ROOT / page).read_text())
     assert examples
-    for example in examples:
-        exec(compile(example, page, "exec"), namespace)
+    try:
+        for example in examples:
+            exec(compile(example, page, "exec"), namespace)
+    finally:
+        lookup.follow({})  # a page has this process follow a rank's records
 
 
 @functools.cache
