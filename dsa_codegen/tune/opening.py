@@ -55,16 +55,21 @@ class Opened:
             study.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Opener:
     """Opens studies.
 
     Args:
         folder: of the journals, ``.tune/<gpu>``.
         tuned: of the records that the run will write; those that are there are seeds.
+        method: the evaluator's, which studies of one name share.
+        measures: whether times are measured, not modelled: records that serve today then take part.
+        trials: candidates of a study at most.
+        fresh: forget what earlier runs found.
+        backends: only these; empty means all, or, where nothing is measured, the default's: no model compares compilers.
+        patience: with other runs that use the same studies.
         shelf: where trials are kept.
         narrow: only the backends of the default and of the nearest records.
-        backends: only these; empty means all, or, where nothing is measured, the default's: no model compares compilers.
     """
 
     folder: Path

@@ -93,9 +93,19 @@ def tune(
     ledger = Ledger(state / gpu.id, names, budget.wall_s, patience)
     size, here = _processes(processes, offline, devices, cluster), () if cluster else devices
     with ledger, _compilers(wanted, gpu, ledger, backends, size) as pool, _judge(pool, ledger, offline, here) as evaluator:
-        measured = evaluator.method, evaluator.measures, budget.trials, seed, fresh
-        shelf = Database(storage) if storage else FILES
-        opener = Opener(ledger.folder, folder, *measured, tuple(backends), patience, shelf, effort.narrow)
+        opener = Opener(
+            folder=ledger.folder,
+            tuned=folder,
+            method=evaluator.method,
+            measures=evaluator.measures,
+            trials=budget.trials,
+            seed=seed,
+            fresh=fresh,
+            backends=backends,
+            patience=patience,
+            shelf=Database(storage) if storage else FILES,
+            narrow=effort.narrow,
+        )
         return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
 
 
