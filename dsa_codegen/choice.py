@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import functions
 from .adaptive import Adaptive
+from .chunk import Chunk, Wanted, taken
+from .chunk import slots_of as slots_of  # whose part it is for everybody else
 from .errors import InputError
 from .ops.indexer import OP as INDEXER
 from .ops.indexer_paged import OP as INDEXER_PAGED
@@ -89,8 +91,8 @@ def index_select(
     def choose(rows: slice, table: Tensor | None, out: Tensor | None) -> Tensor:
         made = functions.indexer_logits(q[rows], k, k_scale, weights[rows], starts[rows], ends[rows], **options)
         worth = None if adaptive is None else adaptive.of_rows(rows)
-        buffers = _part(chosen_lengths, rows), out, _part(chosen_scores, rows)
-        return _taken(made, ends[rows], starts[rows], table, rule, worth, buffers, sms)
+        wanted = Wanted(out, _part(chosen_scores, rows), _part(chosen_lengths, rows))
+        return taken(Chunk(made, ends[rows], starts[rows], table), rule, worth, wanted, sms)
 
     step = max(_ALIGNED_ROWS, chunk_rows(max_bytes, queries, len(k), logits))
     if step >= queries:
@@ -165,8 +167,9 @@ def index_select_paged(
         if not slots:  # as slots do, tokens end where the table does
             ends = ends.clamp(max=pages.shape[1] * rule.page)
         worth = None if adaptive is None else adaptive.of_rows(own)
-        buffers = _flat(chosen_lengths, rows), None if out is None else out.flatten(0, 1), _flat(chosen_scores, rows)
-        return _taken(made, ends, _flat(starts, rows), pages if slots else None, rule, worth, buffers, sms)
+        wanted = Wanted(_flat(out), _flat(_part(chosen_scores, rows)), _flat(_part(chosen_lengths, rows)))
+        chunk = Chunk(made, ends, _flat(_part(starts, rows)), pages if slots else None)
+        return taken(chunk, rule, worth, wanted, sms)
 
     step = _sequences(max_bytes, batch, next_n, max_context, logits)
     if step >= batch:
@@ -218,31 +221,13 @@ def candidates_paged(
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def slots_of(tokens: Tensor, page_table: Tensor, page: int) -> Tensor:
-    """The slots that hold tokens of paged caches: block · page + offset, as ``select`` gives them.
-
-    Args:
-        tokens: int32 [rows, n], token numbers below max_pages · page; -1 is no token.
-        page_table: int32 [requests, max_pages]; rows / requests consecutive rows share a request.
-        page: tokens per page.
-
-    Returns:
-        int32 [rows, n], -1 for no token and where the table's page is negative.
-    """
-    if not tokens.numel() or not page_table.shape[1]:
-        return torch.full_like(tokens, -1)
-    token = tokens.view(len(page_table), -1)
-    block = page_table.gather(1, token.clamp(min=0).long() // page)
-    return torch.where((token < 0) | (block < 0), -1, block * page + token % page).view(tokens.shape)
-
-
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def _flat(tensor: Tensor | None, sequences: slice) -> Tensor | None:
-    """One row for each query of some sequences."""
-    return None if tensor is None else tensor[sequences].flatten(0, 1)
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """One row for each query of all sequences."""
+    return None if tensor is None else tensor.flatten(0, 1)
 
 
 def _queries_of(sequences: slice, next_n: int) -> slice:
@@ -294,50 +279,6 @@ def _table_of(page_table: Tensor | None, queries: int, rows: slice) -> Tensor | 
     return page_table[request]
 
 
-def _taken(
-    logits: Tensor,
-    ends: Tensor,
-    starts: Tensor | None,
-    table: Tensor | None,
-    rule: SelectSpec,
-    adaptive: Adaptive | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    sms: int | None,
-) -> Tensor:
-    """Select from one chunk's logits, all that the spec allows or as many as a rule of these rows finds worth it.
-
-    Args:
-        buffers: where to write lengths, tokens or slots, and scores, each where it is wanted.
-    """
-    lengths, out, scores = buffers
-    if adaptive is not None and lengths is not None:
-        return _adapted(logits, ends, starts, table, rule, adaptive, (lengths, out, scores), sms)
-    return _choose(logits, ends, starts, table, rule, out, scores, sms)
-
-
-def _choose(
-    logits: Tensor,
-    ends: Tensor,
-    starts: Tensor | None,
-    table: Tensor | None,
-    rule: SelectSpec,
-    out: Tensor | None,
-    scores: Tensor | None,
-    sms: int | None,
-) -> Tensor:
-    """Select from one chunk's logits; where scores are wanted they are read at the tokens, which then become slots."""
-    rows = functools.partial(functions.select, logits, topk=rule.topk, starts=starts, sms=sms)
-    select = functools.partial(rows, keep_first=rule.keep_first, keep_recent=rule.keep_recent)
-    if scores is None:
-        return select(ends=ends, page_table=table, page=rule.page, out=out)
-    if table is not None:
-        ends = ends.clamp(max=table.shape[1] * rule.page)
-    tokens = select(ends=ends)
-    scores.copy_(_scores_at(logits, tokens))
-    chosen = tokens if table is None else slots_of(tokens, table, rule.page)
-    return chosen if out is None else out.copy_(chosen)
-
-
 def _check_adaptive(adaptive: Adaptive | None, chosen_lengths: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
     """The rule's numbers, and a buffer for lengths with a rule and none without."""
     if adaptive is not None:
@@ -346,38 +287,3 @@ def _check_adaptive(adaptive: Adaptive | None, chosen_lengths: Tensor | None, sh
     elif chosen_lengths is not None:
         allowed = "None without an adaptive rule: every list is as long as its window, up to topk"
         raise InputError("chosen_lengths", "a tensor", allowed)
-
-
-def _adapted(
-    logits: Tensor,
-    ends: Tensor,
-    starts: Tensor | None,
-    table: Tensor | None,
-    rule: SelectSpec,
-    adaptive: Adaptive,
-    buffers: tuple[Tensor, Tensor | None, Tensor | None],
-    sms: int | None,
-) -> Tensor:
-    """Select tokens from one chunk's logits, and take as many of them as they are worth.
-
-    Args:
-        buffers: where to write lengths, and tokens or slots, and scores where these are wanted.
-    """
-    if table is not None:
-        ends = ends.clamp(max=table.shape[1] * rule.page)
-    windows: dict[str, Any] = {"starts": starts, "keep_first": rule.keep_first, "keep_recent": rule.keep_recent}
-    tokens = functions.select(logits, ends, rule.topk, **windows, sms=sms)
-    paging: dict[str, Any] = {"page_table": table, "page": rule.page, "chosen_scores": True}
-    made = functions.adapt(logits, tokens, ends, **windows, **paging, **adaptive.options())
-    lengths, out, scores = buffers
-    lengths.copy_(made[1])
-    if scores is not None:
-        scores.copy_(made[2])
-    return made[0] if out is None else out.copy_(made[0])
-
-
-def _scores_at(logits: Tensor, tokens: Tensor) -> Tensor:
-    """fp32 [rows, topk]: the logits at the tokens, -inf where there is none."""
-    if not logits.shape[1]:
-        return torch.full_like(tokens, -torch.inf, dtype=torch.float32)
-    return logits.gather(1, tokens.clamp(min=0).long()).float().masked_fill(tokens < 0, -torch.inf)
