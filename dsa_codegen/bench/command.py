@@ -217,9 +217,7 @@ def write_report(folder: Path, out: Path, documents: Sequence[Path], gpu_id: str
     rows = results.read_rows(results.rows_path(folder, gpu_id))
     gpu = GPUS[gpu_id].name if gpu_id in GPUS else gpu_id
     named = tables.named(rows, results.read_machine(results.machine_path(folder, gpu_id)), gpu)
-    empty = dict.fromkeys(
-        (*cases.STAGES, "measured", "glance", "headlines", "summary", "host", "context", "ceilings", "quality"), ""
-    )
+    empty = dict.fromkeys((*cases.STAGES, *tables.NAMES, "quality"), "")
     named |= report.method.quality_tables(folder)
     lines = [f"wrote {page}"]
     for document in documents:

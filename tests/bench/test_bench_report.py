@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from dsa_codegen import cli
 from dsa_codegen.bench import ceilings, command, hostcost, printing, report, results, sweep
-from dsa_codegen.bench.cases import FP8_PRODUCTS, case
+from dsa_codegen.bench.cases import FP8_PRODUCTS, case, chosen
 from dsa_codegen.bench.problems import Roofs
-from dsa_codegen.bench.report import bars, labels, tables, theme
+from dsa_codegen.bench.report import bars, control, labels, tables, theme
 from dsa_codegen.errors import RecordError, UnknownName
 from dsa_codegen.gpu import resolve
 from dsa_codegen.proof.timing import Policy
@@ -279,6 +279,19 @@ def test_host_costs_of_whoever_is_there(monkeypatch):
     assert all(each.add_us > 0 for each in rows if each.host_us), "whoever is timed is timed in turns with add_"
     assert found["missing"].note == "missing is not installed" and found["raising"].note.startswith("failed: ValueError")
     assert found["unwilling"].note == "does not serve the case"
+
+
+def test_the_control_is_one_kernel_in_two_libraries():
+    stages = ("attention_prefill", "attention_prefill_paged", "attention_decode")
+    of = {stage: chosen([stage], per_stage=1)[0] for stage in stages}
+    prefill = row(of["attention_prefill"], 3000.0, {"FlashMLA": 4000.0, "sgl-flash-mla": 4040.0})
+    short = row(of["attention_prefill"], 300.0, {"FlashMLA": 400.0, "sgl-flash-mla": 500.0})
+    both = {"gather_kv + FlashMLA": 4000.0, "gather_kv + sgl-flash-mla": 3880.0, "FlashMLA": 5000.0, "sgl-flash-mla": 6000.0}
+    others = [row(of["attention_prefill_paged"], 3000.0, both), row(of["attention_decode"], 1e4, both)]
+    assert control.differences([prefill, short, *others]) == pytest.approx([0.01, -0.03])
+    told = "In 2 cases of a millisecond or longer their times differ by 2.0 % in the median and 3.0 % at most."
+    assert control.control([prefill, *others]).endswith(told)
+    assert control.control([short]) == ""
 
 
 def test_machine_facts_reach_the_tables():

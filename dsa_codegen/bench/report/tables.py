@@ -9,10 +9,11 @@ from .. import results
 from ..cases import chosen
 from ..sweep import METHODS, crossover
 from . import labels
+from .control import control
 from .glance import glance
 from .labels import Row
 
-NAMES = ("measured", "glance", "headlines", "summary", "host", "context", "ceilings")
+NAMES = ("measured", "control", "glance", "headlines", "summary", "host", "context", "ceilings")
 """What a document may ask for, beside the stages."""
 _STANDINGS = (labels.WON, labels.EVEN, labels.LOST)
 
@@ -153,6 +154,7 @@ def named(rows: Sequence[Row], machine: Mapping[str, Any], gpu: str = "GPU") -> 
         "measured": measured(rows, gpu) if rows else "",
         "summary": summary(rows),
         "headlines": headlines(rows),
+        "control": control(rows),
         "glance": glance(rows, gpu),
         **{name: stage(rows, name) for name in labels.by_stage(rows)},
     }
