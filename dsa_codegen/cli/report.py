@@ -39,7 +39,7 @@ def report(
     shown = gpus.resolve(gpu).id if gpu else results.latest_gpu(folder)
     documents = readme or [Path(name.format(gpu=shown)) for name in DOCUMENTS]
     written = benchmark.write_report(folder, page, documents, shown, Path(".tune"))
-    show.lines(*written)(out)
+    show.lines(*written, whole=True)(out)
 
 
 def _compare(runs: tuple[Path, Path], gpu: str) -> NoReturn:

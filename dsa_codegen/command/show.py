@@ -76,12 +76,13 @@ def quality(rows: Sequence[Choice]) -> Printer:
     return table(f"What a choice costs: {rows[0].data}", columns, body)
 
 
-def lines(*texts: str, style: str = "") -> Printer:
-    """Plain lines; one with a command is broken by the terminal alone, so that it can be copied whole."""
+def lines(*texts: str, style: str = "", whole: bool = False) -> Printer:
+    """Plain lines; those with a command, or a path (``whole``), are broken by the terminal alone, so that it can be copied."""
 
     def show(console: Console) -> None:
         for text in texts:
-            console.print(text, style=style, highlight=False, markup=False, soft_wrap=f"{command()} " in text)
+            unbroken = whole or f"{command()} " in text
+            console.print(text, style=style, highlight=False, markup=False, soft_wrap=unbroken)
 
     return show
 
@@ -113,7 +114,7 @@ def generated(written: Sequence[Generated]) -> Printer:
         head = (
             f"{len(by_file)} modules for {len(written)} calls in {folder}, with index.json; python {folder}/launch.py runs them"
         )
-        console.print(head, highlight=False, markup=False)
+        lines(head, whole=True)(console)
         for path, calls in by_file.items():
             _indented(console, path.name, 1, "bold")
             for each in calls:
@@ -137,7 +138,7 @@ def prebuilt(done: Sequence[Prebuilt], folder: Path) -> Printer:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     head = f"{folder} serves {len(done)} calls ({size / 1e6:.1f} MB): DSA_BUILDS={folder.absolute()}"
     columns = ("op", "backend", "config from", "# calls", "# builds")
-    return together(table("built ahead", columns, rows), lines(head))
+    return together(table("built ahead", columns, rows), lines(head, whole=True))
 
 
 def prebuilt_row(each: Prebuilt) -> dict[str, Any]:
