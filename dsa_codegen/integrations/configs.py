@@ -116,6 +116,13 @@ def _deepseek_v4(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
 
 
+def _deepseek_v41(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The same in rows of 528 bytes, all of them e4m3: rotary position is applied before a token is stored."""
+    width = _number(config, "head_dim", 512)
+    indexer = {"index_n_heads": _number(config, "index_n_heads", 32)}
+    return {**_deepseek_v4({**config, **indexer}, family), "d_nope": width, "d_rope": 0, "kv_layout": "v41"}
+
+
 def _minimax_m3(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Grouped queries; every KV head has its blocks, of which the query's own is one."""
     older = config.get("sparse_attention_config") or {}
@@ -172,6 +179,7 @@ def _grouped(config: Mapping[str, Any], heads: int, kv_heads: int, width: int, r
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     **dict.fromkeys(_LATENTS, _latent),
     "deepseek_v4": _deepseek_v4,
+    "deepseek_v41": _deepseek_v41,
     "glm5_next": _pooled,
     "minimax_m3": _minimax_m3,
     "qwen4_exp": _qwen4_exp,

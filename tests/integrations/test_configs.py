@@ -30,6 +30,7 @@ SAME = [
     ({**LONGCAT, "num_attention_heads": 32, "index_n_heads": 16}, "longcat-lite-sparse"),
     ({"model_type": "deepseek_v4"}, "deepseek-v4-flash"),
     ({"model_type": "deepseek_v4", "num_attention_heads": 128, "index_topk": 1024, "qk_rope_head_dim": 64}, "deepseek-v4-pro"),
+    ({"model_type": "deepseek_v41", "text_config": {"model_type": "deepseek_v41_text", "head_dim": 512}}, "deepseek-v4.1"),
     ({"model_type": "minimax_m3_vl", "text_config": {"model_type": "minimax_m3_vl_text"}}, "minimax-m3"),
     (
         {**QWEN, "num_attention_heads": 16, "indexer_budget": 2048, "indexer_compress_ratio": 4},
@@ -110,7 +111,7 @@ def test_the_command_writes_what_spec_reads(tmp_path):
     assert refused.returncode == 2 and "unknown model_type 'llama'" in refused.stderr
 
 
-@pytest.mark.parametrize("kind", sorted({*configs._LATENTS, "deepseek_v4", "minimax_m3_vl"} - {"longcat"}))
+@pytest.mark.parametrize("kind", sorted({*configs._LATENTS, "deepseek_v4", "deepseek_v41", "minimax_m3_vl"} - {"longcat"}))
 def test_defaults_are_those_of_transformers(kind):
     transformers = pytest.importorskip("transformers", reason="the defaults are its")
     if kind not in transformers.CONFIG_MAPPING:
