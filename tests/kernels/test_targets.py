@@ -30,7 +30,7 @@ def defaults():
             yield pytest.param(op, gpu, id=f"{op.name}-{gpu}", marks=() if here else FURTHER)
 
 
-@pytest.mark.parametrize(("op", "gpu"), defaults())
+@pytest.mark.parametrize(("op", "gpu"), list(defaults()))
 def test_the_default_compiles(op, gpu):
     """The first workload's; all of them, of every preset and Triton, stand in docs/matrix.md, and no template is newer."""
     target = resolve(gpu)
