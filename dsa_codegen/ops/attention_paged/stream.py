@@ -44,9 +44,9 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> int:
     """The columns that serve the sizes' bucket best; 0 where other kernels are known to take less.
 
-    On an H200 with k 2048, µs, beside the best of the others: 16 heads 7.2 and 9.2 at one row, 11.0 and 13.9 at 8, 17.7 and
-    19.3 at 16, 50 and 54 at 64, 93 and 97 at 128; 8 heads 7.1 and 8.6, 48.8 and 52.9 at 64; 32 heads 7.3 and 9.0 at one row,
-    19.8 and 20.5 at 16, 58.2 and 57.6 at 64.
+    On an H200 with k 2048, µs, beside the best of the others: 16 heads 7.1 and 9.2 at one row, 8.9 and 9.7 at 4, 11.1 and 13.9
+    at 8, 17.4 and 19.3 at 16, 50 and 54 at 64, 93 and 95 at 128; 8 heads 7.1 and 8.6, 10.4 and 13.7, 49 and 53 at 64; 32 heads
+    7.2 and 9.0 at one row, 13.2 and 14.5 at 8, 20.0 and 20.6 at 16, 58.3 and 57.6 at 64, 110 and 97 at 128.
     """
     if spec.kv_layout != "v32" or spec.extra_topk or spec.topk <= _FEW_ENTRIES or spec.heads > _HEADS:
         return 0
