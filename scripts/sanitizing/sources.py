@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +23,11 @@ _SOME_OPTIONS = (0, 3, -1)
 _V4 = {"kv_layout": "v4", "d_nope": 448}
 _V41 = {"kv_layout": "v41", "d_rope": 0}
 
-_SHARES = re.compile(r"""^ *asm volatile\("setmaxnreg\.[^"]*" ::"n"\(\w+\)\);\n""", re.MULTILINE)
+_BY_OWN_WAYS = "DEVICE void block_sync()"
 _ARRIVE, _WAIT = '"barrier.cluster.arrive.relaxed.aligned;"', '"barrier.cluster.wait.acquire.aligned;"'
 _IN_STEP = (
     (f'DEVICE void cluster_arrive() {{ asm volatile({_ARRIVE} ::: "memory"); }}', "DEVICE void cluster_arrive() {}"),
     (_WAIT, f"{_ARRIVE[:-1]}\\n{_WAIT[1:]}"),
-    ("DEVICE void block_sync()", "__device__ __noinline__ void block_sync()"),
 )
 """What is changed in a text whose groups of warps come to the barriers of a block and of its cluster by ways of their own."""
 
@@ -74,7 +72,7 @@ FURTHER = (
     Further("attention_paged", {"heads": 16, "topk": 1024}, _PAGED.replace(columns=16)),
     Further("attention_paged", {"heads": 64, "topk": 1024}, _PAGED.replace(columns=32, splits=2)),
     # Blocks that load a tile at once: one for two rounds of heads, several for a row; parts that a kernel joins.
-    Further("attention_paged", {"heads": 128}, _PAGED.replace(head_rounds=2)),
+    *(Further("attention_paged", {"heads": 128, **layout}, _PAGED.replace(head_rounds=2)) for layout in ({}, _V4)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(head_rounds=1)),
     # Clusters that split the channels, over the other layouts.
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED),
@@ -134,15 +132,13 @@ def run_in_place(subject: Subject) -> Rendered:
 
     Under the tools a warp that arrives at a cluster's barrier goes on when all of its block have arrived, those that wait for
     what it brings among them: 150 s of memcheck were not enough for a row that takes 9 s so. Such a text runs with each arrival
-    directly before its wait, and with the block's barrier in one function, so that a report is of one place; a call takes no
-    part in shares of the registers (setmaxnreg), which are left out, so that accumulators are spilled. Memory, copies, products
-    and the order of all others are the same. That no arrival comes too early is not seen so. Synccheck calls that barrier of
-    512 threads divergent, 256 of which have met at one of their own before.
+    directly before its wait; memory, copies, products and the order of all others are the same. That no arrival comes too early
+    is not seen so.
     """
     text = rendered(subject)
-    if _IN_STEP[-1][0] not in text.code:
+    if _BY_OWN_WAYS not in text.code:
         return text
-    code = _SHARES.sub("", text.code)
+    code = text.code
     for own, changed in _IN_STEP:
         code = code.replace(own, changed)
     return replace(text, code=code)

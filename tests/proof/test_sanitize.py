@@ -86,7 +86,7 @@ def test_what_may_not_end_takes_nothing_with_it():
     kinds = [{pieces.may_not_end(check) for check in piece.checks} for piece in found]
     assert {True} in kinds and {False} in kinds and {True, False} not in kinds
     assert all(
-        check.long or "setmaxnreg" in sources.rendered(check.subject).code
+        check.long or "block_sync()" in sources.rendered(check.subject).code
         for piece in found
         for check in piece.checks
         if pieces.may_not_end(check)
@@ -151,24 +151,29 @@ def test_further_designs_bring_the_kernels_that_small_models_do_not():
 
 
 def test_what_comes_to_barriers_by_several_ways_runs_in_step():
-    """Without shares of registers, with each arrival at the cluster's barrier before its wait; and is known by its own text."""
+    """Each arrival at the cluster's barrier comes before its wait; it is known by its own text."""
     found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
     for subject in found:
         own, run = sources.rendered(subject), sources.run_in_place(subject)
         assert sources.label(subject).startswith(own.sha[:12])
-        shared = subject.config["sharers"] > 1 and subject.config["columns"] == 0
-        left = [line for line in own.code.splitlines() if "setmaxnreg" not in line or not shared]
-        pairs = zip(left, run.code.splitlines(), strict=True)
+        pairs = zip(own.code.splitlines(), run.code.splitlines(), strict=True)
         changed = [line for before, line in pairs if before != line]
-        if shared:
-            arrive, wait, block = sorted(changed)
-            assert arrive == "DEVICE void cluster_arrive() {}" and block.startswith(
-                "__device__ __noinline__ void block_sync() {"
-            )
+        if subject.config["sharers"] > 1 and subject.config["columns"] == 0:
+            arrive, wait = sorted(changed)
+            assert arrive == "DEVICE void cluster_arrive() {}"
             assert r"arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" in wait
-            assert "setmaxnreg" in own.code and "setmaxnreg" not in run.code
         else:
             assert not changed and run is own
+
+
+def test_threads_that_meet_by_several_ways_do_so_by_a_barrier_for_that():
+    """``bar.sync`` is one instruction for all that meet; synccheck calls it divergent where groups have one each."""
+    found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
+    by_ways = [own.code for own in map(sources.rendered, found) if "block_sync()" in own.code]
+    assert by_ways
+    for code in by_ways:
+        assert code.count("auto join_parts") == 1 and code.count("join_parts();") > 1
+        assert '"barrier.sync 2, %0;"' in code
 
 
 def test_blocks_of_a_cache_lie_apart_with_nan_between():
