@@ -69,8 +69,8 @@ def test_blocks_of_rounds_compile_for_hopper(spec, rounds):
     [
         (64, 2048, 1, 8, 128, 16),
         (128, 2048, 2, 8, 128, 16),
-        (128, 300, 1, 4, 24, 3),
-        (5, 45, 1, 2, 2, 1),
+        (128, 300, 1, 4, 32, 4),
+        (5, 45, 1, 2, 4, 2),
     ],
 )
 def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, blocks, splits):
@@ -79,7 +79,7 @@ def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, b
     main, join = OP.launches(spec, in_rounds(rounds), inputs, OP.allocate(spec, inputs), H200)
     namespace: dict = {}
     exec(render(OP, spec, in_rounds(rounds)).code, namespace)
-    assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits)
+    assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits // 2)
     assert join.grid == (rows * -(-heads // 64) * 16, 1, 1)
     for launch in (main, join):
         kinds = namespace["KERNELS"][launch.kernel]["args"]

@@ -117,7 +117,7 @@ def cuda_kernels(rendered: Rendered, folder: Path, order: str) -> dict[str, Laun
 
 
 def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator[tuple[str, _EmulatedCuda]]:
-    """The kernels of a text by name, those of clusters of one size from one library."""
+    """The kernels of a text by name, all from one library."""
     header = "emulator_cuda.h"
     if "wgmma" in text:
         header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
@@ -125,13 +125,12 @@ def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator
     text = _ASSEMBLY.sub(";\n", text)
     declared = {match[1]: [" ".join(part.split()) for part in match[2].split(",")] for match in _SIGNATURE.finditer(text)}
     text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
-    for cluster in {facts["cluster"] for facts in kernels.values()}:
-        own = {name: facts["threads"] for name, facts in kernels.items() if facts["cluster"] == cluster}
-        launchers = "".join(_cuda_launcher(name, declared[name]) for name in own)
-        library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
-        for name, threads in own.items():
-            names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
-            yield name, _EmulatedCuda(library[f"launch_{name}"], names, threads, order)
+    cluster = max(facts["cluster"] for facts in kernels.values())  # what a cluster's functions do is of the whole text
+    launchers = "".join(_cuda_launcher(name, declared[name]) for name in kernels)
+    library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
+    for name, facts in kernels.items():
+        names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
+        yield name, _EmulatedCuda(library[f"launch_{name}"], names, facts["threads"], order)
 
 
 def _cuda_launcher(name: str, parameters: list[str]) -> str:

@@ -100,7 +100,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         }
         if config.backend == "cuda":
             if config["head_rounds"]:
-                return names | rounds.derived(spec)
+                return names | rounds.derived(spec, config)
             if config["sharers"]:
                 return names | _sharing(config).derived(spec, config)
             if config["columns"]:

@@ -27,7 +27,8 @@ _JOIN_THREADS = 256
 _FEW_ENTRIES, _MOST_ENTRIES = 640, 4096  # of lists that clusters serve as well, and up to which it is known to win
 _MOST_BLOCKS = 528  # four waves
 _PART = _HEADS * channels.D_V * 2  # bytes
-_FACTS = 2 * _HEADS + _WARPS
+_FACTS = 2 * _HEADS + 2 * _WARPS
+_CLUSTER = 2  # blocks, whose parts become one
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -41,7 +42,7 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
 def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
     """Few rows: not many more blocks than run at once."""
     rows = upper(bucket, "batch") * upper(bucket, "next_n")
-    blocks = rows * _groups(spec, config) * _tiles(spec)
+    blocks = rows * _groups(spec, config) * _splits(spec)
     yield from exceeds("blocks of head_rounds", blocks, _MOST_BLOCKS)
 
 
@@ -50,7 +51,7 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
 
     All blocks run at once, each with its 64 heads, or with 128 in two rounds.
     """
-    tiles = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n") * _tiles(spec)
+    tiles = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n") * _splits(spec)
     if not _FEW_ENTRIES < spec.topk + spec.extra_topk <= _MOST_ENTRIES:
         return 0
     return next(
@@ -58,35 +59,37 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     )
 
 
-def derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
+def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
     return {
         "d_qk": spec.d_qk,
         "head_blocks": _head_blocks(spec),
         "threads": _THREADS,
         "join_threads": _JOIN_THREADS,
-        "smem": _smem(spec),
+        "smem": _smem(spec, config["head_rounds"]),
     }
 
 
 def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Sequence[Launch]:
-    """A block for each part of a row and its rounds of heads; then the parts are joined."""
+    """A block for each share of a row and its rounds of heads; parts of two each are joined behind them."""
     q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
     rows = q.shape[0] * q.shape[1]
-    splits, units = _tiles(spec), rows * _head_blocks(spec)
-    parts = torch.empty(units * splits * _PART, dtype=torch.uint8, device=q.device)
-    facts = torch.empty(units * splits * _FACTS, dtype=torch.float32, device=q.device)
+    splits, units = _splits(spec), rows * _head_blocks(spec)
+    joined = splits // _CLUSTER
+    parts = torch.empty(units * joined * _PART, dtype=torch.uint8, device=q.device)
+    facts = torch.empty(units * joined * _FACTS, dtype=torch.float32, device=q.device)
     tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
     grid = (rows * _groups(spec, config) * splits, 1, 1)
     sink = (inputs["sink"],) if spec.sink else ()
     return (
         Launch("attention_paged", grid, (*tensors, *scalars, splits, inputs["sm_scale"])),
-        Launch("join", (units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, splits)),
+        Launch("join", (units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, joined)),
     )
 
 
-def _tiles(spec: AttentionPagedSpec) -> int:
-    return -(-(spec.topk + spec.extra_topk) // _TOKENS)
+def _splits(spec: AttentionPagedSpec) -> int:
+    """Shares of a row, of a tile at most, in whole clusters."""
+    return _CLUSTER * -(-(spec.topk + spec.extra_topk) // (_CLUSTER * _TOKENS))
 
 
 def _head_blocks(spec: AttentionPagedSpec) -> int:
@@ -98,7 +101,8 @@ def _groups(spec: AttentionPagedSpec, config: Config) -> int:
     return -(-_head_blocks(spec) // config["head_rounds"])
 
 
-def _smem(spec: AttentionPagedSpec) -> int:
-    """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima and totals, a mask."""
+def _smem(spec: AttentionPagedSpec, rounds: int) -> int:
+    """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima and totals, a mask, mail."""
     tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * channels.D_V * _HEADS, 2 * _HEADS * _TOKENS
-    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2
+    sent_facts, barrier = (_HEADS // _CLUSTER + _WARPS) * 16, 8  # what the other block sends lies where q was
+    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2 + rounds * (sent_facts + barrier)
