@@ -43,9 +43,9 @@ extern "C" int launch_{name}(long long *arguments, int width, int height, int th
   emulator::block_threads = threads;
   if (!emulator::shared) emulator::shared = (uchar *)malloc(emulator::shared_bytes);
   for (blockIdx.y = 0; blockIdx.y < height; blockIdx.y++)
-    for (emulator::first_block = 0; emulator::first_block < width; emulator::first_block += emulator::cluster) {{
+    for (emulator::first_block = 0; emulator::first_block < width; emulator::first_block += {cluster}) {{
       memset(emulator::shared, 0xCD, emulator::shared_bytes);
-      if (!emulator::run_block(threads * emulator::cluster, (emulator::Order)order, random)) return 1;
+      if (!emulator::run_block(threads * {cluster}, (emulator::Order)order, random)) return 1;
     }}
   return 0;
 }}
@@ -71,7 +71,7 @@ class _Emulated:
         kinds, self._names = zip(*(part.strip().rsplit(" ", 1) for part in declared.split(",")), strict=True)
         arguments = ", ".join(f"({kind.replace('__restrict__', '')})emulator::arguments[{i}]" for i, kind in enumerate(kinds))
         body = _SHARED.sub("uchar *buf_dyn_shmem = emulator::shared;", text[text.index('extern "C" __global__') :])
-        launcher = _LAUNCHER.format(name=name, arguments=arguments, before="")
+        launcher = _LAUNCHER.format(name=name, arguments=arguments, cluster=1, before="")
         self._launch = _compiled(f'#include "emulator.h"\n{body}\n{launcher}')[f"launch_{name}"]
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
@@ -125,21 +125,21 @@ def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator
     text = _ASSEMBLY.sub(";\n", text)
     declared = {match[1]: [" ".join(part.split()) for part in match[2].split(",")] for match in _SIGNATURE.finditer(text)}
     text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
-    cluster = max(facts["cluster"] for facts in kernels.values())  # what a cluster's functions do is of the whole text
-    launchers = "".join(_cuda_launcher(name, declared[name]) for name in kernels)
+    cluster = max(facts["cluster"] for facts in kernels.values())  # of the functions, which are of the whole text
+    launchers = "".join(_cuda_launcher(name, declared[name], facts["cluster"]) for name, facts in kernels.items())
     library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
     for name, facts in kernels.items():
         names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
         yield name, _EmulatedCuda(library[f"launch_{name}"], names, facts["threads"], order)
 
 
-def _cuda_launcher(name: str, parameters: list[str]) -> str:
+def _cuda_launcher(name: str, parameters: list[str], cluster: int) -> str:
     kinds = [parameter.rpartition(" ")[0] for parameter in parameters]
     arguments = ", ".join(
         f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
         for i, kind in enumerate(kinds)
     )
-    return _LAUNCHER.format(name=name, arguments=arguments, before="gridDim = {width, height, 1};")
+    return _LAUNCHER.format(name=name, arguments=arguments, cluster=cluster, before="gridDim = {width, height, 1};")
 
 
 class _EmulatedCuda:
