@@ -27,6 +27,9 @@ BY_SHARERS = [
     (AttentionPagedSpec(8, 300, "v41", d_rope=0, lengths=True, sink=True), 2),
     pytest.param(AttentionPagedSpec(3, 64, sink=True), 16, marks=FURTHER),
     pytest.param(TWO_POOLS, 4, marks=FURTHER),
+    pytest.param(TWO_POOLS, 1, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(64, 300, "v41", d_rope=0, lengths=True, sink=True), 1, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(5, 300, "fp8_fp32_128", 7, d_rope=0, extra_topk=90, extra_page=2), 1, marks=FURTHER),
     pytest.param(AttentionPagedSpec(5, 300, "fp8_fp32_128", 7, d_rope=0, extra_topk=90, extra_page=2), 2, marks=FURTHER),
     pytest.param(AttentionPagedSpec(100, 400, page=7, lengths=True), 4, marks=FURTHER),
 ]

@@ -337,6 +337,7 @@ DEVICE void consumers_sync() { emulator::meet(1, 256, false); }
 DEVICE void block_sync() { emulator::meet(2, emulator::block_threads, false); }
 DEVICE void arrived(u32 &, u32) {}
 DEVICE void prefetch_line(const unsigned char *) {}
+DEVICE void expect_bytes(const unsigned char *, u32) {}
 DEVICE void wait_for_last() {}
 DEVICE void let_next_start() {}
 DEVICE void group_sync(u32 group) { emulator::meet(1 + group, 128, false); }

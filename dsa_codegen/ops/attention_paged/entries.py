@@ -106,7 +106,7 @@ def _smem(spec: AttentionPagedSpec, sharers: int, owned: int) -> int:
     tile, part = 2 * shared.TILE * spec.d_qk, owned * 2 * spec.layout.d_v
     weights, facts, keep, barriers = 2 * shared.TILE * _HEADS, 32 * sharers * owned, 4 * _HEADS, 2 * (8 + 3 * 8) + 3 * 8
     if sharers == 1:
-        part, facts, barriers = 0, 0, barriers - 8
+        part, facts, barriers = 0, 0, barriers - 8 + 2 * 8 * 8
     return 2 * tile + max(tile, sharers * part) + weights + facts + keep + barriers
 
 
