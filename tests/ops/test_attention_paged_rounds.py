@@ -128,6 +128,8 @@ def test_the_order_of_summation_is_that_of_the_parts():
         (128, 2048, 1, 1, 0),  # clusters of columns take less
         (64, 2048, 16, 1, 0),
         (64, 640, 8, 1, 0),
+        (64, 640, 16, 1, 1),
+        (128, 640, 16, 1, 0),  # two rounds do not pay for few entries
         (64, 8192, 1, 1, 0),
         (64, 1024, 16, 1, 1),
         (16, 2048, 8, 1, 0),  # tokens stream through blocks
