@@ -104,7 +104,7 @@ def _groups(spec: AttentionPagedSpec, config: Config) -> int:
 
 
 def _smem(spec: AttentionPagedSpec, rounds: int) -> int:
-    """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima and totals, a mask, mail."""
+    """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima, totals, a mask, mail."""
     tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * channels.D_V * _HEADS, 2 * _HEADS * _TOKENS
     sent_facts, barrier = (_HEADS // _CLUSTER + _WARPS) * 16, 8  # what the other block sends lies where q was
     return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2 + rounds * (sent_facts + barrier) + 2 * barrier
