@@ -56,9 +56,8 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
 def _pays_alone(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
     """Whether a block for each row is known to take less than Gluon's, and than clusters, of which too few run at once.
 
-    On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 37.4 µs at 128 rows, Gluon 39.9, clusters 48.8;
-    72.3, 77.0 and 95.1 at 256; with 8 heads 33.5 and 31.7. Over 528 bytes with k 512, where Gluon does not serve, 30.7 and
-    clusters 37.8, with 8 heads 26.7 and 35.1. Over 656 bytes more than Gluon.
+    On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 35.2 µs at 128 rows, Gluon 38.7, clusters 48.8.
+    Over 528 bytes with k 512, where Gluon does not serve, 28.6 and clusters 37.8. Over 656 bytes 97.4 and Gluon 95.7.
     """
     most = sizes.batch * sizes.next_n > gpu.sms // 2
     return most and spec.d_qk == spec.d_v and (_FEW_HEADS < spec.heads <= _HEADS or (spec.general and spec.heads <= _HEADS))
