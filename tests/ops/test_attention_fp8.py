@@ -58,31 +58,67 @@ def cut(q, latent, bits=13):
     return total
 
 
-def as_on_hopper(spec, inputs, without=0):
-    """What its sums make of the outputs; ``without``: so many of each list's last tokens are left out."""
-    found = {"out": torch.zeros(*inputs["q"].shape[:2], spec.d_v), "lse": OP.reference(spec, inputs)["lse"]}
+def nearest(weights):
+    """Rounded to e4m3 as they should be."""
+    return weights.to(torch.float8_e4m3fn).float()
+
+
+def downwards(weights):
+    """The largest e4m3 that is no larger: what cutting bits off gives."""
+    code = weights.to(torch.float8_e4m3fn)
+    below = (code.view(torch.uint8).int() - 1).clamp(min=0).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.where(code.float() > weights, below, code.float())
+
+
+def unrounded(weights):
+    """As they are, which a kernel that stored them in bf16 would be near to."""
+    return weights
+
+
+def heavier(weights):
+    """The scale of the token that counts most a tenth too large."""
+    factor = torch.ones(weights.shape[1])
+    factor[weights.sum(0).argmax() if len(factor) else []] = 1.1
+    return nearest(weights * factor)
+
+
+def lighter(weights):
+    """The last token left out."""
+    return nearest(weights) * (torch.arange(weights.shape[1]) < weights.shape[1] - 1)
+
+
+def weighed_on_hopper(inputs):
+    """Of each query what its sums make of the weights, with the tokens' scales; the denominators; the tokens."""
     for query, listed in enumerate(inputs["indices"][:, 0].long()):
         valid = (listed >= 0) & (listed < len(inputs["kv"])) & (torch.arange(len(listed)) < inputs["lengths"][query])
-        tokens = listed[valid][: int(valid.sum()) - without]
-        latent, scale = inputs["kv"][tokens, 0].float(), inputs["kv_scale"][tokens, 0]
+        latent, scale = inputs["kv"][listed[valid], 0].float(), inputs["kv_scale"][listed[valid], 0]
         factor = inputs["q_scale"][query, :, None] * inputs["sm_scale"] * scale
         scores = cut(inputs["q"][query].float(), latent) * factor
-        peak = torch.exp2((scores / math.log(2) + scale.log2()).amax(-1, keepdim=True).ceil() - fp8.TOP) if len(tokens) else 1.0
+        peak = torch.exp2((scores / math.log(2) + scale.log2()).amax(-1, keepdim=True).ceil() - fp8.TOP) if len(scale) else 1.0
         weights, sink = scores.exp() / peak, inputs["sink"][:, None].exp() / peak
-        rounded = (weights * scale).to(torch.float8_e4m3fn).float()
-        found["out"][query] = rounded @ latent[:, : spec.d_v] / (weights.sum(-1, keepdim=True) + sink)
-    return found
+        yield weights * scale, weights.sum(-1, keepdim=True) + sink, latent
+
+
+def as_on_hopper(weighed, lse, d_v=512, rounded=nearest):
+    """The outputs of these weights."""
+    return {"out": torch.stack([rounded(w) @ latent[:, :d_v] / total for w, total, latent in weighed]), "lse": lse}
 
 
 def test_weights_on_the_other_side_of_a_boundary_are_told_from_what_is_wrong():
     """A draw in which heads that look at few tokens round them to the other side, as a sum of 13 bits is a little off."""
     spec, case = AttentionSpec(64, 512, 2063, lengths=True, sink=True, math="fp8"), Case(AttentionSizes(5, 333), "ragged")
     inputs = OP.inputs(spec, case, Draw(17, "cpu"))
-    reference, outputs = OP.reference(spec, inputs), as_on_hopper(spec, inputs)
+    reference, weighed = OP.reference(spec, inputs), list(weighed_on_hopper(inputs))
+    outputs = as_on_hopper(weighed, reference["lse"])
     assert similarity_gap(outputs["out"], reference["out"]) > 4e-4
     accuracy = OP.check(spec, inputs, outputs, reference)
-    assert accuracy.passed and accuracy.similarity < 1e-5, accuracy.detail
-    assert not OP.check(spec, inputs, as_on_hopper(spec, inputs, without=1), reference).passed
+    assert accuracy.passed and accuracy.similarity < 5e-6, accuracy.detail
+    for rounded in (downwards, unrounded, heavier, lighter):
+        wrong = as_on_hopper(weighed, reference["lse"], rounded=rounded)
+        assert not OP.check(spec, inputs, wrong, reference).passed, rounded.__doc__
+    assert not OP.check(spec, inputs, {**outputs, "out": 1.01 * outputs["out"]}, reference).passed
+    outputs["out"][0, 0, 0] = math.nan
+    assert not OP.check(spec, inputs, outputs, reference).passed
 
 
 @pytest.mark.parametrize(

@@ -160,12 +160,11 @@ class AttentionProblem(Problem[AttentionSpec, AttentionSizes]):
     def check(self, spec: AttentionSpec, inputs: Inputs, outputs: Outputs, reference: Outputs) -> Accuracy:
         if spec.math != "fp8":
             return compare_attended(outputs, reference)
-        compared = compare_attended(outputs, reference, compare.FP8_ATTENTION, compare.FP8_LSE)
-        if compared.passed or outputs["out"].isnan().any():
-            return compared
-        chunks = [slice(first, first + _CHUNK) for first in range(0, len(outputs["out"]), _CHUNK)]
-        near = torch.cat([fp8.settled(outputs["out"][rows], inputs, rows, spec.d_v) for rows in chunks])
-        return compare_attended(outputs, {**reference, "out": near}, compare.FP8_SETTLED, compare.FP8_LSE)
+        if outputs["out"].isfinite().all():  # what is not finite settles nothing, and is wrong as it is
+            chunks = [slice(first, first + _CHUNK) for first in range(0, max(len(outputs["out"]), 1), _CHUNK)]
+            near = torch.cat([fp8.settled(outputs["out"][rows], inputs, rows, spec.d_v) for rows in chunks])
+            reference = {**reference, "out": near}
+        return compare_attended(outputs, reference, compare.FP8_ATTENTION, compare.FP8_LSE)
 
     def cost(self, spec: AttentionSpec, case: Case[AttentionSizes]) -> Cost:
         queries, tokens = case.sizes.queries, case.sizes.tokens
