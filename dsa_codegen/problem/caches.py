@@ -7,6 +7,7 @@ references and tests take the byte offsets from here, so that they cannot disagr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError, SpecError
 from .quantization import e8m0_decode, e8m0_encode
+
+_ALIGNMENT = 16  # bytes; kernels move as many at a time
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class CacheLayout(ABC):
         return (self.page, 1, self.bytes_per_token)
 
     def empty(self, blocks: int, device: torch.device | str = "cpu") -> Tensor:
-        """A cache of zeros, uint8 [blocks, …] of ``shape_per_block``."""
-        return torch.zeros(blocks, *self.shape_per_block, dtype=torch.uint8, device=device)
+        """A cache of zeros, uint8 [blocks, …] of ``shape_per_block``, blocks a multiple of 16 bytes apart, as kernels want."""
+        held = math.prod(self.shape_per_block)
+        apart = -(-held // _ALIGNMENT) * _ALIGNMENT
+        return torch.zeros(blocks, apart, dtype=torch.uint8, device=device)[:, :held].unflatten(1, self.shape_per_block)
 
 
 @dataclass(frozen=True)

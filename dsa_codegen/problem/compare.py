@@ -45,8 +45,9 @@ LSE = Limit(similarity=5e-6, absolute=1e-5, relative=8 / 65536)
 # Hopper keeps 13 bits of a sum of FP8 products: an lse of 7 is off by up to 5e-3 (H200), and where a score differs in its last
 # bits a weight may be rounded to the other side, 1/8 of itself away, which with few tokens is as much of an output: right ones
 # have similarities up to 1e-3 (1050 draws, H200). Where the sides of the weights that count most are settled by the output, it
-# is up to 5.7e-6; where sums are exact 1.5e-6 in any case (mma.sync, the CPU).
-FP8_ATTENTION = Limit(similarity=2e-5, absolute=5e-3, relative=1 / 64)
+# is up to 7.9e-6; where sums are exact 1.5e-6 in any case (mma.sync, the CPU). A single element is off by up to 5.6e-2, where
+# scores are large (steep ones, whose lse is 2e-2 off).
+FP8_ATTENTION = Limit(similarity=3e-5, absolute=5e-2, relative=1 / 8)
 FP8_LSE = Limit(similarity=1e-5, absolute=1e-2, relative=1 / 512)
 
 

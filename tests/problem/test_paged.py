@@ -59,3 +59,16 @@ def test_pages_too_close_together_are_refused():
     overlapping = pages.as_strided((3, 64 * 656), (32 * 656, 1))
     with pytest.raises(InputError, match="bytes between blocks"):
         check_cache("cache", overlapping, 656)
+
+
+@pytest.mark.parametrize(("page", "head_dim", "apart"), [(1, 224, 240), (3, 48, 160), (4, 128, 528)])
+def test_an_empty_cache_is_one_that_kernels_take(page, head_dim, apart):
+    """Of pages whose bytes 16 does not divide, too: blocks lie apart."""
+    layout = caches.IndexKLayout(page, head_dim)
+    cache = layout.empty(5)
+    assert cache.shape == (5, page, 1, head_dim + 4) and cache.stride(0) == apart
+    assert check_cache("cache", cache, layout.bytes_per_token) == page
+    keys = torch.randn(5 * page, head_dim).bfloat16()
+    dsa.store_index_k(keys, torch.arange(5 * page), cache)
+    values, scales = dsa.gather_index_k(cache, torch.arange(5 * page))
+    assert torch.allclose(values.float() * scales[:, None], keys.float(), atol=0.2)
