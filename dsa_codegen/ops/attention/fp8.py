@@ -70,7 +70,7 @@ def settled(out: Tensor, inputs: Inputs, rows: slice, d_v: int) -> Tensor:
     of themselves away. Where a few tokens have most of a head's weight, that is as much of the output. Only sides of weights so
     near to a boundary are settled, and of a head no more than eight: eight numbers that fit hundreds of channels hide nothing
     else. Of 1050 draws on an H200 right outputs are up to 1e-3 away before and 5.7e-6 after (7.9e-6 of steep scores); with one
-    token of each list of 100 to 333 left out, a median of 2e-4 stays 1e-4 to 4e-4.
+    token of each list of 200 or 333 left out, 86 of 100 are beyond 3e-5.
 
     Args:
         out: of these ``rows``, a kernel's.
