@@ -26,13 +26,19 @@ def gatherers_registers(consumer_registers: int) -> int:
 
 
 def derived(
-    d_qk: int, consumer_registers: int, max_logits: bool = False, divides: bool = False, lines: bool = False
+    d_qk: int,
+    consumer_registers: int,
+    max_logits: bool = False,
+    divides: bool = False,
+    lines: bool = False,
+    value_tokens: int = 64,
 ) -> dict[str, Scalar]:
     """Names for the template.
 
     Args:
         divides: whether the last lists may be cut.
         lines: whether the L2 brings 128 bytes at a time, not 256.
+        value_tokens: how many tokens' values are added up at a time, as their weights come; 64 are a whole tile's.
     """
     return {
         "threads": THREADS,
@@ -42,4 +48,5 @@ def derived(
         "divides": divides,
         "lines": lines,
         "sweep": False,  # of sorted lists, which only some have
+        "value_tokens": value_tokens,
     }

@@ -27,7 +27,9 @@ import emulator
 from support import FURTHER, H200, assert_compiles, completed, run_interpreted
 
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
-PAIR = Config.of("cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=216)
+PAIR = Config.of(
+    "cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, sweep=False, value_tokens=64, consumer_registers=216
+)
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 SPECS = [
     AttentionSpec(5, 576, 70, math="fp8"),

@@ -47,8 +47,10 @@ def test_clusters_compile_for_hopper(spec, config):
         pytest.param(AttentionSpec(128, 576, 130, lengths=True, sink=True, max_logits=True), PAIR, marks=FURTHER),
         pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR.replace(interleave=True), marks=FURTHER),
         pytest.param(AttentionSpec(128, 576, 2048), PAIR.replace(l2_prefetch=128), marks=FURTHER),
+        pytest.param(AttentionSpec(128, 576, 2048), PAIR.replace(value_tokens=64), marks=FURTHER),
+        pytest.param(AttentionSpec(64, 512, 512, sink=True), PAIR.replace(value_tokens=32), marks=FURTHER),
     ],
-    ids=["plain", "all options", "without a tail", "lines"],
+    ids=["plain", "all options", "without a tail", "lines", "values of a tile", "of half a tile"],
 )
 def test_pairs_compile_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
@@ -61,9 +63,11 @@ def test_pairs_compile_for_hopper(spec, config):
     ("spec", "config", "order"),
     [
         (AttentionSpec(64, 512, topk=150, lengths=True, sink=True, max_logits=True), PAIR.replace(interleave=True), "shuffled"),
+        (AttentionSpec(64, 576, topk=300), PAIR.replace(value_tokens=64), "shuffled"),
+        pytest.param(AttentionSpec(64, 512, topk=150, lengths=True), PAIR.replace(value_tokens=32), "shuffled", marks=FURTHER),
         pytest.param(AttentionSpec(128, 576, topk=300), PAIR, "descending", marks=FURTHER),
     ],
-    ids=["64 heads", "128 heads"],
+    ids=["64 heads", "values of a tile", "of half a tile", "128 heads"],
 )
 def test_pairs_match_the_reference(spec, config, order, tmp_path):
     """On one SM: queries of one pair of tiles and of several follow each other."""

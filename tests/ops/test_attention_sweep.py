@@ -19,8 +19,12 @@ from dsa_codegen.proof.verify import verify
 import emulator
 from support import FURTHER, H200, assert_compiles
 
-PAIR = Config.of("cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, sweep=True, consumer_registers=216)
-RING = Config.of("cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=True, consumer_registers=168)
+PAIR = Config.of(
+    "cuda", num_stages=2, turns=False, interleave=False, l2_prefetch=256, sweep=True, value_tokens=16, consumer_registers=216
+)
+RING = Config.of(
+    "cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=True, value_tokens=64, consumer_registers=168
+)
 BANDS = 32  # of the cache
 EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 

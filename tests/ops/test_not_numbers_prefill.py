@@ -25,7 +25,14 @@ PREFILL = {
     "multistage": Config.of("tilelang", pipeline="multistage", block_h=32, block_n=64, num_stages=2, threads=256),
     "triton": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
     "cuda": Config.of(
-        "cuda", num_stages=7, turns=False, interleave=False, l2_prefetch=256, sweep=False, consumer_registers=168
+        "cuda",
+        num_stages=7,
+        turns=False,
+        interleave=False,
+        l2_prefetch=256,
+        sweep=False,
+        value_tokens=64,
+        consumer_registers=168,
     ),
 }
 ON_GPU = [  # TileLang's take 15 s each to compile

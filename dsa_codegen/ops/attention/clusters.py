@@ -20,7 +20,7 @@ _BARRIER = 8  # bytes
 
 def constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     """What a cluster cannot do."""
-    yield from parameters.no_choice(config, "interleave", "l2_prefetch", "sweep")
+    yield from parameters.no_choice(config, "interleave", "l2_prefetch", "sweep", "value_tokens")
     if spec.heads != _HEADS:
         excess = _HEADS / spec.heads - 1
         yield Violation("heads", excess, f"heads: a cluster takes {_HEADS} of one query, not {spec.heads}")

@@ -44,7 +44,7 @@ def columns(spec: AttentionSpec) -> int:
 
 def constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     """What such blocks cannot do."""
-    yield from parameters.no_choice(config, "turns", "interleave", "l2_prefetch")
+    yield from parameters.no_choice(config, "turns", "interleave", "l2_prefetch", "value_tokens")
     if sharing(spec.heads, spec.share) > 1:
         yield from parameters.no_choice(config, "sweep")
     yield from sweep.constraints(spec, config)

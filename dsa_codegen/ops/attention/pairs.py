@@ -14,7 +14,9 @@ from .problem import AttentionSizes, AttentionSpec
 # 64 and 128 heads, H200, 4096 queries: 1747 and 3393 µs of 8192 tokens, 1910 and 3944 of 32768. Of 131072 64 heads take 2551,
 # and interleaved 2514; 128 heads 4312 and 4551, but 4252 and 4122 on another card. Of lines of 128 bytes 64 heads of 131072
 # take 2459, 2561 without, interleaved 2466 and 2524; 128 heads 4463 and 4348. Gatherers of fewer than 72 registers spill.
-CONFIG = parameters.cuda(num_stages=2, consumer_registers=216)
+# Own values 16 tokens at a time, alone: 128 heads of 8K, 32K, 128K 3626, 3714, 4105 µs (3703, 3921, 4261 of a whole tile), 64
+# heads of 32K 1938 (2006); 32 at a time 3584, 3834, 4162, 1947.
+CONFIG = parameters.cuda(num_stages=2, consumer_registers=216, value_tokens=16)
 LEAST_TOPK = 512
 """Of lists that are known to gain; shorter ones were not measured."""
 # 64 and 128 heads: tiles of half the bytes, so that two for each group fit. H200, 128 heads, 4096 queries of 32K tokens:
@@ -41,7 +43,7 @@ def constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
 
 def fp8_constraints(spec: AttentionSpec, config: Config) -> Iterable[Violation]:
     """The same of FP8 products."""
-    yield from parameters.no_choice(config, "interleave", "l2_prefetch", "sweep")
+    yield from parameters.no_choice(config, "interleave", "l2_prefetch", "sweep", "value_tokens")
     yield from constraints(spec, config)
     if config["num_stages"] != FP8["num_stages"]:
         yield Violation("num_stages", 1.0, f"num_stages: places of tiles are built for {FP8['num_stages']}")
@@ -61,5 +63,10 @@ def fp8_smem(spec: AttentionSpec, config: Config) -> int:
 def derived(spec: AttentionSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
     lines = config["l2_prefetch"] == parameters.LINE
-    options = {"max_logits": spec.max_logits, "divides": staying.divides(spec), "lines": lines}
+    options = {
+        "max_logits": spec.max_logits,
+        "divides": staying.divides(spec),
+        "lines": lines,
+        "value_tokens": config["value_tokens"],
+    }
     return {**pair.derived(spec.d_qk, config["consumer_registers"], **options), **sweep.derived(spec, config)}

@@ -42,6 +42,12 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
             "whether lists are sorted first and all blocks go through the cache together, so that one read serves many",
             before=False,
         ),
+        Parameter(
+            "value_tokens",
+            (64, 32, 16),
+            "tokens of its own tile whose values a group adds up at a time, under the exponentials of the next ones",
+            before=64,
+        ),
         Parameter("consumer_registers", (168, 216, 224, 232), "per thread that multiplies; one that gathers has the rest"),
     ),
     "tilelang": (
@@ -58,7 +64,7 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
         Parameter("num_warps", (4, 8), "warps per block"),
     ),
 }
-_PLAIN: dict[str, Scalar] = {"turns": False, "interleave": False, "l2_prefetch": 256, "sweep": False}
+_PLAIN: dict[str, Scalar] = {"turns": False, "interleave": False, "l2_prefetch": 256, "sweep": False, "value_tokens": 64}
 
 
 def cuda(**values: Scalar) -> Config:
