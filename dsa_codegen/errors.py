@@ -117,5 +117,6 @@ class NoConfig(DsaError, RuntimeError):
     """No configuration of any backend fits the spec on this GPU."""
 
     def __init__(self, op: str, gpu: str, reasons: Iterable[str]) -> None:
-        why = "; ".join(reasons) or "nothing to choose from"
+        self.reasons = tuple(reasons)
+        why = "; ".join(self.reasons) or "nothing to choose from"
         super().__init__(f"no configuration of {op} fits {gpu}: {why}. Another GPU (--gpu) or other fields of the spec may.")

@@ -52,18 +52,21 @@ def generate(model: Model, gpu: Gpu, folder: Path, names: Sequence[str] = (), ba
     """
     if backend and backend not in backends.NAMES:
         raise UnknownName("backend", backend, backends.NAMES)
-    written = []
+    written: list[Generated] = []
+    reasons: list[str] = []
     for need in needs(model, names, gpu):
         try:
             config, origin = _choose(need, gpu, backend)
-        except NoConfig:  # this backend's template does not serve the spec
+        except NoConfig as error:  # this backend's template does not serve the spec
+            reasons += error.reasons
             continue
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{module_name(need, config)}.py"
         path.write_text(render(need.op, need.spec, config).text)
         written.append(Generated(path, need, config, origin))
     if not written:
-        raise NoConfig(f"{', '.join(names) or model.name}{f' ({backend})' if backend else ''}", gpu.name, ["no template of it"])
+        asked = f"{', '.join(names) or model.name}{f' ({backend})' if backend else ''}"
+        raise NoConfig(asked, gpu.name, dict.fromkeys(reasons))
     publish(folder / "index.json", pretty(_index(written, gpu)) + "\n")
     publish(folder / "launch.py", Path(standalone.__file__).read_text())
     publish(folder / "interpreter.py", Path(standalone.__file__).parents[1].joinpath(_INTERPRETER).read_text())
@@ -115,5 +118,5 @@ def _choose(need: Need, gpu: Gpu, backend: str) -> tuple[Config, str]:
     if backend in ("", found.config.backend):
         return found.config, found.origin
     if backend not in need.op.backends:
-        raise NoConfig(f"{need.op.name} ({backend})", gpu.name, [])
+        raise NoConfig(f"{need.op.name} ({backend})", gpu.name, ["no template of it"])
     return need.op.default_config(need.spec, need.case.sizes, gpu, backend), "default"

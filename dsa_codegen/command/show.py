@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import NoConfig
 from ..gpu import Gpu
 from ..invocation import command
 from ..problem.op import Op
@@ -313,7 +314,8 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
     for spec, found, compared in answers:
         used = f"at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
         kin = [f"tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
-        below = [used, *kin, *_runner_up(found), *trust(found.record), *found.notes]
+        unserved = [] if found.record else _unserved(op, spec, sizes, gpu)
+        below = [used, *kin, *_runner_up(found), *trust(found.record), *found.notes, *unserved]
         printers.append(_under(f"{op.name} {_short(spec.to_dict())}", below))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
@@ -324,6 +326,15 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
         if found.record is None and rows:
             printers.append(table("nearest records", ("record", "field", "wanted", "there"), rows))
     return together(*printers)
+
+
+def _unserved(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu) -> Iterator[str]:
+    """Which templates cannot serve this, and why."""
+    for backend in op.backends:
+        try:
+            op.default_config(spec, sizes, gpu, backend)
+        except NoConfig as error:
+            yield f"not served by {backend}: {'; '.join(error.reasons)}"
 
 
 def _runner_up(found: Found) -> list[str]:

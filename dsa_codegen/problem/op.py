@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -366,14 +367,17 @@ class Op(Problem[S, Z], Kernels[S, Z]):
             NoConfig: there is none.
         """
         table = self.parameters(backend)
-        reasons: set[str] = set()
+        reasons: Counter[str] = Counter()
+        tried = 0
         for values in itertools.product(*(parameter.choices for parameter in table)):
             config = Config.of(backend, **dict(zip((parameter.name for parameter in table), values, strict=True)))
             broken = self.violations(spec, config, gpu, bucket)
             if not broken:
                 return config
-            reasons.update(violation.reason for violation in broken)
-        raise NoConfig(f"{self.name} ({backend})", gpu.name, sorted(reasons)[:5])
+            reasons.update(list(dict.fromkeys(violation.reason for violation in broken)))
+            tried += 1
+        always = [reason for reason, times in reasons.items() if times == tried]  # no choice of parameters would help
+        raise NoConfig(f"{self.name} ({backend})", gpu.name, always or [reason for reason, _ in reasons.most_common(5)])
 
     def completed(self, spec: Mapping[str, Any]) -> dict[str, Scalar]:
         """A record's spec with the defaults of fields that are newer than the record; as it is where it is no spec any more."""

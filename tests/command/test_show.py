@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console
 
+from dsa_codegen import ops
 from dsa_codegen.command import show
 from dsa_codegen.command.doctor import Finding
 from dsa_codegen.gpu import resolve
@@ -35,6 +36,18 @@ def test_an_explanation_says_each_thing_once_and_goes_on_below_itself():
     shown = printed(show.explanation(OP, CASE.sizes, gpu, [(SPEC, found, [])]))
     assert " ".join(shown).count("passed over") == 1
     assert shown[0].startswith("indexer heads=") and all(line.startswith("  ") and len(line) <= 80 for line in shown[1:])
+
+
+def test_templates_that_cannot_serve_a_spec_are_named_with_what_keeps_them():
+    """The reason that no choice of parameters would change, where a spec is served untuned."""
+    attention, gpu = ops.get("attention"), resolve("H100")
+    spec = attention.spec_type(64, 448, 256, d_v=336)
+    size = attention.workloads(spec)[0].sizes
+    found = Found(attention.default_config(spec, size, gpu), "default")
+    shown = " ".join(" ".join(printed(show.explanation(attention, size, gpu, [(spec, found, [])]))).split())
+    for backend in ("cuda", "tilelang"):
+        assert f"not served by {backend}: channels: 448 of 336 are served by the Triton template" in shown
+    assert "not served by triton" not in shown
 
 
 def test_a_command_is_not_broken():
