@@ -18,10 +18,14 @@ _RACE = re.compile(r"(?:Race reported between|Potential invalid __shared__ read)
 _PLACE = re.compile(r" in (\w+\.py):(\d+)")
 _ENDED = re.compile(r"^ended (\d+) of \d+ checks", re.MULTILINE)
 ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
-    ("attention_paged", "gluon"): [("def attention_paged(", "gl.warp_specialize(", "per_row.")],
+    ("attention_paged", "gluon"): [
+        ("def attention_paged(", "gl.warp_specialize(", "per_row."),
+        ("bias.index(buffer).slice(part * SHARE, SHARE).store(", "bias.index(buffer).load("),
+    ],
     ("attention_paged", "cuda"): [
         ("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN"),
         ("load_float(base + AT_KEEP", "store_float(base + AT_KEEP"),
+        ("load4(base + AT_MASK + 8 * value_stage)", "store1(base + AT_MASK + 8 * stage + mine / 32"),
         (
             "load_float(facts + 12",
             "load_float(facts + 20)",
@@ -55,15 +59,16 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
 
 Triton tells its roles what to run through shared memory: the first warp group writes, all warps meet at ``barrier.sync 1``, the
 others read, all meet again; a meeting is another instruction for other warps. ``per_row`` passes from one warp group to another
-under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group, and all of the other wait for. Both can be read
-off the PTX.
+under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group, and all of the other wait for; ``bias`` does so
+by ``ready``, and back by ``free``. All can be read off the PTX or the machine code.
 
-In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before they
-fill the place again. With few heads the warp has read the output that went through the place, and passed ``__syncwarp``. In a
-cluster all lanes read a tile's mask at once, and its products, which the warp issues together, need what came of it; the first
-lane arrives behind these. With FP8 products every place passes so, both ways and behind ``__syncwarp``: tiles, their scales and
-masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
-tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
+In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before
+they fill the place again. With few heads the warp has read the output that went through the place, and passed
+``__syncwarp``. In a cluster (paged attention's that split the channels, too) all lanes read a tile's mask at once, and its
+products, which the warp issues together, need what came of it; the first lane arrives behind these. With FP8 products every
+place passes so, both ways and behind ``__syncwarp``: tiles, their scales and masks by FULL and EMPTY, peaks by PEAKED,
+changes, sums and factors by WEIGHED; these are written anew when peaks of a later tile came that who read them signals
+behind that. The tool sees the order of the thread that arrives only.
 
 Thread 0 makes the barrier at which parts of other blocks are counted, and tells it how many bytes come: one thread's order.
 What rescales sums passes from one group to another by WEIGHED, behind ``__syncwarp`` (of 1024 reads 896 were reported, all but
