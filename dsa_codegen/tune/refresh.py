@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..errors import NoConfig
 from ..gpu import Gpu
 from ..ops import all_ops
 from ..records import files as records
@@ -136,11 +137,25 @@ class Refresh:
             state = standing(record)
             if state.holds and not self.wish.every:
                 self.report.holding += 1
-            elif state.template and not self.wish.every:
+            elif state.template and not self.wish.every and not self._has_new_rival(state):
                 self._carry(state)
             elif self._can_measure(state):
                 measurable.setdefault(state.place, []).append(state)
         return [task_of(states, self.here) for states in measurable.values() if self.here is not None]
+
+    def _has_new_rival(self, state: Standing) -> bool:
+        """Whether the default sets a parameter, which the record was measured without, to another value than was usual then.
+
+        The record's own code may be the same; what it was found faster than no longer serves anybody.
+        """
+        if self.here is None or state.record.gpu != GpuKey.of(self.here) or state.call is None or state.config is None:
+            return False
+        op, spec, case = state.call
+        try:
+            default = op.default_config(spec, case.sizes, self.here, state.record.backend)
+        except NoConfig:
+            return False
+        return any(value != state.config[name] for name, value in default.values if name not in state.record.config)
 
     def _can_measure(self, state: Standing) -> bool:
         """Whether this machine can; where it cannot, the record's fate is settled."""

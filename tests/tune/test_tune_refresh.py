@@ -222,6 +222,21 @@ def test_a_template_that_changed_without_its_code_needs_no_gpu(go, tmp_path):
     assert record == dataclasses.replace(record, template=make().template, time_us=make().time_us)
 
 
+def test_a_default_with_a_new_parameter_is_a_new_rival(go, tmp_path, monkeypatch):
+    """The record's code is as it was, but it was never compared with what the default does now."""
+    names = [each.name for each in OP.parameters("triton")]
+    stages = dataclasses.replace(OP.parameters("triton")[names.index("num_stages")], before=GOOD["num_stages"])
+    table = [stages if each.name == "num_stages" else each for each in OP.parameters("triton")]
+    monkeypatch.setattr(type(OP), "parameters", lambda self, backend: table)
+    older = {name: value for name, value in GOOD.to_dict().items() if name != "num_stages"}
+    put(tmp_path, make(template="0" * 12, config=older))
+    assert fates(go()) == ["carried"]  # the default has the value that was usual
+    put(tmp_path, make(template="0" * 12, config=older))
+    monkeypatch.setattr(type(OP), "default_config", lambda self, *_: GOOD.replace(num_stages=GOOD["num_stages"] + 1))
+    assert fates(go()) == ["default"]
+    assert stored(tmp_path)[0].config["num_stages"] == GOOD["num_stages"] + 1
+
+
 def test_another_triton_alone_changes_no_record(go, tmp_path):
     """Its text is compared with the one for the Triton that it was measured with."""
     old = render(OP, SPEC, GOOD, "3.7.0").sha
