@@ -26,6 +26,7 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN"),
         ("load_float(base + AT_KEEP", "store_float(base + AT_KEEP"),
         ("load4(base + AT_MASK + 8 * value_stage)", "store1(base + AT_MASK + 8 * stage + mine / 32"),
+        ("theirs = *from.facts", "*to.facts = ", "(i < 16 ? from.low : from.high)[", "(i < 16 ? to.low : to.high)["),
         (
             "load_float(facts + 12",
             "load_float(facts + 20)",
@@ -69,6 +70,9 @@ products, which the warp issues together, need what came of it; the first lane a
 place passes so, both ways and behind ``__syncwarp``: tiles, their scales and masks by FULL and EMPTY, peaks by PEAKED,
 changes, sums and factors by WEIGHED; these are written anew when peaks of a later tile came that who read them signals
 behind that. The tool sees the order of the thread that arrives only.
+
+Where clusters split the channels, one group stores its sums and arrives (``bar.arrive 4``), and the other waits there before it
+reads them (``bar.sync 4``); back by barrier 3. That is PTX's own example of producer and consumer; the tool counts no arrivals.
 
 Thread 0 makes the barrier at which parts of other blocks are counted, and tells it how many bytes come: one thread's order.
 What rescales sums passes from one group to another by WEIGHED, behind ``__syncwarp`` (of 1024 reads 896 were reported, all but

@@ -18,11 +18,12 @@ from dsa_codegen.kernels.backends import cuda
 from dsa_codegen.kernels.build import Built
 
 TOUCH = {
-    "Read": ("LDS", "LDSM", "ATOMS", "SYNCS"),
-    "Write": ("STS", "STSM", "STAS", "LDGSTS", "ATOMS", "SYNCS"),
+    "Read": ("LDS", "LDSM", "ATOMS", "SYNCS", "LD"),
+    "Write": ("STS", "STSM", "STAS", "LDGSTS", "ATOMS", "SYNCS", "ST"),
     "Remote": ("LD",),
 }
-"""Instructions that touch shared memory, barriers in it too: a race is between such; remote is another block's of a cluster."""
+"""Instructions that touch shared memory, barriers in it too, some by an address of any memory: a race is between such; remote
+is another block's of a cluster."""
 Group = Sequence[str]
 """Parts of lines: a report is about a group where each place in it stands for a line with one of them."""
 Place = tuple[str, tuple[str, ...]]
