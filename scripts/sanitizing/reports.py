@@ -26,6 +26,9 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ("barrier_init(base + PARTS_IN", "barrier_expect(base + PARTS_IN"),
         ("load_float(base + AT_KEEP", "store_float(base + AT_KEEP"),
         ("load4(base + AT_MASK + 8 * value_stage)", "store1(base + AT_MASK + 8 * stage + mine / 32"),
+        ("{load4(base + AT_MASK + 8 * stage)", "store1(base + AT_MASK + 8 * stage + warp - 8, tokens)"),
+        ("load16(base + AT_MASK + 2 * half * WARPS)", "store1(base + AT_MASK + warp / 8 * 32"),
+        ("softmax_of(upper + 8 * rank)", "store_float(base + AT_SUMS"),
         ("theirs = *from.facts", "*to.facts = ", "(i < 16 ? from.low : from.high)[", "(i < 16 ? to.low : to.high)["),
         (
             "load_float(facts + 12",
@@ -66,10 +69,13 @@ by ``ready``, and back by ``free``. All can be read off the PTX or the machine c
 In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before
 they fill the place again. With few heads the warp has read the output that went through the place, and passed
 ``__syncwarp``. In a cluster (paged attention's that split the channels, too) all lanes read a tile's mask at once, and its
-products, which the warp issues together, need what came of it; the first lane arrives behind these. With FP8 products every
-place passes so, both ways and behind ``__syncwarp``: tiles, their scales and masks by FULL and EMPTY, peaks by PEAKED,
-changes, sums and factors by WEIGHED; these are written anew when peaks of a later tile came that who read them signals
-behind that. The tool sees the order of the thread that arrives only.
+products, which the warp issues together, need what came of it; the first lane arrives behind these. So it is where a block has
+a row to itself (the third tile's mask is the first that takes another's place: 8 bytes of each block were reported). With one
+round of heads, lanes write the mask of what their warp placed, and the first arrives at PLACED for all, behind a fence that all
+pass and ``__syncwarp``; it happens once, and all who read wait for it (of a block's 64 bytes 45 were reported, as many as three
+lanes of 15 warps wrote). With FP8 products every place passes so, both ways and behind ``__syncwarp``: tiles, their scales and
+masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
+tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
 
 Where clusters split the channels, one group stores its sums and arrives (``bar.arrive 4``), and the other waits there before it
 reads them (``bar.sync 4``); back by barrier 3. That is PTX's own example of producer and consumer; the tool counts no arrivals.
@@ -78,7 +84,9 @@ Thread 0 makes the barrier at which parts of other blocks are counted, and tells
 What rescales sums passes from one group to another by WEIGHED, behind ``__syncwarp`` (of 1024 reads 896 were reported, all but
 those of what the arriving lane stored), and back by USED, behind a vote of the warp that needs what its lanes have read.
 Between what parts weigh and those who read it stands a barrier of all 512 threads, in a block where half of them have met at a
-barrier of their own before, as in the selection's clusters; few of the reads are reported, and others in every run.
+barrier of their own before, as in the selection's clusters; few of the reads are reported, and others in every run. So it is
+with the sums of a round of heads, before they are sent: one ``BAR.SYNC 0`` in the machine code, on every way from the line that
+stores them to the one that reads, and no way back.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
