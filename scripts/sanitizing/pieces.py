@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dsa_codegen.command.verification import Subject
 
 from .cases import Check
-from .sources import label, rendered, run_in_place
+from .sources import comes_by_own_ways, label
 
 SECONDS = {"memcheck": 0.8, "racecheck": 1.0, "synccheck": 0.8}
 """Of a check, at a guess; a long case takes several times that."""
@@ -68,7 +68,7 @@ def pieces(wanted: Iterable[Check], ended: Collection[tuple[str, str, str]] = ()
 
 def may_not_end(check: Check) -> bool:
     """Long cases, and texts that hang under the tools as they are."""
-    return check.long or run_in_place(check.subject) != rendered(check.subject)
+    return check.long or comes_by_own_ways(check.subject)
 
 
 def together(wanted: Sequence[Check], budget: float = BUDGET) -> list[list[Check]]:

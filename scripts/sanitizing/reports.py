@@ -16,6 +16,7 @@ CLEAN = "clean"
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")  # warnings too
 _RACE = re.compile(r"(?:Race reported between|Potential invalid __shared__ read) .*?(?=\n=========\s*\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r" in (\w+\.py):(\d+)")
+_UNTRACKED = "Detected overflow of tracked cuda::barrier structures"  # what the tool says may be wrong then, and the outputs
 _ENDED = re.compile(r"^ended (\d+) of \d+ checks", re.MULTILINE)
 ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
     ("attention_paged", "gluon"): [
@@ -110,6 +111,8 @@ def first_look(status: int | None, text: str) -> str:
     """
     if status is None:
         return "timeout"
+    if _UNTRACKED in text:
+        return "failed"
     errors = sum(int(one or other) for one, other in _SUMMARY.findall(text))
     if errors:
         return f"{errors} reports"

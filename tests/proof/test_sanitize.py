@@ -150,8 +150,8 @@ def test_further_designs_bring_the_kernels_that_small_models_do_not():
     assert {each.spec.heads for each in sources.of(found, "attention_backward", "triton")} == {16, 64, 128}
 
 
-def test_what_comes_to_barriers_by_several_ways_runs_in_step():
-    """Each arrival at the cluster's barrier comes before its wait; it is known by its own text."""
+def test_what_the_tools_cannot_follow_runs_in_another_form():
+    """Arrivals at a cluster's barrier come before their waits; one thread makes what 32 make abreast; known by own texts."""
     found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
     for subject in found:
         own, run = sources.rendered(subject), sources.run_in_place(subject)
@@ -162,6 +162,10 @@ def test_what_comes_to_barriers_by_several_ways_runs_in_step():
             arrive, wait = sorted(changed)
             assert arrive == "DEVICE void cluster_arrive() {}"
             assert r"arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" in wait
+        elif subject.config["sharers"] == 0 and subject.config["columns"]:
+            of_one, all_ = map(str.strip, changed)
+            assert of_one == "if (thread == 0) {"
+            assert all_ == "for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);"
         else:
             assert not changed and run is own
 
@@ -232,6 +236,12 @@ PIECE = SimpleNamespace(tool="racecheck", op="indexer_paged", backend="gluon", n
         ("echo ended 3 of 3 checks; sed s/m.py:2/m.py:3/ RACES; exit 9", "1 reports", "1 errors", 3),
         ("cat RACES; exit 9", "1 reports", "failed", 0),
         ("echo no device; exit 1", "failed", "failed", 0),
+        (
+            "echo ended 3 of 3 checks; echo = Warning: Detected overflow of tracked cuda::barrier structures. Results; exit 9",
+            "failed",
+            "failed",
+            3,
+        ),
         ("echo ended 3 of 3 checks; exit 1", "failed", "failed", 3),
         ("echo ========= ERROR SUMMARY: 0 errors", "failed", "failed", 0),
         ("sleep 5", "timeout", "timeout", 0),
