@@ -7,13 +7,12 @@ import torch
 
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
-from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
-from dsa_codegen.proof.verify import verify
+from dsa_codegen.problem.op import Case
 
 import emulator
+from paged_designs import CLUSTERS, assert_emulated
 from support import FURTHER, H200, assert_compiles
 
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
@@ -30,9 +29,7 @@ BY_COLUMNS = [
 
 
 def shared(sharers, columns):
-    return Config.of(
-        "cuda", splits=0, sharers=sharers, columns=columns, head_rounds=0, flat=False, interleave=False, sweep=False
-    )
+    return CLUSTERS.replace(sharers=sharers, columns=columns)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -41,12 +38,7 @@ def shared(sharers, columns):
 )
 def test_columns_match_the_reference(spec, sharers, columns, tmp_path):
     """All blocks of a cluster at once: shares of several tiles, of one, of none; rows without a token."""
-    config = shared(sharers, columns)
-    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
-    variant = Variant(OP, spec, config, H200, kernels)
-    for sizes, distribution in (((1, 2, 300), "random"), ((1, 1, 40), "ragged")):
-        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
-        assert accuracy.passed, (sizes, accuracy.detail)
+    assert_emulated(spec, shared(sharers, columns), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from dsa_codegen.kernels.render import render
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.caches import tokens_of, valid_slots
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.problem.op import Case
 
 import emulator
+from paged_designs import CLUSTERS
 from support import FURTHER, H200, assert_compiles
 
-CLUSTER = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
 SPILLS_BETWEEN_QUERIES = 128  # bytes; none is touched in the loops over tiles
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
 
@@ -34,8 +34,8 @@ TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk
     ids=lambda spec: spec.id,
 )
 def test_clusters_compile_for_hopper(spec):
-    assert_compiles(OP, spec, CLUSTER, spills=SPILLS_BETWEEN_QUERIES)
-    built = build.find(render(OP, spec, CLUSTER), H200)
+    assert_compiles(OP, spec, CLUSTERS, spills=SPILLS_BETWEEN_QUERIES)
+    built = build.find(render(OP, spec, CLUSTERS), H200)
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
 
@@ -49,9 +49,9 @@ def parameters(text, kernel):
 def test_kernels_get_their_arguments(spec, splits):
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(2, 3, 90), "ragged"), Draw(0))
     outputs = OP.allocate(spec, inputs)
-    main, *joining = OP.launches(spec, CLUSTER.replace(splits=splits), inputs, outputs, H200)
+    main, *joining = OP.launches(spec, CLUSTERS.replace(splits=splits), inputs, outputs, H200)
     namespace: dict = {}
-    exec(render(OP, spec, CLUSTER).code, namespace)
+    exec(render(OP, spec, CLUSTERS).code, namespace)
     values = {**inputs, **outputs, "splits": splits, "whole": 0, "rows": 6, "next_n": 3, "topk": 70, "page": 64}
     for launch in (main, *joining):
         facts, names = namespace["KERNELS"][launch.kernel], parameters(namespace["SOURCE"], launch.kernel)
@@ -77,7 +77,7 @@ def test_kernels_get_their_arguments(spec, splits):
 def test_clusters_share_rows(rows, heads, clusters, joined):
     spec = AttentionPagedSpec(heads, 2048)
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 4096), "random"), Draw(0, "meta"))
-    main, *joining = OP.launches(spec, CLUSTER, inputs, OP.allocate(spec, inputs), H200)
+    main, *joining = OP.launches(spec, CLUSTERS, inputs, OP.allocate(spec, inputs), H200)
     assert main.grid[0] == 2 * clusters
     assert sum(launch.grid[0] for launch in joining) == joined
 
@@ -165,7 +165,7 @@ def test_gatherers_place_what_the_products_read(spec, splits, rank, tmp_path):
     """Every tile of every part of every row, as the lists, lengths and caches say; block 1 has a tile's halves swapped."""
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(2, 2, 300), "ragged"), Draw(3))
     variant = replace(H200, sms=6)
-    main, *_ = OP.launches(spec, CLUSTER.replace(splits=splits), inputs, OP.allocate(spec, inputs), variant)
+    main, *_ = OP.launches(spec, CLUSTERS.replace(splits=splits), inputs, OP.allocate(spec, inputs), variant)
     together, q_tiles, d_qk = spec.heads <= 64, -(-spec.heads // 64), inputs["q"].shape[3]
     tile, tail = 64 * d_qk, (d_qk - 512) // 2
     tiles, queries = (
@@ -173,7 +173,7 @@ def test_gatherers_place_what_the_products_read(spec, splits, rank, tmp_path):
         torch.zeros(4 * splits, q_tiles, tile, dtype=torch.uint8),
     )
     constants = {"TOGETHER": int(together), "Q_TILES": q_tiles, "MOST": MOST}
-    kernel = emulator.cuda_gatherers(render(OP, spec, CLUSTER), tmp_path, "attention_paged", KEEPERS, rank, constants)
+    kernel = emulator.cuda_gatherers(render(OP, spec, CLUSTERS), tmp_path, "attention_paged", KEEPERS, rank, constants)
     kernel(main.grid, {"out": queries, "partial_out": tiles}, main.args)
     for query in range(4 * splits):
         row, split = divmod(query, splits)

@@ -9,14 +9,13 @@ import torch
 
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
-from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.problem.op import Case
 from dsa_codegen.problem.values import contains
-from dsa_codegen.proof.verify import verify
 
 import emulator
+from paged_designs import CASES, CLUSTERS, assert_emulated
 from support import FURTHER, H200, assert_compiles
 
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
@@ -36,7 +35,7 @@ BY_SHARERS = [
 
 
 def shared(sharers):
-    return Config.of("cuda", splits=0, sharers=sharers, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
+    return CLUSTERS.replace(sharers=sharers)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -45,12 +44,7 @@ def shared(sharers):
 )
 def test_shared_entries_match_the_reference(spec, sharers, tmp_path):
     """All blocks of a cluster at once: shares of several tiles, of one, of none; rows without a token."""
-    config = shared(sharers)
-    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
-    variant = Variant(OP, spec, config, H200, kernels)
-    for sizes, distribution in (((1, 2, 300), "random"), ((2, 1, 333), "ragged"), ((1, 1, 40), "ragged")):
-        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
-        assert accuracy.passed, (sizes, accuracy.detail)
+    assert_emulated(spec, shared(sharers), tmp_path, (*CASES, ((2, 1, 333), "ragged")))
 
 
 @pytest.mark.parametrize(

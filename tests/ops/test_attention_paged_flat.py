@@ -14,15 +14,16 @@ from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention import staying
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec, flat
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.problem.op import Case
 from dsa_codegen.proof.verify import verify
 from dsa_codegen.records import lookup
 from dsa_codegen.runtime import dispatch
 
 import emulator
+from paged_designs import CLUSTERS
 from support import FURTHER, H200, assert_compiles
 
-FLAT = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=True, interleave=False, sweep=False)
+FLAT = CLUSTERS.replace(flat=True)
 SWEPT = FLAT.replace(sweep=True)
 POOLS = AttentionPagedSpec(16, 70, "v4", lengths=True, sink=True, extra_topk=90, extra_page=2, extra_lengths=True)
 NEEDS_COMPILER = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -9,13 +9,12 @@ import torch
 
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
-from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
-from dsa_codegen.proof.verify import verify
+from dsa_codegen.problem.op import Case
 
 import emulator
+from paged_designs import CLUSTERS, assert_emulated
 from support import FURTHER, H200, assert_compiles
 
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
@@ -33,7 +32,7 @@ IN_ROUNDS = [
 
 
 def in_rounds(rounds):
-    return Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=rounds, flat=False, interleave=False, sweep=False)
+    return CLUSTERS.replace(head_rounds=rounds)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -42,12 +41,7 @@ def in_rounds(rounds):
 )
 def test_rounds_match_the_reference(spec, rounds, tmp_path):
     """Both kernels: shares of a tile, of less, of none; more parts than the join loads at once; rows without a token."""
-    config = in_rounds(rounds)
-    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
-    variant = Variant(OP, spec, config, H200, kernels)
-    for sizes, distribution in (((1, 2, 300), "random"), ((1, 1, 40), "ragged")):
-        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
-        assert accuracy.passed, (sizes, accuracy.detail)
+    assert_emulated(spec, in_rounds(rounds), tmp_path)
 
 
 @pytest.mark.parametrize(

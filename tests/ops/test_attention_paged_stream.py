@@ -7,13 +7,12 @@ import torch
 
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
-from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.draw import Draw
-from dsa_codegen.problem.op import Case, Config
-from dsa_codegen.proof.verify import verify
+from dsa_codegen.problem.op import Case
 
 import emulator
+from paged_designs import CLUSTERS, assert_emulated
 from support import FURTHER, H200, assert_compiles
 
 STREAMED = [
@@ -25,9 +24,7 @@ STREAMED = [
 
 
 def streamed(columns, splits=0):
-    return Config.of(
-        "cuda", splits=splits, sharers=0, columns=columns, head_rounds=0, flat=False, interleave=False, sweep=False
-    )
+    return CLUSTERS.replace(splits=splits, columns=columns)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
@@ -36,12 +33,7 @@ def streamed(columns, splits=0):
 )
 def test_streams_match_the_reference(spec, columns, splits, tmp_path):
     """Both kernels: shares of several tiles, of one, of none; more parts than the join loads at once; rows without a token."""
-    config = streamed(columns, splits)
-    kernels = emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
-    variant = Variant(OP, spec, config, H200, kernels)
-    for sizes, distribution in (((1, 2, 300), "random"), ((1, 1, 40), "ragged")):
-        accuracy = verify(variant, Case(AttentionPagedSizes(*sizes), distribution), "cpu", repeats=1)
-        assert accuracy.passed, (sizes, accuracy.detail)
+    assert_emulated(spec, streamed(columns, splits), tmp_path)
 
 
 @pytest.mark.parametrize(("heads", "columns"), [(16, 16), pytest.param(64, 32, marks=FURTHER)])

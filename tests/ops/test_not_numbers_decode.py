@@ -15,20 +15,19 @@ from dsa_codegen.problem.op import Config
 from dsa_codegen.runtime import dispatch
 
 from broken_rows import DEVICES, FP8, assert_padding, prefill_inputs, under
+from paged_designs import CLUSTERS
 from support import run_interpreted
 
 DECODE = {
     "gluon": Config.of("gluon", splits=1),
     "split": Config.of("gluon", splits=2),
-    "cuda": Config.of("cuda", splits=1, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
-    "cuda split": Config.of("cuda", splits=2, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
-    "cuda sharers": Config.of("cuda", splits=0, sharers=4, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
-    "cuda columns": Config.of(
-        "cuda", splits=0, sharers=4, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False
-    ),
-    "cuda stream": Config.of("cuda", splits=2, sharers=0, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
-    "cuda rounds": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
-    "cuda flat": Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=True, interleave=False, sweep=False),
+    "cuda": CLUSTERS.replace(splits=1),
+    "cuda split": CLUSTERS.replace(splits=2),
+    "cuda sharers": CLUSTERS.replace(sharers=4),
+    "cuda columns": CLUSTERS.replace(sharers=4, columns=16),
+    "cuda stream": CLUSTERS.replace(splits=2, columns=16),
+    "cuda rounds": CLUSTERS.replace(head_rounds=1),
+    "cuda flat": CLUSTERS.replace(flat=True),
     "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
     "cast": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="cast", splits=2),
 }

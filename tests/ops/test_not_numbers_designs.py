@@ -20,9 +20,9 @@ from dsa_codegen.proof.verify import poison
 
 import emulator
 from broken_rows import assert_padding
+from paged_designs import CLUSTERS
 from support import FURTHER, H200
 
-CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
 FLAT = CLUSTERS.replace(flat=True)
 OPTIONS = {"lengths": True, "sink": True}
 POOLS = {**OPTIONS, "extra_topk": 90, "extra_page": 2, "extra_lengths": True}

@@ -17,6 +17,7 @@ from dsa_codegen.problem.op import Config
 from dsa_codegen.runtime import dispatch
 
 import emulator
+from attention_configs import RING
 from broken_rows import DEVICES, assert_padding, prefill_inputs, under
 from support import FURTHER, H200, run_interpreted
 
@@ -24,16 +25,7 @@ PREFILL = {
     "tilelang": Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384),
     "multistage": Config.of("tilelang", pipeline="multistage", block_h=32, block_n=64, num_stages=2, threads=256),
     "triton": Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4),
-    "cuda": Config.of(
-        "cuda",
-        num_stages=7,
-        turns=False,
-        interleave=False,
-        l2_prefetch=256,
-        sweep=False,
-        value_tokens=64,
-        consumer_registers=168,
-    ),
+    "cuda": RING,
 }
 ON_GPU = [  # TileLang's take 15 s each to compile
     pytest.param("cuda", config, *options, marks=pytest.mark.gpu)

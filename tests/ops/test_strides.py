@@ -32,7 +32,9 @@ from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import poison
 from dsa_codegen.runtime import dispatch
 
+from attention_configs import RING
 from layer_inputs import TINY, decode_inputs, prefill_inputs
+from paged_designs import CLUSTERS
 from support import H200, arguments, run_interpreted
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -205,16 +207,7 @@ ON_HOPPER = [
     ),
     (
         "attention",
-        Config.of(
-            "cuda",
-            num_stages=7,
-            turns=False,
-            interleave=False,
-            l2_prefetch=256,
-            sweep=False,
-            value_tokens=64,
-            consumer_registers=168,
-        ),
+        RING,
         AttentionSpec(8, 576, 70, lengths=True),
     ),
     ("attention", Config.of("tilelang", pipeline="specialised", block_h=64, block_n=64, num_stages=2, threads=384), None),
@@ -222,27 +215,27 @@ ON_HOPPER = [
     ("attention_paged", Config.of("gluon", splits=2), None),
     (
         "attention_paged",
-        Config.of("cuda", splits=2, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+        CLUSTERS.replace(splits=2),
         None,
     ),
     (
         "attention_paged",
-        Config.of("cuda", splits=0, sharers=4, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+        CLUSTERS.replace(sharers=4),
         None,
     ),
     (
         "attention_paged",
-        Config.of("cuda", splits=0, sharers=4, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
+        CLUSTERS.replace(sharers=4, columns=16),
         None,
     ),
     (
         "attention_paged",
-        Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=1, flat=False, interleave=False, sweep=False),
+        CLUSTERS.replace(head_rounds=1),
         None,
     ),
     (
         "attention_paged",
-        Config.of("cuda", splits=2, sharers=0, columns=16, head_rounds=0, flat=False, interleave=False, sweep=False),
+        CLUSTERS.replace(splits=2, columns=16),
         None,
     ),
 ]

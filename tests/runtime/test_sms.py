@@ -15,6 +15,7 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.runtime import dispatch, torch_ops
 
+from paged_designs import CLUSTERS
 from plans_support import Seen, gpu
 from support import arguments, of_preset
 
@@ -45,7 +46,7 @@ STAYING = {
     ),
     "attention-cuda": (guessed("attention", "cuda"), {"queries": 4096, "tokens": 8192}, 1),
     "attention_paged-cuda": (
-        Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False),
+        CLUSTERS,
         {"batch": 4096},
         1,
     ),
