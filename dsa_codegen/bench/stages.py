@@ -279,7 +279,9 @@ def _attention(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
 
 def _attention_paged(case: BenchCase, inputs: Inputs) -> Callable[[], Any]:
     x = inputs
-    second: dict[str, Any] = {name: x.get(name) for name in ("extra_cache", "extra_indices")}
+    if x.get("extra_cache") is None:
+        return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"])
+    second = {name: x[name] for name in ("extra_cache", "extra_indices")}
     return lambda: functions.sparse_attention_paged(x["q"], x["cache"], x["indices"], x["sm_scale"], **second)
 
 

@@ -63,10 +63,14 @@ def sparse_attention(
     if math == "fp8":
         q, q_scale = _as_fp8(q, q_scale)
         kv, kv_scale = _as_fp8(kv, kv_scale)
-    arguments = (q, kv, as_int32(indices), sm_scale, lengths, sink, share, invariant, d_v, math, q_scale, kv_scale)
+    if type(indices) is not Tensor or indices.dtype is not torch.int32:  # else a call of ``as_int32`` is spared
+        indices = as_int32(indices)
     if out is None and lse is None and max_logits is None:
-        return operators.sparse_attention(*arguments, sms)
+        return operators.sparse_attention(
+            q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, math, q_scale, kv_scale, sms
+        )
     out, lse = _results(q, out, lse, d_v)
+    arguments = q, kv, indices, sm_scale, lengths, sink, share, invariant, d_v, math, q_scale, kv_scale
     operators.sparse_attention_into(*arguments, out, lse, max_logits, sms)
     return out, lse
 
@@ -117,14 +121,17 @@ def sparse_attention_paged(
     Returns:
         out bf16 [batch, next_n, heads, d_v] and lse fp32 [batch, next_n, heads].
     """
-    listed = None if extra_indices is None else as_int32(extra_indices)
-    extra, invariant = (extra_cache, listed, extra_lengths), batch_invariant or invariance.always()
-    arguments = (q, cache, as_int32(indices), sm_scale, lengths, sink, *extra, invariant)
-    stored = layout or "", d_v, -1 if d_rope is None else d_rope, scale
+    if type(indices) is not Tensor or indices.dtype is not torch.int32:  # else a call of ``as_int32`` is spared
+        indices = as_int32(indices)
+    extra = None if extra_indices is None else as_int32(extra_indices)
+    fixed, stored, rope = batch_invariant or invariance.always(), layout or "", -1 if d_rope is None else d_rope
     if out is None and lse is None:
-        return operators.sparse_attention_paged(*arguments, *stored, sms)
+        return operators.sparse_attention_paged(
+            q, cache, indices, sm_scale, lengths, sink, extra_cache, extra, extra_lengths, fixed, stored, d_v, rope, scale, sms
+        )
     out, lse = _results(q, out, lse, d_v)
-    operators.sparse_attention_paged_into(*arguments, *stored, out, lse, sms)
+    pools = q, cache, indices, sm_scale, lengths, sink, extra_cache, extra, extra_lengths
+    operators.sparse_attention_paged_into(*pools, fixed, stored, d_v, rope, scale, out, lse, sms)
     return out, lse
 
 

@@ -54,8 +54,10 @@ def indexer_logits(
     Returns:
         [queries, tokens], or [queries, max_window]; rows are padded to 128 elements.
     """
-    options = score, logits, clean, max_window, scores, batch_invariant or invariance.always()
-    return operators.indexer_logits(q, k, k_scale, weights, starts, ends, *options, sms)
+    invariant = batch_invariant or invariance.always()
+    return operators.indexer_logits(
+        q, k, k_scale, weights, starts, ends, score, logits, clean, max_window, scores, invariant, sms
+    )
 
 
 def indexer_logits_chunks(
@@ -148,8 +150,10 @@ def indexer_logits_paged(
     Returns:
         [batch · next_n, max_context].
     """
-    cached, invariant = (cache, weights, lengths, page_table, max_context), batch_invariant or invariance.always()
-    return operators.indexer_logits_paged(q, *cached, score, logits, clean, scores, invariant, sms)
+    invariant = batch_invariant or invariance.always()
+    return operators.indexer_logits_paged(
+        q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, invariant, sms
+    )
 
 
 def pool_index_k(k: Tensor, gates: Tensor, bias: Tensor, first: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The operators that the functions call: the registered ones, or the way around them for a call like an earlier one."""
+"""The operators that the functions call: the registered ones, or the way around them for a call like an earlier one.
+
+What runs in every step of decoding gives them its arguments one by one: a row that is unpacked into a call (``*options``) is
+copied three times, which takes the host as long as the rest of the function.
+"""
 
 from __future__ import annotations
 

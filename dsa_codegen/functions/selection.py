@@ -36,10 +36,9 @@ def select(
     Returns:
         int32 [rows, topk], -1 behind the last chosen token of a short window. The same input gives the same bits, always.
     """
-    arguments = (scores, ends, topk, starts, page_table, page, keep_first, keep_recent)
     if out is None:
-        return operators.select(*arguments, sms)
-    operators.select_into(*arguments, out, sms)
+        return operators.select(scores, ends, topk, starts, page_table, page, keep_first, keep_recent, sms)
+    operators.select_into(scores, ends, topk, starts, page_table, page, keep_first, keep_recent, out, sms)
     return out
 
 

@@ -163,7 +163,7 @@ def _run(
     if apart is None:
         return variant.run(inputs, outputs)
     launches = variant.launch(inputs, outputs)
-    plan = plans.record(device.index, _tally(op, "calls").add, variant.kernels, apart[1], outputs, launches)
+    plan = plans.record(device.index, _tally(op, "calls"), variant.kernels, apart[1], outputs, launches)
     if plan is not None:
         _keep(apart[0], plan, key, loaded)
     return outputs

@@ -63,7 +63,7 @@ typedef struct {
 
 typedef struct {
   PyObject_HEAD
-  PyObject *count, *device, *current_device, *stream_of, *address_of, *recover, *keep;
+  PyObject *ticks, *device, *current_device, *stream_of, *address_of, *recover, *keep;
   Launcher launcher;
   Capturing capturing;
   uint64_t room_bytes;
@@ -94,7 +94,7 @@ static void plan_dealloc(Plan *self) {
   PyMem_Free(self->launch);
   Py_XDECREF(self->room.function);
   Py_XDECREF(self->room.args);
-  Py_XDECREF(self->count);
+  Py_XDECREF(self->ticks);
   Py_XDECREF(self->device);
   Py_XDECREF(self->current_device);
   Py_XDECREF(self->stream_of);
@@ -221,13 +221,13 @@ static int take_all(Plan *self, PyObject *makes, PyObject *room, PyObject *views
   return total <= MOST_BYTES ? 0 : refuse("too many parameters");
 }
 
-/* Plan(launcher, capturing, count, device, current_device, stream_of, address_of, recover, keep, given, makes, room, room_bytes,
+/* Plan(launcher, capturing, ticks, device, current_device, stream_of, address_of, recover, keep, given, makes, room, room_bytes,
    views, launches): what hits.py makes of a plan; its words are explained there. */
 static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
   unsigned long long launcher, capturing, room_bytes;
   unsigned given;
-  PyObject *count, *device, *current_device, *stream_of, *address_of, *recover, *keep, *makes, *room, *views, *launches;
-  if (!PyArg_ParseTuple(args, "KKOO!OOOOOIO!OKO!O!", &launcher, &capturing, &count, &PyLong_Type, &device, &current_device,
+  PyObject *ticks, *device, *current_device, *stream_of, *address_of, *recover, *keep, *makes, *room, *views, *launches;
+  if (!PyArg_ParseTuple(args, "KKOO!OOOOOIO!OKO!O!", &launcher, &capturing, &ticks, &PyLong_Type, &device, &current_device,
                         &stream_of, &address_of, &recover, &keep, &given, &PyTuple_Type, &makes, &room, &room_bytes, &PyTuple_Type,
                         &views, &PyTuple_Type, &launches))
     return NULL;
@@ -236,7 +236,7 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *keywords
   self->launcher = (Launcher)(uintptr_t)launcher;
   self->capturing = (Capturing)(uintptr_t)capturing;
   self->room_bytes = room_bytes;
-  self->count = Py_NewRef(count);
+  self->ticks = Py_NewRef(ticks);
   self->device = Py_NewRef(device);
   self->current_device = Py_NewRef(current_device);
   self->stream_of = Py_NewRef(stream_of);
@@ -244,13 +244,35 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *keywords
   self->recover = Py_NewRef(recover);
   self->keep = Py_NewRef(keep);
   self->given = given;
-  if (take_all(self, makes, room, views, launches)) Py_CLEAR(self);
+  if (!PyIter_Check(ticks) ? refuse("a count without steps") : take_all(self, makes, room, views, launches)) Py_CLEAR(self);
   return (PyObject *)self;
+}
+
+/* Calls, of which a hit makes a dozen: what is written in C is called by its pointer, without Python's protocol in between. */
+static PyObject *answer(PyObject *function) {
+  if (PyCFunction_CheckExact(function) && PyCFunction_GET_FLAGS(function) == METH_NOARGS)
+    return PyCFunction_GET_FUNCTION(function)(PyCFunction_GET_SELF(function), NULL);
+  return PyObject_CallNoArgs(function);
+}
+
+static PyObject *applied(PyObject *function, PyObject *args) {
+  if (PyCFunction_CheckExact(function) && PyCFunction_GET_FLAGS(function) == METH_VARARGS)
+    return PyCFunction_GET_FUNCTION(function)(PyCFunction_GET_SELF(function), args);
+  return PyObject_Call(function, args, NULL);
+}
+
+/* Of one value; a method of the value's very class may come as the class has it. */
+static PyObject *asked(PyObject *function, PyObject *value) {
+  if (Py_IS_TYPE(function, &PyMethodDescr_Type)) {
+    PyMethodDef *method = ((PyMethodDescrObject *)function)->d_method;
+    if (method->ml_flags == METH_NOARGS && PyObject_TypeCheck(value, PyDescr_TYPE(function))) return method->ml_meth(value, NULL);
+  }
+  return PyObject_Vectorcall(function, &value, 1, NULL);
 }
 
 /* 0, or -1 with an error set. */
 static int address(PyObject *address_of, PyObject *tensor, uint64_t *found) {
-  PyObject *number = PyObject_Vectorcall(address_of, &tensor, 1, NULL);
+  PyObject *number = asked(address_of, tensor);
   if (!number) return -1;
   *found = PyLong_AsUnsignedLongLong(number);
   Py_DECREF(number);
@@ -258,7 +280,7 @@ static int address(PyObject *address_of, PyObject *tensor, uint64_t *found) {
 }
 
 static PyObject *made(const Plan *self, const Make *make, uint64_t *slot) {
-  PyObject *tensor = PyObject_Call(make->function, make->args, NULL);
+  PyObject *tensor = applied(make->function, make->args);
   if (tensor && make->addressed && address(self->address_of, tensor, slot)) Py_CLEAR(tensor);
   return tensor;
 }
@@ -396,9 +418,9 @@ static int run(const Plan *self, uint64_t *slots, PyObject **allocated) {
   uint64_t stream, ignored;
   Room room = {0};
   int kept = 0;
-  PyObject *counted = PyObject_CallNoArgs(self->count);
-  if (!counted) return -1;
-  Py_DECREF(counted);
+  PyObject *tick = Py_TYPE(self->ticks)->tp_iternext(self->ticks);
+  if (!tick) return -1;
+  Py_DECREF(tick);
   for (unsigned i = 0; i < self->makes; i++)
     if (!(allocated[i] = made(self, self->make + i, self->make[i].addressed ? slots + self->given + i : &ignored))) return -1;
   if (address(self->stream_of, self->device, &stream)) return -1;
@@ -530,9 +552,9 @@ static void to_front(Hits *self, Known *known) {
 
 /* Whether a function that takes nothing says something else than no; -1 with an error set. */
 static int says(PyObject *function) {
-  PyObject *answer = PyObject_CallNoArgs(function);
-  int yes = answer ? PyObject_IsTrue(answer) : -1;
-  Py_XDECREF(answer);
+  PyObject *said = answer(function);
+  int yes = said ? PyObject_IsTrue(said) : -1;
+  Py_XDECREF(said);
   return yes;
 }
 
@@ -554,10 +576,20 @@ static int alike(const Known *known, PyObject *args, PyObject **tensors) {
   return 1;
 }
 
+/* What a guard says of tensors. */
+static PyObject *seen(PyObject *guard, PyObject *const *tensors, unsigned count) {
+  PyObject *row = PyTuple_New(count);
+  if (!row) return NULL;
+  for (unsigned i = 0; i < count; i++) PyTuple_SET_ITEM(row, i, Py_NewRef(tensors[i]));
+  PyObject *said = applied(guard, row);
+  Py_DECREF(row);
+  return said;
+}
+
 /* 1 where the known call's plan may serve these tensors, whose addresses are filled in; 0 where not, -1 with an error set. */
 static int serves(const Hits *self, const Known *known, PyObject **tensors, uint64_t *slots) {
   const Plan *plan = known->plan;
-  PyObject *looks = PyObject_Vectorcall(known->guard, tensors, plan->given, NULL);
+  PyObject *looks = seen(known->guard, tensors, plan->given);
   if (!looks) return -1;
   Py_DECREF(looks);
   if (looks != Py_True) return 0;
@@ -569,7 +601,7 @@ static int serves(const Hits *self, const Known *known, PyObject **tensors, uint
     together |= slots[i];
   }
   if (together % ALIGNMENT) return 0;
-  PyObject *device = PyObject_CallNoArgs(plan->current_device);
+  PyObject *device = answer(plan->current_device);
   int same = device ? PyObject_RichCompareBool(device, plan->device, Py_EQ) : -1;
   Py_XDECREF(device);
   return same;

@@ -116,7 +116,8 @@ def _translated(plan: plans.Plan, current_device: Callable[[], int]) -> Any:
     makes = tuple([(*_call_of(make), plan.given + number in used) for number, make in enumerate(plan.makers)])
     room = None if plan.make_room is None else (*_call_of(plan.make_room), True)
     raw_stream: Any = torch._C._cuda_getCurrentRawStream
-    asked = plan.count, plan.device, current_device, raw_stream, Tensor.data_ptr, _recovery(plan.device, recipes, grids)
+    recover = _recovery(plan.device, recipes, grids)
+    asked = plan.calls.ticks, plan.device, current_device, raw_stream, Tensor.data_ptr, recover
     try:
         rest = plan.given, makes, room, plan.room, tuple(views), launches
         return module.Plan(*driver.addresses(), *asked, tuple(recipes), *rest)

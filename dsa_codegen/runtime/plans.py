@@ -18,6 +18,7 @@ from ..kernels.backends import Launchable
 from ..kernels.tma import Tiled
 from ..problem.op import Launch, Outputs
 from . import guards
+from .tally import Tally
 
 Key = tuple[Hashable, ...]
 """Equal for calls that a plan serves alike; the operation's name comes first."""
@@ -107,7 +108,7 @@ class Plan:
     def __init__(
         self,
         device: int,
-        count: Callable[[], object],
+        calls: Tally,
         results: Mapping[str, int],
         given: int,
         allocated: Sequence[Tensor],
@@ -118,7 +119,7 @@ class Plan:
         by_address: bool,
     ) -> None:
         self.device, self.names, self.results, self.given = device, tuple(results), tuple(results.values()), given
-        self.count, self.views, self.launches, self.by_address = count, tuple(views), tuple(launches), by_address
+        self.calls, self.views, self.launches, self.by_address = calls, tuple(views), tuple(launches), by_address
         self.makers = tuple([_maker(each) for each in allocated])
         if by_address:  # of workspaces of no elements
             constants = [value.data_ptr() if isinstance(value, Tensor) else value for value in constants]
@@ -128,7 +129,7 @@ class Plan:
         """Of the workspaces in the room that they share."""
         self.room = 0
         """Its bytes."""
-        names: dict[str, Any] = {"count": count}
+        names: dict[str, Any] = {"count": calls.add}
         names |= {f"make_{number}": make for number, make in enumerate(self.makers)}
         names |= {f"view_{number}": each.at for number, each in enumerate(views)}
         names |= {f"constant_{number}": value for number, value in enumerate(constants)}
@@ -197,7 +198,7 @@ def _bound(kernel: Launchable, grid: tuple[int, int, int], by_address: bool) -> 
 
 def record(
     device: int,
-    count: Callable[[], object],
+    calls: Tally,
     kernels: Mapping[str, Launchable],
     tensors: Sequence[Tensor],
     outputs: Outputs,
@@ -207,7 +208,7 @@ def record(
 
     Args:
         device: index of the CUDA device that the kernels are loaded on.
-        count: what to call at every run.
+        calls: counts the runs.
 
     Returns:
         None where that cannot be told: nothing was launched (torch may have filled the outputs), one tensor was passed as two
@@ -234,7 +235,7 @@ def record(
     placed = [(kernels[launch.kernel], launch.grid, [places[id(value)] for value in launch.args]) for launch in launches]
     results = {name: places[id(output)] for name, output in outputs.items()}
     rest = allocated, workspaces, views, constants, placed, by_address
-    return Plan(device, count, results, len(tensors), *rest)
+    return Plan(device, calls, results, len(tensors), *rest)
 
 
 def _settled_places(tensors: Sequence[Tensor], arguments: Sequence[Any]) -> dict[int, int]:

@@ -23,7 +23,7 @@ _NO_GRADIENTS = "none that does: the operations have no backward; call them unde
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Asked at every call, and found here at once.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_traced = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 _function_modes, _profiler_enabled = guards.function_modes, guards.profiler_enabled
 
 
@@ -127,13 +127,18 @@ def direct(name: str, **public: str) -> Callable[..., Any]:
             raise error.renamed(public) from None
 
     def call(*args: Any) -> Any:
-        if _is_compiling():
+        if _is_traced():  # by torch.compile, which cannot look into C and finds this a constant
             return operator(*args)
-        if len(args) < most:
-            args = (*args, None)
         found = form.again(args)
         if found is not NotImplemented:
             return found
+        if _is_compiling():  # by torch.export, whose tensors are none that C knows
+            return operator(*args)
+        if len(args) < most:
+            args = (*args, None)
+            found = form.again(args)
+            if found is not NotImplemented:
+                return found
         results = None if _function_modes() or _profiler_enabled() else dispatch.call_again(op, args, form)
         return first(args) if results is None else _returned(*results, written, listed)
 

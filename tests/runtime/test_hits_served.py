@@ -140,6 +140,38 @@ def test_a_trace_sees_the_operator(known):
     assert torch_ops.function("select") in [node.target for graph in graphs for node in graph.graph.nodes]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_sees_the_operator(known, strict):
+    class Selects(torch.nn.Module):
+        def forward(self, values: Tensor, ends: Tensor) -> Tensor:
+            return functions.select(values, ends, 64)
+
+    exported = torch.export.export(Selects(), scores(), strict=strict)
+    assert torch_ops.function("select") in [node.target for node in exported.graph.nodes]
+
+
+def test_lists_in_int64_are_narrowed_before(fake, by_python):
+    q, kv = torch.zeros(2, 1, 512, dtype=torch.bfloat16), torch.zeros(9, 1, 512, dtype=torch.bfloat16)
+    wide = torch.arange(128).view(2, 1, 64)
+    for _ in range(4):
+        functions.sparse_attention(q, kv, wide, 1.0)
+    assert len(by_python) == 2 and not any(wide.data_ptr() in launched.addresses() for launched in fake.launched)
+    functions.sparse_attention(q, kv, wide.int(), 1.0)
+    assert len(by_python) == 2
+    for wrong in (None, [1], wide.float()):
+        with pytest.raises(InputError, match=r"^indices: "):
+            functions.sparse_attention(q, kv, wrong, 1.0)
+
+
+def test_the_sms_may_be_left_out(fake, by_python):
+    values, ends = scores()
+    select_ = torch_ops.direct("select")
+    for sms in ((), (None,), ()):
+        for _ in range(3):
+            select_(values, ends, 64, None, None, 64, 0, 0, *sms)
+    assert len(by_python) == 2
+
+
 def test_gradients_are_refused(fake, by_python):
     q, kv = torch.zeros(2, 1, 512, dtype=torch.bfloat16), torch.zeros(9, 1, 512, dtype=torch.bfloat16)
     args = q, kv, torch.zeros(2, 1, 64, dtype=torch.int32), 1.0
