@@ -29,7 +29,7 @@ IN_A_BLOCK = [
 @pytest.mark.parametrize("order", emulator.ORDERS)
 @pytest.mark.parametrize(("spec", "changes"), IN_A_BLOCK, ids=["tokens", "slots", "halves"])
 def test_cuda_matches_the_reference(spec, changes, order, tmp_path):
-    """One block's kernel; a cluster's needs a GPU."""
+    """One block's kernel; clusters have a module of their own."""
     config = CUDA.replace(**{"threads": 256, "items": 4, **changes})
     variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
     for case in OP.cases(spec):

@@ -102,6 +102,14 @@ _SHARED_OF_CUDA = re.compile(r"extern __shared__ __align__\(\d+\) ((?:unsigned )
 _CONSUMERS = re.compile(r"    // The consumers: .*?(?=  }\n  cluster_sync\(\);)", re.DOTALL)
 _RANK = re.compile(r"DEVICE u32 rank_in_cluster\(\) \{.*?\n}\n", re.DOTALL)
 _CLUSTER_SYNC = re.compile(r"DEVICE void cluster_sync\(\).*\n")
+# Of a cluster whose blocks write into each other's shared memory; emulator_cluster.h has these functions in their place.
+_ACROSS = re.compile(
+    r"__device__ __forceinline__ \w+ "
+    r"(?:init_barrier|expect|receive|cluster_rank|remote|send|load_remote4?|cluster_arrive|cluster_wait)\([^)]*\) "
+    r"\{(?:[^\n]*\}\n|.*?\n\}\n)",
+    re.DOTALL,
+)
+_SOME_WARPS = re.compile(r'asm volatile\("bar\.sync 1, %0;" ::"n"\((.*?)\) : "memory"\);')
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
 _PRODUCT8 = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k32", re.DOTALL)
@@ -121,6 +129,9 @@ def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator
     header = "emulator_cuda.h"
     if "wgmma" in text:
         header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
+    elif "load_remote" in text:
+        header, text = "emulator_cluster.h", _SOME_WARPS.sub(r"emulator::meet(\1);", _ACROSS.sub("", text))
+        text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared + emulator::rank() * emulator::block_bytes;", text)
     text = _RECEIVE.sub("done = 1;\n", _BRING.sub(r"\1memcpy(to, from, bytes);\n", _PRAGMA_OR_INCLUDE.sub("", text)))
     text = _ASSEMBLY.sub(";\n", text)
     declared = {match[1]: [" ".join(part.split()) for part in match[2].split(",")] for match in _SIGNATURE.finditer(text)}
