@@ -5,7 +5,8 @@
 ``BEFORE`` is a checkout of the commit at which the records hold. For each record of this checkout's ``tuned/`` both checkouts
 render its source. Where the code below the header is the same, byte for byte, ``source_sha`` and ``template`` become what this
 checkout says; nothing else of the file changes. A record whose code differs, or that did not hold before, stays as it is, for
-``tune --refresh`` to measure it again: it is named, and the exit code is 1.
+``tune --refresh`` to measure it again: it is named, and the exit code is 1. ``default_sha`` stays as it is: which default a
+record was timed beside does not change, and where another serves today, ``tune --refresh`` measures the record.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Seed = Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)]
 Folder = Annotated[Path | None, options.place("--folder", help="Where records go; by default tuned/.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")]
 Refresh = Annotated[
-    bool, typer.Option("--refresh", help="No search: measure the records anew whose templates have changed, of any model.")
+    bool, typer.Option("--refresh", help="No search: measure the records anew whose code or default has changed, of any model.")
 ]
 Every = Annotated[bool, typer.Option("--every", help="With --refresh: also the records that hold.")]
 DropStale = Annotated[

@@ -20,6 +20,7 @@ from ..problem.op import Op
 from ..problem.values import Scalar, Sizes, Spec, describe
 from ..proof.timing import Policy
 from ..quality import Row as Choice
+from ..records.default import still_default
 from ..records.explain import Difference
 from ..records.listing import SERVES, Listed
 from ..records.lookup import Found
@@ -315,7 +316,7 @@ def explanation(op: Op, sizes: Sizes, gpu: Gpu, answers: Sequence[Answer]) -> Pr
         used = f"at {describe(sizes.bucket())} on {gpu.name}: {found.origin} {found.config}"
         kin = [f"tuned for {_short(found.record.spec)}"] if found.record and found.origin == "kin" else []
         unserved = [] if found.record else _unserved(op, spec, sizes, gpu)
-        below = [used, *kin, *_runner_up(found), *trust(found.record), *found.notes, *unserved]
+        below = [used, *kin, *_runner_up(found, op, gpu), *trust(found.record), *found.notes, *unserved]
         printers.append(_under(f"{op.name} {_short(spec.to_dict())}", below))
         missed = [(record, differences) for record, differences in compared if differences][:3]
         rows = [
@@ -337,15 +338,16 @@ def _unserved(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu) -> Iterator[str]:
             yield f"not served by {backend}: {'; '.join(error.reasons)}"
 
 
-def _runner_up(found: Found) -> list[str]:
-    """By how much the second best of the search lost, and what the default would take."""
+def _runner_up(found: Found, op: Op, gpu: Gpu) -> list[str]:
+    """By how much the second best of the search lost, and what the default takes, or took that was one then."""
     record = found.record
     if record is None:
         return []
     best = record.time_us.median
     lost = [f"{100 * (each.time_us / best - 1):.1f} % behind: {_listed(each.config)}" for each in record.runners_up[:1]]
     beside = record.default_time_us
-    default = [f"the default {100 * (beside / best - 1):.1f} % behind"] if beside else []
+    named = "the default" if still_default(op, record, gpu) else "what was the default then"
+    default = [f"{named} {100 * (beside / best - 1):.1f} % behind"] if beside else []
     others = "; ".join([*(f"runner-up {each}" for each in lost), *default])
     kind = "measured" if record.evidence == MEASURED else "modelled"
     return [f"{kind} {best:.4g} µs; {others}"] if others else []

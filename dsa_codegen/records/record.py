@@ -80,6 +80,8 @@ class Record:
     """The board it was measured on, by its own name; empty where nobody noted it."""
     eager_us: Timing | None = None
     """Launched one by one, the host's work included, where that says something else than ``time_us``."""
+    default_sha: str = ""
+    """Of the default that ``default_time_us`` speaks of (``records.default``); empty where nobody noted which it was."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -250,5 +252,5 @@ _FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "runners_up": _runners_up,
     "measured_at": _text,
 }
-_LATER: Mapping[str, Callable[[Any], Any]] = {"card": _text, "eager_us": _timing}
+_LATER: Mapping[str, Callable[[Any], Any]] = {"card": _text, "eager_us": _timing, "default_sha": _text}
 """Fields that older records lack, and that are left out where there is nothing to say."""

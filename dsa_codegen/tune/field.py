@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from ..kernels.render import template_name, template_sha
 from ..kernels.toolchain import versions
-from ..problem.op import Accuracy
+from ..problem.op import Accuracy, Config
 from ..proof.timing import Timing
+from ..records.default import default_sha
 from ..records.record import MEASURED, MODELLED, GpuKey, Record, RunnerUp
 from .evaluate import Evaluator
 from .finals import Finalist, choose
@@ -92,11 +93,17 @@ def record_of(
     problem: Problem,
     winner: Contender,
     field: Sequence[Contender],
+    default: Config | None,
     default_us: float | None,
     search: Mapping[str, float],
     card: str = "",
 ) -> Record:
-    """The winner's record; ``field`` are all contenders of its backend, from which the runners-up come."""
+    """The winner's record.
+
+    Args:
+        field: all contenders of its backend, from which the runners-up come.
+        default, default_us: what serves untuned, and its time beside the winner's where it has one.
+    """
     op, spec, case = problem.op, problem.spec, problem.case
     config, outcome = winner.candidate.config, winner.outcome
     assert outcome.timing is not None
@@ -111,6 +118,7 @@ def record_of(
         evidence=MEASURED if outcome.policy else MODELLED,
         time_us=outcome.timing,
         default_time_us=default_us,
+        default_sha=default_sha(op, spec, default),
         limit_us=op.cost(spec, case).limit_us(problem.gpu),
         sizes={name: int(value) for name, value in case.sizes.to_dict().items()},
         distribution=case.distribution,

@@ -1,4 +1,4 @@
-"""Refresh: records whose template changed are checked and timed again, beside the default, and written anew; no search.
+"""Refresh: records whose template or whose default changed are checked and timed again, beside the default; no search.
 
 Seconds a record: what has to be built is known beforehand, so the compilers work through it while one process checks and times
 what is ready. A config that is no longer possible, right or worth it gives way to the default; a record that nothing can
@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import NoConfig
 from ..gpu import Gpu
 from ..ops import all_ops
 from ..records import files as records
+from ..records.default import default_of, default_sha
 from ..records.lookup import missing_tool
 from ..records.record import GpuKey, Record
 from .evaluate import Evaluator
@@ -135,27 +135,25 @@ class Refresh:
         measurable: dict[str, list[Standing]] = {}
         for record in self.wish.among(self.folder):
             state = standing(record)
-            if state.holds and not self.wish.every:
-                self.report.holding += 1
-            elif state.template and not self.wish.every and not self._has_new_rival(state):
-                self._carry(state)
+            timed = state.holds or state.template  # its own code is the one that was
+            if timed and not self.wish.every and not self._has_new_rival(state):
+                self._stand(state)
             elif self._can_measure(state):
                 measurable.setdefault(state.place, []).append(state)
         return [task_of(states, self.here) for states in measurable.values() if self.here is not None]
 
     def _has_new_rival(self, state: Standing) -> bool:
-        """Whether the default sets a parameter, which the record was measured without, to another value than was usual then.
+        """Whether another default would serve today than the one that the record was timed beside, or it names none.
 
         The record's own code may be the same; what it was found faster than no longer serves anybody.
         """
-        if self.here is None or state.record.gpu != GpuKey.of(self.here) or state.call is None or state.config is None:
+        if self.here is None or state.record.gpu != GpuKey.of(self.here) or state.call is None:
             return False
         op, spec, case = state.call
-        try:
-            default = op.default_config(spec, case.sizes, self.here, state.record.backend)
-        except NoConfig:
+        default = default_of(op, spec, case.sizes, self.here)
+        if default is None or missing_tool(default.backend):
             return False
-        return any(value != state.config[name] for name, value in default.values if name not in state.record.config)
+        return default_sha(op, spec, default) != state.record.default_sha
 
     def _can_measure(self, state: Standing) -> bool:
         """Whether this machine can; where it cannot, the record's fate is settled."""
@@ -176,7 +174,10 @@ class Refresh:
             self._settle([Fate(state.record, what, f"{state.reason}; {why}")])
         return False
 
-    def _carry(self, state: Standing) -> None:
+    def _stand(self, state: Standing) -> None:
+        if state.holds:
+            self.report.holding += 1
+            return
         fresh = replace(state.record, template=state.template)
         self._settle([Fate(state.record, "carried", state.reason, fresh)])
 

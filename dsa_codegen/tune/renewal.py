@@ -148,7 +148,7 @@ class Contest:
 
     def addition(self) -> list[Fate]:
         """The default, where it is of a backend without a record and faster than all that have one."""
-        default = next(iter(self._task.defaults), None)
+        default = self._default
         if default is None or default.config.backend in {old.backend for old in self._task.old}:
             return []
         winner = self._winner(default.config.backend)
@@ -189,9 +189,12 @@ class Contest:
     @property
     def default_us(self) -> float | None:
         """What the problem's own default took; None where it did not reach the end."""
-        default = next(iter(self._task.defaults), None)
-        timing = self.time_of(default) if default is not None else None
+        timing = self.time_of(self._default) if self._default is not None else None
         return timing.median if timing else None
+
+    @property
+    def _default(self) -> Candidate | None:
+        return next(iter(self._task.defaults), None)
 
     def is_default(self, shipped: Candidate | str) -> bool:
         """Whether a record states the problem's own default."""
@@ -203,4 +206,5 @@ class Contest:
 
     def _record(self, winner: Contender, search: dict[str, float]) -> Record:
         own = self._of(winner.candidate.config.backend)
-        return record_of(self._problem, winner, own, self.default_us, search, self._evaluator.card)
+        default = self._default.config if self._default is not None else None
+        return record_of(self._problem, winner, own, default, self.default_us, search, self._evaluator.card)

@@ -86,7 +86,7 @@ def settle(
         winner = winner_of(problem, own, evaluator, _reject)
         if winner is not None:
             card = evaluator.card if evaluator is not None else ""
-            record = record_of(problem, winner, own, default_us, _search(study, seed, final), card)
+            record = record_of(problem, winner, own, default, default_us, _search(study, seed, final), card)
             settled.append(Settled(record, winner.candidate, _change(record, incumbent, own, study)))
     return settled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from dsa_codegen.errors import OverrideError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.quantize import QuantizeSizes, QuantizeSpec
 from dsa_codegen.records import overrides
+from dsa_codegen.records.default import default_of, default_sha
 from dsa_codegen.records.explain import explain
 from dsa_codegen.runtime import dispatch
 
@@ -119,3 +121,16 @@ def test_explain_says_by_how_much_the_runner_up_lost():
     show.explanation(OP, FEW, H100, [(SPEC, found, explain(OP, SPEC, FEW, H100))])(Console(file=text, width=200))
     behind = 100 * (record.runners_up[0].time_us / record.time_us.median - 1)
     assert f"runner-up {behind:.1f} % behind" in text.getvalue()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_explain_says_whether_the_default_is_still_one(known):
+    found = chosen()
+    assert found.record is not None
+    sizes = OP.sizes_type.from_dict(found.record.sizes)
+    sha = default_sha(OP, SPEC, default_of(OP, SPEC, sizes, H100)) if known else "0" * 64
+    found = replace(found, record=replace(found.record, default_sha=sha))
+    text = io.StringIO()
+    show.explanation(OP, FEW, H100, [(SPEC, found, explain(OP, SPEC, FEW, H100))])(Console(file=text, width=200))
+    assert ("the default then" in text.getvalue()) is not known
+    assert " behind" in text.getvalue()

@@ -61,6 +61,13 @@ def test_is_read_back_as_written(tmp_path):
     assert written.config_for(OP) == CONFIG
 
 
+def test_a_record_may_say_which_default_it_was_timed_beside(tmp_path):
+    known, unknown = make(default_sha="5" * 64), make(spec=IndexerSpec(8, 64))
+    (path,) = records.merge(tmp_path, [known, unknown])
+    assert sorted(records.read(path), key=lambda record: record.default_sha) == [unknown, known]
+    assert ["default_sha" in each for each in json.loads(path.read_text())["records"]].count(True) == 1
+
+
 def test_a_modelled_record_is_read_back(tmp_path):
     written = make(evidence=MODELLED, time_us=5.0, policy=None, accuracy=None, default_time_us=None, runners_up=())
     (path,) = records.merge(tmp_path, [written])
@@ -167,6 +174,7 @@ def test_damage_is_a_miss_and_never_overwritten(tmp_path, kind):
         ("bucket", {"queries": [0]}),
         ("invented", 1),
         ("source_sha", None),
+        ("default_sha", None),
     ],
 )
 def test_one_bad_record_is_skipped_and_kept(tmp_path, field, value):

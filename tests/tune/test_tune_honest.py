@@ -70,7 +70,7 @@ def made(choice, microseconds, case=CASE):
     """The record of a config as a search would write it."""
     contender = Contender(SPACE.candidate(choice), timed(microseconds, 0.0), False, eager=Timing(99.0, 98.0, 99.5, 7))
     problem = dataclasses.replace(PROBLEM, case=case)
-    return record_of(problem, contender, [contender], 100.0, {"trials": 9}, "NVIDIA H200")
+    return record_of(problem, contender, [contender], DEFAULT, 100.0, {"trials": 9}, "NVIDIA H200")
 
 
 @pytest.fixture

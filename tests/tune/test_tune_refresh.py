@@ -12,6 +12,7 @@ from dsa_codegen.problem.op import Config, exceeds
 from dsa_codegen.proof.measure import Measured
 from dsa_codegen.proof.timing import COLD, Timing
 from dsa_codegen.records import files as records
+from dsa_codegen.records.default import default_sha
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.records.record import GpuKey, Record
 from dsa_codegen.tune import refresh as room
@@ -53,6 +54,7 @@ def make(choice: Config = GOOD, gpu=H200, **changes) -> Record:
         "policy": COLD,
         "accuracy": {"max_abs": 0.0, "similarity": 0.0},
         "search": {"trials": 412, "seed": 7},
+        "default_sha": default_sha(OP, SPEC, DEFAULT),
     }
     return Record(**{**fields, **changes})
 
@@ -222,19 +224,41 @@ def test_a_template_that_changed_without_its_code_needs_no_gpu(go, tmp_path):
     assert record == dataclasses.replace(record, template=make().template, time_us=make().time_us)
 
 
-def test_a_default_with_a_new_parameter_is_a_new_rival(go, tmp_path, monkeypatch):
-    """The record's code is as it was, but it was never compared with what the default does now."""
-    names = [each.name for each in OP.parameters("triton")]
-    stages = dataclasses.replace(OP.parameters("triton")[names.index("num_stages")], before=GOOD["num_stages"])
-    table = [stages if each.name == "num_stages" else each for each in OP.parameters("triton")]
-    monkeypatch.setattr(type(OP), "parameters", lambda self, backend: table)
-    older = {name: value for name, value in GOOD.to_dict().items() if name != "num_stages"}
-    put(tmp_path, make(template="0" * 12, config=older))
-    assert fates(go()) == ["carried"]  # the default has the value that was usual
-    put(tmp_path, make(template="0" * 12, config=older))
-    monkeypatch.setattr(type(OP), "default_config", lambda self, *_: GOOD.replace(num_stages=GOOD["num_stages"] + 1))
+@pytest.mark.parametrize("change", [{}, {"template": "0" * 12}])
+@pytest.mark.parametrize("known", ["", "0" * 64])
+def test_another_default_is_a_new_rival(go, tmp_path, change, known):
+    """The record's code is as it was, but it was never compared with what serves untuned now, or does not say with what."""
+    put(tmp_path, make(default_sha=known, default_time_us=99.0, **change))
+    evaluator = InstantGpu(folder=tmp_path / "builds")
+    assert fates(go(evaluator)) == ["refreshed"] and evaluator.finals == [[GOOD, DEFAULT]]
+    (record,) = stored(tmp_path)
+    assert record.default_sha == default_sha(OP, SPEC, DEFAULT) and record.default_time_us == near(DEFAULT)
+    assert go().holding == 1
+
+
+def test_a_faster_default_takes_the_place_of_a_record_that_holds(go, tmp_path, monkeypatch):
+    put(tmp_path, make(BAD))
+    assert go().holding == 1
+    monkeypatch.setattr(type(OP), "default_config", lambda self, *_: GOOD)
     assert fates(go()) == ["default"]
-    assert stored(tmp_path)[0].config["num_stages"] == GOOD["num_stages"] + 1
+    (record,) = stored(tmp_path)
+    assert record.config_for(OP) == GOOD and record.default_sha == default_sha(OP, SPEC, GOOD)
+
+
+def test_defaults_that_differ_in_their_launch_alone_are_two():
+    assert default_sha(OP, SPEC, GOOD) != default_sha(OP, SPEC, GOOD.replace(splits=2 * GOOD["splits"]))
+    assert render(OP, SPEC, GOOD).sha == render(OP, SPEC, GOOD.replace(splits=2 * GOOD["splits"])).sha
+
+
+def test_a_default_that_cannot_be_built_here_is_no_rival(go, tmp_path, monkeypatch):
+    put(tmp_path, make(default_sha=""))
+    monkeypatch.setattr(room, "missing_tool", lambda backend: "no compiler")
+    assert go().holding == 1
+
+
+def test_another_default_elsewhere_leaves_a_record(go, tmp_path):
+    put(tmp_path, make(default_sha="", gpu=resolve("H20")))
+    assert go(here=H200).holding == 1 and go(here=None).holding == 1
 
 
 def test_another_triton_alone_changes_no_record(go, tmp_path):

@@ -10,6 +10,7 @@ from dsa_codegen import paths
 from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.indexer import IndexerSpec
 from dsa_codegen.problem.op import Accuracy
+from dsa_codegen.records.default import default_sha
 from dsa_codegen.records.lookup import lookup
 from dsa_codegen.tune import opening, stock
 from dsa_codegen.tune import run as room
@@ -39,6 +40,7 @@ def test_a_record_tells_how_it_came_about(go, one_bucket):
     (record,) = go(seed=5).records
     assert record.evidence == "measured"
     assert record.default_time_us == pytest.approx(landscape(DEFAULT))
+    assert record.default_sha == default_sha(OP, SPEC, DEFAULT)
     assert record.time_us.median == landscape(record.config_for(OP)) < record.default_time_us
     assert record.limit_us == OP.cost(SPEC, CASE).limit_us(H200)
     assert record.accuracy == {"max_abs": 1e-6, "similarity": 1e-9}
