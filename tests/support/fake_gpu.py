@@ -77,7 +77,7 @@ class FakeGpu:
         monkeypatch.setattr(cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(dispatch, "current_device", lambda: self.current)
         monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(cuda, "device", lambda device: _Guard(self, getattr(device, "index", device)))
+        monkeypatch.setattr(cuda, "device", type("device", (_Guard,), {"_fake": self}))  # a class: torch.compile asks for one
         monkeypatch.setattr(dispatch.gpus, "detect", lambda device=None: self._gpus[self.current if device is None else device])
         monkeypatch.setattr(dispatch, "find", lambda rendered, gpu: self if (rendered.sha, gpu) in self.builds else None)
         monkeypatch.setattr(dispatch, "build", self._build)
@@ -117,8 +117,10 @@ class FakeGpu:
 
 
 class _Guard:
-    def __init__(self, fake: FakeGpu, device: int) -> None:
-        self._fake, self._device, self._before = fake, device, fake.current
+    _fake: FakeGpu
+
+    def __init__(self, device: torch.device | int) -> None:
+        self._device, self._before = getattr(device, "index", device), self._fake.current
 
     def __enter__(self) -> None:
         self._fake.entered.append(self._device)
