@@ -35,6 +35,10 @@ _ONE_BY_ONE = (
         "  if (thread < STAGES * WARPS) {\n    barrier_init(base + HERE + thread * 8, 1);\n",
         "  if (thread == 0) {\n    for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);\n",
     ),
+    (
+        "  if (thread < BARRIERS) {\n    barrier_init(base + CAME + thread * 8, arrivals(thread));\n",
+        "  if (thread == 0) {\n    for (int i = 0; i < BARRIERS; i++) barrier_init(base + CAME + i * 8, arrivals(i));\n",
+    ),
 )
 """What is changed where threads make the barriers of a block abreast."""
 
@@ -78,6 +82,9 @@ FURTHER = (
     # Blocks through which tokens stream: several tiles each, and parts that a kernel joins.
     Further("attention_paged", {"heads": 16, "topk": 1024}, _PAGED.replace(columns=16)),
     Further("attention_paged", {"heads": 64, "topk": 1024}, _PAGED.replace(columns=32, splits=2)),
+    # And with roles: warps that place tiles of several, places and tokens' slots again and again.
+    Further("attention_paged", {"heads": 16, "topk": 2048}, _PAGED.replace(columns=16, splits=2, placers=16)),
+    Further("attention_paged", {"heads": 32, "topk": 2048}, _PAGED.replace(columns=32, splits=2, placers=8)),
     # Blocks that load a tile at once: one for two rounds of heads, several for a row; parts that a kernel joins.
     *(Further("attention_paged", {"heads": 128, **layout}, _PAGED.replace(head_rounds=2)) for layout in ({}, _V4)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(head_rounds=1)),

@@ -26,6 +26,7 @@ DECODE = {
     "cuda sharers": CLUSTERS.replace(sharers=4),
     "cuda columns": CLUSTERS.replace(sharers=4, columns=16),
     "cuda stream": CLUSTERS.replace(splits=2, columns=16),
+    "cuda roles": CLUSTERS.replace(splits=2, columns=16, placers=16),
     "cuda rounds": CLUSTERS.replace(head_rounds=1),
     "cuda flat": CLUSTERS.replace(flat=True),
     "bits": Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=1),
@@ -33,7 +34,12 @@ DECODE = {
 }
 SERVED = pytest.mark.parametrize(
     ("layout", "config"),
-    [(layout, name) for layout in ("v32", "v4") for name in DECODE if layout == "v32" or name != "cuda stream"],
+    [
+        (layout, name)
+        for layout in ("v32", "v4")
+        for name in DECODE
+        if layout == "v32" or name not in ("cuda stream", "cuda roles")
+    ],
 )
 OPTIONS = pytest.mark.parametrize(("lengths", "sink"), [(False, False), (True, False), (False, True), (True, True)])
 

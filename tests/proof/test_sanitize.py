@@ -165,7 +165,9 @@ def test_what_the_tools_cannot_follow_runs_in_another_form():
         elif subject.config["sharers"] == 0 and subject.config["columns"]:
             of_one, all_ = map(str.strip, changed)
             assert of_one == "if (thread == 0) {"
-            assert all_ == "for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);"
+            of_roles = "for (int i = 0; i < BARRIERS; i++) barrier_init(base + CAME + i * 8, arrivals(i));"
+            together = "for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);"
+            assert all_ == (of_roles if subject.config["placers"] else together)
         else:
             assert not changed and run is own
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from ...gpu import Gpu
-from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation
+from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
 from . import clusters, columns, entries, flat, gluon, rounds, shared, stream, triton
@@ -18,6 +18,7 @@ _CUDA = (
     *gluon.PARAMETERS,
     entries.SHARERS,
     columns.COLUMNS,
+    stream.PLACERS,
     rounds.HEAD_ROUNDS,
     Parameter(
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
@@ -26,7 +27,9 @@ _CUDA = (
     Parameter("sweep", (False, True), "as in attention, of which flat rows are", before=False),
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
-_CLUSTERS = Config.of("cuda", splits=0, sharers=0, columns=0, head_rounds=0, flat=False, interleave=False, sweep=False)
+_CLUSTERS = Config.of(
+    "cuda", splits=0, sharers=0, columns=0, placers=0, head_rounds=0, flat=False, interleave=False, sweep=False
+)
 _FLAT = _CLUSTERS.replace(flat=True)
 
 
@@ -40,6 +43,11 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         return _PARAMETERS[backend]
 
     def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+        if config.backend == "cuda" and not _streams(config):
+            yield from exceeds("placers beside other designs", config["placers"], 0)
+        yield from self._of_design(spec, config, gpu)
+
+    def _of_design(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         if config.backend == "gluon":
             return gluon.constraints(spec, gpu)
         if config.backend == "triton":
@@ -70,7 +78,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if _in_rounds(config):
             return "cuda-rounds"
         if _streams(config):
-            return f"cuda-columns-{config['columns']}-{config['splits']}" if config["splits"] else None
+            name = "roles" if config["placers"] else "columns"
+            return f"cuda-{name}-{config['columns']}-{config['splits']}" if config["splits"] else None
         return f"{config.backend}-{config['splits']}" if config["splits"] else None
 
     def guesses(self, spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
@@ -132,8 +141,9 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
 
 def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
-    if heads := stream.best(spec, sizes):
-        yield _CLUSTERS.replace(columns=heads)
+    heads, placers = stream.best(spec, sizes)
+    if heads:
+        yield _CLUSTERS.replace(columns=heads, placers=placers)
     sharers, heads = columns.best(spec, sizes, gpu)
     if sharers:
         yield _CLUSTERS.replace(sharers=sharers, columns=heads)

@@ -1,4 +1,7 @@
-"""Paged attention in CUDA C++ for few heads: whole tokens stream through blocks, heads as columns; a kernel joins parts."""
+"""Paged attention in CUDA C++ for few heads: whole tokens stream through blocks, heads as columns; a kernel joins parts.
+
+A block's warps either do everything together, which starts soonest, or some place the next tile while others multiply this one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ...gpu import Gpu
-from ...problem.op import Config, Inputs, Launch, Outputs, Violation, exceeds
+from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, upper
 from . import clusters, shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
@@ -22,8 +25,22 @@ _TOKENS = 64  # of a tile
 _STAGES = 2  # tiles on their way or waiting
 _PITCH = 704  # bytes from token to token there: 64 of two neighbours lie in other banks
 _PARTIALS = {16: 4, 32: 2}  # groups that score, each a share of the channels: as many as have room for scores
+PLACERS = Parameter(
+    "placers",
+    (0, 8, 16),
+    "beside columns without sharers: warps that make tiles while four others multiply; 0: all do both",
+    before=0,
+)
+_MULTIPLIERS = 4  # warps
+_PLACES = 2  # of tiles, where warps have roles
+_RING = {8: 2, 16: 1}  # fours of tokens of a warp that places, on their way or waiting
+_REGISTERS = {(16, 8): (512, 80, 224), (16, 16): (896, 56, 136), (32, 8): (512, 80, 224), (32, 16): (640, 72, 192)}
+"""By columns and placers: threads as which a block begins, registers of those that place and that multiply."""
 _FEW_ENTRIES = 640  # of lists that clusters serve as well
-_HEADS, _ROWS = 32, 16  # heads up to which it is known to take less; rows, where these are more than 16
+_HEADS = 32  # up to which it is known to take less
+_ONE_TILE = 4  # rows up to which a block of theirs has a tile, and nothing to do beside placing it
+_PLACERS = {16: (16, 16), 32: (8, 16)}  # that serve more rows, by columns: up to 16 rows, above
+_FEW_ROWS = 16
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -40,23 +57,19 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
     yield from exceeds("columns beside heads", config["columns"], max(16, 2 * spec.heads - 1))
 
 
-def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> int:
-    """The columns that serve the sizes' bucket best; 0 where other kernels are known to take less.
-
-    On an H200 with k 2048, µs, beside the best of the others: 16 heads 7.1 and 9.2 at one row, 8.9 and 9.7 at 4, 11.1 and 13.9
-    at 8, 17.4 and 19.3 at 16, 50 and 54 at 64, 93 and 95 at 128; 8 heads 7.1 and 8.6, 10.4 and 13.7, 49 and 53 at 64; 32 heads
-    7.2 and 9.0 at one row, 13.2 and 14.5 at 8, 20.0 and 20.6 at 16, 58.3 and 57.6 at 64, 110 and 97 at 128.
-    """
+def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> tuple[int, int]:
+    """(columns, placers) that serve the sizes' bucket best; (0, 0) where other kernels are known to take less."""
     if spec.kv_layout != "v32" or spec.extra_topk or spec.topk <= _FEW_ENTRIES or spec.heads > _HEADS:
-        return 0
+        return 0, 0
     rows = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n")
-    if spec.heads <= 16 or rows == 1:
-        return 16
-    return 32 if rows <= _ROWS else 0
+    columns = 16 if spec.heads <= 16 or rows == 1 else 32
+    return columns, 0 if rows <= _ONE_TILE else _PLACERS[columns][rows > _FEW_ROWS]
 
 
 def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
+    if config["placers"]:
+        return _derived_of_roles(spec, config)
     return {
         "d_qk": spec.d_qk,
         "head_blocks": _head_blocks(spec, config),
@@ -67,6 +80,22 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "join_threads": _JOIN_THREADS,
         "threads_of_registers": _THREADS_OF_REGISTERS,
         "smem": _smem(spec, config),
+    }
+
+
+def _derived_of_roles(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
+    placers = config["placers"]
+    threads, placing, multiplying = _REGISTERS[config["columns"], placers]
+    return {
+        "d_qk": spec.d_qk,
+        "head_blocks": _head_blocks(spec, config),
+        "ring": _RING[placers],
+        "threads": 32 * (_MULTIPLIERS + placers),
+        "join_threads": _JOIN_THREADS,
+        "threads_of_registers": threads,
+        "placer_registers": placing,
+        "multiplier_registers": multiplying,
+        "smem": _smem_of_roles(spec, config),
     }
 
 
@@ -104,3 +133,12 @@ def _smem(spec: AttentionPagedSpec, config: Config) -> int:
     scores = 4 * _PARTIALS[heads] * heads * (_TOKENS + 4)
     staged = _STAGES * _TOKENS * _PITCH
     return tile + q + weights + scores + staged + 4 * heads + _TOKENS // 2 + _STAGES * _WARPS * 8
+
+
+def _smem_of_roles(spec: AttentionPagedSpec, config: Config) -> int:
+    """The same where warps have roles: tiles, q, weights, tokens as they came, peaks, masks, barriers."""
+    heads, placers = config["columns"], config["placers"]
+    tiles, q, weights = 2 * spec.d_qk * _TOKENS * _PLACES, 2 * spec.d_qk * heads, 2 * heads * _TOKENS
+    ring = _RING[placers] * placers
+    staged, peaks, masks = ring * 4 * spec.layout.bytes_per_token, 4 * _MULTIPLIERS * heads, _PLACES * _TOKENS // 2
+    return tiles + q + weights + staged + peaks + masks + 8 * (ring + 2 * _PLACES)
