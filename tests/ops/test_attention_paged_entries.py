@@ -128,6 +128,17 @@ def test_rows_of_528_bytes_that_gluon_does_not_serve_are_taken_by_blocks():
         assert OP.default_config(spec, AttentionPagedSizes(batch, 1, 1 << 17), H200)["sharers"] == sharers
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch", "next_n", "alone"),
+    [(64, 128, 1, 1), (33, 64, 2, 1), (64, 256, 1, 1), (64, 100, 1, 0), (64, 148, 1, 0), (32, 128, 1, 0), (128, 128, 1, 0)],
+)
+def test_rows_of_656_bytes_that_fill_waves_of_blocks_have_one_each(heads, batch, next_n, alone):
+    """Gluon cuts the lists of others evenly."""
+    sizes = AttentionPagedSizes(batch, next_n, 1 << 20)
+    config = OP.default_config(AttentionPagedSpec(heads, 2048), sizes, H200)
+    assert (config["sharers"] if config.backend == "cuda" else 0) == alone
+
+
 def test_many_rows_are_not_shared():
     """A record of few rows serves no prompt."""
     spec = AttentionPagedSpec(64, 512, "v4")

@@ -21,8 +21,10 @@ _MOST_BLOCKS = 160
 _SMS = 132
 _AT_ONCE = {3: 39, 5: 22, 6: 17, 8: 15, 16: 7}  # clusters of so many blocks that an H200 runs at once, as its driver says
 _FEW_ENTRIES, _FEW_HEADS = 1024, 32  # of lists for which clusters are known to win, and heads from which on
+_FULL = 0.95  # of the blocks of whole waves, so many rows at least
 _THREADS = 512  # four groups: two make tiles, two multiply
 _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 72}  # per thread; 4 * 128 of a block
+_REGISTERS_ALONE = {"lead_registers": 216, "follow_registers": 160, "make_registers": 64}
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -57,11 +59,15 @@ def _pays_alone(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) 
     """Whether a block for each row is known to take less than Gluon's, and than clusters, of which too few run at once.
 
     On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 35.2 µs at 128 rows, Gluon 38.7, clusters 48.8.
-    Over 528 bytes with k 512, where Gluon does not serve, 28.6 and clusters 37.8. Over 656 bytes 97.4 and Gluon 95.7. With
-    k 16384 296 rows are three waves of blocks, 2033 µs, where Gluon splits lists evenly: 1583.
+    Over 528 bytes with k 512, where Gluon does not serve, 29.1 and clusters 37.8. Over 656 bytes with k 2048 91 and Gluon 100
+    where rows fill whole waves of blocks; elsewhere Gluon is ahead, who shares lists out evenly: with k 16384 296 rows are
+    three waves, 2033 µs and 1583.
     """
-    if sizes.batch * sizes.next_n <= gpu.sms // 2 or spec.d_qk != spec.d_v or spec.heads > _HEADS:
+    rows = sizes.batch * sizes.next_n
+    if rows <= gpu.sms // 2 or spec.heads > _HEADS:
         return False
+    if spec.d_qk != spec.d_v:
+        return spec.heads > _FEW_HEADS and rows >= _FULL * -(-rows // gpu.sms) * gpu.sms
     return spec.general or (spec.heads > _FEW_HEADS and spec.topk + spec.extra_topk <= _FEW_ENTRIES)
 
 
@@ -80,7 +86,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "owned": -(-_joined(spec) // config["sharers"]),
         "threads": _THREADS,
         "smem": _smem(spec, config["sharers"], -(-_joined(spec) // config["sharers"])),
-        **_REGISTERS,
+        **(_REGISTERS_ALONE if config["sharers"] == 1 else _REGISTERS),
     }
 
 
