@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dsa_codegen.errors import InputError
 from dsa_codegen.kernels.render import render
@@ -80,6 +81,54 @@ def test_a_block_that_stays_matches_the_reference(order, tmp_path):
         assert accuracy.passed, (case.id, accuracy.detail)
 
 
+HELD = [
+    (replace(PLAIN, topk=512), "shuffled"),
+    (replace(SLOTS, scores="fp32", starts=True), "descending"),
+    (replace(PLAIN, topk=1023, keep_first=1, keep_recent=700), "ascending"),
+]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(("spec", "order"), HELD, ids=["tokens", "slots", "kept"])
+def test_rows_of_which_half_stays_in_shared_memory_match_the_reference(spec, order, tmp_path):
+    """Of one block, so that rows come while others are looked at; aligned ones are brought, others loaded."""
+    config = CUDA.replace(threads=256, items=32, early=False, persistent=True, ring=2)
+    assert not OP.violations(spec, config, H200)
+    variant = Variant(OP, spec, config, replace(H200, sms=1), emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
+    kinds = ("normal", "relu", "equal", "few", "up", "down", "narrow", "special")
+    whole = [Case(SelectSizes(3, 8192), kind) for kind in kinds]
+    ragged = [Case(SelectSizes(5, 8192 - 13), f"ragged_{kind}") for kind in kinds]
+    for case in [*whole, *ragged, *OP.cases(spec)]:
+        accuracy = verify(variant, OP.within_reach(spec, config, case), "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
+EXTREMES = (torch.inf, 3e38, 1.0, 1e-39, 0.0, -0.0, -1e-39, -1.0, -3e38, -torch.inf, torch.nan)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_the_last_chosen_score_may_be_any(tmp_path):
+    """A row for each of EXTREMES and of how many equal or nearly equal it: listed, counted, or below all numbers."""
+    config = CUDA.replace(threads=256, items=32, early=False, persistent=True, ring=2)
+    spec = replace(PLAIN, topk=512)
+    variant = Variant(
+        OP, spec, config, replace(H200, sms=1), emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
+    )
+    drawn = torch.Generator().manual_seed(7)
+    rows = []
+    for at, extreme in enumerate(EXTREMES):
+        for count in (100, 600, 1500):
+            higher = torch.tensor(EXTREMES[:at] or (torch.inf,)).repeat(500)[: 460 if at else 0]
+            around = torch.full((count,), extreme) * (1 + torch.rand(count, generator=drawn).div(4) * (count == 100))
+            lower = torch.tensor((*EXTREMES[at + 1 :], torch.nan)).repeat(8192)[: 8192 - len(higher) - count]
+            rows.append(torch.cat([higher, around, lower])[torch.randperm(8192, generator=drawn)])
+    scores = torch.stack(rows)
+    ends = torch.full((len(rows),), 8192, dtype=torch.int32)
+    inputs = {"scores": scores, "starts": torch.zeros_like(ends), "ends": ends, "page_table": None}
+    chosen = variant.run(inputs, OP.allocate(spec, inputs))["chosen"]
+    assert torch.equal(chosen, OP.reference(spec, inputs)["chosen"])
+
+
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 def test_many_keys_of_one_digit_match_the_reference(tmp_path):
     """More than four a thread: of one value, found at once, and of many, counted in turn."""
@@ -116,6 +165,13 @@ def test_cuda_compiles_for_hopper(spec, sizes, spills):
     """Also that the shared memory which the launch asks for is the size of what the text declares."""
     config = OP.default_config(spec, sizes, H200, "cuda")
     assert_compiles(OP, spec, config, spills=spills)
+
+
+@pytest.mark.parametrize("columns", [pytest.param(16384, marks=FURTHER), 32768])
+def test_rows_of_which_half_stays_in_shared_memory_compile_for_hopper(columns):
+    """Of 32768 columns two blocks an SM spill a few words, and are the fastest of normal scores nevertheless."""
+    guesses = OP.guesses(SelectSpec(2048), SelectSizes(4096, columns), H200)
+    assert_compiles(OP, SelectSpec(2048), next(each for each in guesses if each.backend == "cuda" and each["ring"]), spills=24)
 
 
 @pytest.mark.parametrize(("spec", "sizes"), STREAMS, ids=["cluster", "block", "far", "two-an-sm"])

@@ -41,11 +41,17 @@ static uint atomicAdd(uint *address, uint value) {
   *address += value;
   return before;
 }
+static uint atomicMax(uint *address, uint value) {
+  uint before = *address;
+  *address = std::max(before, value);
+  return before;
+}
 static uint atomicOr(uint *address, uint value) {
   uint before = *address;
   *address |= value;
   return before;
 }
+static uint __funnelshift_l(uint low, uint high, uint by) { return by %= 32, by ? high << by | low >> (32 - by) : high; }
 static uint __umulhi(uint a, uint b) { return (uint)((unsigned long long)a * b >> 32); }
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }

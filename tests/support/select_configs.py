@@ -20,6 +20,7 @@ CUDA = Config.of(
     early=True,
     persistent=False,
     stages=0,
+    ring=0,
     longest=NEAR,
 )
 STREAMED = CUDA.replace(items=8, digit_bits=11, early=False, stages=2)

@@ -6,7 +6,7 @@ Longer rows, or many of them, stream through shared memory (``streamed``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...gpu import Gpu
 from ...problem.op import Case, Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Bucket, Scalar, upper
-from . import streamed
+from . import held, streamed
 from .problem import SCORES, SelectSizes, SelectSpec
 from .shared_memory import size_of
 
@@ -30,6 +30,12 @@ PARAMETERS = (
         "stages",
         (0, 2, 3, 4, 5, 6),
         "rounds of scores in flight where a row streams through shared memory; 0: its registers hold it",
+        before=0,
+    ),
+    Parameter(
+        "ring",
+        (0, 2),
+        "chunks of a warp's scores on their way where half of a row stays in shared memory; 0: none does",
         before=0,
     ),
     Parameter("longest", streamed.LONGEST, "columns of the longest row that streams", before=streamed.REACH),
@@ -49,6 +55,7 @@ class _Guess(NamedTuple):
     items: int
     blocks_per_sm: int = 1
     persistent: bool = False
+    ring: int = 0
 
 
 # Measured on an H100 at 2048 of fp32 scores, but for 16384 columns, which lie between, and few rows of 65536 (H200).
@@ -60,10 +67,12 @@ _GUESSES = (
     _Guess(16384, 64, 2, 1024, 8),
     _Guess(16384, 256, 1, 1024, 16),
     _Guess(16384, math.inf, 1, 512, 32, 2),
+    _Guess(16384, math.inf, 1, 256, 32, 3, persistent=True, ring=2),
     _Guess(32768, 16, 8, 512, 8),
     _Guess(32768, 64, 2, 1024, 16),
     _Guess(32768, 256, 2, 512, 32, 2),
     _Guess(32768, math.inf, 1, 1024, 32, persistent=True),
+    _Guess(32768, math.inf, 1, 512, 32, 2, persistent=True, ring=2),
     _Guess(65536, 8, 8, 512, 16),
     _Guess(65536, 16, 4, 512, 32, 2),
     _Guess(65536, math.inf, 2, 512, 64),
@@ -77,6 +86,8 @@ def reach_of(config: Config) -> int:
     """Columns of the longest row that the registers hold, or whose chosen tokens a bitmap in shared memory holds."""
     if config["stages"]:
         return int(config["longest"])
+    if config["ring"]:
+        return held.reach(config)
     return config["cluster"] * config["threads"] * config["items"]
 
 
@@ -101,6 +112,10 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
         yield from streamed.constraints(spec, config, gpu)
         return
     yield from exceeds("columns of a row that does not stream", config["longest"], streamed.REACH)
+    if config["ring"]:
+        yield from exceeds("blocks that do not stay", 1 - int(config["persistent"]), 0)
+        yield from held.constraints(spec, config, gpu)
+        return
     threads, blocks = config["threads"], config["blocks_per_sm"]
     yield from exceeds("scores of a block", threads * config["items"], _LONGEST_PART)
     yield from exceeds("warps for the cluster's bins", config["cluster"], threads // 32)
@@ -115,15 +130,16 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     yield from exceeds("smem per SM", (smem + 1024) * blocks, gpu.smem_per_sm, " B")
 
 
-def guess(sizes: SelectSizes) -> Config | None:
-    """The config by judgement for these sizes' bucket; None where rows are longer than any reaches."""
+def guesses(sizes: SelectSizes) -> Iterator[Config]:
+    """Configs by judgement for these sizes' bucket, whose rows registers hold; none where rows are longer than any reaches."""
     rows, columns = (upper(sizes.bucket(), name) for name in ("rows", "columns"))
-    for each in _GUESSES:
-        if columns <= each.columns and rows <= each.rows:
-            values = {name: getattr(each, name) for name in ("cluster", "threads", "items", "blocks_per_sm", "persistent")}
+    reached = [each for each in _GUESSES if columns <= each.columns and rows <= each.rows]
+    for each in reached:
+        if (each.columns, each.rows) == (reached[0].columns, reached[0].rows):
+            names = ("cluster", "threads", "items", "blocks_per_sm", "persistent", "ring")
+            values = {name: getattr(each, name) for name in names}
             values |= {"digit_bits": 12, "early": rows <= _EARLY_ROWS, "stages": 0, "longest": streamed.REACH}
-            return Config.of("cuda", **values)
-    return None
+            yield Config.of("cuda", **values)
 
 
 def is_first_choice(sizes: SelectSizes) -> bool:
@@ -136,6 +152,8 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
     if config["stages"]:
         return streamed.derived(spec, config)
+    if config["ring"]:
+        return held.derived(spec, config)
     items, cluster, threads = config["items"], config["cluster"], config["threads"]
     slots = spec.output == "slots"
     ahead = slots and _pages(spec, config) > 1

@@ -94,14 +94,14 @@ class SelectKernels(Kernels[SelectSpec, SelectSizes]):
         return cuda.within_reach(config, case) if config.backend == "cuda" else case
 
     def guesses(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Iterable[Config]:
-        first, in_registers = cuda.is_first_choice(sizes), cuda.guess(sizes)
+        first, in_registers = cuda.is_first_choice(sizes), list(cuda.guesses(sizes))
         if in_registers and first:
-            yield in_registers
+            yield from in_registers
         else:
             yield from streamed.guesses(sizes)
         yield from self._sampled(spec, sizes, gpu)
-        if in_registers and not first:
-            yield in_registers
+        if not first:
+            yield from in_registers
 
     def _sampled(self, spec: SelectSpec, sizes: SelectSizes, gpu: Gpu) -> Iterator[Config]:
         capacity = next(c for c in (256, 512, 1024, 2048, 4096, 8192) if c >= spec.topk * 3 // 2)

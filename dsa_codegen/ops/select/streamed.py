@@ -28,6 +28,7 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     threads, items, blocks = config["threads"], config["items"], config["blocks_per_sm"]
     yield from exceeds("scores loaded before their window", int(config["early"]), 0)
     yield from exceeds("blocks that stay", int(config["persistent"]), 0)
+    yield from exceeds("chunks beside rounds", config["ring"], 0)
     yield from exceeds("scores of a vector", _vector(spec), items)
     yield from exceeds("scores of a thread", items, 32)
     yield from exceeds("threads for a sample", 512 if config["longest"] == REACH else 256, threads)
@@ -68,7 +69,7 @@ def _far(rows: float) -> Iterator[Config]:
 
 
 def _config(**values: Scalar) -> Config:
-    return Config.of("cuda", digit_bits=11, early=False, persistent=False, **values)
+    return Config.of("cuda", digit_bits=11, early=False, persistent=False, ring=0, **values)
 
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
