@@ -18,8 +18,15 @@ from dsa_codegen.problem.presets import Model, preset
 MODELS = ("tiny", "tiny-gqa")
 _PAGED = ops.get("attention_paged").config("cuda", {"splits": 0, "sharers": 0, "flat": False, "interleave": False})
 _SORTED = ops.get("attention").config("cuda", {"num_stages": 2, "turns": False, "consumer_registers": 216, "sweep": True})
+_HELD = ops.get("select").config(
+    "cuda",
+    {
+        **{"cluster": 1, "threads": 256, "items": 32, "blocks_per_sm": 3, "digit_bits": 12},
+        **{"early": False, "persistent": True, "stages": 0, "ring": 2},
+    },
+)
 _SOME_OPTIONS = (0, 3, -1)
-"""Of attention, for designs that FURTHER names: nothing, lengths and a sink, and both with a second pool."""
+"""For designs that FURTHER names, of attention: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
 _V41 = {"kv_layout": "v41", "d_rope": 0}
 
@@ -60,6 +67,8 @@ FURTHER = (
     Further("attention", {"heads": 64, "topk": 1024}),
     # Lists that are sorted, and blocks that wait for each other's steps.
     Further("attention", {"heads": 64, "topk": 1024}, _SORTED),
+    # Many rows: blocks that stay, to which rows come through rings.
+    Further("select", {}, _HELD),
     # Many heads add their gradients up in another way than few.
     *(Further("attention_backward", {"heads": heads}, backends=("triton",)) for heads in (64, 128)),
     # Keys of blocks.
@@ -125,7 +134,7 @@ def further(one: Further, gpu: Gpu) -> list[Subject]:
     if one.config is None:
         return [each for each in verification.subjects(model, gpu, [one.op]) if each.config.backend in one.backends]
     op = ops.get(one.op)
-    specs = [op.options(own)[place] for own in op.specs(model) for place in _SOME_OPTIONS]
+    specs = [options[place] for options in map(op.options, op.specs(model)) for place in _SOME_OPTIONS if place < len(options)]
     return [Subject(op, spec, one.config) for spec in specs if not op.violations(spec, one.config, gpu)]
 
 
