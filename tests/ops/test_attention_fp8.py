@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 import dsa_codegen as dsa
 from dsa_codegen.errors import InputError, SpecError
@@ -24,13 +20,12 @@ from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import interpret, verify
 
 import emulator
-from support import FURTHER, H200, assert_compiles, completed, run_interpreted
+from support import FURTHER, H200, assert_compiles, assert_policies_are_in_even_registers, completed, run_interpreted
 
 TRITON = Config.of("triton", block_h=16, block_n=32, num_stages=2, num_warps=4)
 PAIR = Config.of(
     "cuda", num_stages=4, turns=False, interleave=False, l2_prefetch=256, sweep=False, value_tokens=64, consumer_registers=216
 )
-DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 SPECS = [
     AttentionSpec(5, 576, 70, math="fp8"),
     AttentionSpec(20, 512, 33, lengths=True, sink=True, math="fp8"),
@@ -148,12 +143,7 @@ def test_pairs_compile_for_hopper(spec):
     assert_compiles(OP, spec, PAIR)
     built = build.find(render.render(OP, spec, PAIR), H200)
     assert "Performance Loss" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
-    if DISASSEMBLER.exists():
-        (binary,) = built.folder.glob("*.cubin")
-        text = subprocess.run([DISASSEMBLER, "-c", binary], capture_output=True, text=True, check=True).stdout
-        policies = re.findall(r"LDGSTS.*desc\[UR(\d+)\]", text)
-        assert policies
-        assert not [register for register in policies if int(register) % 2]
+    assert_policies_are_in_even_registers(built)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

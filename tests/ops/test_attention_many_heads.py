@@ -19,7 +19,7 @@ from dsa_codegen.proof.verify import verify
 
 import emulator
 from attention_configs import CLUSTER, PAIR
-from support import FURTHER, H200, assert_compiles
+from support import FURTHER, H200, assert_compiles, assert_policies_are_in_even_registers
 
 SPILLS_BETWEEN_QUERIES = 72  # bytes; none is touched in the loop over tiles
 
@@ -56,6 +56,7 @@ def test_pairs_compile_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
     built = build.find(render.render(OP, spec, config), H200)
     assert "Performance Loss" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
+    assert_policies_are_in_even_registers(built)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton as triton_package
 
 from dsa_codegen import ops
 from dsa_codegen.gpu import Gpu, resolve
@@ -103,3 +106,14 @@ def assert_compiles(op: Op, spec: Spec, config: Config, gpu: Gpu = H200, spills:
         assert usage.smem <= gpu.smem_per_block, (kernel, usage)
         if config.backend in ("tilelang", "cuda") or render.release(render.installed_triton()) == SPILLS_OF:
             assert usage.spills <= spills, (kernel, usage)
+
+
+def assert_policies_are_in_even_registers(built: build.Built) -> None:
+    """Of copies with an L2 policy: CUDA 13.0 may put it into an odd register, which is an illegal instruction."""
+    disassembler = Path(triton_package.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if disassembler.exists():
+        (binary,) = built.folder.glob("*.cubin")
+        text = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout
+        policies = re.findall(r"LDGSTS.*desc\[UR(\d+)\]", text)
+        assert policies
+        assert not [register for register in policies if int(register) % 2]
