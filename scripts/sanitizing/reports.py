@@ -29,6 +29,7 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ("load4(base + AT_MASK + 8 * value_stage)", "store1(base + AT_MASK + 8 * stage + mine / 32"),
         ("{load4(base + AT_MASK + 8 * stage)", "store1(base + AT_MASK + 8 * stage + warp - 8, tokens)"),
         ("load16(base + AT_MASK + 2 * half * WARPS)", "store1(base + AT_MASK + warp / 8 * 32"),
+        ("load_byte(its_mask)", "store1(base + AT_MASK + where * (PAIRS * FOURS)"),
         ("softmax_of(upper + 8 * rank)", "store_float(base + AT_SUMS"),
         ("theirs = *from.facts", "*to.facts = ", "(i < 16 ? from.low : from.high)[", "(i < 16 ? to.low : to.high)["),
         (
@@ -68,15 +69,18 @@ under an mbarrier that one thread arrives at behind a ``bar.sync`` of its group,
 by ``ready``, and back by ``free``. All can be read off the PTX or the machine code.
 
 In CUDA C++ the readers of a place are warps whose first lane arrives for all of them, and the gatherers wait for it before
-they fill the place again. With few heads the warp has read the output that went through the place, and passed
-``__syncwarp``. In a cluster (paged attention's that split the channels, too) all lanes read a tile's mask at once, and its
-products, which the warp issues together, need what came of it; the first lane arrives behind these. So it is where a block has
-a row to itself (the third tile's mask is the first that takes another's place: 8 bytes of each block were reported). With one
-round of heads, lanes write the mask of what their warp placed, and the first arrives at PLACED for all, behind a fence that all
-pass and ``__syncwarp``; it happens once, and all who read wait for it (of a block's 64 bytes 45 were reported, as many as three
-lanes of 15 warps wrote). With FP8 products every place passes so, both ways and behind ``__syncwarp``: tiles, their scales and
-masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these are written anew when peaks of a later
-tile came that who read them signals behind that. The tool sees the order of the thread that arrives only.
+they fill the place again. With few heads the warp has read the output that went through the place, and passed ``__syncwarp``.
+In a cluster (paged attention's that split the channels, too) all lanes read a tile's mask at once, and its products, which the
+warp issues together, need what came of it; the first lane arrives behind these. So it is where a block has a row to itself
+(the third tile's mask is the first that takes another's place: 8 bytes of each block were reported). With one round of heads,
+lanes write the mask of what their warp placed, and the first arrives at PLACED for all, behind a fence that all pass and
+``__syncwarp``; it happens once, and all who read wait for it (of a block's 64 bytes 45 were reported, as many as three lanes
+of 15 warps wrote). Warps with roles pass masks so both ways, tile by tile: two lanes write, all pass the fence (``MEMBAR`` in
+the machine code, with no branch between it and the first lane's arrival at FULL), and all who read meet at a barrier of their
+four warps before the first lane of each arrives at FREE. With FP8 products every place passes so, both ways and behind
+``__syncwarp``: tiles, their scales and masks by FULL and EMPTY, peaks by PEAKED, changes, sums and factors by WEIGHED; these
+are written anew when peaks of a later tile came that who read them signals behind that. The tool sees the order of the thread
+that arrives only.
 
 Where clusters split the channels, one group stores its sums and arrives (``bar.arrive 4``), and the other waits there before it
 reads them (``bar.sync 4``); back by barrier 3. That is PTX's own example of producer and consumer; the tool counts no arrivals.

@@ -32,6 +32,11 @@ _LEAST = 15.0  # seconds that a piece must be given to be worth its start
 _GRACE = 8.0  # seconds behind its own end that a process is given to finish a case and its report
 _LAST = 3.0  # seconds of the whole run that are kept for the summary
 _POLL = 0.25
+_BARRIERS = 256
+"""Barriers of a block that synccheck is told to follow where threads make them abreast. By itself it takes number and place
+from the compiler, which counts these as one (``EIATTR_NUM_MBARRIERS``); it ends warps that wait for a barrier beyond that, and
+rows stay unwritten that are right without the tool. A kernel of a few lines whose 32 threads make a barrier each fails so, when
+told 32, too, and passes when told 64 or 1024."""
 _TOGETHER = 2  # texts of a compiler that are compiled before the next ones
 
 
@@ -69,7 +74,13 @@ def command_of(piece: Piece, file: Path, until: float, kernels: Iterable[str]) -
     chosen = [word for kernel in sorted(kernels) for word in (filter_option(), f"kns={kernel}")]
     child = [sys.executable, "-W", "ignore", str(SCRIPT), "--piece", str(file), str(until)]
     shown = ["--error-exitcode", "9", "--print-limit", "0", "--show-backtrace", "no"]
-    return ["compute-sanitizer", "--tool", piece.tool, *shown, *chosen, *child]
+    return ["compute-sanitizer", "--tool", piece.tool, *barriers_of(piece), *shown, *chosen, *child]
+
+
+def barriers_of(piece: Piece) -> list[str]:
+    """How many barriers synccheck is told of, where it would count too few."""
+    abreast = piece.tool == "synccheck" and any(map(sources.makes_barriers_abreast, piece.subjects))
+    return ["--num-cuda-barriers", str(_BARRIERS)] if abreast else []
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,17 +38,8 @@ _IN_STEP = (
     (_WAIT, f"{_ARRIVE[:-1]}\\n{_WAIT[1:]}"),
 )
 """What is changed in a text whose groups of warps come to the barriers of a block and of its cluster by ways of their own."""
-_ONE_BY_ONE = (
-    (
-        "  if (thread < STAGES * WARPS) {\n    barrier_init(base + HERE + thread * 8, 1);\n",
-        "  if (thread == 0) {\n    for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);\n",
-    ),
-    (
-        "  if (thread < BARRIERS) {\n    barrier_init(base + CAME + thread * 8, arrivals(thread));\n",
-        "  if (thread == 0) {\n    for (int i = 0; i < BARRIERS; i++) barrier_init(base + CAME + i * 8, arrivals(i));\n",
-    ),
-)
-"""What is changed where threads make the barriers of a block abreast."""
+_ABREAST = re.compile(r"^ *if \(thread < [^\n]*\{\n *barrier_init\([^\n]*\bthread\b", re.MULTILINE)
+"""How threads of a block make a barrier each by one instruction."""
 
 
 @dataclass(frozen=True)
@@ -154,24 +146,24 @@ def comes_by_own_ways(subject: Subject) -> bool:
     return _BY_OWN_WAYS in rendered(subject).code
 
 
+def makes_barriers_abreast(subject: Subject) -> bool:
+    """Whether threads of a block make a barrier each by one instruction, which the compiler counts as one barrier."""
+    return bool(_ABREAST.search(rendered(subject).code))
+
+
 @functools.lru_cache(maxsize=1 << 12)
 def run_in_place(subject: Subject) -> Rendered:
-    """The text that runs: its own, but for what the tools cannot follow.
+    """The text that runs: its own, but for groups of warps that come to barriers of all of them by ways of their own.
 
-    One is groups of warps that come to barriers of all of them by ways of their own. Under the tools a warp that arrives at
-    a cluster's barrier goes on when all of its block have arrived, those that wait for what it brings among them: 150 s of
-    memcheck were not enough for a row that takes 9 s so. Such a text runs with each arrival directly before its wait; memory,
-    copies, products and the order of all others are the same. That no arrival comes too early is not seen so.
-
-    The other is barriers that 32 threads make abreast. The tools take number and place of barriers from the compiler, which
-    counts these as one (``EIATTR_NUM_MBARRIERS`` of streaming decode was 1 instead of 32) and notes a place that all 512
-    threads pass. A barrier beyond the number is never initialised for synccheck, which ends the warps that wait for it: rows
-    stayed unwritten that are right without the tool. Here one thread makes one after the other, and the compiler says 32.
+    Under the tools a warp that arrives at a cluster's barrier goes on when all of its block have arrived, those that wait for
+    what it brings among them: 150 s of memcheck were not enough for a row that takes 9 s so. Such a text runs with each arrival
+    directly before its wait; memory, copies, products and the order of all others are the same. That no arrival comes too early
+    is not seen so.
     """
     text = rendered(subject)
-    changes = (*(_IN_STEP if comes_by_own_ways(subject) else ()), *_ONE_BY_ONE)
-    code = functools.reduce(lambda code, change: code.replace(*change), changes, text.code)
-    return text if code == text.code else replace(text, code=code)
+    if not comes_by_own_ways(subject):
+        return text
+    return replace(text, code=functools.reduce(lambda code, change: code.replace(*change), _IN_STEP, text.code))
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -151,7 +151,7 @@ def test_further_designs_bring_the_kernels_that_small_models_do_not():
 
 
 def test_what_the_tools_cannot_follow_runs_in_another_form():
-    """Arrivals at a cluster's barrier come before their waits; one thread makes what 32 make abreast; known by own texts."""
+    """Arrivals at a cluster's barrier come directly before their waits; a text is known by what it is."""
     found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
     for subject in found:
         own, run = sources.rendered(subject), sources.run_in_place(subject)
@@ -162,14 +162,22 @@ def test_what_the_tools_cannot_follow_runs_in_another_form():
             arrive, wait = sorted(changed)
             assert arrive == "DEVICE void cluster_arrive() {}"
             assert r"arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" in wait
-        elif subject.config["sharers"] == 0 and subject.config["columns"]:
-            of_one, all_ = map(str.strip, changed)
-            assert of_one == "if (thread == 0) {"
-            of_roles = "for (int i = 0; i < BARRIERS; i++) barrier_init(base + CAME + i * 8, arrivals(i));"
-            together = "for (int i = 0; i < STAGES * WARPS; i++) barrier_init(base + HERE + i * 8, 1);"
-            assert all_ == (of_roles if subject.config["placers"] else together)
         else:
             assert not changed and run is own
+
+
+@pytest.mark.parametrize("tool", cases.TOOLS)
+def test_synccheck_is_told_of_barriers_that_the_compiler_counts_as_one(tool):
+    """Those of streams, with roles or without, and of no other text; the other tools need not be told."""
+    found = sources.of(sources.sources(["tiny"], H200, ["attention_paged"]), "attention_paged", "cuda")
+    firsts = {each.subject: each for each in reversed(cases.checks(found, [tool], H200))}
+    abreast = set()
+    for subject, check in firsts.items():
+        told = runner.barriers_of(pieces.Piece(tool, "attention_paged", "cuda", (check,)))
+        streams = subject.config["sharers"] == 0 and subject.config["columns"] > 0
+        assert told == (["--num-cuda-barriers", "256"] if streams and tool == "synccheck" else [])
+        abreast |= {subject.config["placers"]} if streams else set()
+    assert abreast == {0, 8, 16}
 
 
 def test_threads_that_meet_by_several_ways_do_so_by_a_barrier_for_that():
