@@ -136,6 +136,11 @@ def octaves(bucket: Bucket) -> float:
     return sum(math.log2((high or 1 << 31) / max(low, 1)) for _, low, high in bucket)
 
 
+def lower(bucket: Bucket, name: str) -> int:
+    """The smallest size of a field that a bucket holds; 0 where it does not state the field."""
+    return next((low for field, low, _ in bucket if field == name), 0)
+
+
 def upper(bucket: Bucket, name: str) -> float:
     """The largest size of a field that a bucket holds; infinite where it has no bound, or does not state the field."""
     return next((high - 1 for field, _, high in bucket if field == name and high is not None), math.inf)

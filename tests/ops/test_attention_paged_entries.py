@@ -130,13 +130,35 @@ def test_rows_of_528_bytes_that_gluon_does_not_serve_are_taken_by_blocks():
 
 @pytest.mark.parametrize(
     ("heads", "batch", "next_n", "alone"),
-    [(64, 128, 1, 1), (33, 64, 2, 1), (64, 256, 1, 1), (64, 100, 1, 0), (64, 148, 1, 0), (32, 128, 1, 0), (128, 128, 1, 0)],
+    [
+        (64, 128, 1, 1),
+        (33, 120, 2, 1),
+        (64, 66, 1, 0),
+        (64, 100, 1, 0),
+        (64, 148, 1, 0),
+        (64, 256, 1, 0),
+        (32, 128, 1, 0),
+        (128, 128, 1, 0),
+    ],
 )
 def test_rows_of_656_bytes_that_fill_waves_of_blocks_have_one_each(heads, batch, next_n, alone):
     """Gluon cuts the lists of others evenly."""
     sizes = AttentionPagedSizes(batch, next_n, 1 << 20)
     config = OP.default_config(AttentionPagedSpec(heads, 2048), sizes, H200)
     assert (config["sharers"] if config.backend == "cuda" else 0) == alone
+
+
+@pytest.mark.parametrize(
+    ("layout", "batches"),
+    [("v32", {100: False, 113: True, 128: True, 132: True, 133: False, 511: False}), ("v4", {65: True, 132: True, 148: False})],
+)
+def test_a_block_for_each_row_serves_no_bucket_that_may_leave_its_last_wave_idle(layout, batches):
+    """A record of 128 rows said once that it serves 65 to 511: those that it suits are left to it."""
+    spec = AttentionPagedSpec(64, 512, layout)
+    for batch, serves in batches.items():
+        bucket = AttentionPagedSizes(batch, 1, 1 << 20).bucket()
+        assert contains((("batch", 65, 512),), bucket)
+        assert serves is not any(OP.reach(spec, shared(1), bucket))
 
 
 def test_many_rows_are_not_shared():

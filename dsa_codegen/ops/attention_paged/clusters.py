@@ -12,7 +12,7 @@ from ...problem import channels
 from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation
 from ...problem.paged import FIXED, scales_of
-from ...problem.values import Scalar
+from ...problem.values import Scalar, upper
 from . import shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
@@ -68,7 +68,7 @@ def pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
         return bool(spec.extra_topk) or rows >= (_FEW_ROWS if spec.heads > _FEW_HEADS else _ROWS)
     if spec.heads > _HEADS:
         return rows >= _ROWS
-    return spec.heads > _HEADS // 2 and clusters // 2 < rows <= clusters
+    return spec.heads > _HEADS // 2 and clusters // 2 < rows <= clusters and upper(sizes.bucket(), "batch") <= clusters
 
 
 def derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Launch, Outputs, Parameter, Violation, exceeds
-from ...problem.values import Bucket, Scalar, upper
+from ...problem.values import Bucket, Scalar, lower, upper
 from . import clusters, shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
@@ -21,7 +21,7 @@ _MOST_BLOCKS = 160
 _SMS = 132
 _AT_ONCE = {3: 39, 5: 22, 6: 17, 8: 15, 16: 7}  # clusters of so many blocks that an H200 runs at once, as its driver says
 _FEW_ENTRIES, _FEW_HEADS = 1024, 32  # of lists for which clusters are known to win, and heads from which on
-_FULL = 0.95  # of the blocks of whole waves, so many rows at least
+_FULL = 0.85  # of the blocks of whole waves, so many at least
 _THREADS = 512  # four groups: two make tiles, two multiply
 _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 72}  # per thread; 4 * 128 of a block
 _REGISTERS_ALONE = {"lead_registers": 216, "follow_registers": 160, "make_registers": 64}
@@ -35,9 +35,11 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
 
 
 def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
-    """Few rows: not many more blocks than run at once, where they meet."""
+    """Few rows: not many more blocks than run at once, where they meet; where they do not, many that fill their waves."""
     if config["sharers"] > 1:
         yield from exceeds("blocks of sharers", _most_clusters(spec, bucket) * config["sharers"], _MOST_BLOCKS)
+    elif upper(bucket, "batch") * _head_blocks(spec) > _SMS // 2:
+        yield from exceeds("per cent of waves left idle", 100 * (_needed(spec, bucket) - _filled(spec, bucket)), 0)
 
 
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
@@ -47,7 +49,7 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     8, 19.8 and 22.9 at 16; 64 heads 9.9 and 13.8, 13.1 and 15.1, 13.9 and 18.5. With k 2048 over 656 bytes 14.3 and 14.4 at one
     row of 128 heads, more than Gluon's elsewhere.
     """
-    if _pays_alone(spec, sizes, gpu):
+    if _pays_alone(spec, sizes.bucket()):
         return 1
     if spec.topk + spec.extra_topk > _FEW_ENTRIES or spec.heads <= _FEW_HEADS:
         return 0
@@ -55,20 +57,37 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     return max((sharers for sharers, most in _AT_ONCE.items() if clusters <= most * gpu.sms // _SMS), default=0)
 
 
-def _pays_alone(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
+def _pays_alone(spec: AttentionPagedSpec, bucket: Bucket) -> bool:
     """Whether a block for each row is known to take less than Gluon's, and than clusters, of which too few run at once.
 
     On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 35.2 µs at 128 rows, Gluon 38.7, clusters 48.8.
     Over 528 bytes with k 512, where Gluon does not serve, 29.1 and clusters 37.8. Over 656 bytes with k 2048 91 and Gluon 100
     where rows fill whole waves of blocks; elsewhere Gluon is ahead, who shares lists out evenly: with k 16384 296 rows are
-    three waves, 2033 µs and 1583.
+    three waves, 1924 µs and 1803.
     """
-    rows = sizes.batch * sizes.next_n
-    if rows <= gpu.sms // 2 or spec.heads > _HEADS:
+    few = max(upper(bucket, "batch"), lower(bucket, "next_n")) <= _SMS // 2
+    if few or spec.heads > _HEADS or (spec.heads <= _FEW_HEADS and not spec.general):
         return False
-    if spec.d_qk != spec.d_v:
-        return spec.heads > _FEW_HEADS and rows >= _FULL * -(-rows // gpu.sms) * gpu.sms
-    return spec.general or (spec.heads > _FEW_HEADS and spec.topk + spec.extra_topk <= _FEW_ENTRIES)
+    short = spec.d_qk != spec.d_v or spec.general or spec.topk + spec.extra_topk <= _FEW_ENTRIES
+    return short and _filled(spec, bucket) >= _needed(spec, bucket)
+
+
+def _needed(spec: AttentionPagedSpec, bucket: Bucket) -> float:
+    """The share of their waves that blocks must fill to be ahead.
+
+    Clusters, which serve 528 bytes, have waves of their own; over 584 bytes one wave is ahead of Gluon's however full it is.
+    """
+    one_wave = spec.d_qk == spec.d_v and upper(bucket, "batch") * _head_blocks(spec) <= _SMS
+    return 0.0 if spec.general or one_wave else _FULL
+
+
+def _filled(spec: AttentionPagedSpec, bucket: Bucket) -> float:
+    """The least share of the places of their waves that blocks of any rows of the bucket fill."""
+    least = max(lower(bucket, "batch"), 1) * max(lower(bucket, "next_n"), 1) * _head_blocks(spec)
+    most = upper(bucket, "batch") * (upper(bucket, "next_n") if lower(bucket, "next_n") else 1) * _head_blocks(spec)
+    waves = -(-least // _SMS)
+    begun = (waves * _SMS + 1) / ((waves + 1) * _SMS) if most > waves * _SMS else 1.0
+    return min(least / (waves * _SMS), begun)
 
 
 def _most_clusters(spec: AttentionPagedSpec, bucket: Bucket) -> float:

@@ -36,6 +36,7 @@ _SHARED = 0.02  # scale of a cache whose values share one
 _BY_CHANNELS = {576: "v32", 512: "v4"}
 _PROMPTS = (512, 2048, 8192)  # rows of calls that are no decode step
 _FEW = 17  # sequences: of fewer it matters how many rows each has
+_ONE_WAVE = (113, 133)  # sequences whose rows, of so many queries each, fill so many whole waves of the 132 SMs of a Hopper GPU
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
 
@@ -120,7 +121,7 @@ class AttentionPagedSizes(Sizes):
     tokens: int
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "batch": (2, 3, 5, 9, _FEW, 65, *_PROMPTS),
+        "batch": (2, 3, 5, 9, _FEW, 65, *_ONE_WAVE, *_PROMPTS),
         "next_n": (2, 3, 5, 9, *_PROMPTS),
         "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
