@@ -161,6 +161,13 @@ def test_a_block_for_each_row_serves_no_bucket_that_may_leave_its_last_wave_idle
         assert serves is not any(OP.reach(spec, shared(1), bucket))
 
 
+def test_every_range_of_many_sequences_is_tuned():
+    """A call that no record serves is told to tune, which must help."""
+    tuned = {case.sizes.bucket() for case in OP.workloads(AttentionPagedSpec(64, 2048))}
+    for batch in (17, 64, 65, 112, 113, 132, 133, 511):
+        assert AttentionPagedSizes(batch, 1, 1 << 20).bucket() in tuned
+
+
 def test_many_rows_are_not_shared():
     """A record of few rows serves no prompt."""
     spec = AttentionPagedSpec(64, 512, "v4")

@@ -250,8 +250,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
 
     def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         # Far more tokens than fit in L2 where a batch would bring them.
-        sizes = ((64, 1, 1 << 20), (1, 1, 1 << 16), (8, 1, 1 << 18), (128, 1, 1 << 20), (4096, 1, 1 << 15))
-        return [Case(AttentionPagedSizes(*size), "random") for size in sizes]
+        batches = ((64, 1 << 20), (1, 1 << 16), (8, 1 << 18), (128, 1 << 20), (4096, 1 << 15), (96, 1 << 20), (256, 1 << 20))
+        return [Case(AttentionPagedSizes(batch, 1, tokens), "random") for batch, tokens in batches]
 
 
 def _layout_of(d_qk: int, name: str, d_v: int, d_rope: int) -> tuple[AnyKvLayout, dict[str, Any]]:
