@@ -287,9 +287,9 @@ def sustain(out: Path, within: float, gpu: Gpu, first: int) -> None:
     rows: list[dict[str, Any]] = []
     nvml = Nvml()
     for one, stage, inputs in each_case(within, first):
-        first = nbytes(InputSet(inputs, {}))
+        size = nbytes(InputSet(inputs, {}))
         draws = lambda number: stage.inputs(one, Draw(seed_of(one.id) + number, "cuda"))  # noqa: B023, E731
-        sets = rotation(draws, inputs, first, moved(stage.costs(one)), gpu)
+        sets = rotation(draws, inputs, size, moved(stage.costs(one)), gpu)
         for name, prepare in contestants(stage, one, inputs):
             rows.append({"case": one.id, "who": name, **alone([prepare(each).run for each in sets], nvml)})
             print(json.dumps(rows[-1]), flush=True)
