@@ -202,7 +202,7 @@ def candidates_paged(
     Args:
         q, cache, weights, page_table, max_context, logits, max_bytes, sms: as there, of the part.
         lengths: int32 [batch, next_n], of the part, none beyond the pages of the table.
-        topk: 64 to 4096, of the whole choice.
+        topk: 1 to 4096, of the whole choice.
         held: offset, stride and block of ``distributed.Shard``.
         options: score, batch_invariant of ``indexer_logits_paged``.
 

@@ -35,7 +35,7 @@ def index_select_pooled(
         block_starts: int32 [queries], the first block of the query's sequence.
         starts, ends: int32 [queries], in tokens: the first of the query's sequence, and one past the last that it sees. A block
             counts where the query sees all of it.
-        topk: tokens of chosen blocks at most, a multiple of pool; at least 64 blocks.
+        topk: tokens of chosen blocks at most, a multiple of pool; 1 to 4096 blocks.
         pool: tokens of a block.
         page_table, page: as in ``select``, of tokens; with it the result holds slots.
         options: score, logits, max_bytes, scores, sms, batch_invariant, keep_first, keep_recent (blocks) of ``index_select``.

@@ -30,7 +30,7 @@ def merge_choices(
     Args:
         scores: fp32 [rows, n], of the candidates of all ranks, in any order.
         tokens: int32 [rows, n], their tokens in the sequence, each at most once in a row; -1 is no candidate.
-        topk: 64 to 4096.
+        topk: 1 to 4096.
         starts, ends: int32 [rows], the windows in the sequence; read only where tokens are kept. starts are 0 where absent.
         keep_first, keep_recent: as in ``select``.
 

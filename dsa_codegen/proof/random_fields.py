@@ -195,7 +195,7 @@ def _adapt(draw: random.Random, native: bool) -> dict[str, Any]:
     mass = draw.choice(("none", "chosen", "window"))
     by_row = {name: draw.random() < 0.5 for name in ("masses", "min_scores", "counts", "chosen_scores")}
     by_row["masses"] &= mass != "none"
-    return {"topk": _topk(draw, 64, 4096), "mass": mass, **_listed(draw), **by_row}
+    return {"topk": _topk(draw, 1, 4096), "mass": mass, **_listed(draw), **by_row}
 
 
 def _candidates(draw: random.Random, native: bool) -> dict[str, Any]:

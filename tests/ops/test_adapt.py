@@ -27,7 +27,14 @@ def test_matches_the_reference(interpreter, spec, case):
     assert_matches_reference(interpreter, OP, spec, SMALL, case)
 
 
-@pytest.mark.parametrize(("topk", "mass"), [(64, "window"), (2048, "window"), (3000, "chosen"), (4096, "none")])
+@pytest.mark.parametrize("topk", [1, 5, 33])
+def test_lists_of_a_few_tokens_match_the_reference(interpreter, topk):
+    for spec in OP.options(AdaptSpec(topk)):
+        for case in OP.cases(spec)[:3]:
+            assert_matches_reference(interpreter, OP, spec, Config.of("triton", num_warps=1), case)
+
+
+@pytest.mark.parametrize(("topk", "mass"), [(3, "window"), (64, "window"), (2048, "window"), (3000, "chosen"), (4096, "none")])
 def test_compiles_for_hopper(topk, mass):
     spec = AdaptSpec(topk, mass=mass, counts=True)
     assert_compiles(OP, spec, OP.default_config(spec, AdaptSizes(64, 65536), H200))
@@ -143,7 +150,7 @@ def test_refuses(argument, changed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("topk", [64, 512, 2048, 4096])
+@pytest.mark.parametrize("topk", [1, 5, 64, 512, 2048, 4096])
 def test_kernels_equal_the_reference(topk):
     from dsa_codegen.gpu import detect
     from dsa_codegen.kernels.build import build

@@ -80,6 +80,7 @@ ROWS = {
         ("attention_paged", PAGED, "topk", (1, 1 << 20), (0, (1 << 20) + 1)),
         ("attention_gqa", GROUPS, "topk", (1, 1 << 20), (0, (1 << 20) + 1)),
         ("select", SELECT, "topk", (1, 4096), (0, 4097)),
+        ("adapt", {"topk": 64}, "topk", (1, 4096), (0, 4097)),
         ("model", MODEL, "topk", (64, 4096), (63, 4097)),
     ],
     "scales of cached latents": [

@@ -14,6 +14,7 @@ from .problem import AdaptSizes, AdaptSpec
 
 _BLOCK_N = 2048  # scores of a step of `total`
 _MOST_SPLITS = 64  # of a row's window
+_WARP = 32  # entries of a list at least, so that each lane has one of its own
 _BLOCKS_PER_SM = 4  # of `total`: as many windows or shares of them as are read at once
 
 
@@ -27,15 +28,15 @@ class AdaptKernels(Kernels[AdaptSpec, AdaptSizes]):
 
     def constraints(self, spec: AdaptSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         # Token, score, key and weight of an entry lie in registers throughout.
-        yield from exceeds("entries per thread", next_power_of_two(spec.topk) / (32 * config["num_warps"]), 16)
+        yield from exceeds("entries per thread", _block_k(spec) / (_WARP * config["num_warps"]), 16)
 
     def guesses(self, spec: AdaptSpec, sizes: AdaptSizes, gpu: Gpu) -> Iterable[Config]:
         # 32 sums one behind the other: few rows wait for each, many share the SMs.
         for entries in (8, 16) if sizes.rows <= gpu.sms else (16,):
-            yield Config.of("triton", num_warps=max(1, next_power_of_two(spec.topk) // (32 * entries)))
+            yield Config.of("triton", num_warps=max(1, _block_k(spec) // (_WARP * entries)))
 
     def derived(self, spec: AdaptSpec, config: Config) -> dict[str, Scalar]:
-        return {"block_k": next_power_of_two(spec.topk), "block_n": _BLOCK_N, "most_splits": _MOST_SPLITS}
+        return {"block_k": _block_k(spec), "block_n": _BLOCK_N, "most_splits": _MOST_SPLITS}
 
     def launches(self, spec: AdaptSpec, config: Config, inputs: Inputs, outputs: Outputs, gpu: Gpu) -> Sequence[Launch]:
         scores, chosen = inputs["scores"], inputs["chosen"]
@@ -66,3 +67,7 @@ class AdaptKernels(Kernels[AdaptSpec, AdaptSizes]):
         rule = (math.nan if least is None else least, 1.0 if share is None else share, inputs["mass_scale"])
         args = (scores, chosen, *windows, *optional, *partial, *outputs.values(), *sizes, *kept, *rule, splits, *paging)
         return (*before, Launch("adapt", (rows, 1, 1), args))
+
+
+def _block_k(spec: AdaptSpec) -> int:
+    return max(next_power_of_two(spec.topk), _WARP)

@@ -60,7 +60,7 @@ class AdaptSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_range("topk", 64, 4096)
+        self.require_range("topk", 1, 4096)
         self.require_in("scores", SCORES)
         self.require_in("mass", MASSES)
         self.require_in("output", OUTPUTS)
@@ -122,7 +122,8 @@ class AdaptProblem(Problem[AdaptSpec, AdaptSizes]):
         rows, columns = case.sizes.rows, case.sizes.columns
         ragged = case.distribution.startswith("ragged")
         kept: dict[str, Any]
-        kept = {"keep_first": 3, "keep_recent": 17} if ragged else {"keep_first": 0, "keep_recent": 0}
+        first = min(3, spec.topk) if ragged else 0
+        kept = {"keep_first": first, "keep_recent": min(17, spec.topk - first) if ragged else 0}
         chosen = SelectSpec(spec.topk, spec.scores, spec.starts, **kept)
         drawn = SELECT.inputs(replace(chosen, output=spec.output), Case(SelectSizes(rows, columns), case.distribution), draw)
         table = drawn["page_table"]
