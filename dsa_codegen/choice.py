@@ -282,6 +282,8 @@ def _table_of(page_table: Tensor | None, queries: int, rows: slice) -> Tensor | 
 def _check_adaptive(adaptive: Adaptive | None, chosen_lengths: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
     """The rule's numbers, and a buffer for lengths with a rule and none without."""
     if adaptive is not None:
+        if not isinstance(adaptive, Adaptive):
+            raise InputError("adaptive", type(adaptive).__name__, "an Adaptive, or None")
         adaptive.checked(math.prod(shape))
         checks.tensor("chosen_lengths", chosen_lengths, shape, torch.int32, like=q)
     elif chosen_lengths is not None:

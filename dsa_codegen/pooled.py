@@ -10,6 +10,7 @@ from torch import Tensor
 from . import choice, functions
 from .errors import InputError
 from .problem import checks
+from .problem.presets import POOLS
 
 
 def index_select_pooled(
@@ -105,6 +106,8 @@ def _blocks(topk: int, pool: int) -> int:
     """Blocks of a list."""
     for name, value in (("topk", topk), ("pool", pool)):
         checks.check_kind(name, value, "int")
-    if pool < 1 or topk % pool:
+    if pool not in POOLS:
+        raise InputError("pool", pool, f"one of {', '.join(map(str, POOLS))}")
+    if topk % pool:
         raise InputError("topk", topk, f"a multiple of pool, {pool}")
     return topk // pool

@@ -104,6 +104,8 @@ def test_refuses():
         dsa.index_select(*call, 64, adaptive=RULE)
     with pytest.raises(InputError, match=r"^chosen_lengths:"):
         dsa.index_select(*call, 64, chosen_lengths=torch.empty(13, dtype=torch.int32))
+    with pytest.raises(InputError, match=r"^adaptive: got float"):
+        dsa.index_select(*call, 64, adaptive=0.9, chosen_lengths=torch.empty(13, dtype=torch.int32))
     with pytest.raises(InputError, match=r"^adaptive.mass:"):
         dsa.index_select(*call, 64, adaptive=dsa.Adaptive(mass=torch.ones(4)))
     for rule in (0.5, dsa.Adaptive(mass=torch.ones(4))):

@@ -15,7 +15,7 @@ from ..problem.paged import check_cache
 from .candidates import NO_TOKEN, merge_ascending, merge_choices
 from .gather import exchanged, gathered, gathered_together, place
 from .outputs import merge_attention
-from .shard import Shard
+from .shard import Shard, checked
 
 DEALT_BYTES = 2 << 20
 """Where so many bytes of candidates would come to every rank, the rows that are merged are dealt out.
@@ -62,7 +62,7 @@ def index_select_by_position(
     pages = checks.tensor("page_table", page_table, (batch, None), torch.int32, like=lengths, inner_contiguous=True).shape[1]
     head_dim = checks.rows("q", q, (batch, next_n, None, None), checks.FP8, like=lengths).shape[-1]
     page = check_cache("cache", cache, head_dim + 4, like=lengths)
-    counts = shard.counted(lengths, pages * page)
+    counts = checked(shard).counted(lengths, pages * page)
     mine = cache, weights, counts, page_table, shard.number(max_context)
     options: dict[str, Any] = {"score": score, "logits": logits, "max_bytes": max_bytes, "sms": sms}
     options["batch_invariant"] = batch_invariant
@@ -126,11 +126,11 @@ def sparse_attention_by_position(
         heads / world of them, of each rank its own.
     """
     rank, world = place(group)
+    held = checked(shard).offset, shard.stride, shard.block, shard.tokens
     if own_heads and q.shape[-2] % world:
         raise InputError("own_heads", f"{q.shape[-2]} heads", f"a multiple of {world}, the ranks")
     batch, next_n, topk = checks.tensor("chosen", chosen, (None, None, None), torch.int32).shape
     checks.tensor("page_table", page_table, (batch, None), torch.int32, like=chosen, inner_contiguous=True)
-    held = shard.offset, shard.stride, shard.block, shard.tokens
     slots, counts = functions.resolve_own(chosen.flatten(0, 1), page_table, page, held)
     own = slots.view(batch, next_n, topk), counts.view(batch, next_n)
     stored: dict[str, Any] = {"layout": layout, "d_v": d_v, "d_rope": d_rope, "batch_invariant": batch_invariant}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ..errors import InputError, SpecError
 
 _MOST = 2**31 - 1  # token numbers are int32
 
@@ -86,6 +86,17 @@ _HELD: dict[tuple[Shard, int, torch.device], Tensor] = {}
 _MOST_LISTS = 64
 
 
+def checked(shard: object) -> Shard:
+    """The shard.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(shard, Shard):
+        raise InputError("shard", repr(shard), "a Shard: Shard.interleaved(rank, world, block), or Shard.stretch(first, n)")
+    return shard
+
+
 def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     """What a rank has of a choice: its own tokens in front, in the order of the choice, and how many they are.
 
@@ -96,7 +107,7 @@ def localise(chosen: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     Returns:
         int32 [..., n], the rank's token numbers, -1 behind them; int32 [...], the counts.
     """
-    local = shard.to_local(chosen)
+    local = checked(shard).to_local(chosen)
     own = local >= 0
     count = own.cumsum(-1)
     # The others go to a column that is cut off; nothing is sorted.

@@ -137,7 +137,7 @@ def check_kind(name: str, value: object, kind: str) -> None:
         return
     called, fits = _KINDS[inner]
     if not fits(value):
-        shown = type(value).__name__ if isinstance(value, (Tensor, list, tuple)) else repr(value)
+        shown = repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
         raise InputError(name, shown, called if inner == kind else f"{called}, or None")
 
 

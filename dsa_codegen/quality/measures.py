@@ -88,8 +88,10 @@ def measure(of: Activations, ks: Sequence[int], choices: Sequence[str] = CHOICES
 def _check(of: object, ks: Sequence[int], choices: Sequence[str]) -> None:
     if not isinstance(of, Activations) or not len(of.q):
         raise InputError("of", type(of).__name__ if not isinstance(of, Activations) else "no queries", "Activations of queries")
-    if not ks or any(not isinstance(k, int) or not 1 <= k <= 1 << 16 for k in ks):
-        raise InputError("ks", list(ks), "numbers of tokens, 1 to 65536")
+    if not isinstance(ks, Sequence) or not ks or any(type(k) is not int or not 1 <= k <= 1 << 16 for k in ks):
+        raise InputError("ks", repr(ks), "numbers of tokens, 1 to 65536")
+    if isinstance(choices, str):
+        raise InputError("choices", repr(choices), "a list of them")
     for choice in choices:
         checks.one_of("choices", choice, CHOICES)
 

@@ -58,6 +58,12 @@ def test_impossible_shards_are_refused(make):
         make()
 
 
+@pytest.mark.parametrize("shard", [None, 3])
+def test_what_is_no_shard_is_named(shard):
+    with pytest.raises(InputError, match=r"^shard: .*Shard\.interleaved"):
+        distributed.localise(torch.zeros(2, 4, dtype=torch.int32), shard)
+
+
 def test_localise_puts_the_own_in_front():
     chosen = torch.tensor([[1, 2, 4, -1, 7], [0, 2, 4, 6, 8], [-1, -1, -1, -1, -1]], dtype=torch.int32)
     local, counts = distributed.localise(chosen, Shard.interleaved(1, 2))

@@ -154,6 +154,9 @@ def test_refuses():
     call = q, pooled, None, weights, none, none, end
     with pytest.raises(InputError, match=r"^topk:"):
         dsa.index_select_pooled(*call, 254, 4, scores="bf16")
+    for pool in (0, 3):
+        with pytest.raises(InputError, match=rf"^pool: got {pool}; expected one of 1, 2, 4"):
+            dsa.index_select_pooled(*call, 255, pool, scores="bf16")
     with pytest.raises(InputError, match=r"^out:"):
         dsa.index_select_pooled(*call, 256, 4, scores="bf16", out=none)
     with pytest.raises(SpecError, match="pool"):

@@ -156,7 +156,8 @@ def test_wrong_activations_are_named(changes, name):
 
 
 def test_wrong_choices_and_ks_are_named():
-    for arguments, name in (([0], ["exact"]), "ks"), (([8], ["best"]), "choices"), (([], ["exact"]), "ks"):
+    more = ((8, ["exact"]), "ks"), (([True], ["exact"]), "ks"), (([8], "exact"), "choices")
+    for arguments, name in (([0], ["exact"]), "ks"), (([8], ["best"]), "choices"), (([], ["exact"]), "ks"), *more:
         with pytest.raises(InputError, match=f"^{name}"):
             quality.measure(small(), *arguments)
     with pytest.raises(SpecError, match=r"^score"):
