@@ -10,6 +10,8 @@ import torch
 import dsa_codegen as dsa
 from dsa_codegen import choice, functions
 from dsa_codegen.errors import InputError, SpecError
+from dsa_codegen.problem.caches import IndexKLayout
+from dsa_codegen.problem.draw import Draw
 
 import exact_inputs
 
@@ -178,3 +180,55 @@ def test_slots_of_is_what_select_writes():
     table = torch.tensor([[4, 1, -1]], dtype=torch.int32)
     assert choice.slots_of(tokens, table, 16).tolist() == [[64, 17, -1], [-1, 67, 16]]
     assert choice.slots_of(tokens, table[:, :0], 16).eq(-1).all()
+
+
+GB = 1 << 30
+
+
+def peak_of(call):
+    """What a call gives, and the most that was allocated meanwhile, its arguments among it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    found = call()
+    torch.cuda.synchronize()
+    return found, torch.cuda.max_memory_allocated()
+
+
+def many_keys(draw, tokens):
+    """e4m3 keys and their scales, drawn in parts: what bf16 ones would take is no part of the call."""
+    parts = [dsa.quantize_index_k(draw.normal(tokens // 16, 128, dtype=torch.bfloat16)) for _ in range(16)]
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")
+def test_a_million_tokens_and_4096_queries_take_2_gb():
+    draw, tokens, queries = Draw(8, "cuda"), 1 << 20, 4096
+    keys, scales = many_keys(draw, tokens)
+    q, weights = draw.normal(queries, 64, 128, dtype=torch.float8_e4m3fn), draw.normal(queries, 64)
+    ends = torch.arange(tokens - queries + 1, tokens + 1, dtype=torch.int32, device="cuda")
+    call = q, keys, scales, weights, torch.zeros_like(ends), ends
+    chosen, peak = peak_of(lambda: dsa.index_select(*call, 2048))
+    assert peak <= 2 * GB, f"{peak / GB:.2f} GB"
+    rows = slice(768, 1024)  # one of 16 chunks of 256
+    few = dsa.indexer_logits(q[rows], keys, scales, weights[rows], call[4][rows], ends[rows])
+    assert torch.equal(chosen[rows], dsa.select(few, ends[rows], 2048, starts=call[4][rows]))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::dsa_codegen.Untuned")
+def test_a_million_tokens_of_many_sequences_take_2_gb():
+    """512 sequences that share their pages: 2 GB of logits by themselves."""
+    draw, tokens, batch = Draw(9, "cuda"), 1 << 20, 512
+    layout = IndexKLayout(64, 128)
+    cache = layout.empty(tokens // 64, "cuda")
+    layout.pack(cache, torch.arange(tokens, device="cuda"), *many_keys(draw, tokens))
+    q, weights = draw.normal(batch, 1, 64, 128, dtype=torch.float8_e4m3fn), draw.normal(batch, 64)
+    table = torch.stack([draw.permutation(tokens // 64).int()] * batch)
+    lengths = draw.integers(1, tokens + 1, batch, 1)
+    call = q, cache, weights, lengths, table, tokens
+    chosen, peak = peak_of(lambda: dsa.index_select_paged(*call, 2048))
+    assert peak <= 2 * GB, f"{peak / GB:.2f} GB"
+    rows = slice(256, 512)
+    few = dsa.indexer_logits_paged(q[rows], cache, weights[rows], lengths[rows], table[rows], tokens)
+    assert torch.equal(chosen[rows, 0], dsa.select(few, lengths[rows].flatten(), 2048, page_table=table[rows]))
