@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import ops
-from ..errors import NoConfig
+from ..errors import NoConfig, SpecError
 from ..gpu import Gpu
 from ..problem.op import Case, Op
 from ..problem.presets import Model
@@ -28,6 +28,7 @@ def specs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> li
     Raises:
         UnknownName: a name is no operation.
         NoConfig: ``gpu`` is too old for an operation that was named.
+        SpecError: the model calls none of those that were named.
     """
     chosen = [ops.get(name) for name in names] or [op for op in ops.all_ops().values() if not op.training]
     able = [op for op in chosen if gpu is None or gpu.capability >= op.min_capability]
@@ -35,7 +36,11 @@ def specs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> li
         if op not in able:
             assert gpu is not None
             raise NoConfig(op.name, gpu.name, [f"sm_{op.min_capability} or newer needed, it is sm_{gpu.capability}"])
-    return [(op, spec) for op in able for spec in op.specs(model)]
+    found = [(op, spec) for op in able for spec in op.specs(model)]
+    if names and not found:
+        called = ", ".join(op.name for op in ops.all_ops().values() if op.specs(model))
+        raise SpecError("op", ", ".join(names), f"what {model.name} calls: {called}")
+    return found
 
 
 def needs(model: Model, names: Sequence[str] = (), gpu: Gpu | None = None) -> Iterator[Need]:

@@ -87,6 +87,14 @@ def test_help_names_every_operation_and_its_sizes(tmp_path):
     assert "attention_paged: batch=… next_n=… tokens=…" in text
 
 
+@pytest.mark.parametrize("command", ["explain", "verify", "tune", "build --out builds", "generate --out generated"])
+def test_an_operation_that_the_model_does_not_call_is_said(command, tmp_path):
+    """Nothing was checked, tuned or built: that is no success."""
+    done = run(f"python cli.py {command} --op attention_paged --preset glm-5.3-flash --gpu h200", tmp_path, COLUMNS="1000")
+    assert done.returncode == 2
+    assert "'attention_paged' is not possible; allowed: what glm-5.3-flash calls: adapt, attention, " in done.stderr
+
+
 @pytest.mark.parametrize("sizes", ["queries=²", "queries=1 context"])
 def test_sizes_that_are_no_numbers(sizes, tmp_path):
     done = run(f"python cli.py explain --op indexer --gpu h200 {sizes}", tmp_path)
