@@ -77,15 +77,15 @@ class CandidatesProblem(Problem[CandidatesSpec, CandidatesSizes]):
         held = {"offset": 8, "stride": 24, "block": 8} if case.distribution == "sharded" else {}
         logits = draw.normal(rows, columns).to(LOGITS[spec.logits])
         # Not as a selection would give them: with none between others, and in any order.
-        tokens = draw.integers(-columns // 4 - 1, max(columns, 1), rows, spec.topk).clamp(min=-1).int()
+        tokens = draw.integers(-columns // 4 - 1, columns + columns // 4 + 1, rows, spec.topk).clamp(min=-1).int()
         tokens = tokens if columns else tokens.fill_(-1)
         return {"logits": logits, "tokens": tokens, "offset": 0, "stride": 1, "block": 1, **held}
 
     def reference(self, spec: CandidatesSpec, inputs: Inputs) -> Outputs:
         logits, token = inputs["logits"], inputs["tokens"].long()
-        none = token < 0
+        none = (token < 0) | (token >= logits.shape[1])
         if logits.shape[1]:
-            score = logits.gather(1, token.clamp(min=0)).float().masked_fill(none, -torch.inf)
+            score = logits.gather(1, token.masked_fill(none, 0)).float().masked_fill(none, -torch.inf)
         else:
             score = torch.full_like(token, -torch.inf, dtype=torch.float32)
         whole = token // inputs["block"] * inputs["stride"] + token % inputs["block"] + inputs["offset"]
