@@ -114,6 +114,9 @@ def sources(models: Sequence[str], gpu: Gpu, names: Sequence[str] = ()) -> list[
 
 
 def _of_model(model: Model, gpu: Gpu, names: Sequence[str]) -> list[Subject]:
+    names = [name for name in names if ops.get(name).specs(model)]
+    if not names:
+        return []
     own = verification.subjects(model, gpu, names)
     known = {(each.op.name, each.spec) for each in own}
     wide = verification.subjects(replace(model, heads=128), gpu, names)

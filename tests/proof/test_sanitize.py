@@ -317,6 +317,13 @@ def test_operations_of_training_and_of_grouped_queries_are_run():
     assert sources.sources(["tiny-gqa"], H200, ["select"]), "few blocks are chosen, and some of them kept"
 
 
+def test_a_model_that_calls_none_of_the_named_operations_has_no_sources():
+    """Of grouped queries there are no slots to resolve; the other model's are found."""
+    named = sources.sources(["tiny-gqa", "tiny"], H200, ["resolve"])
+    assert named and {each.op.name for each in named} == {"resolve"}
+    assert not sources.sources(["tiny-gqa"], H200, ["resolve"])
+
+
 def test_where_none_is_named_all_are_checked(monkeypatch):
     """Sources are made for serving's and for training's operations, of every model."""
     asked = []
