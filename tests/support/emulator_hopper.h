@@ -215,6 +215,10 @@ DEVICE void store_float(u32 address, float value) { *(float *)(emulator::shared 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float max_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 DEVICE u32 pack(float low, float high) { return emulator::narrowed(low) | emulator::narrowed(high) << 16; }
+DEVICE u32 scale_pair(u32 pair, float factor) {
+  const float by = bits_as<float>(emulator::narrowed(factor) << 16);
+  return pack(bits_as<float>(pair << 16) * by, bits_as<float>(pair & 0xFFFF0000) * by);
+}
 DEVICE void store_transposed(u32 address, u32 a, u32 b) {
   const u32 pairs[] = {a, b};
   emulator::store_transposed(address, pairs, 2);
@@ -326,6 +330,10 @@ DEVICE void cluster_arrive() { emulator::arrived++; }
 DEVICE void cluster_wait() {
   const int all = emulator::block_threads * emulator::cluster, phase = ++emulator::passed[emulator::current];
   emulator::wait_until([&] { return emulator::arrived >= phase * all; });
+}
+DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 #endif
 DEVICE uint4 fetch16(const unsigned char *from, bool valid) { return valid ? *(const uint4 *)from : uint4{0, 0, 0, 0}; }
