@@ -14,7 +14,7 @@ from dsa_codegen.problem.checks import FP8
 from dsa_codegen.problem.draw import Draw
 
 import emulator
-from support import H200
+from support import H200, assert_policies_are_in_even_registers
 
 TEXT = Path(__file__).parents[1] / "support" / "cuda_parts.jinja"
 BF16, HALF, INT = torch.bfloat16, torch.float16, torch.int32
@@ -71,6 +71,7 @@ def same(found, expected):
 def test_they_compile_for_hopper_without_spills():
     built = build.build(rendered(), H200)
     assert {name: usage.spills for name, usage in built.resources.items()} == dict.fromkeys(built.resources, 0)
+    assert_policies_are_in_even_registers(built)
 
 
 def test_numbers(machine):

@@ -106,6 +106,8 @@ def assert_compiles(op: Op, spec: Spec, config: Config, gpu: Gpu = H200, spills:
         assert usage.smem <= gpu.smem_per_block, (kernel, usage)
         if config.backend in ("tilelang", "cuda") or render.release(render.installed_triton()) == SPILLS_OF:
             assert usage.spills <= spills, (kernel, usage)
+    if config.backend == "cuda" and "cp.async.cg.shared.global.L2::cache_hint" in built.rendered.code:
+        assert_policies_are_in_even_registers(built)
 
 
 def assert_policies_are_in_even_registers(built: build.Built) -> None:
