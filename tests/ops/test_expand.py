@@ -19,7 +19,7 @@ from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Config
 from dsa_codegen.problem.presets import Model
 
-from support import H200, assert_compiles, assert_matches_reference
+from support import H200, assert_compiles, assert_matches_reference, run_interpreted
 
 FLASH = presets.preset("glm-5.3-flash")
 SPECS = OP.options(ExpandSpec(12, 16))
@@ -36,6 +36,17 @@ def test_matches_the_reference(interpreter, spec, case):
 @pytest.mark.parametrize("case", POOL.cases(POOLS[0]), ids=lambda case: case.id)
 def test_pooled_keys_match_the_reference(interpreter, spec, case):
     assert_matches_reference(interpreter, POOL, spec, Config.of("triton", block_t=2, num_warps=1), case)
+
+
+def test_blocks_before_the_sequence_name_no_slot(interpreter):
+    """Of a list that is another sequence's: nothing in front of a page table is read."""
+    numbers = {"chosen": [[0, 1], [10, 9]], "block_starts": [0, 10], "starts": [0, 0], "ends": [8, 8]}
+    numbers["page_table"] = [[5, 6], [7, 8]]
+    inputs = {name: torch.tensor(each, dtype=torch.int32) for name, each in numbers.items()} | {"pool": 4, "page": 64}
+    spec = ExpandSpec(2, 4, "slots")
+    found = run_interpreted(interpreter, "expand", spec, Config.of("triton", num_warps=1), inputs)
+    assert found["out"].tolist() == [[*range(320, 328), -1, -1, -1], [448, 449, 450, 451, *[-1] * 7]]
+    assert torch.equal(found["out"], OP.reference(spec, inputs)["out"])
 
 
 def test_compile_for_hopper():

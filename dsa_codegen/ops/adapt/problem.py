@@ -128,10 +128,13 @@ class AdaptProblem(Problem[AdaptSpec, AdaptSizes]):
         drawn = SELECT.inputs(replace(chosen, output=spec.output), Case(SelectSizes(rows, columns), case.distribution), draw)
         table = drawn["page_table"]
         ends = drawn["ends"] if table is None else drawn["ends"].clamp(max=table.shape[1] * chosen.page)
+        listed = SELECT.reference(chosen, {**drawn, "ends": ends, "page_table": None})["chosen"]
+        if ragged:  # as of a list that is not this row's: what no column is of is none
+            listed = listed.masked_fill(draw.uniform(*listed.shape) < 0.05, columns + 3)
         return {
             **drawn,
             "ends": ends,
-            "chosen": SELECT.reference(chosen, {**drawn, "ends": ends, "page_table": None})["chosen"],
+            "chosen": listed,
             "page": chosen.page,
             **kept,
             "min_score": 1.0 if ragged and not spec.min_scores else None,
@@ -213,9 +216,15 @@ def _windows(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return starts, ends
 
 
+def _listed(inputs: Inputs) -> Tensor:
+    """The chosen tokens, -1 in place of those that no column is of."""
+    chosen, columns = inputs["chosen"], inputs["scores"].shape[1]
+    return chosen.masked_fill(chosen >= columns, -1)
+
+
 def _ranked(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(places of a row's entries in the order of choice, fp64 ranks that are so sorted, scores, whether kept): [rows, topk]."""
-    scores, chosen = inputs["scores"], inputs["chosen"]
+    scores, chosen = inputs["scores"], _listed(inputs)
     (start, end), there = _windows(inputs), chosen >= 0
     if not scores.shape[1]:
         scores = scores.new_zeros(len(scores), 1)
@@ -283,7 +292,7 @@ def _slots(inputs: Inputs, token: Tensor) -> Tensor:
 def _cut(spec: AdaptSpec, inputs: Inputs, lengths: Tensor) -> Outputs:
     """The outputs of rows that take so many."""
     order, *_ = _ranked(inputs)
-    chosen = inputs["chosen"]
+    chosen = _listed(inputs)
     place = torch.arange(spec.topk, device=chosen.device)
     taken = torch.zeros_like(chosen, dtype=torch.bool).scatter(1, order, place < lengths[:, None]) & (chosen >= 0)
     front = (~taken).int().argsort(dim=1, stable=True)
