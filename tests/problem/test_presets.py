@@ -17,6 +17,7 @@ NAMES += [
     "deepseek-v4-flash",
     "deepseek-v4-flash-tp8",
     "deepseek-v4-pro",
+    "deepseek-v4-pro-tp8",
     "deepseek-v4.1",
     "glm-5",
     "glm-5-tp8",
