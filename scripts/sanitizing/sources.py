@@ -71,6 +71,7 @@ FURTHER = (
     Further("attention_paged", {"heads": 16}, _PAGED.replace(flat=True, sweep=True)),
     # Few rows: clusters whose blocks share a row's entries, one block for heads or two, over both layouts and two pools.
     Further("attention_paged", {"heads": 128}, _PAGED.replace(sharers=4)),
+    Further("attention_paged", {"heads": 64}, _PAGED.replace(sharers=2)),
     Further("attention_paged", {"heads": 16, **_V4}, _PAGED.replace(sharers=2)),
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED.replace(sharers=8)),
     Further("attention_paged", {"heads": 64, **_V41}, _PAGED.replace(sharers=2)),

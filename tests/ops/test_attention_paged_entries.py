@@ -23,6 +23,7 @@ BY_SHARERS = [
     (AttentionPagedSpec(5, 45, "v4", 53, lengths=True, sink=True), 2),
     (AttentionPagedSpec(16, 700, "v4"), 2),
     (AttentionPagedSpec(40, 200, page=7, lengths=True, sink=True), 1),
+    (AttentionPagedSpec(40, 300, page=7, lengths=True, sink=True), 2),
     (AttentionPagedSpec(8, 300, "v41", d_rope=0, lengths=True, sink=True), 2),
     pytest.param(AttentionPagedSpec(3, 64, sink=True), 16, marks=FURTHER),
     pytest.param(TWO_POOLS, 4, marks=FURTHER),
@@ -52,6 +53,7 @@ def test_shared_entries_match_the_reference(spec, sharers, tmp_path):
     [
         (TWO_POOLS, 8),
         (AttentionPagedSpec(64, 2048, sink=True), 1),
+        (AttentionPagedSpec(64, 2048), 2),
         pytest.param(AttentionPagedSpec(64, 512, "v41", d_rope=0, sink=True), 2, marks=FURTHER),
         pytest.param(AttentionPagedSpec(128, 2048), 16, marks=FURTHER),
         pytest.param(AttentionPagedSpec(16, 2048, lengths=True), 2, marks=FURTHER),
@@ -149,6 +151,24 @@ def test_rows_of_656_bytes_that_fill_waves_of_blocks_have_one_each(heads, batch,
 
 
 @pytest.mark.parametrize(
+    ("heads", "k", "batch", "next_n", "pairs"),
+    [
+        (64, 2048, 64, 1, 2),
+        (33, 2048, 34, 1, 2),
+        (64, 2048, 33, 1, 0),  # clusters that split the channels have a second one for each
+        (64, 2048, 65, 1, 0),
+        (64, 2048, 34, 2, 0),  # two waves
+        (64, 512, 64, 1, 0),
+        (32, 2048, 64, 1, 0),
+        (128, 2048, 64, 1, 0),
+    ],
+)
+def test_rows_of_656_bytes_of_which_each_has_two_blocks_are_shared_by_them(heads, k, batch, next_n, pairs):
+    config = OP.default_config(AttentionPagedSpec(heads, k), AttentionPagedSizes(batch, next_n, 1 << 20), H200)
+    assert (config["sharers"] if config.backend == "cuda" else 0) == pairs
+
+
+@pytest.mark.parametrize(
     ("layout", "batches"),
     [("v32", {100: False, 113: True, 128: True, 132: True, 133: False, 511: False}), ("v4", {65: True, 132: True, 148: False})],
 )
@@ -164,7 +184,7 @@ def test_a_block_for_each_row_serves_no_bucket_that_may_leave_its_last_wave_idle
 def test_every_range_of_many_sequences_is_tuned():
     """A call that no record serves is told to tune, which must help."""
     tuned = {case.sizes.bucket() for case in OP.workloads(AttentionPagedSpec(64, 2048))}
-    for batch in (17, 64, 65, 112, 113, 132, 133, 511):
+    for batch in (17, 33, 34, 64, 65, 112, 113, 132, 133, 511):
         assert AttentionPagedSizes(batch, 1, 1 << 20).bucket() in tuned
 
 
@@ -177,5 +197,7 @@ def test_many_rows_are_not_shared():
 
 
 def test_records_of_wider_buckets_still_serve():
+    for batch, next_n in ((17, 1), (33, 4), (34, 1), (64, 2)):
+        assert contains((("batch", 17, 65),), AttentionPagedSizes(batch, next_n, 1 << 20).bucket())
     for batch in (2, 4, 8, 16):
         assert contains((("batch", 2, 17),), AttentionPagedSizes(batch, 1, 1 << 17).bucket())

@@ -36,6 +36,7 @@ _SHARED = 0.02  # scale of a cache whose values share one
 _BY_CHANNELS = {576: "v32", 512: "v4"}
 _PROMPTS = (512, 2048, 8192)  # rows of calls that are no decode step
 _FEW = 17  # sequences: of fewer it matters how many rows each has
+_IN_PAIRS = (34, 65)  # sequences of which each may have two of the 132 SMs of a Hopper GPU, and no more
 _ONE_WAVE = (113, 133)  # sequences whose rows, of so many queries each, fill so many whole waves of the 132 SMs of a Hopper GPU
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
@@ -121,20 +122,20 @@ class AttentionPagedSizes(Sizes):
     tokens: int
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "batch": (2, 3, 5, 9, _FEW, 65, *_ONE_WAVE, *_PROMPTS),
+        "batch": (2, 3, 5, 9, _FEW, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
         "next_n": (2, 3, 5, 9, *_PROMPTS),
         "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
 
     def bucket(self) -> Bucket:
-        """A decode step's by its batch, of few sequences by the rows of each too; a prompt's, as sequences of one row or as
-        rows of few sequences, by its slots too."""
+        """A decode step's by its batch, of few sequences or of as many as have two SMs each by the rows of each too; a
+        prompt's, as sequences of one row or as rows of few sequences, by its slots too."""
         batch, next_n, tokens = super().bucket()
         if self.batch >= _PROMPTS[0]:
             return batch, tokens
         if self.next_n >= _PROMPTS[0]:
             return ("batch", 0, _PROMPTS[0]), next_n, tokens
-        return (batch, next_n) if self.batch < _FEW else (batch,)
+        return (batch, next_n) if self.batch < _FEW or batch[1:] == _IN_PAIRS else (batch,)
 
 
 class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
@@ -250,7 +251,8 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
 
     def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         # Far more tokens than fit in L2 where a batch would bring them.
-        batches = ((64, 1 << 20), (1, 1 << 16), (8, 1 << 18), (128, 1 << 20), (4096, 1 << 15), (96, 1 << 20), (256, 1 << 20))
+        few, many = (1, 1 << 16), (4096, 1 << 15)
+        batches = ((64, 1 << 20), few, (8, 1 << 18), (128, 1 << 20), many, *((batch, 1 << 20) for batch in (32, 96, 256)))
         return [Case(AttentionPagedSizes(batch, 1, tokens), "random") for batch, tokens in batches]
 
 
