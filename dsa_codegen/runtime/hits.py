@@ -159,7 +159,9 @@ def _launch(
             made = _Maps(view, next(described))
             maps.append((offsets[len(row)], len(views)))
             views.append((view.place, made.known, made))
-            row += [bytes(_MAP_BYTES), *view.shape, *view.strides]
+            row.append(bytes(_MAP_BYTES))
+            if recipe.followed:
+                row += [*view.shape, *view.strides]
         else:
             row.append(plan.constants[place - constants])
     packed = bytearray(recipe.parameters.size)

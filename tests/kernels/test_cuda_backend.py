@@ -20,7 +20,8 @@ import triton
 from dsa_codegen.command import standalone
 from dsa_codegen.errors import BuildError, ToolMissing
 from dsa_codegen.kernels import backends
-from dsa_codegen.kernels.backends import cuda, driver, nvcc
+from dsa_codegen.kernels.backends import cubin, cuda, driver, nvcc
+from dsa_codegen.kernels.tma import Tiled
 
 from support import H200
 
@@ -281,3 +282,32 @@ def test_a_generated_module_launches_by_itself(written, library, monkeypatch):
     assert struct.unpack_from("QQi4xf", arguments) == (given.data_ptr(), 0, -5, 0.5)
     assert (written.number("cluster"), written.number("overlaps")) == (16, 1)
     assert written.allowed() == {8: 200000, 14: 1}
+
+
+TILES = ({"of": "u8", "box": (2, 8), "swizzle": 64}, {"of": "f32", "box": (4, 4), "swizzle": 0})
+TILED = {"args": ("map", "i32", "map", "ptr"), "threads": 128, "smem": 0, "cluster": 1, "pdl": False, "tiles": TILES}
+
+
+def test_tiles_arrive_as_descriptors_alone(written):
+    """In their places, each for its own tile; the driver's stand-in hashes what it is told of one."""
+    matrix = torch.zeros(16, 32, dtype=torch.uint8)
+    kernel = cuda.kernel_of(ctypes.c_void_p(9), "sums", TILED)
+    written.expect([8, 4, 8, 8])
+    one, other = Tiled(matrix), Tiled(matrix, (4, 8), (32, 1), 16)
+    described = [cubin.encode(view, cuda.described(tile))[0][:8] for view, tile in zip((one, other), TILES, strict=True)]
+    for launch in (kernel, kernel.bound((3, 1, 1))):
+        given = (one, 7, other, OUT.data_ptr())
+        launch((3, 1, 1), given) if launch is kernel else launch(*given)
+        head, arguments = written.launch()
+        assert head[0] == 3
+        assert [arguments[:8], arguments[16:24]] == described
+        assert (struct.unpack_from("i", arguments, 8), struct.unpack_from("Q", arguments, 24)) == ((7,), (OUT.data_ptr(),))
+    assert len({*described, *(cubin.encode(one, cuda.described(tile))[0][:8] for tile in TILES)}) == 3
+    recipe = kernel.recipe
+    assert recipe is not None
+    assert (recipe.described, recipe.followed, recipe.hidden) == (tuple(map(cuda.described, TILES)), False, 0)
+
+
+def test_every_descriptor_needs_its_tile(written):
+    with pytest.raises(ValueError, match="sums: 1 tiles of 2 descriptors"):
+        cuda.kernel_of(ctypes.c_void_p(9), "sums", {**TILED, "tiles": TILES[:1]})

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..render import release
 from .base import Launchable
-from .descriptors import Views, rank_of
+from .descriptors import Views, places_of, rank_of
 from .driver import CudaKernel, Recipe, check, library, load_module
 
 _TYPES_FILE = "types.json"
@@ -95,7 +95,7 @@ class TritonCubin(CudaKernel):
         threads, cluster, pdl = facts["num_warps"] * 32, facts["num_ctas"], bool(facts.get("launch_pdl"))
         super().__init__(load_module(cubin), facts["name"], parameters(types), threads, facts["shared"], cluster, pdl)
         self._described = tuple(facts.get("tensordesc_meta") or ())
-        self._expanded = Views(types, self._described, encode)
+        self._expanded = Views(places_of(types), self._described, encode)
 
     @property
     def recipe(self) -> Recipe | None:

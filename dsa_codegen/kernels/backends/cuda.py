@@ -2,26 +2,37 @@
 
 A module states ``SOURCE``, the text, and ``KERNELS = {kernel: {args, threads, smem, cluster, pdl}}`` for the text's
 ``extern "C" __global__`` functions: ``args`` are the kinds of their parameters in order ("ptr", "i32", "u32", "i64", "u64",
-"f32", "f64"), ``threads`` those of a block, ``smem`` its dynamic bytes, ``cluster`` the blocks of a cluster (along x), and
-``pdl`` says whether a launch may overlap the kernel before it. The language is for what ends at the edge of a block in the
-others: clusters, the shared memory of a neighbour, registers that warps hand to each other.
+"f32", "f64", "map"), ``threads`` those of a block, ``smem`` its dynamic bytes, ``cluster`` the blocks of a cluster (along x),
+and ``pdl`` says whether a launch may overlap the kernel before it. A "map" is the descriptor of a matrix of which TMA loads
+tiles, for which a launch gives a ``Tiled``; ``tiles`` states what such a tile is, of each in order: ``{of, box, swizzle}``, the
+type of an element ("u8", "bf16", "f32"), how many along each dimension, and the bytes of a swizzled row (0, 32, 64, 128).
+
+The language is for what ends at the edge of a block in the others: clusters, the shared memory of a neighbour, registers that
+warps hand to each other; and for products whose number of columns is no power of two.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_void_p
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import BuildError
 from ...gpu import Gpu
 from . import nvcc
 from .base import Backend, Launchable, Resources, cubin_usage, import_module
-from .driver import CudaKernel, load_module
+from .cubin import encode
+from .descriptors import Views
+from .driver import CudaKernel, Recipe, load_module
 
 TEXT, BINARY, _REPORT = "kernels.cu", "kernels.cubin", "kernels.log"
 _SMEM_OF_THE_SYSTEM = 1024
+_ELEMENTS = {"u8": (0, 1), "bf16": (10, 2), "f32": (7, 4)}  # Triton's number of a type, as ``cubin`` takes it; bytes
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle
 
 
 class CudaBackend(Backend):
@@ -46,7 +57,54 @@ class CudaBackend(Backend):
     def load(self, source: Path, gpu: Gpu, out: Path) -> Mapping[str, Launchable]:
         kernels = import_module(source).KERNELS
         loaded = load_module((out / BINARY).read_bytes())
-        return {kernel: CudaKernel(loaded, kernel, **facts) for kernel, facts in kernels.items()}
+        return {kernel: kernel_of(loaded, kernel, facts) for kernel, facts in kernels.items()}
+
+
+def kernel_of(loaded: c_void_p, name: str, facts: Mapping[str, Any]) -> CudaKernel:
+    """A kernel of a loaded module, as its KERNELS state it."""
+    plain = {fact: value for fact, value in facts.items() if fact != "tiles"}
+    tiles = facts.get("tiles", ())
+    return TiledKernel(loaded, name, tiles, **plain) if tiles else CudaKernel(loaded, name, **plain)
+
+
+class TiledKernel(CudaKernel):
+    """One with arguments of which TMA loads tiles.
+
+    Args:
+        tiles: of each such argument, as KERNELS states them.
+        others: see ``CudaKernel``.
+    """
+
+    def __init__(
+        self, module: c_void_p, name: str, tiles: Sequence[Mapping[str, Any]], args: Sequence[str], **others: Any
+    ) -> None:
+        super().__init__(module, name, args, **others)
+        self._described = tuple([described(tile) for tile in tiles])
+        self._views = Views([place for place, kind in enumerate(args) if kind == "map"], self._described, _descriptor)
+        if not self._views.known:
+            raise ValueError(f"{name}: {len(tiles)} tiles of {args.count('map')} descriptors")
+
+    @property
+    def recipe(self) -> Recipe | None:
+        plain = super().recipe
+        return plain and replace(plain, described=self._described, followed=False)
+
+    def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
+        super().__call__(grid, self._views(args))
+
+    def bound(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        launch, views = super().bound(grid), self._views
+        return lambda *args: launch(*views(args))
+
+
+def described(tile: Mapping[str, Any]) -> dict[str, Any]:
+    """A tile as ``cubin.encode`` takes it."""
+    kind, size = _ELEMENTS[tile["of"]]
+    return {"elem_type": kind, "elem_size": size, "block_size": list(tile["box"]), "swizzle": _SWIZZLES[tile["swizzle"]]}
+
+
+def _descriptor(view: Any, tile: Mapping[str, Any]) -> list[Any]:
+    return encode(view, tile)[:1]
 
 
 def command(gpu: Gpu, out: Path) -> list[str | Path]:

@@ -1,4 +1,4 @@
-"""Arguments of which TMA loads tiles, as a kernel's parameters take them: a descriptor, the shape, the strides.
+"""Arguments of which TMA loads tiles, as a kernel's parameters take them: a descriptor, for Triton's with shape and strides.
 
 A descriptor is a value: of the same view and tile it is the same, so a view that is launched again keeps what was made of it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 _VIEW = re.compile(r"tensordesc<[^[>]*\[([^]]*)\]")
 
 Encode = Callable[[Any, Mapping[str, Any]], Sequence[Any]]
-"""A view and what its compiled kernel says of the tile -> descriptor, shape and strides."""
+"""A view and what its kernel says of the tile -> the parameters that it comes as, the descriptor first."""
 
 
 def rank_of(kind: str) -> int:
@@ -21,17 +21,21 @@ def rank_of(kind: str) -> int:
     return 1 + view[1].count(",") if view else 0
 
 
+def places_of(types: Sequence[str]) -> list[int]:
+    """Which of a kernel's arguments are views, by its types as SIGNATURES states them."""
+    return [place for place, kind in enumerate(types) if rank_of(kind)]
+
+
 class Views:
     """Puts descriptors in the place of a row of arguments' views.
 
     Args:
-        types: of the kernel's arguments, as SIGNATURES states them.
+        places: of the arguments that are views.
         described: what the compiled kernel says of each view's tile, in their order.
         encode: makes a descriptor.
     """
 
-    def __init__(self, types: Sequence[str], described: Sequence[Mapping[str, Any]], encode: Encode) -> None:
-        places = [place for place, kind in enumerate(types) if rank_of(kind)]
+    def __init__(self, places: Sequence[int], described: Sequence[Mapping[str, Any]], encode: Encode) -> None:
         self.known = len(described) == len(places) and all(described)
         self._views = tuple(zip(places, described, strict=False))
         self._encode = encode

@@ -127,9 +127,11 @@ class Recipe:
     cluster: int = 1
     pdl: bool = False
     described: Sequence[Mapping[str, Any]] = ()
-    """Of each argument of which TMA loads tiles, in order: what ``cubin.encode`` takes. Its shape and strides follow it."""
+    """Of each argument of which TMA loads tiles, in order: what ``cubin.encode`` takes."""
     hidden: int = 0
     """Addresses behind the arguments, all zero."""
+    followed: bool = True
+    """Whether the shape and strides of what TMA loads tiles of follow its descriptor, as parameters of their own."""
 
 
 class CudaKernel:

@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 
 from ..render import release
 from .cubin import SCRATCH, parameters
-from .descriptors import Views, rank_of
+from .descriptors import Views, places_of, rank_of
 from .driver import Parameters, Recipe
 
 _RELEASE = release(triton.__version__)
@@ -52,7 +52,8 @@ class TritonKernel:
             self._fixed = (*head, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
         else:
             self._fixed = (*head, *scratch, *hooks)
-        views = Views(tuple(kernel.src.signature.values()), getattr(kernel.metadata, "tensordesc_meta", None) or (), _encode)
+        places = places_of(tuple(kernel.src.signature.values()))
+        views = Views(places, getattr(kernel.metadata, "tensordesc_meta", None) or (), _encode)
         if views:
             self._views = views
             self._launch = _launcher_of_descriptors(kernel)
