@@ -16,7 +16,7 @@ import shutil
 import struct
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dsa_codegen.kernels.backends import Launchable
 from dsa_codegen.kernels.backends.base import import_module
 from dsa_codegen.kernels.build import Built
 from dsa_codegen.kernels.render import Rendered
+from dsa_codegen.kernels.tma import Tiled
 
 AVAILABLE = shutil.which("g++") is not None and platform.machine() == "x86_64"
 ORDERS = ("ascending", "descending", "shuffled")
@@ -141,30 +142,63 @@ def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator
     library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
     for name, facts in kernels.items():
         names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
-        yield name, _EmulatedCuda(library[f"launch_{name}"], names, facts["threads"], order)
+        yield name, _EmulatedCuda(library[f"launch_{name}"], names, facts["threads"], order, facts.get("tiles", ()))
 
 
 def _cuda_launcher(name: str, parameters: list[str], cluster: int) -> str:
     kinds = [parameter.rpartition(" ")[0] for parameter in parameters]
-    arguments = ", ".join(
-        f"bits_as<float>((uint)emulator::arguments[{i}])" if kind == "float" else f"({kind})emulator::arguments[{i}]"
-        for i, kind in enumerate(kinds)
-    )
+    ways = {"float": "bits_as<float>((uint){0})", "const __grid_constant__ TileMap": "*(const TileMap *){0}"}
+    arguments = ", ".join(ways.get(kind, f"({kind}){{0}}").format(f"emulator::arguments[{i}]") for i, kind in enumerate(kinds))
     return _LAUNCHER.format(name=name, arguments=arguments, cluster=cluster, before="gridDim = {width, height, 1};")
 
 
 class _EmulatedCuda:
-    def __init__(self, launch: Callable[..., int], names: list[str], threads: int, order: int) -> None:
-        self._launch, self.names, self._threads, self._order = launch, names, threads, order
+    def __init__(
+        self, launch: Callable[..., int], names: list[str], threads: int, order: int, tiles: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._launch, self.names, self._threads, self._order, self._tiles = launch, names, threads, order, tiles
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        memory = {i: _Guarded(arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)}
-        values = (memory[i].address if i in memory else _as_integer(arg) for i, arg in enumerate(args))
+        tensors = {i: arg.tensor if isinstance(arg, Tiled) else arg for i, arg in enumerate(args)}
+        memory = {i: _Guarded(tensor) for i, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        tiles = iter(self._tiles)
+        maps = {
+            i: _described(arg, memory[i].address, next(tiles)) for i, arg in enumerate(args) if isinstance(arg, Tiled)
+        }
+        values = (
+            ctypes.addressof(maps[i]) if i in maps else memory[i].address if i in memory else _as_integer(arg)
+            for i, arg in enumerate(args)
+        )
         arguments = (ctypes.c_longlong * len(args))(*values)
         stuck = self._launch(arguments, grid[0], grid[1], self._threads, self._order, ctypes.c_uint(1))
         assert not stuck, "threads wait at a barrier that others never reach"
         for guarded in memory.values():
             guarded.copy_back()
+
+
+class _Described(ctypes.Structure):
+    """``emulator::Described``."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("rank", ctypes.c_int),
+        *((name, ctypes.c_int * 5) for name in ("shape", "box")),
+        ("element", ctypes.c_int),
+        ("swizzle", ctypes.c_int),
+        ("strides", ctypes.c_longlong * 5),
+        ("rest", ctypes.c_ubyte * 128),
+    )
+
+
+def _described(view: Tiled, address: int, tile: Mapping[str, Any]) -> _Described:
+    """The descriptor of a view whose tensor begins there."""
+    assert view.tensor is not None
+    size = {"u8": 1, "bf16": 2, "f32": 4}[tile["of"]]
+    found = _Described(address + view.data_ptr() - view.tensor.data_ptr(), len(view.shape), element=size)
+    for i, (length, stride, box) in enumerate(zip(view.shape[::-1], view.strides[::-1], tile["box"][::-1], strict=True)):
+        found.shape[i], found.strides[i], found.box[i] = length, stride * size, box
+    found.swizzle = tile["swizzle"]
+    return found
 
 
 def cuda_gatherers(

@@ -76,5 +76,7 @@ static uint __reduce_max_sync(uint, uint value) {
   unsigned long long *values = emulator::collective(value);
   return (uint)*std::max_element(values, values + emulator::lanes);
 }
+static int __reduce_min_sync(uint all, int value) { return (int)(__reduce_min_sync(all, (uint)value ^ 1u << 31) ^ 1u << 31); }
+static int __reduce_max_sync(uint all, int value) { return (int)(__reduce_max_sync(all, (uint)value ^ 1u << 31) ^ 1u << 31); }
 static uint __shfl_sync(uint mask, uint value, int lane) { return (uint)__shfl_sync(mask, (int)value, lane, 32); }
 static uint __shfl_up_sync(uint mask, uint value, int distance) { return (uint)__shfl_up_sync(mask, (int)value, distance, 32); }

@@ -53,7 +53,50 @@ struct Piece {
   u32 bytes, bar;
 };
 static std::vector<Piece> pieces;
+struct Described {  // a matrix of which tiles are brought, as emulator.py lays it out; of the dimensions the innermost comes first
+  const unsigned char *address;
+  int rank, shape[5], box[5], element, swizzle;  // bytes of an element, of a swizzled row
+  long long strides[5];                          // bytes
+};
+static_assert(sizeof(Described) <= 128, "a descriptor");
+struct Tile {
+  u32 to, bar;
+  Described of;
+  int first[5];
+};
+static std::vector<Tile> tiles;
+static void bring(const Tile &tile) {
+  int at[5] = {}, rows = 0;
+  const Described &of = tile.of;
+  for (bool more = true; more; rows++) {
+    for (at[0] = 0; at[0] < of.box[0]; at[0]++) {
+      bool inside = true;
+      const unsigned char *from = of.address;
+      for (int i = 0; i < of.rank; i++) {
+        const int place = tile.first[i] + at[i];
+        inside = inside && place >= 0 && place < of.shape[i];
+        from += place * of.strides[i];
+      }
+      u32 to = tile.to + (rows * of.box[0] + at[0]) * of.element;
+      if (of.swizzle) to ^= (to >> 7 & (of.swizzle / 16 - 1)) << 4;
+      if (inside) memcpy(shared + to, from, of.element);
+      else memset(shared + to, 0, of.element);
+    }
+    more = false;
+    for (int i = 1; i < of.rank && !more; i++) {
+      more = ++at[i] < of.box[i];
+      if (!more) at[i] = 0;
+    }
+  }
+  barrier_at(tile.bar).bytes -= rows * of.box[0] * of.element;
+  pass_if_done(barrier_at(tile.bar));
+}
 static void land(u32 bar) {
+  std::vector<Tile> later;
+  for (const Tile &tile : std::vector<Tile>(tiles))
+    if (tile.bar == bar) bring(tile);
+    else later.push_back(tile);
+  tiles.swap(later);
   std::vector<Piece> others;
   for (const Piece &piece : pieces) {
     if (piece.bar != bar) {
@@ -285,6 +328,19 @@ template <int left> DEVICE void stage_wait() {
     groups -= copy.bytes == 0;
   }
 }
+DEVICE float4 numbers_of(u32 word) {
+  using emulator::of_e4m3;
+  return float4{of_e4m3(word & 255), of_e4m3(word >> 8 & 255), of_e4m3(word >> 16 & 255), of_e4m3(word >> 24)};
+}
+DEVICE float relu(float x) { return x > 0 || x != x ? x : 0; }
+DEVICE void sums_are_done(float (&)[2]) {}
+template <class Map> DEVICE void prefetch_map(const Map &) {}
+template <class Map> DEVICE void bring_tile(u32 to, const Map &map, int x, int y, u32 bar) {
+  emulator::tiles.push_back({to, bar, *(const emulator::Described *)&map, {x, y}});
+}
+template <class Map> DEVICE void bring_tile(u32 to, const Map &map, int x, int y, int z, int w, u32 bar) {
+  emulator::tiles.push_back({to, bar, *(const emulator::Described *)&map, {x, y, z, w}});
+}
 DEVICE uint2 load8(u32 address) { return *(uint2 *)(emulator::shared + address); }
 static float e4m3(u32 byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
@@ -356,6 +412,7 @@ template <int left> DEVICE void wgmma_wait() { emulator::collective(0); }  // fo
 template <int n> DEVICE void settle(float (&)[n]) {}
 
 #define __shared__ static
+#define __grid_constant__
 template <class T> static T __ldg(const T *address) { return *address; }
 static int __shfl_sync(uint mask, int value, int lane) { return __shfl_sync(mask, value, lane, 32); }
 static float __shfl_sync(uint mask, float value, int lane) { return bits_as<float>(__shfl_sync(mask, bits_as<int>(value), lane, 32)); }
