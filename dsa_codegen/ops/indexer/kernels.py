@@ -46,8 +46,9 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             return (
                 Parameter("relu", tuple(_PIECES), "a maximum; |x| and x added; |x| added, x by a product with two or four pieces"),
                 Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
-                Parameter("num_stages", (2, 3, 4, 5), "stages of keys in flight"),
-                Parameter("blocks_per_sm", (2, 3), "resident blocks: registers are capped and waves counted for so many"),
+                Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
+                Parameter("groups", (1, 3), "groups of four warps of a block, each with queries of its own, that share its keys"),
+                Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
             )
         tiles = (
             Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),
@@ -150,7 +151,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             return ()
         width = (columns,) if spec.compressed else ()
         if config.backend in ("cuda", "gluon"):
-            blocks = -(-queries * spec.heads // _COLUMNS)
+            blocks = -(-queries * spec.heads // (_COLUMNS * (config["groups"] if config.backend == "cuda" else 1)))
             # The windows stay on the GPU: they are taken to be causal, as most are.
             window = min(tokens, columns)
             longest, shortest = -(-window // 64), max(window - queries, 0) // 64
@@ -195,7 +196,8 @@ def _cuda_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[V
     # Products, weights, units, an address for each of a thread's compressed rows; ptxas needs some 24 above that.
     own = 64 // spec.heads
     registers = max(numbers["sizes"]) // 2 + 64 + (own if _PIECES[config["relu"]] else 0) + (2 * own if spec.compressed else 0) + 24
-    yield from exceeds("registers", registers, _registers_of(config))
+    yield from exceeds("groups", config["groups"] * config["blocks_per_sm"], 3)
+    yield from exceeds("registers", registers, {1: 255, 2: 255, 3: 168}[min(config["groups"] * config["blocks_per_sm"], 3)])
 
 
 def _registers_of(config: Config) -> int:
@@ -225,12 +227,13 @@ def _cuda_numbers(spec: IndexerSpec, config: Config) -> dict[str, Any]:
     quads = parts["part_queries"] // 4
     own = quads * parts["query_parts"]
     if parts["query_parts"] == 2:
-        groups = [quads * pieces // 2] * 2  # of 8 columns: two of each lane
+        beside = [quads * pieces // 2] * 2  # groups of 8 columns: two of each lane
     else:
-        groups = [int(pieces > 0), int(pieces > 2)]
-    rows = [128 + 8 * each for each in groups]
-    barriers = 8 * (2 * config["num_stages"] + 1)
-    smem = (config["num_stages"] * config["block_n"] + sum(rows)) * spec.head_dim + barriers + (64 * own if pieces else 0)
+        beside = [int(pieces > 0), int(pieces > 2)]
+    rows = [128 + 8 * each for each in beside]
+    groups, stages = config["groups"], config["num_stages"]
+    barriers = 8 * (2 * stages + groups)
+    smem = (stages * config["block_n"] + groups * sum(rows)) * spec.head_dim + barriers + (groups * 64 * own if pieces else 0)
     return {
         **parts,
         "pieces": pieces,
@@ -239,6 +242,7 @@ def _cuda_numbers(spec: IndexerSpec, config: Config) -> dict[str, Any]:
         "part_rows": rows,
         "sizes": sorted(set(rows)),
         "tiles": config["block_n"] // 64,
+        "lag": 1 if groups == 1 else max(stages // 2, 1),
         "swizzle": 1,
         "smem": smem,
     }
