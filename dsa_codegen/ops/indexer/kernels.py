@@ -47,6 +47,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
                 Parameter("relu", tuple(_PIECES), "a maximum; |x| and x added; |x| added, x by a product with two or four pieces"),
                 Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
                 Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
+                Parameter("keys", ("smem", "registers"), "where products have the keys' rows"),
                 Parameter("groups", (1, 3), "groups of four warps of a block, each with queries of its own, that share its keys"),
                 Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
             )
@@ -217,7 +218,6 @@ def _parts(spec: IndexerSpec) -> dict[str, int]:
         "query_parts": query_parts,
         "next_query": part_queries if query_parts == 2 else 0,
         "next_head": 0 if query_parts == 2 else part_heads,
-        "near": _WITHIN // (part_queries * query_parts),
     }
 
 
@@ -260,6 +260,7 @@ def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
         "maxnreg": _registers_of(config),
         "edges": config["edges"] and not spec.compressed,  # columns of compressed rows begin where each window does
+        "near": _WITHIN // parts["block_q"],
     }
 
 
