@@ -115,7 +115,7 @@ class DrivenKernels(dict):
 
 
 class DrivenKernel:
-    """One of them: a kernel in CUDA C++, or, where it takes tiles, as Triton's that were compiled ahead."""
+    """One of them: a kernel in CUDA C++, or, where it takes tiles but none of four dimensions, as Triton's compiled ahead."""
 
     takes_addresses = True
 
@@ -123,6 +123,7 @@ class DrivenKernel:
         self._name, self._fake = name, fake
         self._kernel: CudaKernel | None = None
         self._tiles = 0
+        self._followed = False
 
     def __call__(self, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
         kernel = self._kernel or self._loaded(args)
@@ -137,17 +138,19 @@ class DrivenKernel:
     def recipe(self) -> Recipe | None:
         assert self._kernel is not None
         found = self._kernel.recipe
-        return found and replace(found, described=[_TILE] * self._tiles, hidden=2 if self._tiles else 0)
+        hidden = 2 if self._followed else 0
+        return found and replace(found, described=[_TILE] * self._tiles, followed=self._followed, hidden=hidden)
 
     def _loaded(self, args: Sequence[Any]) -> CudaKernel:
         kinds: list[str] = []
+        ranks = [len(value.shape) for value in args if isinstance(value, Tiled)]
+        self._tiles, self._followed = len(ranks), 0 < max(ranks, default=0) < 4
         for value in args:
             if isinstance(value, Tiled):
-                self._tiles += 1
-                kinds += ["map", *["i32"] * len(value.shape), *["i64"] * len(value.strides)]
+                kinds += ["map", *(["i32"] * len(value.shape) + ["i64"] * len(value.strides)) * self._followed]
             else:
                 kinds.append("ptr" if isinstance(value, Tensor) else "f32" if isinstance(value, float) else "i64")
-        kinds += ["ptr", "ptr"] if self._tiles else []
+        kinds += ["ptr", "ptr"] if self._followed else []
         clusters = 2 if len(self._name) % 2 else 1
         found = CudaKernel(c_void_p(5), self._name, kinds, 32 * len(kinds), 1024, clusters, pdl=len(kinds) % 2 == 0)
         self._fake.kinds[found._function.value or 0] = tuple(kinds)
@@ -157,8 +160,8 @@ class DrivenKernel:
     def _expanded(self, args: Sequence[Any]) -> list[Any]:
         row: list[Any] = []
         for value in args:
-            row += cubin.encode(value, _TILE) if isinstance(value, Tiled) else [value]
-        return [*row, 0, 0] if self._tiles else row
+            row += cubin.encode(value, _TILE)[: None if self._followed else 1] if isinstance(value, Tiled) else [value]
+        return [*row, 0, 0] if self._followed else row
 
 
 def driven_gpu(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[FakeGpu, FakeDriver]:
