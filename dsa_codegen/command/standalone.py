@@ -150,14 +150,46 @@ def _cuda(module: Any, kernel: str) -> Kernel:
     stated = (_Attribute * len(attributes))(*attributes)
 
     def launch(grid: Sequence[int], args: Sequence[Any]) -> None:
-        given = (value.data_ptr() if isinstance(value, torch.Tensor) else value for value in args)
-        values = [_C_TYPES[kind](value) for kind, value in zip(facts["args"], given, strict=True)]
+        tiles = iter(facts.get("tiles", ()))
+        given = (_descriptor(library, value, next(tiles)) if isinstance(value, Tiles) else value for value in args)
+        given = (value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given)
+        values = [_C_TYPES[kind](value) if kind != "map" else value for kind, value in zip(facts["args"], given, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         sizes = (ctypes.c_uint * 7)(*grid, facts["threads"], 1, 1, facts["smem"])
         config = _Launch(sizes, torch.cuda.current_stream().cuda_stream, stated, len(attributes))
         _done(library.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
 
     return launch
+
+
+_ELEMENTS = {"u8": (0, 1), "bf16": (9, 2), "f32": (7, 4)}  # CUtensorMapDataType, bytes
+_SWIZZLES = (0, 32, 64, 128)  # bytes of a row, in the order of CUtensorMapSwizzle
+_L2_PROMOTION_128B = 2
+
+
+def _descriptor(library: Any, view: Tiles, tile: Mapping[str, Any]) -> Any:
+    """128 bytes by which TMA finds a tile of the view."""
+    (kind, size), rank = _ELEMENTS[tile["of"]], len(view.shape)
+    memory = ctypes.create_string_buffer(128 + 64)
+    start = (ctypes.addressof(memory) + 63) // 64 * 64  # the driver refuses another alignment
+    rows = [stride * size for stride in view.strides[-2::-1]]
+    _done(
+        library.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(start),
+            kind,
+            rank,
+            ctypes.c_void_p(view.data_ptr()),
+            (ctypes.c_uint64 * rank)(*view.shape[::-1]),
+            (ctypes.c_uint64 * rank)(*rows),
+            (ctypes.c_uint32 * rank)(*tile["box"][::-1]),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,
+            _SWIZZLES.index(tile["swizzle"]),
+            _L2_PROMOTION_128B,
+            0,
+        )
+    )
+    return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(start, 128))
 
 
 def _compiled(kernel: Any) -> Kernel:

@@ -311,3 +311,22 @@ def test_tiles_arrive_as_descriptors_alone(written):
 def test_every_descriptor_needs_its_tile(written):
     with pytest.raises(ValueError, match="sums: 1 tiles of 2 descriptors"):
         cuda.kernel_of(ctypes.c_void_p(9), "sums", {**TILED, "tiles": TILES[:1]})
+
+
+def test_a_generated_module_makes_its_own_descriptors(written, library, monkeypatch):
+    written.expect([8, 4, 8, 8])
+    monkeypatch.setattr(standalone, "_cubin", lambda source, arch: b"\x05")
+    cdll = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: cdll(str(library) if name == "libcuda.so.1" else name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: zeros(*shape))
+    matrix = torch.arange(512, dtype=torch.uint8).view(16, 32)
+    views = Tiled(matrix), Tiled(matrix, (4, 8), (32, 1), 16)
+    cuda.kernel_of(ctypes.c_void_p(9), "sums", TILED)((1, 1, 1), (views[0], 7, views[1], OUT.data_ptr()))
+    _, wanted = written.launch()
+    alone = standalone._cuda(SimpleNamespace(SOURCE="", KERNELS={"sums": TILED}), "sums")
+    given = [standalone.Tiles(matrix, view.shape, view.strides, offset) for view, offset in zip(views, (0, 16), strict=True)]
+    alone((1, 1, 1), [given[0], 7, given[1], OUT])
+    assert written.launch()[1] == wanted

@@ -162,9 +162,7 @@ class _EmulatedCuda:
         tensors = {i: arg.tensor if isinstance(arg, Tiled) else arg for i, arg in enumerate(args)}
         memory = {i: _Guarded(tensor) for i, tensor in tensors.items() if isinstance(tensor, Tensor)}
         tiles = iter(self._tiles)
-        maps = {
-            i: _described(arg, memory[i].address, next(tiles)) for i, arg in enumerate(args) if isinstance(arg, Tiled)
-        }
+        maps = {i: _described(arg, memory[i].address, next(tiles)) for i, arg in enumerate(args) if isinstance(arg, Tiled)}
         values = (
             ctypes.addressof(maps[i]) if i in maps else memory[i].address if i in memory else _as_integer(arg)
             for i, arg in enumerate(args)

@@ -44,11 +44,15 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             )
         if backend == "cuda":
             return (
-                Parameter("relu", tuple(_PIECES), "a maximum; |x| and x added; |x| added, x by a product with two or four pieces"),
+                Parameter(
+                    "relu", tuple(_PIECES), "a maximum; |x| and x added; |x| added, x by a product with two or four pieces"
+                ),
                 Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
                 Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
                 Parameter("keys", ("smem", "registers"), "where products have the keys' rows"),
-                Parameter("groups", (1, 3), "groups of four warps of a block, each with queries of its own, that share its keys"),
+                Parameter(
+                    "groups", (1, 3), "groups of four warps of a block, each with queries of its own, that share its keys"
+                ),
                 Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
             )
         tiles = (
@@ -196,7 +200,9 @@ def _cuda_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[V
     yield from exceeds("smem", config["blocks_per_sm"] * (int(numbers["smem"]) + 1024), gpu.smem_per_sm, " B")
     # Products, weights, units, an address for each of a thread's compressed rows; ptxas needs some 24 above that.
     own = 64 // spec.heads
-    registers = max(numbers["sizes"]) // 2 + 64 + (own if _PIECES[config["relu"]] else 0) + (2 * own if spec.compressed else 0) + 24
+    registers = (
+        max(numbers["sizes"]) // 2 + 64 + (own if _PIECES[config["relu"]] else 0) + (2 * own if spec.compressed else 0) + 24
+    )
     yield from exceeds("groups", config["groups"] * config["blocks_per_sm"], 3)
     yield from exceeds("registers", registers, {1: 255, 2: 255, 3: 168}[min(config["groups"] * config["blocks_per_sm"], 3)])
 
