@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ...gpu import Gpu
 from ...kernels.tma import Tiled
@@ -13,6 +12,8 @@ from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
 from ..logits import weight_stride, whole_weights
+from . import halves
+from .parts import COLUMNS, REGISTERS, parts_of
 from .problem import (
     IndexerSizes,
     IndexerSpec,
@@ -20,8 +21,6 @@ from .problem import (
 )
 
 _NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the templates for Hopper
-_COLUMNS = 256  # queries × heads of a block on Hopper (Gluon, CUDA C++)
-_PIECES = {"max": 0, "both": 0, "two": 2, "four": 4}
 _WITHIN = 1 << 31  # elements from a block's first row of logits that 32 bits count
 
 
@@ -43,18 +42,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
                 Parameter("unrolled", (False, True), "whether the tiles of a stage are written out one by one", before=False),
             )
         if backend == "cuda":
-            return (
-                Parameter(
-                    "relu", tuple(_PIECES), "a maximum; |x| and x added; |x| added, x by a product with two or four pieces"
-                ),
-                Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
-                Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
-                Parameter("keys", ("smem", "registers"), "where products have the keys' rows"),
-                Parameter(
-                    "groups", (1, 3), "groups of four warps of a block, each with queries of its own, that share its keys"
-                ),
-                Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
-            )
+            return halves.PARAMETERS
         tiles = (
             Parameter("block_q", (1, 2, 4, 8, 16), "queries per block"),
             Parameter("block_n", (32, 64, 128, 256), "tokens per tile, the M operand of the matrix product"),
@@ -84,7 +72,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             yield from _gluon_constraints(spec, config, gpu)
             return
         if config.backend == "cuda":
-            yield from _cuda_constraints(spec, config, gpu)
+            yield from halves.constraints(spec, config, gpu)
             return
         columns = config["block_q"] * next_power_of_two(spec.heads)
         width = next_power_of_two(spec.head_dim)
@@ -106,7 +94,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         if config.backend == "gluon":
             return "gluon"
         if config.backend == "cuda":
-            return f"cuda-{config['relu']}"
+            return halves.order(config)
         shape = ("block_q", "block_n", "num_warps" if config.backend == "triton" else "threads")
         return "-".join([config.backend, *(str(config[name]) for name in shape)])
 
@@ -132,7 +120,7 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         if config.backend == "gluon":
             return _gluon_numbers(spec, config)
         if config.backend == "cuda":
-            return _cuda_numbers(spec, config)
+            return halves.derived(spec, config)
         padded = {"heads_padded": next_power_of_two(spec.heads), "dim_padded": next_power_of_two(spec.head_dim)}
         columns: dict[str, Scalar] = {"columns": config["block_q"] * padded["heads_padded"], **padded}
         if config.backend == "triton":
@@ -156,7 +144,8 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
             return ()
         width = (columns,) if spec.compressed else ()
         if config.backend in ("cuda", "gluon"):
-            blocks = -(-queries * spec.heads // (_COLUMNS * (config["groups"] if config.backend == "cuda" else 1)))
+            groups = config["groups"] if config.backend == "cuda" else 1
+            blocks = -(-queries * spec.heads // (COLUMNS * groups))
             # The windows stay on the GPU: they are taken to be causal, as most are.
             window = min(tokens, columns)
             longest, shortest = -(-window // 64), max(window - queries, 0) // 64
@@ -181,82 +170,17 @@ def _operand_bytes(spec: IndexerSpec) -> int:
 def _gluon_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     if gpu.capability != 90:
         yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
-    smem = (_COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * (config["num_stages"] + 1)
+    smem = (COLUMNS + config["num_stages"] * config["block_n"]) * spec.head_dim + 8 * (config["num_stages"] + 1)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights, and a window and an address for each of a thread's queries; ptxas reported up to 8 above that.
     each = 1 if config["edges"] and not spec.compressed else 4
     registers = 64 * config["accumulators"] + 64 + each * (64 // spec.heads) + 20
-    yield from exceeds("registers", registers, _registers_of(config))
-
-
-def _cuda_constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-    if gpu.capability != 90:
-        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
-    if spec.head_dim != 128 or spec.score != "weighted_relu":
-        reason = f"shape: {spec.score} of {spec.head_dim} channels is served by the other templates alone"
-        yield Violation("shape", 1.0, reason)
-        return
-    numbers = _cuda_numbers(spec, config)
-    yield from exceeds("smem", config["blocks_per_sm"] * (int(numbers["smem"]) + 1024), gpu.smem_per_sm, " B")
-    # Products, weights, units, an address for each of a thread's compressed rows; ptxas needs some 24 above that.
-    own = 64 // spec.heads
-    registers = (
-        max(numbers["sizes"]) // 2 + 64 + (own if _PIECES[config["relu"]] else 0) + (2 * own if spec.compressed else 0) + 24
-    )
-    yield from exceeds("groups", config["groups"] * config["blocks_per_sm"], 3)
-    yield from exceeds("registers", registers, {1: 255, 2: 255, 3: 168}[min(config["groups"] * config["blocks_per_sm"], 3)])
-
-
-def _registers_of(config: Config) -> int:
-    """The cap per thread that leaves room for the config's resident blocks in Hopper's register file of 65536."""
-    return {2: 255, 3: 168}[config["blocks_per_sm"]]
-
-
-def _parts(spec: IndexerSpec) -> dict[str, int]:
-    """How a block's columns come in two parts."""
-    part_heads = min(spec.heads, 32)
-    part_queries = 4 * (32 // part_heads)  # four lanes share a row of the accumulator; each holds 32 columns: its queries
-    query_parts = _COLUMNS // spec.heads // part_queries
-    return {
-        "block_q": part_queries * query_parts,
-        "part_heads": part_heads,
-        "part_queries": part_queries,
-        "query_parts": query_parts,
-        "next_query": part_queries if query_parts == 2 else 0,
-        "next_head": 0 if query_parts == 2 else part_heads,
-    }
-
-
-def _cuda_numbers(spec: IndexerSpec, config: Config) -> dict[str, Any]:
-    """Names for the CUDA template."""
-    parts, pieces = _parts(spec), _PIECES[config["relu"]]
-    quads = parts["part_queries"] // 4
-    own = quads * parts["query_parts"]
-    if parts["query_parts"] == 2:
-        beside = [quads * pieces // 2] * 2  # groups of 8 columns: two of each lane
-    else:
-        beside = [int(pieces > 0), int(pieces > 2)]
-    rows = [128 + 8 * each for each in beside]
-    groups, stages = config["groups"], config["num_stages"]
-    barriers = 8 * (2 * stages + groups)
-    smem = (stages * config["block_n"] + groups * sum(rows)) * spec.head_dim + barriers + (groups * 64 * own if pieces else 0)
-    return {
-        **parts,
-        "pieces": pieces,
-        "quads": quads,
-        "own": own,
-        "part_rows": rows,
-        "sizes": sorted(set(rows)),
-        "tiles": config["block_n"] // 64,
-        "lag": 1 if groups == 1 else max(stages // 2, 1),
-        "swizzle": 1,
-        "smem": smem,
-    }
+    yield from exceeds("registers", registers, REGISTERS[config["blocks_per_sm"]])
 
 
 def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
     """Names for the Gluon template: its parts, and the layouts that follow from them."""
-    parts = _parts(spec)
+    parts = parts_of(spec.heads)
     part_heads, part_queries = parts["part_heads"], parts["part_queries"]
     next_queries = [4 << bit for bit in range((part_queries // 4).bit_length() - 1)]
     next_heads = [1 << bit for bit in range(part_heads.bit_length() - 1)]
@@ -264,7 +188,7 @@ def _gluon_numbers(spec: IndexerSpec, config: Config) -> dict[str, Scalar]:
         **parts,
         "score_registers": str([[8, 0], *([0, query] for query in next_queries)]),
         "weight_registers": str([*([0, head] for head in next_heads), *([query, 0] for query in next_queries)]),
-        "maxnreg": _registers_of(config),
+        "maxnreg": REGISTERS[config["blocks_per_sm"]],
         "edges": config["edges"] and not spec.compressed,  # columns of compressed rows begin where each window does
         "near": _WITHIN // parts["block_q"],
     }

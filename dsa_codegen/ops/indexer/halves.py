@@ -1,0 +1,76 @@
+"""The CUDA template: half of each ReLU by a product of some columns more, stages of keys that no barrier of all threads frees.
+
+``relu`` says how the sums over heads are made: by a maximum for each product, by |x| and x both, or by |x| alone, where x of all
+heads is the keys' product with a query's weighted sum of heads, in two or four e4m3 pieces. Two leave an error of 2^-11 or so of a
+score, four one of 2^-20, where Hopper's sums of FP8 products keep 13 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ...gpu import Gpu
+from ...problem.op import Config, Parameter, Violation, exceeds
+from .parts import REGISTERS, parts_of
+from .problem import IndexerSpec
+
+_PIECES = {"max": 0, "both": 0, "two": 2, "four": 4}
+_OF_THE_SYSTEM = 1024  # bytes of a block's shared memory
+
+PARAMETERS = (
+    Parameter("relu", tuple(_PIECES), "a maximum; |x| and x; |x|, and x by a product with two pieces or four"),
+    Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
+    Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
+    Parameter("keys", ("smem", "registers"), "where products have the keys' rows"),
+    Parameter("groups", (1, 3), "groups of four warps of a block that share its keys, each with queries of its own"),
+    Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
+)
+
+
+def constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What the template cannot do."""
+    if gpu.capability != 90:
+        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
+    if spec.head_dim != 128 or spec.score != "weighted_relu":
+        reason = f"shape: {spec.score} of {spec.head_dim} channels is served by the other templates alone"
+        yield Violation("shape", 1.0, reason)
+        return
+    numbers, groups = derived(spec, config), config["groups"] * config["blocks_per_sm"]
+    yield from exceeds("groups", groups, 3)
+    smem = config["blocks_per_sm"] * (numbers["smem"] + _OF_THE_SYSTEM)
+    yield from exceeds("smem", smem, gpu.smem_per_sm, " B")
+    # Products, weights, keys, a unit and an address for each of a thread's queries; ptxas needs some 24 above that.
+    each = (numbers["pieces"] > 0) + 2 * spec.compressed
+    registers = max(numbers["sizes"]) // 2 + 64 + 16 * (config["keys"] == "registers") + each * numbers["own"] + 24
+    yield from exceeds("registers", registers, REGISTERS[min(groups, 3)])
+
+
+def order(config: Config) -> str:
+    """A thread adds a query's heads one after the other; pieces follow from the query alone."""
+    return f"cuda-{config['relu']}"
+
+
+def derived(spec: IndexerSpec, config: Config) -> dict[str, Any]:
+    """Names for the template."""
+    parts, pieces = parts_of(spec.heads), _PIECES[config["relu"]]
+    quads = parts["part_queries"] // 4
+    own = quads * parts["query_parts"]  # queries of a thread
+    # Groups of 8 columns beside the heads', two columns of each lane: in both parts for their own queries, or two pieces in each.
+    beside = [quads * pieces // 2] * 2 if parts["query_parts"] == 2 else [int(pieces > 0), int(pieces > 2)]
+    rows = [128 + 8 * each for each in beside]
+    groups, stages = config["groups"], config["num_stages"]
+    barriers = 8 * (2 * stages + groups)
+    smem = (stages * config["block_n"] + groups * sum(rows)) * spec.head_dim + barriers + (groups * 64 * own if pieces else 0)
+    return {
+        **parts,
+        "pieces": pieces,
+        "quads": quads,
+        "own": own,
+        "part_rows": rows,
+        "sizes": sorted(set(rows)),
+        "tiles": config["block_n"] // 64,
+        "lag": 1 if groups == 1 else max(stages // 2, 1),
+        "swizzle": 1,
+        "smem": smem,
+    }
