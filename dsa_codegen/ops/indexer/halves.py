@@ -1,8 +1,8 @@
 """The CUDA template: half of each ReLU by a product of some columns more, stages of keys that no barrier of all threads frees.
 
-``relu`` says how the sums over heads are made: by a maximum for each product, by |x| and x both, or by |x| alone, where x of all
-heads is the keys' product with a query's weighted sum of heads, in two or four e4m3 pieces. Two leave an error of 2^-11 or so of a
-score, four one of 2^-20, where Hopper's sums of FP8 products keep 13 bits.
+``relu`` says how the sums over heads are made: by a maximum for each product, by |x| and x both, or by |x| alone, where x of
+all heads is the keys' product with a query's weighted sum of heads, in two or four e4m3 pieces. Two leave an error of 2^-11 or
+so of a score, four one of 2^-20, where Hopper's sums of FP8 products keep 13 bits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def derived(spec: IndexerSpec, config: Config) -> dict[str, Any]:
     parts, pieces = parts_of(spec.heads), _PIECES[config["relu"]]
     quads = parts["part_queries"] // 4
     own = quads * parts["query_parts"]  # queries of a thread
-    # Groups of 8 columns beside the heads', two columns of each lane: in both parts for their own queries, or two pieces in each.
+    # Groups of 8 columns beside the heads', two of each lane: for a part's own queries, or two of the pieces in each part.
     beside = [quads * pieces // 2] * 2 if parts["query_parts"] == 2 else [int(pieces > 0), int(pieces > 2)]
     rows = [128 + 8 * each for each in beside]
     groups, stages = config["groups"], config["num_stages"]
