@@ -20,7 +20,7 @@ import emulator
 from support import FURTHER, H200, assert_compiles
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-HALVES = Config.of("cuda", relu="four", block_n=64, num_stages=4, keys="smem", groups=1, blocks_per_sm=3)
+HALVES = Config.of("cuda", relu="four", block_n=64, num_stages=4, groups=1, blocks_per_sm=3)
 SHARED = HALVES.replace(num_stages=8, groups=3, blocks_per_sm=1)  # keys shared by three groups
 PLAIN = HALVES.replace(relu="max", num_stages=3)
 CASES = [
@@ -29,7 +29,7 @@ CASES = [
     (IndexerSpec(64, 128, compressed=True, clean=True), HALVES),
     (IndexerSpec(32, 128, clean=True), HALVES.replace(block_n=128, num_stages=2)),
     (IndexerSpec(32, 128, compressed=True), SHARED.replace(relu="two")),
-    (IndexerSpec(16, 128, clean=True), SHARED.replace(relu="max", keys="registers")),
+    (IndexerSpec(16, 128, clean=True), SHARED.replace(relu="max")),
     (IndexerSpec(8, 128), PLAIN),
     (IndexerSpec(8, 128, clean=True), PLAIN.replace(relu="both", block_n=128, num_stages=2)),
 ]
@@ -103,7 +103,7 @@ def test_an_infinite_weight_leaves_no_number(tmp_path):
 def test_a_rows_bits_do_not_depend_on_the_config(tmp_path):
     spec = IndexerSpec(64, 128, batch_invariant=True)
     inputs = few(spec)
-    configs = [HALVES, SHARED, HALVES.replace(keys="registers", block_n=128, num_stages=2)]
+    configs = [HALVES, SHARED, HALVES.replace(block_n=128, num_stages=2)]
     assert {OP.order(spec, config) for config in configs} == {"cuda-four"}
     rows = [scores_of(variant(spec, config, tmp_path), inputs)["logits"] for config in configs]
     some = {**inputs, **{name: inputs[name][3:6] for name in ("q", "weights", "starts", "ends")}}

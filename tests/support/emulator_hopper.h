@@ -290,13 +290,6 @@ DEVICE void load_transposed(u32 (&rows)[4], u32 address) {
     for (int i = 0; i < 2; i++) rows[m] |= *(bf16 *)(emulator::shared + from[8 * m + lane % 4 * 2 + i] + lane / 4 * 2) << 16 * i;
   }
 }
-DEVICE void load_rows(u32 (&rows)[4], u32 address) {
-  const u32 lane = emulator::current % emulator::lanes;
-  u32 from[emulator::lanes];
-  unsigned long long *addresses = emulator::collective(address);
-  for (int i = 0; i < emulator::lanes; i++) from[i] = addresses[i];
-  for (int m = 0; m < 4; m++) rows[m] = *(u32 *)(emulator::shared + from[8 * m + lane / 4] + lane % 4 * 4);
-}
 static u32 __byte_perm(u32 a, u32 b, u32 order) {
   const u64 bytes = (u64)b << 32 | a;
   u32 chosen = 0;

@@ -22,7 +22,6 @@ PARAMETERS = (
     Parameter("relu", tuple(_PIECES), "a maximum; |x| and x; |x|, and x by a product with two pieces or four"),
     Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
     Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
-    Parameter("keys", ("smem", "registers"), "where products have the keys' rows"),
     Parameter("groups", (1, 3), "groups of four warps of a block that share its keys, each with queries of its own"),
     Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
 )
@@ -40,9 +39,9 @@ def constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violati
     yield from exceeds("groups", groups, 3)
     smem = config["blocks_per_sm"] * (numbers["smem"] + _OF_THE_SYSTEM)
     yield from exceeds("smem", smem, gpu.smem_per_sm, " B")
-    # Products, weights, keys, a unit and an address for each of a thread's queries; ptxas needs some 24 above that.
+    # Products, weights, a unit and an address for each of a thread's queries; ptxas needs some 24 above that.
     each = (numbers["pieces"] > 0) + 2 * spec.compressed
-    registers = max(numbers["sizes"]) // 2 + 64 + 16 * (config["keys"] == "registers") + each * numbers["own"] + 24
+    registers = max(numbers["sizes"]) // 2 + 64 + each * numbers["own"] + 24
     yield from exceeds("registers", registers, REGISTERS[min(groups, 3)])
 
 
@@ -72,5 +71,6 @@ def derived(spec: IndexerSpec, config: Config) -> dict[str, Any]:
         "tiles": config["block_n"] // 64,
         "lag": 1 if groups == 1 else max(stages // 2, 1),
         "swizzle": 1,
+        "near": 1 << 30,
         "smem": smem,
     }
