@@ -10,6 +10,7 @@ import torch
 
 from dsa_codegen.gpu import detect
 from dsa_codegen.kernels import build, render
+from dsa_codegen.kernels.tma import Tiled
 from dsa_codegen.problem.checks import FP8
 from dsa_codegen.problem.draw import Draw
 
@@ -164,6 +165,58 @@ def test_products_of_bytes(machine):
     assert torch.equal(out[0], expected)
     assert torch.equal(out[1], narrow[0].float() @ narrow[1].float().T)
     assert torch.equal(out[2], expected)
+
+
+def test_tiles(machine):
+    """Rows beyond the end are zeros, and a box of four dimensions puts rows into its own order."""
+    matrix = given(machine, Draw(8).integers(0, 256, 72, 128).to(torch.uint8))
+    folded = Tiled(
+        matrix, (4, 6, 2, 128), (256, 1536, 128, 1)
+    )  # [heads / 2, queries, 2, channels] of [queries, heads, channels]
+    out = words(machine, 80, 32)
+    machine.kernels["tiles"]((1, 1, 1), (Tiled(matrix), folded, out))
+    rows, matrix = out.cpu().view(torch.uint8), matrix.cpu()
+    assert torch.equal(rows[:32], matrix[40:])
+    assert not rows[32:64].any()
+    wanted = torch.zeros(2, 4, 2, 128, dtype=torch.uint8)
+    wanted[:, :3] = matrix.as_strided((4, 6, 2, 128), (256, 1536, 128, 1))[1:3, 3:]
+    assert torch.equal(rows[64:].view(2, 4, 2, 128), wanted)
+
+
+def test_sums_over_heads(machine):
+    draw = Draw(9)
+    x, weights = draw.normal(128, 20), draw.normal(128, 8)
+    x[3, 6] = x[5, 9] = NAN
+    weights[7, 2] = NAN
+    out = run(machine, "heads", given(machine, x), given(machine, weights), words(machine, 128, 3, 2).view(torch.float32))[-1]
+    pairs = x.double()[:, 4:].view(128, 4, 2, 2)  # group, row, column
+    by = weights.double().view(128, 4, 1, 2)
+    expected = torch.stack([(each * by).sum((1, 3)) for each in (pairs.abs(), pairs, pairs.relu())], 1)
+    assert torch.equal(out.isnan(), expected.isnan()) and 0 < out.isnan().sum() < 20
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_pieces(machine):
+    x = Draw(10).normal(128, 4) * 10.0 ** torch.arange(-32, 32).repeat(2)[:, None].clamp(-28, 37)
+    x[0], x[1], x[2] = torch.zeros(4), torch.tensor([INF, 1.0, -INF, 2.0]), torch.tensor([NAN, 1.0, 2.0, 3.0])
+    x[3] = 2.0 ** torch.tensor([10.0, 9.0, 2.0, -3.0])
+    places = [
+        words(machine, *shape).view(dtype)
+        for shape, dtype in (((128,), torch.float32), ((128, 2), INT), ((128, 4), torch.float32))
+    ]
+    units, out, rest = run(machine, "pieces", given(machine, x), *places)[1:]
+    peaks = x.abs().nan_to_num(0, posinf=INF).amax(1)
+    usual = peaks.isfinite() & (peaks > 2.0**-99) & ~x.isnan().any(1)
+    assert usual.sum() > 100
+    parts = peaks[usual] / units[usual]
+    assert (parts >= 128).all() and (parts < 256).all() and (units.view(INT) & 0x7FFFFF == 0).all()
+    pieces = out.view(FP8).view(128, 2, 4).float()
+    whole = x[usual] / units[usual, None]
+    left = whole - pieces[usual, 0] - pieces[usual, 1] / 16
+    assert torch.equal(left * 256, rest[usual])
+    assert (left.abs() <= (whole.abs() / 256).clamp(min=2.0**-14)).all()
+    assert not pieces[0].any() and pieces[1].isfinite().all()
+    assert torch.equal(pieces[2].isnan(), torch.tensor([[True, False, False, False]] * 2))
 
 
 def test_blocks_of_a_cluster_exchange(machine):
