@@ -41,6 +41,7 @@ GLUON = Config.of("gluon", accumulators=1, block_n=64, num_stages=4, blocks_per_
 WIDE = GLUON.replace(block_n=128, num_stages=2)
 IN_TURN = GLUON.replace(accumulators=2, blocks_per_sm=2)
 EDGES = WIDE.replace(edges=True)
+HALVES = Config.of("cuda", relu="four", block_n=64, num_stages=12, groups=3, blocks_per_sm=1)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -114,11 +115,11 @@ def test_gluon_refuses(name, heads, changes, gpu):
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_gluon_fills_the_gpu_with_few_queries(heads):
+def test_the_default_fills_the_gpu_with_few_queries(heads):
     spec, sizes = IndexerSpec(heads, 128), IndexerSizes(512, 8192)
     config = OP.default_config(spec, sizes, H200)
     (launch,) = plan(OP, spec, config, Case(sizes, "causal"), H200)
-    assert config.backend == "gluon"
+    assert config.backend == ("cuda" if heads == 64 else "gluon")
     assert launch.grid[0] >= 0.9 * config["blocks_per_sm"] * H200.sms
 
 
@@ -160,7 +161,7 @@ def test_keys_lie_beyond_two_gigabytes(interpreter):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [SMALL, TILELANG, PAIRED, GLUON, EDGES], ids=str)
+@pytest.mark.parametrize("config", [SMALL, TILELANG, PAIRED, GLUON, EDGES, HALVES], ids=str)
 @pytest.mark.parametrize("compressed", [False, True])
 def test_keys_and_logits_lie_beyond_two_billion(config, compressed):
     """130 rows of 2^24 columns, of keys that take 2 GiB."""
@@ -178,14 +179,15 @@ def test_keys_and_logits_lie_beyond_two_billion(config, compressed):
 
 
 @pytest.mark.gpu
-def test_rows_of_a_block_lie_further_apart_than_32_bits_count():
-    spec, gpu, stride = IndexerSpec(8, 128), detect(), (1 << 26) + 64
-    if OP.violations(spec, EDGES, gpu):
+@pytest.mark.parametrize(("heads", "config", "stride"), [(8, EDGES, (1 << 26) + 64), (64, HALVES, (1 << 30) + 64)], ids=str)
+def test_rows_of_a_block_lie_further_apart_than_32_bits_count(heads, config, stride):
+    spec, gpu, rows = IndexerSpec(heads, 128), detect(), 33 if heads == 8 else 9
+    if OP.violations(spec, config, gpu):
         pytest.skip(f"not for {gpu.name}")
-    inputs = OP.inputs(spec, Case(IndexerSizes(33, 130), "causal"), Draw(5, "cuda"))
-    logits = torch.empty(33 * stride, device="cuda").as_strided((33, 130), (stride, 1))
-    kernels = build.build(render.render(OP, spec, EDGES), gpu).load()
-    Variant(OP, spec, EDGES, gpu, kernels).run(inputs, {"logits": logits})
+    inputs = OP.inputs(spec, Case(IndexerSizes(rows, 130), "causal"), Draw(5, "cuda"))
+    logits = torch.empty(rows * stride, device="cuda").as_strided((rows, 130), (stride, 1))
+    kernels = build.build(render.render(OP, spec, config), gpu).load()
+    Variant(OP, spec, config, gpu, kernels).run(inputs, {"logits": logits})
     accuracy = OP.check(spec, inputs, {"logits": logits}, OP.reference(spec, inputs))
     assert accuracy.passed, accuracy.detail
 

@@ -26,6 +26,9 @@ PARAMETERS = (
     Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
 )
 
+CONFIG = Config.of("cuda", relu="four", block_n=64, num_stages=12, groups=3, blocks_per_sm=1)
+"""Of 64 heads."""
+
 
 def constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
     """What the template cannot do."""
