@@ -20,7 +20,7 @@ import emulator
 from support import FURTHER, H200, assert_compiles
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-HALVES = Config.of("cuda", relu="four", block_n=64, num_stages=4, groups=1, blocks_per_sm=3)
+HALVES = Config.of("cuda", relu="halves", block_n=64, num_stages=4, deferred=False, ahead=False, groups=1, blocks_per_sm=3)
 SHARED = HALVES.replace(num_stages=8, groups=3, blocks_per_sm=1)  # keys shared by three groups
 PLAIN = HALVES.replace(relu="max", num_stages=3)
 CASES = [
@@ -28,10 +28,10 @@ CASES = [
     (IndexerSpec(64, 128, clean=True, logits="bf16"), SHARED),
     (IndexerSpec(64, 128, compressed=True, clean=True), HALVES),
     (IndexerSpec(32, 128, clean=True), HALVES.replace(block_n=128, num_stages=2)),
-    (IndexerSpec(32, 128, compressed=True), SHARED.replace(relu="two")),
+    (IndexerSpec(32, 128, compressed=True), SHARED),
     (IndexerSpec(16, 128, clean=True), SHARED.replace(relu="max")),
     (IndexerSpec(8, 128), PLAIN),
-    (IndexerSpec(8, 128, clean=True), PLAIN.replace(relu="both", block_n=128, num_stages=2)),
+    (IndexerSpec(8, 128, clean=True), PLAIN.replace(block_n=128, num_stages=2, ahead=True)),
 ]
 
 
@@ -65,7 +65,7 @@ def few(spec, seed=4):
 def test_pieces_are_as_exact_as_a_maximum(tmp_path, heads):
     """Weights of one sign and of all magnitudes, too, where most of what |x| adds up to must be taken away again."""
     spec = IndexerSpec(heads, 128)
-    made = {relu: variant(spec, HALVES.replace(relu=relu), tmp_path) for relu in ("max", "four")}
+    made = {relu: variant(spec, HALVES.replace(relu=relu), tmp_path) for relu in ("max", "halves")}
     for scale in (1.0, 1e-24, 1e24):
         for change in (torch.abs, lambda weights: weights * 10.0 ** (-torch.arange(heads) / 4)):
             inputs = few(spec)
@@ -75,7 +75,7 @@ def test_pieces_are_as_exact_as_a_maximum(tmp_path, heads):
                 relu: compare.similarity_gap(scores_of(each, inputs)["logits"].double() / scale, wanted)
                 for relu, each in made.items()
             }
-            assert gaps["four"] < 1e-11 and gaps["max"] < 1e-11, (scale, gaps)
+            assert gaps["halves"] < 1e-11 and gaps["max"] < 1e-11, (scale, gaps)
 
 
 @pytest.mark.parametrize("config", [HALVES, SHARED, PLAIN], ids=str)
@@ -104,7 +104,7 @@ def test_a_rows_bits_do_not_depend_on_the_config(tmp_path):
     spec = IndexerSpec(64, 128, batch_invariant=True)
     inputs = few(spec)
     configs = [HALVES, SHARED, HALVES.replace(block_n=128, num_stages=2)]
-    assert {OP.order(spec, config) for config in configs} == {"cuda-four"}
+    assert {OP.order(spec, config) for config in configs} == {"cuda-halves"}
     rows = [scores_of(variant(spec, config, tmp_path), inputs)["logits"] for config in configs]
     some = {**inputs, **{name: inputs[name][3:6] for name in ("q", "weights", "starts", "ends")}}
     rows.append(scores_of(variant(spec, HALVES, tmp_path), some)["logits"])
@@ -160,8 +160,8 @@ def test_pieces_err_no_more_than_a_maximum_on_a_gpu():
         pytest.skip(f"not for {gpu.name}")
     inputs = OP.inputs(spec, Case(IndexerSizes(256, 3000), "causal"), Draw(5, "cuda"))
     wanted, gaps = OP.reference(spec, inputs), {}
-    for relu in ("max", "four"):
+    for relu in ("max", "halves"):
         config = HALVES.replace(relu=relu)
         made = Variant(OP, spec, config, gpu, build(render(OP, spec, config), gpu).load())
         gaps[relu] = OP.check(spec, inputs, scores_of(made, inputs), wanted).similarity
-    assert gaps["four"] < 3 * gaps["max"] < 1e-6
+    assert gaps["halves"] < 3 * gaps["max"] < 1e-6

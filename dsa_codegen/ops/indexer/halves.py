@@ -1,8 +1,8 @@
 """The CUDA template: half of each ReLU by a product of some columns more, stages of keys that no barrier of all threads frees.
 
-``relu`` says how the sums over heads are made: by a maximum for each product, by |x| and x both, or by |x| alone, where x of
-all heads is the keys' product with a query's weighted sum of heads, in two or four e4m3 pieces. Two leave an error of 2^-11 or
-so of a score, four one of 2^-20, where Hopper's sums of FP8 products keep 13 bits.
+``relu`` says how the sums over heads are made: by a maximum for each product, or by |x|, where x of all heads is the keys'
+product with a query's weighted sum of heads, in four e4m3 pieces. These leave an error of 2^-20 or so of that sum, where
+Hopper's sums of FP8 products keep 13 bits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ...problem.op import Config, Parameter, Violation, exceeds
 from .parts import REGISTERS, parts_of
 from .problem import IndexerSpec
 
-_PIECES = {"max": 0, "both": 0, "two": 2, "four": 4}
+_PIECES = 4
 _OF_THE_SYSTEM = 1024  # bytes of a block's shared memory
 
 PARAMETERS = (
-    Parameter("relu", tuple(_PIECES), "a maximum; |x| and x; |x|, and x by a product with two pieces or four"),
+    Parameter("relu", ("max", "halves"), "a maximum for each product; or |x|, and x of all heads by a product of its own"),
     Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
     Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
     Parameter("deferred", (False, True), "whether scores are stored behind the start of the next product"),
@@ -28,7 +28,7 @@ PARAMETERS = (
     Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
 )
 
-CONFIG = Config.of("cuda", relu="four", block_n=64, num_stages=12, deferred=True, ahead=False, groups=3, blocks_per_sm=1)
+CONFIG = Config.of("cuda", relu="halves", block_n=64, num_stages=12, deferred=True, ahead=False, groups=3, blocks_per_sm=1)
 """Of 64 heads."""
 
 
@@ -45,7 +45,7 @@ def constraints(spec: IndexerSpec, config: Config, gpu: Gpu) -> Iterable[Violati
     smem = config["blocks_per_sm"] * (numbers["smem"] + _OF_THE_SYSTEM)
     yield from exceeds("smem", smem, gpu.smem_per_sm, " B")
     # Products, weights, a unit and an address for each of a thread's queries; ptxas needs some 24 above that.
-    each = (numbers["pieces"] > 0) + 2 * spec.compressed
+    each = numbers["halves"] + 2 * spec.compressed
     registers = max(numbers["sizes"]) // 2 + 64 + each * numbers["own"] + 24
     yield from exceeds("registers", registers, REGISTERS[min(groups, 3)])
 
@@ -57,18 +57,18 @@ def order(config: Config) -> str:
 
 def derived(spec: IndexerSpec, config: Config) -> dict[str, Any]:
     """Names for the template."""
-    parts, pieces = parts_of(spec.heads), _PIECES[config["relu"]]
+    parts, halves = parts_of(spec.heads), config["relu"] == "halves"
     quads = parts["part_queries"] // 4
     own = quads * parts["query_parts"]  # queries of a thread
     # Groups of 8 columns beside the heads', two of each lane: for a part's own queries, or two of the pieces in each part.
-    beside = [quads * pieces // 2] * 2 if parts["query_parts"] == 2 else [int(pieces > 0), int(pieces > 2)]
-    rows = [128 + 8 * each for each in beside]
+    beside = _PIECES // 2 * quads if parts["query_parts"] == 2 else _PIECES // 4
+    rows = [128 + 8 * beside * halves] * 2
     groups, stages = config["groups"], config["num_stages"]
     barriers = 8 * (2 * stages + groups)
-    smem = (stages * config["block_n"] + groups * sum(rows)) * spec.head_dim + barriers + (groups * 64 * own if pieces else 0)
+    smem = (stages * config["block_n"] + groups * sum(rows)) * spec.head_dim + barriers + groups * 64 * own * halves
     return {
         **parts,
-        "pieces": pieces,
+        "halves": halves,
         "quads": quads,
         "own": own,
         "part_rows": rows,
