@@ -41,7 +41,7 @@ GLUON = Config.of("gluon", accumulators=1, block_n=64, num_stages=4, blocks_per_
 WIDE = GLUON.replace(block_n=128, num_stages=2)
 IN_TURN = GLUON.replace(accumulators=2, blocks_per_sm=2)
 EDGES = WIDE.replace(edges=True)
-HALVES = Config.of("cuda", relu="halves", block_n=64, num_stages=12, deferred=True, ahead=False, groups=3, blocks_per_sm=1)
+HALVES = Config.of("cuda", relu="halves", block_n=128, num_stages=6, groups=3, blocks_per_sm=1)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)

@@ -20,7 +20,7 @@ import emulator
 from support import FURTHER, H200, assert_compiles
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-HALVES = Config.of("cuda", relu="halves", block_n=64, num_stages=4, deferred=False, ahead=False, groups=1, blocks_per_sm=3)
+HALVES = Config.of("cuda", relu="halves", block_n=64, num_stages=4, groups=1, blocks_per_sm=3)
 SHARED = HALVES.replace(num_stages=8, groups=3, blocks_per_sm=1)  # keys shared by three groups
 PLAIN = HALVES.replace(relu="max", num_stages=3)
 CASES = [
@@ -31,7 +31,7 @@ CASES = [
     (IndexerSpec(32, 128, compressed=True), SHARED),
     (IndexerSpec(16, 128, clean=True), SHARED.replace(relu="max")),
     (IndexerSpec(8, 128), PLAIN),
-    (IndexerSpec(8, 128, clean=True), PLAIN.replace(block_n=128, num_stages=2, ahead=True)),
+    (IndexerSpec(8, 128, clean=True), PLAIN.replace(block_n=128, num_stages=2)),
 ]
 
 

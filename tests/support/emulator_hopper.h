@@ -231,10 +231,6 @@ template <bool cluster = false> DEVICE void barrier_wait(u32 bar, u32 parity) {
   emulator::land(bar);
   emulator::wait_until([&] { return emulator::barrier_at(bar).phase != parity; });
 }
-DEVICE bool barrier_is_passed(u32 bar, u32 parity) {
-  emulator::land(bar);
-  return emulator::barrier_at(bar).phase != parity;
-}
 DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }
 DEVICE void copy16_of_line(u32 to, const bf16 *from, bool valid, u64 policy) { copy16(to, from, valid, policy); }
 DEVICE void copies_land() {

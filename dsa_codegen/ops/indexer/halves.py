@@ -21,14 +21,12 @@ _OF_THE_SYSTEM = 1024  # bytes of a block's shared memory
 PARAMETERS = (
     Parameter("relu", ("max", "halves"), "a maximum for each product; or |x|, and x of all heads by a product of its own"),
     Parameter("block_n", (64, 128), "tokens per stage of keys, in tiles of 64"),
-    Parameter("num_stages", (2, 3, 4, 5, 8, 12), "stages of keys in flight"),
-    Parameter("deferred", (False, True), "whether scores are stored behind the start of the next product"),
-    Parameter("ahead", (False, True), "whether a stage is looked for before the last product of the one before is waited for"),
+    Parameter("num_stages", (2, 3, 4, 5, 6, 8, 12), "stages of keys in flight"),
     Parameter("groups", (1, 3), "groups of four warps of a block that share its keys, each with queries of its own"),
     Parameter("blocks_per_sm", (1, 2, 3), "resident blocks: registers are capped and waves counted for so many"),
 )
 
-CONFIG = Config.of("cuda", relu="halves", block_n=64, num_stages=12, deferred=True, ahead=False, groups=3, blocks_per_sm=1)
+CONFIG = Config.of("cuda", relu="halves", block_n=128, num_stages=6, groups=3, blocks_per_sm=1)
 """Of 64 heads."""
 
 
