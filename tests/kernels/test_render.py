@@ -14,6 +14,7 @@ from dsa_codegen import ops
 from dsa_codegen.kernels import render
 from dsa_codegen.ops.indexer import OP as INDEXER
 from dsa_codegen.ops.indexer import IndexerSpec
+from dsa_codegen.ops.indexer.halves import CONFIG as HALVES
 from dsa_codegen.problem.op import Config
 
 from support import H200, of_preset
@@ -23,6 +24,7 @@ CONFIG = Config.of("triton", block_q=2, block_n=64, num_warps=4, num_stages=2, s
 CASES = [
     ("indexer_plain", INDEXER, IndexerSpec(8, 64), CONFIG),
     ("indexer_bias_clean", INDEXER, IndexerSpec(16, 32, score="relu_bias", clean=True), CONFIG),
+    ("indexer_halves", INDEXER, IndexerSpec(64, 128, clean=True), HALVES),
 ]
 
 
