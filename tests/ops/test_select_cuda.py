@@ -44,6 +44,8 @@ IN_A_STREAM = [
     (replace(SLOTS, starts=True), {"items": 16}, 5, "shuffled"),
     (replace(SLOTS, scores="fp32", topk=700, keep_first=300, keep_recent=400), {"stages": 3}, -0.6, "descending"),
     (replace(SLOTS, scores="fp32"), {"items": 32, "longest": FAR}, 5, "shuffled"),
+    (PLAIN, {"persistent": True, "stages": 3}, 5, "shuffled"),
+    (replace(SLOTS, starts=True), {"persistent": True, "items": 16}, -0.6, "descending"),
     pytest.param(
         PLAIN, {"items": 32, "threads": 256, "blocks_per_sm": 2, "longest": FAR // 2}, 5, "descending", marks=pytest.mark.slow
     ),
@@ -53,14 +55,17 @@ VERY_LONG = [Case(SelectSizes(1, columns), kind) for columns, kind in ((300001, 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
-    ("spec", "changes", "margin", "order"), IN_A_STREAM, ids=["tokens", "slots", "wrong-guess", "far", "two-an-sm"]
+    ("spec", "changes", "margin", "order"),
+    IN_A_STREAM,
+    ids=["tokens", "slots", "wrong-guess", "far", "stays", "stays-wrong-guess", "two-an-sm"],
 )
 def test_a_row_that_streams_matches_the_reference(spec, changes, margin, order, tmp_path, monkeypatch):
     """Also where the pool overflows (a third of LONG), and where the sample asks for too few, so that rows are read twice."""
     monkeypatch.setattr(streamed, "_MARGIN", margin)
     config = STREAMED.replace(**changes)
     assert not OP.violations(spec, config, H200)
-    variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
+    gpu = replace(H200, sms=1) if config["persistent"] else H200
+    variant = Variant(OP, spec, config, gpu, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
     far = [OP.within_reach(spec, config, case) for case in VERY_LONG] if config["longest"] > NEAR else []
     for case in [*OP.cases(spec)[::4], *LONG, *far]:
         accuracy = verify(variant, case, "cpu", repeats=2)
