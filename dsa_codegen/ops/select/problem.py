@@ -62,7 +62,7 @@ class SelectSizes(Sizes):
 
     rows: int
     columns: int
-    # What decides is how many rows share the GPU (1, 4, 8, 16 and 64 of several blocks each) and what a cluster's registers hold.
+    # What decides is how many rows share the GPU (1, 4, 8, 16, 64 of several blocks each), and what a cluster's registers hold.
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "rows": (2, 5, 9, 17, 65, 257),
         "columns": (8193, 16385, 32769, 65537, 131073, 1048577),
