@@ -52,6 +52,8 @@ def guesses(sizes: SelectSizes) -> Iterator[Config]:
         return
     if rows > 256 and columns <= 65536:  # one block's beginning and end beside another's stream: 4096 of 65536 329 us, 430
         yield _config(cluster=1, threads=512, items=16, blocks_per_sm=2, stages=2, longest=FAR // 2)
+    if rows > 256 and columns > 65536:  # the next row comes while this one's tokens are written: 4096 of 131072 566 us, 626
+        yield _config(cluster=1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=REACH, persistent=True)
     # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
     yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=REACH)
     yield _config(
@@ -70,8 +72,8 @@ def _far(rows: float) -> Iterator[Config]:
             return
 
 
-def _config(**values: Scalar) -> Config:
-    return Config.of("cuda", digit_bits=11, early=False, persistent=False, ring=0, **values)
+def _config(persistent: bool = False, **values: Scalar) -> Config:
+    return Config.of("cuda", digit_bits=11, early=False, persistent=persistent, ring=0, **values)
 
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
