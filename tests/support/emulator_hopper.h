@@ -228,8 +228,10 @@ DEVICE void barrier_expect(u32 bar, u32 bytes) {
 // Bytes copied in one piece land when their barrier is waited for, until which its reader finds the poison.
 DEVICE void copy_bytes(u32 to, const unsigned char *from, u32 bytes, u32 bar) { emulator::pieces.push_back({to, from, bytes, bar}); }
 template <bool cluster = false> DEVICE void barrier_wait(u32 bar, u32 parity) {
-  emulator::land(bar);
-  emulator::wait_until([&] { return emulator::barrier_at(bar).phase != parity; });
+  emulator::wait_until([&] {
+    emulator::land(bar);
+    return emulator::barrier_at(bar).phase != parity;
+  });
 }
 DEVICE void copy16(u32 to, const bf16 *from, bool valid, u64) { emulator::copies[emulator::current].push_back({to, from, valid}); }
 DEVICE void copy16_of_line(u32 to, const bf16 *from, bool valid, u64 policy) { copy16(to, from, valid, policy); }
@@ -338,6 +340,9 @@ template <class Map> DEVICE void prefetch_map(const Map &) {}
 template <class Map> DEVICE void bring_tile(u32 to, const Map &map, int x, int y, u32 bar) {
   emulator::tiles.push_back({to, bar, *(const emulator::Described *)&map, {x, y}});
 }
+template <class Map> DEVICE void bring_tile(u32 to, const Map &map, int x, int y, int z, u32 bar) {
+  emulator::tiles.push_back({to, bar, *(const emulator::Described *)&map, {x, y, z}});
+}
 template <class Map> DEVICE void bring_tile(u32 to, const Map &map, int x, int y, int z, int w, u32 bar) {
   emulator::tiles.push_back({to, bar, *(const emulator::Described *)&map, {x, y, z, w}});
 }
@@ -397,6 +402,15 @@ DEVICE u32 fetch4(const unsigned char *from, bool valid) { return valid ? *(cons
 DEVICE uint2 fetch8(const unsigned char *from, bool valid) { return valid ? *(const uint2 *)from : uint2{0, 0}; }
 DEVICE u32 pack_halves(float low, float high) { return bits_as<bf16>((_Float16)low) | (u32)bits_as<bf16>((_Float16)high) << 16; }
 DEVICE float2 halves(u32 pair) { return float2{(float)bits_as<_Float16>((bf16)pair), (float)bits_as<_Float16>((bf16)(pair >> 16))}; }
+template <int warps> DEVICE void workers_sync() { emulator::meet(3, 32 * warps, false); }
+DEVICE void barrier_arrive_by(u32 bar, u32 count) {
+  while (count--) barrier_arrive(bar);
+}
+DEVICE void store_logit(float *to, float value, u64) { *to = value; }
+DEVICE void store_logit(bf16 *to, float value, u64) { *to = emulator::narrowed(value); }
+template <class Logit> DEVICE void store_logits(Logit *to, const float (&values)[4], u64 policy) {
+  for (int i = 0; i < 4; i++) store_logit(to + i, values[i], policy);
+}
 DEVICE void consumers_sync() { emulator::meet(1, 256, false); }
 DEVICE void block_sync() { emulator::meet(2, emulator::block_threads, false); }
 DEVICE void arrived(u32 &, u32) {}

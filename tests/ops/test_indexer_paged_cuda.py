@@ -1,0 +1,149 @@
+"""The paged indexer in CUDA C++, of up to six queries: on a CPU against the reference, what it refuses, compiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_codegen.gpu import resolve
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
+from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec
+from dsa_codegen.problem.draw import Draw
+from dsa_codegen.problem.op import Case, Config
+from dsa_codegen.proof.verify import verify
+
+import emulator
+from support import H200, assert_compiles
+
+CONFIG = Config.of("cuda", groups=2, accumulators=2, num_stages=6, gathered=0)
+SPEC = IndexerPagedSpec(64, 128, next_n=4)
+PAIRS = [
+    (SPEC, CONFIG, "shuffled"),
+    (replace(SPEC, clean=True, page=128), CONFIG.replace(accumulators=1, gathered=16), "ascending"),
+    (replace(SPEC, next_n=3, page=256, logits="bf16"), CONFIG.replace(gathered=16), "descending"),
+    (replace(SPEC, next_n=3, clean=True), CONFIG.replace(num_stages=4), "shuffled"),
+    (replace(SPEC, next_n=5), CONFIG.replace(groups=3, accumulators=1, gathered=16), "ascending"),
+    (replace(SPEC, next_n=6, logits="bf16", clean=True), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
+    (replace(SPEC, next_n=1), CONFIG.replace(groups=4, accumulators=1, num_stages=4, gathered=16), "descending"),
+    (replace(SPEC, next_n=2), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
+]
+EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=[spec.id for spec, *_ in PAIRS])
+
+
+def emulated(spec, config, order, folder, sms=3):
+    """Few SMs: programs take parts of several rows."""
+    kernels = emulator.cuda_kernels(render(OP, spec, config), folder, order)
+    return Variant(OP, spec, config, replace(H200, sms=sms), kernels)
+
+
+@EMULATED
+@BY_SPEC
+def test_matches_the_reference(spec, config, order, tmp_path):
+    variant = emulated(spec, config, order, tmp_path)
+    for case in (*OP.cases(spec), Case(IndexerPagedSizes(5, 1400), "ragged")):
+        accuracy = verify(variant, case, "cpu", repeats=2)
+        assert accuracy.passed, (case.id, accuracy.detail)
+
+
+@EMULATED
+@pytest.mark.parametrize("sms", [1, 2, 5, 9])
+@pytest.mark.parametrize("gathered", [0, 16])
+def test_rows_are_shared_out_among_any_programs(gathered, sms, tmp_path):
+    """Tiles of 3 rows, of which one is long and one empty: more programs than rows, fewer, and some without work."""
+    config = CONFIG.replace(gathered=gathered)
+    inputs = OP.inputs(SPEC, Case(IndexerPagedSizes(3, 2100), "full"), Draw(0))
+    inputs["lengths"].copy_(torch.tensor([[70, 30, 0, 64], [0, 0, 0, 0], [2100, 2099, 2098, 1]]))
+    variant = emulated(SPEC, config, "shuffled", tmp_path, sms)
+    outputs = OP.allocate(SPEC, inputs)
+    outputs["logits"].fill_(12345.0)
+    accuracy = OP.check(SPEC, inputs, variant.run(inputs, outputs), OP.reference(SPEC, inputs))
+    assert accuracy.passed, accuracy.detail
+    beyond = torch.arange(2100) >= inputs["lengths"].flatten()[:, None]
+    assert (outputs["logits"][beyond] == 12345.0).all()
+
+
+@EMULATED
+def test_nan_shows_where_the_reference_has_it(tmp_path):
+    """Of a query, a weight, a key, a scale; weights of any size are weighed, of infinite sums there is none."""
+    spec = replace(SPEC, next_n=3)
+    inputs = OP.inputs(spec, Case(IndexerPagedSizes(4, 200), "full"), Draw(1))
+    q, cache = inputs["q"].view(torch.uint8), inputs["cache"].view(-1, spec.page * 132)
+    q[1, 0, 5, 7] = 0x7F
+    q[2, 2, 50, 127] = 0xFF
+    inputs["weights"][4, 4] = torch.nan
+    inputs["weights"][5] = 0
+    inputs["weights"][6] *= 1e30
+    inputs["weights"][7] *= 1e-25
+    cache[3, 77] = 0x7F
+    cache[5, 64 * 128 + 40 : 64 * 128 + 44] = torch.tensor([torch.nan]).view(torch.uint8)
+    outputs = emulated(spec, CONFIG, "shuffled", tmp_path).run(inputs, OP.allocate(spec, inputs))
+    logits, reference = outputs["logits"], OP.reference(spec, inputs)["logits"]
+    assert reference.isnan().any(1).sum() >= 5
+    assert torch.equal(logits.isnan(), reference.isnan())
+    size = reference.nan_to_num().abs().amax(1, keepdim=True)
+    assert torch.all((logits - reference).nan_to_num().abs() <= 4e-6 * size)
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("next_n", "changes"), [(4, {}), (4, {"accumulators": 1, "gathered": 16}), (1, {"accumulators": 1, "groups": 3})]
+)
+def test_a_program_takes_many_short_rows(next_n, changes, tmp_path):
+    """Segments of a tile, of more rows than are counted at once; groups that take tiles in turn pass some without one."""
+    variant = emulated(replace(SPEC, next_n=next_n), CONFIG.replace(**changes), "shuffled", tmp_path)
+    accuracy = verify(variant, Case(IndexerPagedSizes(140, 60), "ragged"), "cpu")
+    assert accuracy.passed, accuracy.detail
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "name"),
+    [
+        (replace(SPEC, scores="bf16"), {}, "scores"),
+        (replace(SPEC, score="relu_bias"), {}, "score"),
+        (replace(SPEC, heads=32), {}, "heads"),
+        (replace(SPEC, head_dim=64), {}, "head_dim"),
+        (replace(SPEC, page=32), {}, "page"),
+        (replace(SPEC, next_n=8), {}, "next_n"),
+        (replace(SPEC, next_n=2), {"groups": 1}, "accumulators"),
+        (replace(SPEC, next_n=2), {"groups": 4, "accumulators": 1}, "registers"),
+        (replace(SPEC, next_n=1), {"groups": 3, "accumulators": 1, "num_stages": 8}, "stages"),
+        (replace(SPEC, next_n=6), {}, "groups"),
+        (replace(SPEC, next_n=6), {"groups": 3}, "registers"),
+        (SPEC, {"num_stages": 12, "gathered": 64}, "smem"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_template_says_what_it_cannot_do(spec, changes, name):
+    assert name in {violation.name for violation in OP.violations(spec, CONFIG.replace(**changes), H200)}
+
+
+def test_template_is_for_hopper_alone():
+    (violation,) = OP.violations(SPEC, CONFIG, resolve("b200"))
+    assert violation.name == "wgmma"
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        (SPEC, {"num_stages": 8}),
+        (replace(SPEC, next_n=3, clean=True, logits="bf16"), {"gathered": 32}),
+        (replace(SPEC, next_n=6), {"groups": 3, "accumulators": 1, "num_stages": 8}),
+    ],
+    ids=["four", "three", "six"],
+)
+def test_compiles_without_spills(spec, changes):
+    assert_compiles(OP, spec, CONFIG.replace(**changes))
+
+
+def test_default_for_pairs_of_queries_over_many_tokens():
+    """Four and six queries of many sequences; others were slower, or not measured."""
+    many, few = IndexerPagedSizes(64, 65536), IndexerPagedSizes(8, 65536)
+    backends = [OP.default_config(replace(SPEC, next_n=n), many, H200).backend for n in (1, 2, 3, 4, 5, 6, 8)]
+    assert backends == ["gluon", "gluon", "gluon", "cuda", "gluon", "cuda", "gluon"]
+    assert OP.default_config(SPEC, few, H200).backend == "gluon"
+    assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"
+    assert OP.default_config(SPEC, many, resolve("b200")).backend == "triton"
