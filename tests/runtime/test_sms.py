@@ -50,7 +50,8 @@ STAYING = {
         {"batch": 4096},
         1,
     ),
-    "select-cuda": (guessed("select", "cuda", rows=4096, columns=32768), {"rows": 4096, "columns": 32768}, 1),
+    "select-cuda": (guessed("select", "cuda", rows=4096, columns=32768), {"rows": 4096, "columns": 32768}, 2),
+    "select-cuda-long": (guessed("select", "cuda", rows=4096, columns=131072), {"rows": 4096, "columns": 131072}, 1),
     "select-triton": (
         Config.of("triton", scheme="row", capacity=4096, block_n=4096, num_warps=8, sample=2048, splits=1),
         {"rows": 4096, "columns": 8192},
