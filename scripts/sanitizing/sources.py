@@ -26,6 +26,9 @@ _HELD = ops.get("select").config(
         **{"early": False, "persistent": True, "stages": 0, "ring": 2},
     },
 )
+_HALVES = ops.get("indexer").config(
+    "cuda", {"relu": "halves", "block_n": 128, "num_stages": 6, "groups": 3, "blocks_per_sm": 1}
+)
 _SOME_OPTIONS = (0, 3, -1)
 """For designs that FURTHER names, of attention: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
@@ -61,6 +64,10 @@ FURTHER = (
     Further("attention", {"heads": 64, "topk": 1024}, _SORTED),
     # Many rows: blocks that stay, to which rows come through rings.
     Further("select", {}, _HELD),
+    # Half of each ReLU by a product, in groups that share a block's keys; and a maximum for each product.
+    Further("indexer", {"index_heads": 64, "index_head_dim": 128}),
+    Further("indexer", {"index_heads": 8, "index_head_dim": 128}, _HALVES.replace(relu="max")),
+    Further("indexer", {"index_heads": 32, "index_head_dim": 128}, _HALVES.replace(num_stages=2, groups=1, blocks_per_sm=3)),
     # Many heads add their gradients up in another way than few.
     *(Further("attention_backward", {"heads": heads}, backends=("triton",)) for heads in (64, 128)),
     # Keys of blocks.

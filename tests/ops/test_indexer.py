@@ -123,6 +123,18 @@ def test_the_default_fills_the_gpu_with_few_queries(heads):
     assert launch.grid[0] >= 0.9 * config["blocks_per_sm"] * H200.sms
 
 
+def test_few_queries_and_few_heads_stay_with_gluon():
+    """A spec of one order stays with what many queries are served by."""
+
+    def backend(heads, queries, context, **options):
+        return OP.default_config(IndexerSpec(heads, 128, **options), IndexerSizes(queries, context), H200).backend
+
+    assert [backend(64, queries, 8192) for queries in (1, 64, 65, 4096)] == ["gluon", "gluon", "cuda", "cuda"]
+    assert [backend(32, *sizes) for sizes in ((1024, 32768), (4096, 8192), (4096, 32768))] == ["gluon", "gluon", "cuda"]
+    assert backend(16, 4096, 32768) == backend(64, 4096, 32768, score="relu_bias") == "gluon"
+    assert {backend(heads, 1, 77, batch_invariant=True) for heads in (32, 64)} == {"cuda"}
+
+
 def test_nothing_is_launched_for_nothing():
     for sizes in (IndexerSizes(0, 40), IndexerSizes(3, 0)):
         assert not plan(OP, SPECS[0], IN_TURN, Case(sizes, "ragged"), H200)

@@ -44,6 +44,8 @@ IN_A_STREAM = [
     (replace(SLOTS, starts=True), {"items": 16}, 5, "shuffled"),
     (replace(SLOTS, scores="fp32", topk=700, keep_first=300, keep_recent=400), {"stages": 3}, -0.6, "descending"),
     (replace(SLOTS, scores="fp32"), {"items": 32, "longest": FAR}, 5, "shuffled"),
+    (PLAIN, {"persistent": True, "stages": 3}, 5, "shuffled"),
+    (replace(SLOTS, starts=True), {"persistent": True, "items": 16}, -0.6, "descending"),
     pytest.param(
         PLAIN, {"items": 32, "threads": 256, "blocks_per_sm": 2, "longest": FAR // 2}, 5, "descending", marks=pytest.mark.slow
     ),
@@ -53,14 +55,17 @@ VERY_LONG = [Case(SelectSizes(1, columns), kind) for columns, kind in ((300001, 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
-    ("spec", "changes", "margin", "order"), IN_A_STREAM, ids=["tokens", "slots", "wrong-guess", "far", "two-an-sm"]
+    ("spec", "changes", "margin", "order"),
+    IN_A_STREAM,
+    ids=["tokens", "slots", "wrong-guess", "far", "stays", "stays-wrong-guess", "two-an-sm"],
 )
 def test_a_row_that_streams_matches_the_reference(spec, changes, margin, order, tmp_path, monkeypatch):
     """Also where the pool overflows (a third of LONG), and where the sample asks for too few, so that rows are read twice."""
     monkeypatch.setattr(streamed, "_MARGIN", margin)
     config = STREAMED.replace(**changes)
     assert not OP.violations(spec, config, H200)
-    variant = Variant(OP, spec, config, H200, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
+    gpu = replace(H200, sms=1) if config["persistent"] else H200
+    variant = Variant(OP, spec, config, gpu, emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
     far = [OP.within_reach(spec, config, case) for case in VERY_LONG] if config["longest"] > NEAR else []
     for case in [*OP.cases(spec)[::4], *LONG, *far]:
         accuracy = verify(variant, case, "cpu", repeats=2)
@@ -96,8 +101,8 @@ def test_rows_of_which_half_stays_in_shared_memory_match_the_reference(spec, ord
     assert not OP.violations(spec, config, H200)
     variant = Variant(OP, spec, config, replace(H200, sms=1), emulator.cuda_kernels(render(OP, spec, config), tmp_path, order))
     kinds = ("normal", "relu", "equal", "few", "up", "down", "narrow", "special")
-    whole = [Case(SelectSizes(3, 8192), kind) for kind in kinds]
-    ragged = [Case(SelectSizes(5, 8192 - 13), f"ragged_{kind}") for kind in kinds]
+    whole = [Case(SelectSizes(3, 16384), kind) for kind in kinds]
+    ragged = [Case(SelectSizes(5, 16384 - 13), f"ragged_{kind}") for kind in kinds]
     for case in [*whole, *ragged, *OP.cases(spec)]:
         accuracy = verify(variant, OP.within_reach(spec, config, case), "cpu", repeats=2)
         assert accuracy.passed, (case.id, accuracy.detail)
@@ -106,27 +111,47 @@ def test_rows_of_which_half_stays_in_shared_memory_match_the_reference(spec, ord
 EXTREMES = (torch.inf, 3e38, 1.0, 1e-39, 0.0, -0.0, -1e-39, -1.0, -3e38, -torch.inf, torch.nan)
 
 
+def row_around(score, higher, count, lower, drawn, columns=16384):
+    """A row that is to be chosen down to one of ``count`` scores: ``score``, or up to a quarter more where these are few."""
+    around = torch.full((count,), score) * (1 + torch.rand(count, generator=drawn).div(4) * (count == 100))
+    row = torch.cat([higher, around, torch.tensor(lower).repeat(columns)[: columns - len(higher) - count]])
+    return row[torch.randperm(columns, generator=drawn)]
+
+
+def chosen_of(rows, topk, folder):
+    """(what is chosen of a row each, the reference's), by one block with half of a row in shared memory."""
+    config = CUDA.replace(threads=256, items=32, early=False, persistent=True, ring=2)
+    spec, gpu = replace(PLAIN, topk=topk), replace(H200, sms=1)
+    variant = Variant(OP, spec, config, gpu, emulator.cuda_kernels(render(OP, spec, config), folder, "shuffled"))
+    ends = torch.full((len(rows),), rows[0].numel(), dtype=torch.int32)
+    inputs = {"scores": torch.stack(rows), "starts": torch.zeros_like(ends), "ends": ends, "page_table": None}
+    return variant.run(inputs, OP.allocate(spec, inputs))["chosen"], OP.reference(spec, inputs)["chosen"]
+
+
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 def test_the_last_chosen_score_may_be_any(tmp_path):
-    """A row for each of EXTREMES and of how many equal or nearly equal it: listed, counted, or below all numbers."""
-    config = CUDA.replace(threads=256, items=32, early=False, persistent=True, ring=2)
-    spec = replace(PLAIN, topk=512)
-    variant = Variant(
-        OP, spec, config, replace(H200, sms=1), emulator.cuda_kernels(render(OP, spec, config), tmp_path, "shuffled")
-    )
+    """A row for each of EXTREMES and of how many equal or nearly equal it: compared, listed, counted, or no numbers."""
     drawn = torch.Generator().manual_seed(7)
     rows = []
     for at, extreme in enumerate(EXTREMES):
-        for count in (100, 600, 1500):
+        for count in (100, 600, 1024, 1025, 1500):
             higher = torch.tensor(EXTREMES[:at] or (torch.inf,)).repeat(500)[: 460 if at else 0]
-            around = torch.full((count,), extreme) * (1 + torch.rand(count, generator=drawn).div(4) * (count == 100))
-            lower = torch.tensor((*EXTREMES[at + 1 :], torch.nan)).repeat(8192)[: 8192 - len(higher) - count]
-            rows.append(torch.cat([higher, around, lower])[torch.randperm(8192, generator=drawn)])
-    scores = torch.stack(rows)
-    ends = torch.full((len(rows),), 8192, dtype=torch.int32)
-    inputs = {"scores": scores, "starts": torch.zeros_like(ends), "ends": ends, "page_table": None}
-    chosen = variant.run(inputs, OP.allocate(spec, inputs))["chosen"]
-    assert torch.equal(chosen, OP.reference(spec, inputs)["chosen"])
+            rows.append(row_around(extreme, higher, count, (*EXTREMES[at + 1 :], torch.nan), drawn))
+    chosen, reference = chosen_of(rows, 512, tmp_path)
+    assert torch.equal(chosen, reference)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+def test_scores_of_one_bin_are_told_apart(tmp_path):
+    """A plateau that is chosen as a whole, with others below it in its bin; scores where bins begin; few that differ."""
+    drawn = torch.Generator().manual_seed(8)
+    higher, below = torch.rand(100, generator=drawn) + 2, (1 - 2**-23, 0.99999, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0)
+    rows = [row_around(1.0, higher, count, below[: 2 + more], drawn) for count in (1948, 1947, 1949) for more in range(7)]
+    rows += [row_around(1.0, torch.rand(1124, generator=drawn) + 2, count, below[2:], drawn) for count in (1024, 1025, 1026)]
+    rows += [torch.randint(0, steps, (16384,), generator=drawn).float() for steps in (1024, 2048, 4096, 8192)]
+    rows += [1 + torch.randint(0, steps, (16384,), generator=drawn) * 2**-23 for steps in (3, 40, 700)]
+    chosen, reference = chosen_of(rows, 2048, tmp_path)
+    assert torch.equal(chosen, reference)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")

@@ -129,7 +129,7 @@ def test_a_record_serves_every_bucket_that_its_own_contains(folders):
     assert found(folders).origin == found(folders, sizes=IndexerSizes(4096, 8192)).origin == "tuned"
     assert found(folders, sizes=IndexerSizes(1024, 8192)).origin == "default"
     ((_, differing),) = explain(OP, SPEC, IndexerSizes(1024, 8192), H200, folders)
-    assert differing == [Difference("bucket.queries", "[0, 1025]", "[1025, None]")]
+    assert differing == [Difference("bucket.queries", "[65, 1025]", "[1025, None]")]
     assert explain(OP, SPEC, SIZES, H200, folders)[0][1] == []
 
 

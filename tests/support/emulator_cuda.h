@@ -52,6 +52,22 @@ static uint atomicOr(uint *address, uint value) {
   return before;
 }
 static uint __funnelshift_l(uint low, uint high, uint by) { return by %= 32, by ? high << by | low >> (32 - by) : high; }
+static float __saturatef(float value) { return value > 0 ? std::min(value, 1.0f) : 0; }  // NaN is 0
+static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// Towards zero: what is exact in a double, then the nearest unless that is further from zero.
+static float __fmaf_rz(float a, float b, float c) {
+  const double exact = (double)a * b + c;
+  const float nearest = (float)exact;
+  return fabs((double)nearest) > fabs(exact) ? nextafterf(nearest, 0.0f) : nearest;
+}
+static double __dsub_ru(double a, double b) {
+  const double nearest = a - b;
+  return (long double)nearest < (long double)a - b ? nextafter(nearest, INFINITY) : nearest;
+}
+static float __double2float_ru(double value) {
+  const float nearest = (float)value;
+  return nearest < value ? nextafterf(nearest, INFINITY) : nearest;
+}
 static uint __umulhi(uint a, uint b) { return (uint)((unsigned long long)a * b >> 32); }
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }

@@ -99,9 +99,10 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         return "-".join([config.backend, *(str(config[name]) for name in shape)])
 
     def guesses(self, spec: IndexerSpec, sizes: IndexerSizes, gpu: Gpu) -> Iterable[Config]:
-        many = sizes.queries >= sizes.EDGES["queries"][0]  # than the twelve of a block
-        if spec.heads == 64 and many:
-            yield halves.CONFIG
+        shared = halves.CONFIGS.get(spec.heads)
+        first = shared is not None and halves.is_first_choice(spec, sizes)
+        if shared is not None and first:
+            yield shared
         # One accumulator and three blocks per SM, where that spills nothing. Up to 32 heads a tile has so many scores that
         # masks are worth avoiding: 4096 queries of 32768 tokens on an H200 with 8, 16, 32, 64 heads 276, 520, 902, 1770 us,
         # with all masks 306, 561, 922, 1777. Unrolled 8 heads spill.
@@ -112,8 +113,8 @@ class IndexerKernels(Kernels[IndexerSpec, IndexerSizes]):
         elif spec.heads == 8:
             hopper = hopper.replace(accumulators=2, block_n=64, num_stages=4, blocks_per_sm=2)
         yield hopper
-        if spec.heads == 64 and not many:  # for specs of one order, whatever the sizes
-            yield halves.CONFIG
+        if shared is not None and not first:  # for specs of one order, whatever the sizes
+            yield shared
         # Where the operands lie in registers too, 256 spill 250 to 380 bytes.
         columns = 256 if gpu.capability == 90 and spec.scores == "fp8" else 128
         block_q = min(16, columns // next_power_of_two(spec.heads))

@@ -60,7 +60,7 @@ class IndexerSizes(Sizes):
 
     queries: int
     context: int
-    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"queries": (17, 1025), "context": (16385,)}
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"queries": (65, 1025), "context": (16385,)}
 
 
 class IndexerProblem(Problem[IndexerSpec, IndexerSizes]):

@@ -66,18 +66,18 @@ _GUESSES = (
     _Guess(16384, 16, 4, 512, 8),
     _Guess(16384, 64, 2, 1024, 8),
     _Guess(16384, 256, 1, 1024, 16),
-    _Guess(16384, math.inf, 1, 512, 32, 2),
     _Guess(16384, math.inf, 1, 256, 32, 3, persistent=True, ring=2),
+    _Guess(16384, math.inf, 1, 512, 32, 2),  # 2-byte scores, which no rings bring
     _Guess(32768, 16, 8, 512, 8),
     _Guess(32768, 64, 2, 1024, 16),
     _Guess(32768, 256, 2, 512, 32, 2),
-    _Guess(32768, math.inf, 1, 1024, 32, persistent=True),
     _Guess(32768, math.inf, 1, 512, 32, 2, persistent=True, ring=2),
+    _Guess(32768, math.inf, 1, 1024, 32, persistent=True),
     _Guess(65536, 8, 8, 512, 16),
     _Guess(65536, 16, 4, 512, 32, 2),
     _Guess(65536, math.inf, 2, 512, 64),
-    _Guess(131072, 1, 16, 1024, 8),
-    _Guess(131072, 8, 8, 1024, 16),
+    _Guess(131072, 4, 16, 512, 16),
+    _Guess(131072, 8, 8, 512, 32),
     _Guess(131072, math.inf, 8, 512, 32, 2),
 )
 

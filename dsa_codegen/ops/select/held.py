@@ -13,8 +13,8 @@ from .shared_memory import size_of
 _ITEMS = 32  # scores of a thread in registers
 _HELD = 32  # and in shared memory
 _RUN = 8  # of these come at once
-_BINS = 4096
-_LISTED = 1024  # scores of the k-th score's bin that are listed; of normal ones it holds 507 of 32768
+_BINS = 2048
+_LISTED = 1024  # scores of the k-th score's bin that are listed; of normal ones it holds some ten of 32768
 _SECOND, _FEW = 256, 128
 
 
@@ -46,6 +46,7 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         "held": _HELD,
         "reach": reach(config),
         "listed": _LISTED,
+        "few": _FEW,
         "room": _room(spec, config),
         "smem": _smem(spec, config),
     }
@@ -57,13 +58,13 @@ def reach(config: Config) -> int:
 
 
 def _room(spec: SelectSpec, config: Config) -> int:
-    words = reach(config) // 32
-    return max(_BINS, words + max(words, spec.topk, _SECOND + 2 * _FEW + 2 * _LISTED) + 3 & ~3)
+    return max(_BINS + 4, reach(config) // 32, spec.topk + 3 & ~3, _SECOND + 2 * _LISTED)
 
 
 def _smem(spec: SelectSpec, config: Config) -> int:
     """sizeof of the template's ``Shared``."""
-    warps, ring = config["threads"] // 32, config["ring"]
-    members = [(128, 4 * warps * ring * 32 * _RUN), (128, 4 * warps * 32 * _HELD), (16, 4 * _room(spec, config))]
-    members += [(4, 128), (8, 8 * warps * (ring + 1)), (4, 24), (4, 8), (4, 24)]
+    threads, warps, ring = config["threads"], config["threads"] // 32, config["ring"]
+    members = [(128, 4 * warps * ring * 32 * _RUN), (128, 4 * warps * 32 * _HELD), (16, reach(config) // 8), (8, 8 * _FEW)]
+    members += [(16, 4 * _room(spec, config)), (4, 4 * threads), (4, 128), (8, 8 * warps * (ring + 1)), (4, 24)]
+    members += [(4, 4 * warps), (4, 4 * warps), (4, 8), (4, 12), (4, 8), (4, 8)]
     return -(-size_of(members) // 128) * 128

@@ -62,9 +62,9 @@ class SelectSizes(Sizes):
 
     rows: int
     columns: int
-    # What decides is how many rows share the GPU (1, 8, 16 and 64 of several blocks each) and what a cluster's registers hold.
+    # What decides is how many rows share the GPU (1, 4, 8, 16, 64 of several blocks each), and what a cluster's registers hold.
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "rows": (2, 9, 17, 65, 257),
+        "rows": (2, 5, 9, 17, 65, 257),
         "columns": (8193, 16385, 32769, 65537, 131073, 1048577),
     }
 
@@ -181,7 +181,7 @@ class SelectProblem(Problem[SelectSpec, SelectSizes]):
         # Prefill selects token numbers for many rows, at a prompt's end for few, decode slots for few; each is kin to the
         # other's records.
         prefill = ((4096, 131072), (4096, 65536), (4096, 32768), (4096, 8192), (64, 131072))
-        decode = itertools.product((64, 1, 8, 16), (65536, 131072, 32768, 16384, 8192))
+        decode = itertools.product((64, 1, 4, 8, 16), (65536, 131072, 32768, 16384, 8192))
         batched = ((128, 65536), (128, 32768), (128, 16384), (128, 8192))
         sizes = prefill if spec.output == "tokens" else (*decode, *batched)
         return [Case(SelectSizes(rows, columns), "normal") for rows, columns in sizes]

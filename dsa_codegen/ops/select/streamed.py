@@ -27,7 +27,9 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     """What the template cannot do, whatever the sizes."""
     threads, items, blocks = config["threads"], config["items"], config["blocks_per_sm"]
     yield from exceeds("scores loaded before their window", int(config["early"]), 0)
-    yield from exceeds("blocks that stay", int(config["persistent"]), 0)
+    if config["persistent"]:
+        yield from exceeds("blocks that stay for a row", config["cluster"], 1)
+        yield from exceeds("columns of a row whose block stays", config["longest"], REACH)
     yield from exceeds("chunks beside rounds", config["ring"], 0)
     yield from exceeds("scores of a vector", _vector(spec), items)
     yield from exceeds("scores of a thread", items, 32)
@@ -50,6 +52,8 @@ def guesses(sizes: SelectSizes) -> Iterator[Config]:
         return
     if rows > 256 and columns <= 65536:  # one block's beginning and end beside another's stream: 4096 of 65536 329 us, 430
         yield _config(cluster=1, threads=512, items=16, blocks_per_sm=2, stages=2, longest=FAR // 2)
+    if rows > 256 and columns > 65536:  # the next row comes while this one's tokens are written: 4096 of 131072 566 us, 626
+        yield _config(cluster=1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=REACH, persistent=True)
     # Rounds of 16384 scores: what a warp does beside comparing takes as long for few as for many.
     yield _config(cluster=2 if rows <= 64 else 1, threads=512, items=32, blocks_per_sm=1, stages=2, longest=REACH)
     yield _config(
@@ -68,8 +72,8 @@ def _far(rows: float) -> Iterator[Config]:
             return
 
 
-def _config(**values: Scalar) -> Config:
-    return Config.of("cuda", digit_bits=11, early=False, persistent=False, ring=0, **values)
+def _config(persistent: bool = False, **values: Scalar) -> Config:
+    return Config.of("cuda", digit_bits=11, early=False, persistent=persistent, ring=0, **values)
 
 
 def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
@@ -91,6 +95,7 @@ def derived(spec: SelectSpec, config: Config) -> dict[str, Scalar]:
         "capacity": capacity,
         "margin": _MARGIN,
         "balance": math.isqrt(spec.topk * capacity),
+        "bitmap_words": _bitmap(config) // 4,
         "smem": _smem(spec, config),
     }
 
@@ -103,7 +108,7 @@ def _bitmap(config: Config) -> int:
 def _pages(spec: SelectSpec, config: Config) -> int:
     """Entries of the page table that a block keeps; 1 where it looks each token's up by itself."""
     kept = spec.output == "slots" and spec.page >= _PAGED_AHEAD and config["longest"] == REACH
-    return REACH // spec.page + 2 if kept else 1
+    return REACH // spec.page + 2 if kept and not config["persistent"] else 1
 
 
 def _vector(spec: SelectSpec) -> int:
@@ -123,6 +128,8 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     """sizeof of the template's ``Shared``."""
     stages, capacity = config["stages"], 4 * _capacity(spec, config)
     stage = config["threads"] * config["items"] * SCORES[spec.scores].itemsize
-    members = [(16, stages * stage), (16, capacity), (16, capacity), (16, 4 << config["digit_bits"]), (8, 8 * _FEW)]
+    members = [(16, stages * stage), (16, capacity), (16, capacity), (16, 4 << config["digit_bits"])]
+    members += [(16, _bitmap(config))] if config["persistent"] else []
+    members += [(8, 8 * _FEW)]
     members += [(8, 8 * stages), (8, 8), (4, 3 * 128), (4, 16), (4, 12), (4, 8), (4, 4 * _pages(spec, config)), (4, 12)]
     return size_of(members)
