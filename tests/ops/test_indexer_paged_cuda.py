@@ -29,6 +29,8 @@ PAIRS = [
     (replace(SPEC, next_n=6, logits="bf16", clean=True), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
     (replace(SPEC, next_n=1), CONFIG.replace(groups=4, accumulators=1, num_stages=4, gathered=16), "descending"),
     (replace(SPEC, next_n=2), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
+    (replace(SPEC, heads=32, next_n=2, clean=True), CONFIG.replace(accumulators=1, gathered=16), "ascending"),
+    (replace(SPEC, heads=16, logits="bf16"), CONFIG.replace(groups=4, accumulators=1), "descending"),
 ]
 EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=[spec.id for spec, *_ in PAIRS])
@@ -104,7 +106,7 @@ def test_a_program_takes_many_short_rows(next_n, changes, tmp_path):
     [
         (replace(SPEC, scores="bf16"), {}, "scores"),
         (replace(SPEC, score="relu_bias"), {}, "score"),
-        (replace(SPEC, heads=32), {}, "heads"),
+        (replace(SPEC, heads=24), {}, "heads"),
         (replace(SPEC, head_dim=64), {}, "head_dim"),
         (replace(SPEC, page=32), {}, "page"),
         (replace(SPEC, next_n=8), {}, "next_n"),
@@ -145,5 +147,6 @@ def test_default_for_pairs_of_queries_over_many_tokens():
     backends = [OP.default_config(replace(SPEC, next_n=n), many, H200).backend for n in (1, 2, 3, 4, 5, 6, 8)]
     assert backends == ["gluon", "gluon", "gluon", "cuda", "gluon", "cuda", "gluon"]
     assert OP.default_config(SPEC, few, H200).backend == "gluon"
+    assert OP.default_config(replace(SPEC, heads=32), many, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"
     assert OP.default_config(SPEC, many, resolve("b200")).backend == "triton"

@@ -22,11 +22,11 @@ _NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the Gluon t
 _TILE = 64  # tokens of a tile in the Gluon template
 _QUAD = 4  # lanes that share a row of a product
 _CUDA_PREPARE_REGISTERS = 72  # of a thread of the CUDA C++ template's group that brings keys and queries
-_CUDA_WINS = (4, 6)  # queries of a sequence: 64 x 64K take 306 us for 326, 400 for 464; one and two lose
+_CUDA_WINS = (4, 6)  # queries of 64 heads of a sequence: 64 x 64K take 306 us for 326, 400 for 464; one and two lose
 _CUDA_SERVES: Mapping[str, tuple[Any, ...]] = {
     "scores": ("fp8",),
     "score": ("weighted_relu",),
-    "heads": (64,),
+    "heads": (16, 32, 64),
     "head_dim": (128,),
     "next_n": (1, 2, 3, 4, 5, 6),
     "page": (64, 128, 256),
@@ -107,7 +107,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         edges = IndexerPagedSizes.EDGES
         many = sizes.batch >= edges["batch"][-1] and sizes.context >= edges["context"][-1]
-        if many and spec.next_n in _CUDA_WINS and not spec.batch_invariant:
+        if many and spec.heads == 64 and spec.next_n in _CUDA_WINS and not spec.batch_invariant:
             parts = spec.next_n // 2
             yield Config.of("cuda", groups=parts, accumulators=2 if parts == 2 else 1, num_stages=8, gathered=0)
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
