@@ -87,10 +87,10 @@ def child(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def work(arguments: argparse.Namespace, todo: Sequence[pieces.Piece], gpu: Gpu) -> None:
-    """Check the pieces, and look at their reports."""
+def work(arguments: argparse.Namespace, todo: Sequence[pieces.Piece], gpu: Gpu, until: float) -> None:
+    """Check the pieces, and look at their reports, until then (seconds of the clock)."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    run = runner.Run(gpu, arguments.out, arguments.jobs, arguments.seconds, time.time() + arguments.within)
+    run = runner.Run(gpu, arguments.out, arguments.jobs, arguments.seconds, until)
     if not arguments.judge:
         runner.check_all(todo, run)
     if not arguments.unjudged:
@@ -101,13 +101,14 @@ def main() -> int:
     arguments = parsed()
     if arguments.piece or arguments.compile:
         return child(arguments)
+    until = time.time() + arguments.within  # rendering what is wanted takes some of it
     gpu = resolve(arguments.gpu or "auto")
     wanted = wanted_of(arguments, gpu)
     todo = pieces.pieces(wanted, ledger.ended_clean(ledger.read(arguments.resume)))
     if arguments.list:
         print("\n".join(f"{piece.name}: {len(piece.checks)} cases" for piece in todo))
     else:
-        work(arguments, todo, gpu)
+        work(arguments, todo, gpu, until)
     entries = ledger.read(dict.fromkeys([*arguments.resume, arguments.out / runner.LEDGER]))
     print("\n".join(ledger.summary(wanted, entries)))
     if arguments.record:
