@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsa_codegen import ops, paths
@@ -54,7 +54,7 @@ def _served() -> tuple[tuple[Op, Spec, Config, Gpu, bool], ...]:
     """Every config that is a default or a record, once for each architecture, and whether it is of the first."""
     found: dict[tuple[str, Spec, Config, str], tuple[Op, Spec, Config, Gpu, bool]] = {}
     others = [name for name in presets.names() if name not in FIRST]
-    for first, served in ((True, (*_defaults(FIRST), *_records())), (False, _defaults(others))):
+    for first, served in ((True, (*_defaults(FIRST), *_drafts(), *_records())), (False, _defaults(others))):
         for op, spec, config, gpu in served:
             found.setdefault((op.name, spec, config, gpu.arch), (op, spec, config, gpu, first))
     return tuple(found.values())
@@ -66,6 +66,17 @@ def _defaults(names: Iterable[str]) -> Iterator[tuple[Op, Spec, Config, Gpu]]:
             able = [op.name for op in ops.all_ops().values() if gpu.capability >= op.min_capability]
             for need in needs(model, able, gpu):
                 yield need.op, need.spec, need.op.default_config(need.spec, need.case.sizes, gpu), gpu
+
+
+def _drafts() -> Iterator[tuple[Op, Spec, Config, Gpu]]:
+    """Four and six queries of a sequence have a template of their own, but no preset states them."""
+    op = ops.get("indexer_paged")
+    (spec, *_), gpu = op.specs(presets.preset(FIRST[0])), GPUS["h200"]
+    for wide in (replace(spec, next_n=queries) for queries in (4, 6)):
+        for case in op.workloads(wide):
+            config = op.default_config(wide, case.sizes, gpu)
+            if config.backend in _BY_NVCC:
+                yield op, wide, config, gpu
 
 
 def _records() -> Iterator[tuple[Op, Spec, Config, Gpu]]:
