@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...gpu import Gpu
-from ...kernels.tma import Tiled
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.values import Scalar, next_power_of_two
 from ..logits import weight_stride, whole_weights
+from . import halves
+from .launching import TILE, row_groups, tiled
 from .problem import IndexerPagedSizes, IndexerPagedSpec
 
 SCHEDULES = ("split", "persistent")
 _NATIVE_HEADS, _NATIVE_WIDTHS = (8, 16, 32, 64), (32, 64, 128)  # of the Gluon template
-_TILE = 64  # tokens of a tile in the Gluon template
 _QUAD = 4  # lanes that share a row of a product
-_CUDA_PREPARE_REGISTERS = 72  # of a thread of the CUDA C++ template's group that brings keys and queries
-_CUDA_WINS = (4, 6)  # queries of 64 heads of a sequence: 64 x 64K take 306 us for 326, 400 for 464; one and two lose
-_CUDA_SERVES: Mapping[str, tuple[Any, ...]] = {
-    "scores": ("fp8",),
-    "score": ("weighted_relu",),
-    "heads": (16, 32, 64),
-    "head_dim": (128,),
-    "next_n": (1, 2, 3, 4, 5, 6),
-    "page": (64, 128, 256),
-}
 _PRODUCE_REGISTERS = 40  # of a thread of the Gluon template's producer
 
 
@@ -52,14 +42,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
                 Parameter("gathered", (1, 16, 32, 48, 64, 96, 128), "stages whose logits are written at once"),
             )
         if backend == "cuda":
-            return (
-                Parameter(
-                    "groups", (1, 2, 3, 4), "groups of four warps that multiply, each the tiles or the queries of its own"
-                ),
-                Parameter("accumulators", (1, 2), "products in flight of a group"),
-                Parameter("num_stages", (4, 6, 8, 12, 16), "tiles of keys in flight"),
-                Parameter("gathered", (0, 16, 32, 48, 64, 96, 128), "tiles whose logits are written at once, 0: each alone"),
-            )
+            return halves.PARAMETERS
         return (
             Parameter("schedule", SCHEDULES, "each row's tiles in turn to its programs, or the batch's in equal stretches"),
             Parameter("block_n", (64, 128, 256), "tokens per tile, the M operand of the matrix product"),
@@ -80,7 +63,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
             yield from _gluon_constraints(spec, config, gpu)
             return
         if config.backend == "cuda":
-            yield from _cuda_constraints(spec, config, gpu)
+            yield from halves.constraints(spec, config, gpu)
             return
         group_heads = config["block_q"] * _padded_heads(spec, config)
         groups = -(-spec.next_n // config["block_q"])
@@ -107,9 +90,8 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
         edges = IndexerPagedSizes.EDGES
         many = sizes.batch >= edges["batch"][-1] and sizes.context >= edges["context"][-1]
-        if many and spec.heads == 64 and spec.next_n in _CUDA_WINS and not spec.batch_invariant:
-            parts = spec.next_n // 2
-            yield Config.of("cuda", groups=parts, accumulators=2 if parts == 2 else 1, num_stages=8, gathered=0)
+        if many and halves.wins(spec):
+            yield halves.guess(spec)
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
         # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway. So are those
         # of several queries: 64 rows of 64K with two take 162 µs on an H200, gathered 195 in turns with it (160 alone).
@@ -120,7 +102,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
                 yield Config.of(
                     "gluon",
                     part_queries=part_queries,
-                    block_n=tiles * _TILE,
+                    block_n=tiles * TILE,
                     num_stages=num_stages,
                     accumulators=tiles,
                     blocks_per_sm=blocks_per_sm,
@@ -146,7 +128,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         if config.backend == "gluon":
             return _gluon_numbers(spec, config)
         if config.backend == "cuda":
-            return _cuda_numbers(spec, config)
+            return halves.derived(spec, config)
         return {
             "queries": next_power_of_two(spec.next_n),
             "group_heads": config["block_q"] * _padded_heads(spec, config),
@@ -166,15 +148,15 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
             logits.fill_(-math.inf)
             return ()
         if config.backend == "cuda":
-            return _cuda_launches(spec, inputs, logits, gpu)
+            return halves.launches(spec, inputs, logits, gpu)
         tiles = -(-context // config["block_n"])
         programs = config["blocks_per_sm"] * gpu.sms
         tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
         sizes = (batch, cache.shape[0], page_table.shape[1])
         apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
         if config.backend == "gluon":
-            grid = _groups(batch, tiles, programs)
-            tensors = (q, *_tiled(spec, cache), *tensors)
+            grid = row_groups(batch, tiles, programs)
+            tensors = (q, *tiled(spec, cache), *tensors)
             rows = (*apart, page_table.stride(0), logits.stride(0))
             scalars = (*sizes, spec.page.bit_length() - 1, context, *rows, grid[1], *_together(config, logits, gpu))
             return (Launch("indexer_paged", (*grid, 1), (*tensors, *scalars)),)
@@ -196,102 +178,10 @@ def _written(next_n: int) -> tuple[tuple[int, int], ...]:
     return ((96, 2), (32, 2), (1, 2)) if next_n == 1 else ((1, 4), (1, 2))
 
 
-def _groups(batch: int, tiles: int, programs: int) -> tuple[int, int]:
-    """(groups, programs in each): a group for every row, unless that leaves more than a tenth of the resident programs out."""
-    width = min(max(programs // batch, 1), tiles)
-    if width == tiles or 0 <= programs - batch * width <= programs // 10:
-        return batch, width
-    return programs // width, width
-
-
 def _together(config: Config, logits: Tensor, gpu: Gpu) -> tuple[int, ...]:
     """Of how many stages the logits are written at once, where the config gathers: of one if the L2 keeps them all anyway."""
     kept = logits.nbytes <= gpu.l2 // 5
     return (1 if kept else config["gathered"],) if config["gathered"] > 1 else ()
-
-
-def _tiled(spec: IndexerPagedSpec, cache: Tensor) -> tuple[Tiled, Tiled]:
-    """The cache's keys e4m3 [blocks, page, head_dim] and scales fp32 [blocks, page], for TMA."""
-    blocks, stride = cache.shape[0], cache.stride(0)
-    keys = Tiled(cache, (blocks, spec.page, spec.head_dim), (stride, spec.head_dim, 1))
-    return keys, Tiled(cache, (blocks, spec.page), (stride // 4, 1), spec.layout.scale.base)
-
-
-def _cuda_launches(spec: IndexerPagedSpec, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
-    q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
-    grid = _groups(q.shape[0], -(-inputs["max_context"] // _TILE), gpu.sms)
-    tensors = (_tiled(spec, cache)[0], q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
-    sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
-    apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
-    rows = (page_table.stride(0), cache.stride(0), logits.stride(0))
-    return (Launch("indexer_paged", (*grid, 1), (*tensors, *sizes, *apart, *rows)),)
-
-
-def _cuda_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
-    if gpu.capability != 90:
-        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
-    for field, served in _CUDA_SERVES.items():
-        if getattr(spec, field) not in served:
-            yield Violation(field, 1.0, f"{field}: the template in CUDA C++ does not serve {getattr(spec, field)}")
-            return
-    parts, groups = -(-spec.next_n // 2), config["groups"]
-    if groups % parts:
-        yield Violation("groups", 1.0, f"groups: {groups} of them do not share out {parts} parts of queries")
-        return
-    if config["num_stages"] % (groups // parts):
-        # A place in the ring is one group's: another's could take the phase of a tile that is late for that of its own.
-        reason = f"stages: groups take {groups // parts} tiles in turn, {config['num_stages']} places are no multiple of it"
-        yield Violation("stages", 1.0, reason)
-    if config["accumulators"] == 2 and (groups != parts or parts == 1):
-        yield Violation(
-            "accumulators", 1.0, f"accumulators: two of a group are for several parts, one group each, here are {parts}"
-        )
-    yield from exceeds("smem", _cuda_smem(spec, config), gpu.smem_per_block, " B")
-    # Products, weights and some more of a thread; ptxas wants a product's operands to fit the registers that it starts with.
-    columns = min(spec.next_n, 2) * spec.heads
-    start, consume = _cuda_registers(config)
-    yield from exceeds("registers", config["accumulators"] * (columns / 2 + 4) + columns / 4 + 36, consume)
-    yield from exceeds("product's registers", columns / 2 + 26, start)
-
-
-def _cuda_registers(config: Config) -> tuple[int, int]:
-    """Registers per thread at the start, when all groups share Hopper's 65536 evenly, and of those that multiply later on."""
-    groups = config["groups"]
-    start = min(65536 // (128 * (groups + 1)) // 8 * 8, 232)
-    return start, min(((groups + 1) * start - _CUDA_PREPARE_REGISTERS) // groups // 8 * 8, 232)
-
-
-def _cuda_smem(spec: IndexerPagedSpec, config: Config) -> int:
-    """Bytes of shared memory: keys, queries of two segments, scales and facts of tiles, weights, sums, barriers."""
-    stages, queries = config["num_stages"], spec.next_n
-    operands = sum(_cuda_widths(spec)) * spec.head_dim
-    facts = stages * (2 * (_TILE * 4 + 16)) + 2 * queries * (4 * spec.heads + 8) + 8
-    sums = -(-(stages * _TILE * spec.head_dim + 2 * operands + facts) // 16) * 16
-    held = 4 * (queries * config["gathered"] * _TILE * 4 + 16) if config["gathered"] else 0
-    return sums + 8 * queries * spec.head_dim * 4 + held + 16 * stages + 32
-
-
-def _cuda_workers(config: Config) -> int:
-    """Warps that prepare a segment; another one writes logits where they are gathered."""
-    return 2 if config["gathered"] else 3
-
-
-def _cuda_widths(spec: IndexerPagedSpec) -> list[int]:
-    """Columns of each part's product: the heads of two queries or of one, and eight for the pieces of their weighted sums."""
-    return [min(spec.next_n - query, 2) * spec.heads + 8 for query in range(0, spec.next_n, 2)]
-
-
-def _cuda_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
-    widths = _cuda_widths(spec)
-    return {
-        "parts": len(widths),
-        "workers": _cuda_workers(config),
-        "page_bits": spec.page.bit_length() - 1,
-        "threads": 128 * (config["groups"] + 1),
-        "smem": _cuda_smem(spec, config),
-        "consumer_registers": _cuda_registers(config)[1],
-        "producer_registers": _CUDA_PREPARE_REGISTERS,
-    }
 
 
 def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -309,7 +199,7 @@ def _gluon_constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iter
     smem = parts * columns * spec.head_dim + held + config["num_stages"] * (config["block_n"] * (spec.head_dim + 8) + 16)
     yield from exceeds("smem", config["blocks_per_sm"] * (smem + 1024), gpu.smem_per_sm, " B")  # 1024: the system's own
     # Products, weights of a part, and lengths of a thread's queries.
-    tiles = config["block_n"] // _TILE
+    tiles = config["block_n"] // TILE
     yield from exceeds("resident blocks", config["blocks_per_sm"], 2 if parts > 2 else 4)  # more parts need more registers
     yield from exceeds("tiles of a stage", tiles, 2 if parts == 1 else 1)  # ptxas spills where more products follow each other
     yield from exceeds("accumulators", config["accumulators"], parts * tiles)
@@ -336,12 +226,12 @@ def _gluon_numbers(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
     lane_queries = min(_QUAD, part_queries)
     lanes = [[0, bit if bit < lane_queries else 0] for bit in (1, 2)]
     queries = [[0, lane_queries << bit] for bit in range((part_queries // lane_queries).bit_length() - 1)]
-    box = min(spec.page, _TILE)
+    box = min(spec.page, TILE)
     pieces = config["block_n"] // box
     return {
         "box": box,
         "pieces": pieces,
-        "tiles": config["block_n"] // _TILE,
+        "tiles": config["block_n"] // TILE,
         "next_blocks_of_stage": ", ".join(f"next_block{piece}" for piece in range(pieces)),
         "blocks_of_stage": ", ".join(f"block{piece}" for piece in range(pieces)),
         "parts": -(-spec.next_n // part_queries),

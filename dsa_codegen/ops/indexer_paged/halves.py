@@ -1,0 +1,130 @@
+"""The CUDA C++ template: half of each ReLU by a product of eight columns more, and no barrier of all threads.
+
+``relu(x) = |x| / 2 + x / 2``: a multiply-add takes |x| as it is, and x of all heads is the keys' product with a query's
+weighted sum of heads, in e4m3 pieces (see ``indexer.halves``). One block an SM: a group of four warps brings tiles of keys and
+prepares queries, the others multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...gpu import Gpu
+from ...problem.checks import pieces
+from ...problem.op import Config, Inputs, Launch, Parameter, Violation, exceeds
+from ...problem.values import Scalar
+from ..logits import weight_stride
+from .launching import TILE, row_groups, tiled
+from .problem import IndexerPagedSpec
+
+_PREPARE_REGISTERS = 72  # of a thread of the group that brings keys and queries
+_WINS = (4, 6)  # queries of 64 heads of a sequence: 64 x 64K take 306 us for 326, 400 for 464; one and two lose
+_SERVES: Mapping[str, tuple[Any, ...]] = {
+    "scores": ("fp8",),
+    "score": ("weighted_relu",),
+    "heads": (16, 32, 64),
+    "head_dim": (128,),
+    "next_n": (1, 2, 3, 4, 5, 6),
+    "page": (64, 128, 256),
+}
+
+PARAMETERS = (
+    Parameter("groups", (1, 2, 3, 4), "groups of four warps that multiply, each the tiles or the queries of its own"),
+    Parameter("accumulators", (1, 2), "products in flight of a group"),
+    Parameter("num_stages", (4, 6, 8, 12, 16), "tiles of keys in flight"),
+    Parameter("gathered", (0, 16, 32, 48, 64, 96, 128), "tiles whose logits are written at once, 0: each alone"),
+)
+
+
+def wins(spec: IndexerPagedSpec) -> bool:
+    """Whether it is the fastest where sequences and tokens are many."""
+    return spec.heads == 64 and spec.next_n in _WINS and not spec.batch_invariant
+
+
+def guess(spec: IndexerPagedSpec) -> Config:
+    """What serves then."""
+    parts = spec.next_n // 2
+    return Config.of("cuda", groups=parts, accumulators=2 if parts == 2 else 1, num_stages=8, gathered=0)
+
+
+def launches(spec: IndexerPagedSpec, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
+    """Of rows that have tokens."""
+    q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
+    grid = row_groups(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
+    tensors = (tiled(spec, cache)[0], q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
+    sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
+    apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
+    rows = (page_table.stride(0), cache.stride(0), logits.stride(0))
+    return (Launch("indexer_paged", (*grid, 1), (*tensors, *sizes, *apart, *rows)),)
+
+
+def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
+    """What the template cannot do."""
+    if gpu.capability != 90:
+        yield Violation("wgmma", 1.0, f"wgmma: the template is written for Hopper (sm_90), {gpu.name} is sm_{gpu.capability}")
+    for field, served in _SERVES.items():
+        if getattr(spec, field) not in served:
+            yield Violation(field, 1.0, f"{field}: the template in CUDA C++ does not serve {getattr(spec, field)}")
+            return
+    parts, groups = -(-spec.next_n // 2), config["groups"]
+    if groups % parts:
+        yield Violation("groups", 1.0, f"groups: {groups} of them do not share out {parts} parts of queries")
+        return
+    if config["num_stages"] % (groups // parts):
+        # A place in the ring is one group's: another's could take the phase of a tile that is late for that of its own.
+        reason = f"stages: groups take {groups // parts} tiles in turn, {config['num_stages']} places are no multiple of it"
+        yield Violation("stages", 1.0, reason)
+    if config["accumulators"] == 2 and (groups != parts or parts == 1):
+        yield Violation(
+            "accumulators", 1.0, f"accumulators: two of a group are for several parts, one group each, here are {parts}"
+        )
+    yield from exceeds("smem", _smem(spec, config), gpu.smem_per_block, " B")
+    # Products, weights and some more of a thread; ptxas wants a product's operands to fit the registers that it starts with.
+    columns = min(spec.next_n, 2) * spec.heads
+    start, consume = _registers(config)
+    yield from exceeds("registers", config["accumulators"] * (columns / 2 + 4) + columns / 4 + 36, consume)
+    yield from exceeds("product's registers", columns / 2 + 26, start)
+
+
+def _registers(config: Config) -> tuple[int, int]:
+    """Registers per thread at the start, when all groups share Hopper's 65536 evenly, and of those that multiply later on."""
+    groups = config["groups"]
+    start = min(65536 // (128 * (groups + 1)) // 8 * 8, 232)
+    return start, min(((groups + 1) * start - _PREPARE_REGISTERS) // groups // 8 * 8, 232)
+
+
+def _smem(spec: IndexerPagedSpec, config: Config) -> int:
+    """Bytes of shared memory: keys, queries of two segments, scales and facts of tiles, weights, sums, barriers."""
+    stages, queries = config["num_stages"], spec.next_n
+    operands = sum(_widths(spec)) * spec.head_dim
+    facts = stages * (2 * (TILE * 4 + 16)) + 2 * queries * (4 * spec.heads + 8) + 8
+    sums = -(-(stages * TILE * spec.head_dim + 2 * operands + facts) // 16) * 16
+    held = 4 * (queries * config["gathered"] * TILE * 4 + 16) if config["gathered"] else 0
+    return sums + 8 * queries * spec.head_dim * 4 + held + 16 * stages + 32
+
+
+def _workers(config: Config) -> int:
+    """Warps that prepare a segment; another one writes logits where they are gathered."""
+    return 2 if config["gathered"] else 3
+
+
+def _widths(spec: IndexerPagedSpec) -> list[int]:
+    """Columns of each part's product: the heads of two queries or of one, and eight for the pieces of their weighted sums."""
+    return [min(spec.next_n - query, 2) * spec.heads + 8 for query in range(0, spec.next_n, 2)]
+
+
+def derived(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
+    """Names for the template."""
+    widths = _widths(spec)
+    return {
+        "parts": len(widths),
+        "workers": _workers(config),
+        "page_bits": spec.page.bit_length() - 1,
+        "threads": 128 * (config["groups"] + 1),
+        "smem": _smem(spec, config),
+        "consumer_registers": _registers(config)[1],
+        "producer_registers": _PREPARE_REGISTERS,
+    }
