@@ -26,7 +26,7 @@ def name(record) -> str:
 UNMEASURED = {"h100": support.UNMEASURED_H100, "h200": support.UNMEASURED}
 """By GPU. Where the templates have changed since a GPU was measured, what serves there is borrowed."""
 _CUDA = ("select", "attention", "attention_dense", "attention_paged")
-SERVES = {**dict.fromkeys(_CUDA, "cuda"), "indexer": "gluon", "indexer_paged": "gluon"}
+SERVES = {**dict.fromkeys((*_CUDA, "indexer"), "cuda"), "indexer_paged": "gluon"}
 """The backend that wins an operation's first workload with a record on an H200; Triton elsewhere."""
 MEASURED_OF = {"attention_gqa": "minimax-m3"}
 """The model whose first spec has a record, where it is not DeepSeek-V3.2."""
