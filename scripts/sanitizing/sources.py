@@ -29,6 +29,7 @@ _HELD = ops.get("select").config(
 _HALVES = ops.get("indexer").config(
     "cuda", {"relu": "halves", "block_n": 128, "num_stages": 6, "groups": 3, "blocks_per_sm": 1}
 )
+_IN_TURN = ops.get("indexer_paged").config("cuda", {"groups": 2, "accumulators": 1, "num_stages": 8, "gathered": 0})
 _SOME_OPTIONS = (0, 3, -1)
 """For designs that FURTHER names, of attention: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
@@ -68,6 +69,11 @@ FURTHER = (
     Further("indexer", {"index_heads": 64, "index_head_dim": 128}),
     Further("indexer", {"index_heads": 8, "index_head_dim": 128}, _HALVES.replace(relu="max")),
     Further("indexer", {"index_heads": 32, "index_head_dim": 128}, _HALVES.replace(num_stages=2, groups=1, blocks_per_sm=3)),
+    # The same over pages: two groups take tiles in turn, whose logits are written as they come or together.
+    *(
+        Further("indexer_paged", {"index_heads": 64, "index_head_dim": 128}, _IN_TURN.replace(gathered=held))
+        for held in (0, 16)
+    ),
     # Many heads add their gradients up in another way than few.
     *(Further("attention_backward", {"heads": heads}, backends=("triton",)) for heads in (64, 128)),
     # Keys of blocks.
