@@ -263,16 +263,21 @@ def test_threads_do_not_share_what_they_hand_over(written):
     assert ctypes.addressof(frames[2].buffer) != ctypes.addressof(frames[0].buffer)
 
 
-def test_a_generated_module_launches_by_itself(written, library, monkeypatch):
-    """As the launcher beside it does, which has no package to lean on."""
-    written.expect([8, 8, 4, 4])
-    monkeypatch.setattr(standalone, "_cubin", lambda source, arch: b"\x05" if arch == "sm_90a" else b"")
+def alone_with(library, monkeypatch):
+    """A generated module finds the driver that writes down, and a Hopper GPU."""
     cdll = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name: cdll(str(library) if name == "libcuda.so.1" else name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: zeros(*shape))
+
+
+def test_a_generated_module_launches_by_itself(written, library, monkeypatch):
+    """As the launcher beside it does, which has no package to lean on."""
+    written.expect([8, 8, 4, 4])
+    monkeypatch.setattr(standalone, "_cubin", lambda source, arch: b"\x05" if arch == "sm_90a" else b"")
+    alone_with(library, monkeypatch)
     facts = {"args": ("ptr", "ptr", "i32", "f32"), "threads": 384, "smem": 200000, "cluster": 16, "pdl": True}
     module = SimpleNamespace(SOURCE="", KERNELS={"attention": facts})
     given = torch.ones(3)
@@ -316,12 +321,7 @@ def test_every_descriptor_needs_its_tile(written):
 def test_a_generated_module_makes_its_own_descriptors(written, library, monkeypatch):
     written.expect([8, 4, 8, 8])
     monkeypatch.setattr(standalone, "_cubin", lambda source, arch: b"\x05")
-    cdll = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: cdll(str(library) if name == "libcuda.so.1" else name))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: zeros(*shape))
+    alone_with(library, monkeypatch)
     matrix = torch.arange(512, dtype=torch.uint8).view(16, 32)
     views = Tiled(matrix), Tiled(matrix, (4, 8), (32, 1), 16)
     cuda.kernel_of(ctypes.c_void_p(9), "sums", TILED)((1, 1, 1), (views[0], 7, views[1], OUT.data_ptr()))
