@@ -18,6 +18,7 @@ EffortName = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)]
 Folder = Annotated[Path | None, options.place("--folder", help="Where records go; by default tuned/.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what interrupted runs found.")]
+Missing = Annotated[bool, typer.Option("--missing", help="Only the calls that no measured record of their own serves.")]
 Refresh = Annotated[
     bool, typer.Option("--refresh", help="No search: measure the records anew whose code or default has changed, of any model.")
 ]
@@ -62,6 +63,7 @@ def tune(
     seed: Seed = 0,
     folder: Folder = None,
     fresh: Fresh = False,
+    missing: Missing = False,
     refresh: Refresh = False,
     every: Every = False,
     drop_stale: DropStale = False,
@@ -96,6 +98,6 @@ def tune(
             return tune_modes.check(folder, wish, budget, tolerance / 100, as_json)
         return tune_modes.refresh(folder, wish, budget, as_json)
     asked = tune_search.Asked(
-        preset, spec, op or (), backend or (), gpu, most, ray, storage, budget, trials, effort, seed, fresh, wait
+        preset, spec, op or (), backend or (), gpu, most, ray, storage, budget, trials, effort, seed, fresh, missing, wait
     )
     return tune_search.search(asked, folder, as_json)

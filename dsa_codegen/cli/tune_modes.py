@@ -22,7 +22,7 @@ from . import consoles, given
 from .consoles import err
 
 _OF = {
-    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "backend", "wait", "port", "storage"),
+    "": ("preset", "spec", "trials", "effort", "seed", "fresh", "missing", "backend", "wait", "port", "storage"),
     "--refresh": ("refresh", "every", "drop_stale"),
     "--check": ("check", "tolerance"),
 }

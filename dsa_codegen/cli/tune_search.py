@@ -43,6 +43,7 @@ class Asked:
     effort: str
     seed: int
     fresh: bool
+    missing: bool
     wait: str
 
 
@@ -74,6 +75,7 @@ def search(asked: Asked, folder: Path, as_json: bool) -> None:
             backends=_known(asked.backends, asked.ops),
             seed=asked.seed,
             fresh=asked.fresh,
+            missing=asked.missing,
             storage=asked.storage,
             cluster=place.cluster,
             patience=_patience(asked.wait),

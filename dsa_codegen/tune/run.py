@@ -56,6 +56,7 @@ def tune(
     seed: int = 0,
     state: Path = STATE,
     fresh: bool = False,
+    missing: bool = False,
     devices: Sequence[str] = ("",),
     patience: Patience = IMPATIENT,
     storage: str = "",
@@ -72,6 +73,7 @@ def tune(
         backends: only these; by default all, offline the one that each operation prefers.
         processes: compilers that run at once; by default the cores this process may use.
         fresh: forget what earlier runs found.
+        missing: search only the calls that no measured record of their own serves.
         devices: GPUs that candidates are dealt out to, as ``CUDA_VISIBLE_DEVICES`` calls them (``gpu.alike``); finals are
             held on the first. By default the current device alone.
         patience: with other runs that use the same studies; what they find, this one goes on from.
@@ -88,8 +90,8 @@ def tune(
     check(budget, seed, processes, backends, folder, state)
     if storage and cluster:
         raise InputError("storage", "a database", "files of this host, which a cluster's hosts reach through it")
-    chosen, notes, aim = _aim(problems(wanted, gpu), folder, effort)
-    names = [*aim, *backends, "offline" if offline else "gpu", *_named(effort)]
+    chosen, notes, aim = _aim(problems(wanted, gpu), folder, effort, missing)
+    names = [*aim, *backends, "offline" if offline else "gpu", *_named(effort, missing)]
     ledger = Ledger(state / gpu.id, names, budget.wall_s, patience)
     size, here = _processes(processes, offline, devices, cluster), () if cluster else devices
     with ledger, _compilers(wanted, gpu, ledger, backends, size) as pool, _judge(pool, ledger, offline, here) as evaluator:
@@ -109,14 +111,19 @@ def tune(
         return _Run(folder, opener, ledger, notify, Opened(notes=notes), cluster=cluster).go(chosen, evaluator)
 
 
-def _aim(every: Sequence[Problem], folder: Path, effort: Effort) -> tuple[Sequence[Problem], list[str], list[str]]:
+def _aim(
+    every: Sequence[Problem], folder: Path, effort: Effort, missing: bool
+) -> tuple[Sequence[Problem], list[str], list[str]]:
     """The problems to be searched, what there is to say of the others, and what all of them are called."""
     names = [problem.id for problem in every]
-    if not effort.narrow:
-        return every, [], names
-    chosen = most_needed(every, lambda problem: _is_served(problem, folder))
-    note = f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record"
-    return chosen, [note], names
+    if effort.narrow:
+        chosen = most_needed(every, lambda problem: _is_served(problem, folder))
+        note = f"effort {effort.name}: {len(chosen)} of {len(every)} calls, the dearest of each kind without a record"
+        return chosen, [note], names
+    if missing:
+        chosen = [problem for problem in every if not _is_served(problem, folder)]
+        return chosen, [f"{len(chosen)} of {len(every)} calls have no record of their own"], names
+    return every, [], names
 
 
 def _processes(wished: int | None, offline: bool, devices: Sequence[str], cluster: Cluster | None) -> int:
@@ -137,9 +144,9 @@ def _compiled(wanted: Sequence[tuple[Op, Spec]], backends: Sequence[str]) -> lis
     return list(dict.fromkeys(name for op, _ in wanted for name in op.backends if not backends or name in backends))
 
 
-def _named(effort: Effort) -> list[str]:
+def _named(effort: Effort, missing: bool) -> list[str]:
     """What tells the aim of a narrow run from others'; it does not change while records come in."""
-    return [effort.name] if effort.narrow else []
+    return [effort.name] if effort.narrow else ["missing"] if missing else []
 
 
 def _is_served(problem: Problem, folder: Path) -> bool:

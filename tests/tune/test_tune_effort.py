@@ -26,6 +26,16 @@ def test_a_quick_effort_keeps_to_what_is_needed_most(go, tmp_path):
     assert first.missing == ()
 
 
+def test_what_is_missing_is_searched_alone(go, tmp_path):
+    """A call with a record of its own is left as it is; where every call has one, nothing is searched."""
+    go(effort=QUICK)
+    rest = go(missing=True)
+    assert len(rest.records) == 3 and {"queries": 4096, "context": 32768} not in [record.sizes for record in rest.records]
+    assert rest.notes[0] == "3 of 4 calls have no record of their own"
+    nothing = go(missing=True)
+    assert nothing.records == nothing.missing == () and nothing.notes[0] == "0 of 4 calls have no record of their own"
+
+
 def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():
     wanted = problems([(OP, SPEC)], H200)
     cost = {problem.id: OP.cost(SPEC, problem.case).limit_us(H200) for problem in wanted}
