@@ -76,10 +76,14 @@ class Model(Value):
     """So many tokens at a window's start are always chosen (attention sinks; LongCat); they count among the ``topk``."""
     keep_recent: int = 0
     """So many tokens at a window's end are always chosen; of pooled keys whole blocks."""
+    next_n: int = 2
+    """Queries of a sequence in a decode step where tokens are drafted (multi-token prediction); 1 where none are. Kernels for
+    one query are tuned and verified beside those for so many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_in("attention", (MLA, GQA))
+        self.require_range("next_n", 1, 8)
         if self.attention == GQA:
             self._require_groups()
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,6 +86,13 @@ def test_default_config_fits_every_gpu(spec, sizes):
     for name in ("l40s", "h100", "h20", "b200", "rtx5090"):
         gpu = resolve(name)
         assert not OP.violations(spec, OP.default_config(spec, sizes, gpu), gpu)
+
+
+@pytest.mark.parametrize(("stated", "specs"), [(1, [1]), (2, [1, 2]), (4, [1, 4])])
+def test_a_model_states_the_queries_of_a_step(stated, specs):
+    """Drafted tokens are queries, too: what a step with them launches is tuned beside what one without them does."""
+    model = replace(presets.preset("deepseek-v3.2"), next_n=stated)
+    assert [spec.next_n for spec in OP.specs(model)] == specs
 
 
 DEFAULTS = [  # several queries a sequence take the compiler 2.5 s each: as many as fill a product everywhere

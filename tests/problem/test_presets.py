@@ -74,6 +74,7 @@ def test_unknown_preset_lists_the_known():
         ("index_head_dim: 100", "index_head_dim"),
         ("d_rope: 136", "d_rope"),
         ("keep_recent: 65", "keep_recent"),
+        ("next_n: 9", "next_n"),
         ("kv_layout: v5", "kv_layout"),
         ('score: "\'; import os"', "score"),
         ('name: "../../etc"', "name"),

@@ -92,7 +92,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         shape = model.index_heads, model.index_head_dim
         options: dict[str, Any] = {"page": model.page, "score": model.score, "scores": model.index_scores}
         plain = IndexerPagedSpec(*shape, **options, batch_invariant=model.invariant)
-        return (plain, replace(plain, next_n=2))
+        return tuple(replace(plain, next_n=queries) for queries in dict.fromkeys((1, model.next_n)))
 
     def bind(self, *args: Any) -> tuple[IndexerPagedSpec, IndexerPagedSizes, Inputs]:
         q, cache, weights, lengths, page_table, max_context, score, logits, clean, scores, invariant = args
