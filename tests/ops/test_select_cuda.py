@@ -90,11 +90,12 @@ HELD = [
     (replace(PLAIN, topk=512), "shuffled"),
     (replace(SLOTS, scores="fp32", starts=True), "descending"),
     (replace(PLAIN, topk=1023, keep_first=1, keep_recent=700), "ascending"),
+    (replace(PLAIN, topk=1023, keep_first=512, keep_recent=256), "shuffled"),
 ]
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-@pytest.mark.parametrize(("spec", "order"), HELD, ids=["tokens", "slots", "kept"])
+@pytest.mark.parametrize(("spec", "order"), HELD, ids=["tokens", "slots", "kept", "kept-whole-chunks"])
 def test_rows_of_which_half_stays_in_shared_memory_match_the_reference(spec, order, tmp_path):
     """Of one block, so that rows come while others are looked at; aligned ones are brought, others loaded."""
     config = CUDA.replace(threads=256, items=32, early=False, persistent=True, ring=2)

@@ -60,14 +60,7 @@ static float __fmaf_rz(float a, float b, float c) {
   const float nearest = (float)exact;
   return fabs((double)nearest) > fabs(exact) ? nextafterf(nearest, 0.0f) : nearest;
 }
-static double __dsub_ru(double a, double b) {
-  const double nearest = a - b;
-  return (long double)nearest < (long double)a - b ? nextafter(nearest, INFINITY) : nearest;
-}
-static float __double2float_ru(double value) {
-  const float nearest = (float)value;
-  return nearest < value ? nextafterf(nearest, INFINITY) : nearest;
-}
+static float __fmul_rz(float a, float b) { return __fmaf_rz(a, b, 0); }
 static uint __umulhi(uint a, uint b) { return (uint)((unsigned long long)a * b >> 32); }
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }

@@ -65,6 +65,6 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     """sizeof of the template's ``Shared``."""
     threads, warps, ring = config["threads"], config["threads"] // 32, config["ring"]
     members = [(128, 4 * warps * ring * 32 * _RUN), (128, 4 * warps * 32 * _HELD), (16, reach(config) // 8), (8, 8 * _FEW)]
-    members += [(16, 4 * _room(spec, config)), (4, 4 * threads), (4, 128), (8, 8 * warps * (ring + 1)), (4, 24)]
-    members += [(4, 4 * warps), (4, 4 * warps), (4, 8), (4, 12), (4, 8), (4, 8)]
+    members += [(16, 4 * _room(spec, config)), (4, 4 * threads), (4, 128), (8, 16 * warps), (4, 24)]
+    members += [(4, 4 * warps), (4, 4 * warps), (4, 12), (4, 8), (4, 12), (4, 8), (4, 8)]
     return -(-size_of(members) // 128) * 128
