@@ -20,6 +20,10 @@ static int2 make_int2(int x, int y) { return int2{x, y}; }
 struct int4 {
   int x, y, z, w;
 };
+static int4 make_int4(int x, int y, int z, int w) { return int4{x, y, z, w}; }
+struct ushort4 {
+  unsigned short x, y, z, w;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -61,6 +65,7 @@ static float __fmaf_rz(float a, float b, float c) {
   return fabs((double)nearest) > fabs(exact) ? nextafterf(nearest, 0.0f) : nearest;
 }
 static float __fmul_rz(float a, float b) { return __fmaf_rz(a, b, 0); }
+static float __fdividef(float a, float b) { return a / b; }
 static uint __umulhi(uint a, uint b) { return (uint)((unsigned long long)a * b >> 32); }
 static int __clz(uint value) { return value ? __builtin_clz(value) : 32; }
 static int __ffs(uint value) { return __builtin_ffs((int)value); }

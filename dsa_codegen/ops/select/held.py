@@ -13,7 +13,7 @@ from .shared_memory import size_of
 _ITEMS = 32  # scores of a thread in registers
 _HELD = 32  # and in shared memory
 _RUN = 8  # of these come at once
-_BINS = 2048
+_BINS = 1024
 _LISTED = 1024  # scores of the k-th score's bin that are listed; of normal ones it holds some ten of 32768
 _SECOND, _FEW = 256, 128
 
@@ -58,7 +58,7 @@ def reach(config: Config) -> int:
 
 
 def _room(spec: SelectSpec, config: Config) -> int:
-    return max(_BINS + 4, reach(config) // 32, spec.topk + 3 & ~3, _SECOND + 2 * _LISTED)
+    return max(_BINS + 4 + (spec.topk + 7 & ~7) // 2, reach(config) // 32, _SECOND + 2 * _LISTED)
 
 
 def _smem(spec: SelectSpec, config: Config) -> int:
@@ -66,5 +66,5 @@ def _smem(spec: SelectSpec, config: Config) -> int:
     threads, warps, ring = config["threads"], config["threads"] // 32, config["ring"]
     members = [(128, 4 * warps * ring * 32 * _RUN), (128, 4 * warps * 32 * _HELD), (16, reach(config) // 8), (8, 8 * _FEW)]
     members += [(16, 4 * _room(spec, config)), (4, 4 * threads), (4, 128), (8, 16 * warps), (4, 24)]
-    members += [(4, 4 * warps), (4, 4 * warps), (4, 12), (4, 8), (4, 12), (4, 8), (4, 8)]
+    members += [(4, 4 * warps), (4, 4 * warps), (4, 12), (4, 12), (4, 8), (4, 12), (4, 8), (4, 8)]
     return -(-size_of(members) // 128) * 128
