@@ -58,6 +58,16 @@ def test_blocks_of_rounds_compile_for_hopper(spec, rounds):
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
 
+def test_a_block_that_joins_has_room_beside_one_round():
+    """A quarter of an SM has 16384 registers, which a thread gets by eights; an SM keeps 1 KB of each block's memory."""
+    spec = AttentionPagedSpec(64, 2048)
+    found = build.build(render(OP, spec, in_rounds(1)), H200).resources
+    main, join = found["attention_paged"], found["join"]
+    registers = sum(each.threads // 128 * 32 * -(-each.registers // 8) * 8 for each in (main, join))
+    assert registers <= H200.regs_per_sm // 4
+    assert main.smem + join.smem + 2 * 1024 <= H200.smem_per_sm
+
+
 @pytest.mark.parametrize(
     ("heads", "topk", "rounds", "rows", "blocks", "splits"),
     [
@@ -74,7 +84,7 @@ def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, b
     namespace: dict = {}
     exec(render(OP, spec, in_rounds(rounds)).code, namespace)
     assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits // 2)
-    assert join.grid == (rows * -(-heads // 64) * 16, 1, 1)
+    assert join.grid == (rows * -(-heads // 64) * 16 * 2, 1, 1)  # a half of what each of 16 warps left
     for launch in (main, join):
         kinds = namespace["KERNELS"][launch.kernel]["args"]
         assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in kinds]
