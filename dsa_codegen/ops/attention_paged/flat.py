@@ -37,7 +37,8 @@ _WORD = 16  # bytes, and channels in e4m3
 _CHUNK_BITS = 6  # 64 slots are read back or left
 _MOST_CHUNKS = 1 << 14
 _MARKERS, _READERS, _LISTERS = 512, 256, 256  # threads of a block
-_SORTING_BLOCKS = 2  # on an SM at most, of those that sort
+_MARKED = 256  # entries of a list that a warp looks at together
+_MARKING_BLOCKS = _SORTING_BLOCKS = 2  # on an SM at most, of those that mark or sort
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -163,6 +164,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "marking": marking,
         "most_chunks": _MOST_CHUNKS,
         "markers": _MARKERS,
+        "marked": _MARKED,
         "readers": _READERS,
         "listers": _LISTERS,
     }
@@ -223,7 +225,8 @@ def _read_back(spec: AttentionPagedSpec, inputs: Inputs, gpu: Gpu) -> _Rows:
     slots = [len(cache) * layout.page for cache, layout in zip(caches, layouts.values(), strict=True)]
     bits = next(bits for bits in range(_CHUNK_BITS, 32) if sum(-(-each >> bits) for each in slots) <= _MOST_CHUNKS)
     chunks = sum(-(-each >> bits) for each in slots)
-    blocks = min(gpu.sms, -(-rows * 32 // _MARKERS))
+    warps = rows if spec.extra_topk else rows * -(-spec.topk // _MARKED)
+    blocks = min(_MARKING_BLOCKS * gpu.sms, -(-warps * 32 // _MARKERS))
     indices, lengths = inputs["indices"], inputs["lengths"]
     marks = indices.new_empty(-(-chunks // 32), max(blocks, _SORTING_BLOCKS * gpu.sms))
     latents = inputs["q"].new_empty(sum(slots), 1, spec.d_qk)
