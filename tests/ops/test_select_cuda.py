@@ -156,6 +156,24 @@ def test_scores_of_one_bin_are_told_apart(tmp_path):
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("columns", [1400, 16384])
+def test_a_sample_of_the_highest_scores_alone(columns, tmp_path):
+    """The k-th score lies below all that is sampled: one of a plateau, of few behind one, of many that differ."""
+    drawn = torch.Generator().manual_seed(9)
+    token = torch.arange(columns)
+    sampled = torch.zeros(columns, dtype=torch.bool)
+    sampled[((token[:64] * columns) // 64)[:, None] + token[:4]] = True
+    rows = []
+    for plateau in (0, 1, 200, 255, 256, 257, 600):
+        row = torch.rand(columns, generator=drawn)
+        row[torch.randperm(columns, generator=drawn)[:plateau]] = 1.0
+        row[sampled] = 2 + torch.rand(256, generator=drawn)
+        rows.append(row)
+    chosen, reference = chosen_of(rows, 512, tmp_path)
+    assert torch.equal(chosen, reference)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 def test_many_keys_of_one_digit_match_the_reference(tmp_path):
     """More than four a thread: of one value, found at once, and of many, counted in turn."""
     config = CUDA.replace(threads=256, items=32, early=False, digit_bits=11)

@@ -20,9 +20,9 @@ from .shared_memory import size_of
 
 PARAMETERS = (
     Parameter("cluster", (1, 2, 4, 8, 16), "blocks per row"),
-    Parameter("threads", (1024, 512, 256), "threads per block"),
+    Parameter("threads", (1024, 512, 256, 128), "threads per block"),
     Parameter("items", (8, 4, 16, 32, 64), "scores per thread"),
-    Parameter("blocks_per_sm", (1, 2, 3, 4), "blocks whose registers must fit an SM"),
+    Parameter("blocks_per_sm", (1, 2, 3, 4, 6), "blocks whose registers must fit an SM"),
     Parameter("digit_bits", (12, 11), "bits of the first two digits"),
     Parameter("early", (False, True), "whether scores are loaded before the window is known"),
     Parameter("persistent", (False, True), "whether blocks stay for many rows and fetch the next one ahead"),
@@ -41,6 +41,7 @@ PARAMETERS = (
     Parameter("longest", streamed.LONGEST, "columns of the longest row that streams", before=streamed.REACH),
 )
 _LONGEST_PART = 32768  # scores of a block; a warp's counts take 16 bits
+_FEWEST_THREADS = 256
 _EARLY_ROWS = 256  # as rows are read whole, whatever their windows: with more of them the bytes would count
 _PAGED_AHEAD = 16  # tokens; of shorter pages a block has too many to fetch them all before it knows its tokens
 
@@ -56,25 +57,32 @@ class _Guess(NamedTuple):
     blocks_per_sm: int = 1
     persistent: bool = False
     ring: int = 0
+    early: bool = True
+    """As far as rows are few enough."""
 
 
-# Measured on an H100 at 2048 of fp32 scores, but for 16384 columns, which lie between, and few rows of 65536 (H200).
+# Measured at 2048 of fp32 scores: on an H200 what rings bring and 5 to 16 rows of 16384 to 65536, on an H100 the others.
 _GUESSES = (
     _Guess(8192, 16, 1, 512, 16),
     _Guess(8192, 256, 1, 1024, 8),
-    _Guess(8192, math.inf, 1, 256, 32, 4),
-    _Guess(16384, 16, 4, 512, 8),
+    _Guess(8192, 1024, 1, 256, 32, 4),
+    _Guess(8192, math.inf, 1, 128, 32, 6, persistent=True, ring=2),
+    _Guess(8192, math.inf, 1, 256, 32, 4),  # 2-byte scores, which no rings bring
+    _Guess(16384, 4, 4, 512, 8),
+    _Guess(16384, 16, 4, 1024, 4),
     _Guess(16384, 64, 2, 1024, 8),
     _Guess(16384, 256, 1, 1024, 16),
     _Guess(16384, math.inf, 1, 256, 32, 3, persistent=True, ring=2),
-    _Guess(16384, math.inf, 1, 512, 32, 2),  # 2-byte scores, which no rings bring
-    _Guess(32768, 16, 8, 512, 8),
+    _Guess(16384, math.inf, 1, 512, 32, 2),  # the same
+    _Guess(32768, 4, 8, 512, 8),
+    _Guess(32768, 8, 8, 1024, 4),
+    _Guess(32768, 16, 4, 1024, 8),
     _Guess(32768, 64, 2, 1024, 16),
-    _Guess(32768, 256, 2, 512, 32, 2),
+    _Guess(32768, 256, 2, 512, 32, 2, early=False),
     _Guess(32768, math.inf, 1, 512, 32, 2, persistent=True, ring=2),
     _Guess(32768, math.inf, 1, 1024, 32, persistent=True),
     _Guess(65536, 8, 8, 512, 16),
-    _Guess(65536, 16, 4, 512, 32, 2),
+    _Guess(65536, 16, 4, 1024, 16),
     _Guess(65536, math.inf, 2, 512, 64),
     _Guess(131072, 4, 16, 512, 16),
     _Guess(131072, 8, 8, 512, 32),
@@ -108,6 +116,8 @@ def constraints(spec: SelectSpec, config: Config, gpu: Gpu) -> Iterable[Violatio
     if gpu.capability != 90:
         reason = f"capability: written for clusters of sm_90, {gpu.name} is sm_{gpu.capability}"
         yield Violation("capability", 1.0, reason)
+    if not config["ring"]:
+        yield from exceeds("threads that a block lacks where no ring brings scores", _FEWEST_THREADS - config["threads"], 0)
     if config["stages"]:
         yield from streamed.constraints(spec, config, gpu)
         return
@@ -138,7 +148,7 @@ def guesses(sizes: SelectSizes) -> Iterator[Config]:
         if (each.columns, each.rows) == (reached[0].columns, reached[0].rows):
             names = ("cluster", "threads", "items", "blocks_per_sm", "persistent", "ring")
             values = {name: getattr(each, name) for name in names}
-            values |= {"digit_bits": 12, "early": rows <= _EARLY_ROWS, "stages": 0, "longest": streamed.REACH}
+            values |= {"digit_bits": 12, "early": each.early and rows <= _EARLY_ROWS, "stages": 0, "longest": streamed.REACH}
             yield Config.of("cuda", **values)
 
 

@@ -62,9 +62,10 @@ class SelectSizes(Sizes):
 
     rows: int
     columns: int
-    # What decides is how many rows share the GPU (1, 4, 8, 16, 64 of several blocks each), and what a cluster's registers hold.
+    # What decides is how many rows share the GPU (1, 4, 8, 16, 64 of several blocks each; from 1025 on they come in several
+    # waves, whatever the blocks), and what a cluster's registers hold.
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "rows": (2, 5, 9, 17, 65, 257),
+        "rows": (2, 5, 9, 17, 65, 257, 1025),
         "columns": (8193, 16385, 32769, 65537, 131073, 1048577),
     }
 
