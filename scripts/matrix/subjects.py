@@ -69,10 +69,10 @@ def _defaults(names: Iterable[str]) -> Iterator[tuple[Op, Spec, Config, Gpu]]:
 
 
 def _drafts() -> Iterator[tuple[Op, Spec, Config, Gpu]]:
-    """Four and six queries of a sequence have a template of their own, but no preset states them."""
+    """Three to six queries of a sequence have a template of their own, but no preset states them."""
     op = ops.get("indexer_paged")
     (spec, *_), gpu = op.specs(presets.preset(FIRST[0])), GPUS["h200"]
-    for wide in (replace(spec, next_n=queries) for queries in (4, 6)):
+    for wide in (replace(spec, next_n=queries) for queries in range(3, 7)):
         for case in op.workloads(wide):
             config = op.default_config(wide, case.sizes, gpu)
             if config.backend in _BY_NVCC:

@@ -10,7 +10,7 @@ import torch
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
-from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec
+from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec, halves
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify
@@ -18,17 +18,17 @@ from dsa_codegen.proof.verify import verify
 import emulator
 from support import H200, assert_compiles
 
-CONFIG = Config.of("cuda", groups=2, accumulators=2, num_stages=6, gathered=0)
+CONFIG = Config.of("cuda", groups=2, accumulators=2, producers=2, num_stages=6, gathered=0)
 SPEC = IndexerPagedSpec(64, 128, next_n=4)
 PAIRS = [
     (SPEC, CONFIG, "shuffled"),
-    (replace(SPEC, clean=True, page=128), CONFIG.replace(accumulators=1, gathered=16), "ascending"),
+    (replace(SPEC, clean=True, page=128), CONFIG.replace(accumulators=1, producers=1, gathered=16), "ascending"),
     (replace(SPEC, next_n=3, page=256, logits="bf16"), CONFIG.replace(gathered=16), "descending"),
-    (replace(SPEC, next_n=3, clean=True), CONFIG.replace(num_stages=4), "shuffled"),
+    (replace(SPEC, next_n=3, clean=True), CONFIG.replace(producers=1, num_stages=4), "shuffled"),
     (replace(SPEC, next_n=5), CONFIG.replace(groups=3, accumulators=1, gathered=16), "ascending"),
     (replace(SPEC, next_n=6, logits="bf16", clean=True), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
     (replace(SPEC, next_n=1), CONFIG.replace(groups=4, accumulators=1, num_stages=4, gathered=16), "descending"),
-    (replace(SPEC, next_n=2), CONFIG.replace(groups=3, accumulators=1), "shuffled"),
+    (replace(SPEC, next_n=2), CONFIG.replace(groups=3, accumulators=1, producers=3), "shuffled"),
     (replace(SPEC, heads=32, next_n=2, clean=True), CONFIG.replace(accumulators=1, gathered=16), "ascending"),
     (replace(SPEC, heads=16, logits="bf16"), CONFIG.replace(groups=4, accumulators=1), "descending"),
 ]
@@ -115,6 +115,8 @@ def test_a_program_takes_many_short_rows(next_n, changes, tmp_path):
         (replace(SPEC, next_n=1), {"groups": 3, "accumulators": 1, "num_stages": 8}, "stages"),
         (replace(SPEC, next_n=6), {}, "groups"),
         (replace(SPEC, next_n=6), {"groups": 3}, "registers"),
+        (SPEC, {"producers": 3, "num_stages": 8}, "stages"),
+        (SPEC, {"producers": 3, "gathered": 16}, "producers"),
         (SPEC, {"num_stages": 12, "gathered": 64}, "smem"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -133,19 +135,37 @@ def test_template_is_for_hopper_alone():
     [
         (SPEC, {"num_stages": 8}),
         (replace(SPEC, next_n=3, clean=True, logits="bf16"), {"gathered": 32}),
-        (replace(SPEC, next_n=6), {"groups": 3, "accumulators": 1, "num_stages": 8}),
+        (replace(SPEC, next_n=6), {"groups": 3, "accumulators": 1, "producers": 1, "num_stages": 8}),
+        (replace(SPEC, next_n=2), {"groups": 3, "accumulators": 1, "num_stages": 12}),
     ],
-    ids=["four", "three", "six"],
+    ids=["four", "three", "six", "two"],
 )
 def test_compiles_without_spills(spec, changes):
     assert_compiles(OP, spec, CONFIG.replace(**changes))
 
 
-def test_default_for_pairs_of_queries_over_many_tokens():
-    """Four and six queries of many sequences; others were slower, or not measured."""
+@pytest.mark.parametrize(
+    ("batch", "context", "programs"),
+    [
+        (64, 32768, (64, 2)),  # four SMs are left out
+        (256, 8192, (128, 1)),  # two rows each, as many SMs
+        (200, 8192, (132, 1)),  # 100 SMs would be too few
+        (132, 8192, (132, 1)),
+        (40, 8192, (40, 3)),
+        (48, 8192, (44, 3)),  # four rows are dealt out among all
+        (100, 8192, (66, 2)),
+        (3, 64, (3, 1)),
+    ],
+)
+def test_programs_take_whole_rows_where_few_sms_are_left_out(batch, context, programs):
+    assert halves.row_groups(batch, context // 64, 132) == programs
+
+
+def test_default_for_several_queries_over_many_tokens():
+    """Two to six queries of many sequences; one was slower."""
     many, few = IndexerPagedSizes(64, 65536), IndexerPagedSizes(8, 65536)
     backends = [OP.default_config(replace(SPEC, next_n=n), many, H200).backend for n in (1, 2, 3, 4, 5, 6, 8)]
-    assert backends == ["gluon", "gluon", "gluon", "cuda", "gluon", "cuda", "gluon"]
+    assert backends == ["gluon", "cuda", "cuda", "cuda", "cuda", "cuda", "gluon"]
     assert OP.default_config(SPEC, few, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, heads=32), many, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"

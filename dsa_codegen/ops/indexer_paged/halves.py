@@ -13,15 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from ...gpu import Gpu
+from ...kernels.tma import Tiled
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Launch, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from ..logits import weight_stride
-from .launching import TILE, row_groups, tiled
+from .launching import TILE
 from .problem import IndexerPagedSpec
 
+_PLACE = 9216  # bytes of a tile in the ring: 64 keys, their scales, what is said of it
 _PREPARE_REGISTERS = 72  # of a thread of the group that brings keys and queries
-_WINS = (4, 6)  # queries of 64 heads of a sequence: 64 x 64K take 306 us for 326, 400 for 464; one and two lose
+_WINS = (2, 3, 4, 5, 6)  # queries of 64 heads: of 64 x 64K two take 159 us for 174, three 259 for 294, one 141 for 141
 _SERVES: Mapping[str, tuple[Any, ...]] = {
     "scores": ("fp8",),
     "score": ("weighted_relu",),
@@ -34,7 +36,8 @@ _SERVES: Mapping[str, tuple[Any, ...]] = {
 PARAMETERS = (
     Parameter("groups", (1, 2, 3, 4), "groups of four warps that multiply, each the tiles or the queries of its own"),
     Parameter("accumulators", (1, 2), "products in flight of a group"),
-    Parameter("num_stages", (4, 6, 8, 12, 16), "tiles of keys in flight"),
+    Parameter("producers", (1, 2, 3), "warps that bring tiles in turn", before=1),
+    Parameter("num_stages", (4, 6, 8, 12, 16, 18), "tiles of keys in flight"),
     Parameter("gathered", (0, 16, 32, 48, 64, 96, 128), "tiles whose logits are written at once, 0: each alone"),
 )
 
@@ -45,20 +48,43 @@ def wins(spec: IndexerPagedSpec) -> bool:
 
 
 def guess(spec: IndexerPagedSpec) -> Config:
-    """What serves then."""
-    parts = spec.next_n // 2
-    return Config.of("cuda", groups=parts, accumulators=2 if parts == 2 else 1, num_stages=8, gathered=0)
+    """What serves then. Where two or three queries let memory set the pace, more tiles are on their way, by two warps."""
+    groups = {2: 3}.get(spec.next_n, -(-spec.next_n // 2))
+    producers, num_stages = {2: (2, 18), 3: (2, 12)}.get(spec.next_n, (1, 8))
+    accumulators = 2 if spec.next_n in (3, 4) else 1
+    return Config.of("cuda", groups=groups, accumulators=accumulators, producers=producers, num_stages=num_stages, gathered=0)
 
 
 def launches(spec: IndexerPagedSpec, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
     """Of rows that have tokens."""
     q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
     grid = row_groups(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
-    tensors = (tiled(spec, cache)[0], q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
+    tensors = (_rows(spec, cache), q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
     sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
     apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
     rows = (page_table.stride(0), cache.stride(0), logits.stride(0))
     return (Launch("indexer_paged", (*grid, 1), (*tensors, *sizes, *apart, *rows)),)
+
+
+def row_groups(batch: int, tiles: int, sms: int) -> tuple[int, int]:
+    """(groups, programs in each): whole rows, or even parts of them, where that leaves no more than a tenth of the SMs out.
+
+    Otherwise there are fewer groups than rows: a program begins with its group's row, and meanwhile the queries are brought of
+    what is dealt out behind that.
+    """
+    rounds = -(-batch // sms)
+    even = -(-batch // rounds)  # programs or groups that take as many rows each
+    width = min(sms // even, tiles)
+    if width == tiles or sms - even * width <= sms // 10:
+        return even, width
+    width = min(-(-sms // batch), tiles)
+    return sms // width, width
+
+
+def _rows(spec: IndexerPagedSpec, cache: Tensor) -> Tiled:
+    """The cache as rows of as many bytes as a key has, for TMA: of each block keys, then scales."""
+    blocks, stride = cache.shape[0], cache.stride(0)
+    return Tiled(cache, (blocks, cache.shape[1] * cache.shape[3] // spec.head_dim, spec.head_dim), (stride, spec.head_dim, 1))
 
 
 def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -77,6 +103,12 @@ def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Vi
         # A place in the ring is one group's: another's could take the phase of a tile that is late for that of its own.
         reason = f"stages: groups take {groups // parts} tiles in turn, {config['num_stages']} places are no multiple of it"
         yield Violation("stages", 1.0, reason)
+    if config["num_stages"] % config["producers"]:
+        reason = f"stages: {config['producers']} warps bring tiles in turn, {config['num_stages']} places are no multiple of it"
+        yield Violation("stages", 1.0, reason)
+    if not _workers(config):
+        yield Violation("producers", 1.0, "producers: one of the four warps prepares queries, one writes gathered logits")
+        return
     if config["accumulators"] == 2 and (groups != parts or parts == 1):
         yield Violation(
             "accumulators", 1.0, f"accumulators: two of a group are for several parts, one group each, here are {parts}"
@@ -100,15 +132,15 @@ def _smem(spec: IndexerPagedSpec, config: Config) -> int:
     """Bytes of shared memory: keys, queries of two segments, scales and facts of tiles, weights, sums, barriers."""
     stages, queries = config["num_stages"], spec.next_n
     operands = sum(_widths(spec)) * spec.head_dim
-    facts = stages * (2 * (TILE * 4 + 16)) + 2 * queries * (4 * spec.heads + 8) + 8
-    sums = -(-(stages * TILE * spec.head_dim + 2 * operands + facts) // 16) * 16
+    facts = 2 * (queries * (4 * spec.heads + 8) + 4)
+    sums = -(-(stages * _PLACE + 2 * operands + facts) // 16) * 16
     held = 4 * (queries * config["gathered"] * TILE * 4 + 16) if config["gathered"] else 0
     return sums + 8 * queries * spec.head_dim * 4 + held + 16 * stages + 32
 
 
 def _workers(config: Config) -> int:
     """Warps that prepare a segment; another one writes logits where they are gathered."""
-    return 2 if config["gathered"] else 3
+    return 4 - config["producers"] - (1 if config["gathered"] else 0)
 
 
 def _widths(spec: IndexerPagedSpec) -> list[int]:
