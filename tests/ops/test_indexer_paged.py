@@ -114,7 +114,7 @@ def test_default_config_gathers_what_the_l2_cannot_keep():
         OP.default_config(spec, IndexerPagedSizes(*sizes), H200)["gathered"] for sizes in ((64, 8192), (8, 65536), (64, 65536))
     ]
     assert gathered == [1, 1, 96]
-    two = OP.default_config(IndexerPagedSpec(64, 128, next_n=2), IndexerPagedSizes(64, 65536), H200)
+    two = OP.default_config(IndexerPagedSpec(32, 128, next_n=2), IndexerPagedSizes(64, 65536), H200)
     assert (two["gathered"], two["num_stages"]) == (1, 4)
 
 

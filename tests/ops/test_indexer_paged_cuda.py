@@ -163,10 +163,12 @@ def test_programs_take_whole_rows_where_few_sms_are_left_out(batch, context, pro
 
 def test_default_for_several_queries_over_many_tokens():
     """Two to six queries of many sequences; one was slower."""
-    many, few = IndexerPagedSizes(64, 65536), IndexerPagedSizes(8, 65536)
+    many, few, crowd = IndexerPagedSizes(64, 65536), IndexerPagedSizes(8, 65536), IndexerPagedSizes(256, 8192)
     backends = [OP.default_config(replace(SPEC, next_n=n), many, H200).backend for n in (1, 2, 3, 4, 5, 6, 8)]
     assert backends == ["gluon", "cuda", "cuda", "cuda", "cuda", "cuda", "gluon"]
     assert OP.default_config(SPEC, few, H200).backend == "gluon"
+    assert OP.default_config(SPEC, crowd, H200).backend == "cuda"
+    assert OP.default_config(SPEC, IndexerPagedSizes(128, 8192), H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, heads=32), many, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"
     assert OP.default_config(SPEC, many, resolve("b200")).backend == "triton"

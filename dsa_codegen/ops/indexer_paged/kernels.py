@@ -88,9 +88,9 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         return "-".join(["triton", *(str(config[name]) for name in ("block_q", "block_n", "num_warps"))])
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
-        edges = IndexerPagedSizes.EDGES
-        many = sizes.batch >= edges["batch"][-1] and sizes.context >= edges["context"][-1]
-        if many and halves.wins(spec):
+        _, several, crowd = IndexerPagedSizes.EDGES["batch"]
+        many = sizes.batch >= several and sizes.context >= IndexerPagedSizes.EDGES["context"][-1]
+        if (many or sizes.batch >= crowd) and halves.wins(spec):
             yield halves.guess(spec)
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
         # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway. So are those
