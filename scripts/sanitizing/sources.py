@@ -29,7 +29,9 @@ _HELD = ops.get("select").config(
 _HALVES = ops.get("indexer").config(
     "cuda", {"relu": "halves", "block_n": 128, "num_stages": 6, "groups": 3, "blocks_per_sm": 1}
 )
-_IN_TURN = ops.get("indexer_paged").config("cuda", {"groups": 2, "accumulators": 1, "num_stages": 8, "gathered": 0})
+_IN_TURN = ops.get("indexer_paged").config(
+    "cuda", {"groups": 2, "accumulators": 1, "producers": 2, "num_stages": 8, "gathered": 0}
+)
 _SOME_OPTIONS = (0, 3, -1)
 """For designs that FURTHER names, of attention: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
