@@ -38,7 +38,7 @@ def test_default_is_in_cuda_where_it_wins(heads, d_qk, topk, gpu, expected):
 
 def test_products_and_copies_are_others_where_latents_are_far():
     """Of lists that are not sorted: short ones, and where bits may depend on nothing else."""
-    spec = AttentionSpec(64, 576, 1024)
+    spec = AttentionSpec(64, 576, 1023)
     assert OP.default_config(spec, AttentionSizes(4096, 65536), H200) == PAIR
     far = AttentionSizes(4096, 65537)
     assert OP.default_config(spec, far, H200) == PAIR.replace(interleave=True, l2_prefetch=128)

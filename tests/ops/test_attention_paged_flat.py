@@ -198,6 +198,8 @@ def test_it_serves_without_a_record(spec, sizes, first, tmp_path):
         (AttentionPagedSpec(128, 2048, "bf16"), PROMPT, True),
         (AttentionPagedSpec(64, 2048, "bf16"), DECODE, False),
         (AttentionPagedSpec(64, 512, "v4"), PROMPT, False),
+        (AttentionPagedSpec(64, 1024, "v4"), AttentionPagedSizes(4096, 1, 1 << 16), True),
+        (AttentionPagedSpec(16, 512, "v4"), AttentionPagedSizes(4096, 1, 1 << 16), True),
         (AttentionPagedSpec(64, 2048, extra_topk=64), PROMPT, False),
         (AttentionPagedSpec(128, 2048, "bf16", batch_invariant=True), PROMPT, False),
     ],

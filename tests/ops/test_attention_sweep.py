@@ -44,8 +44,9 @@ def sorted_by_bands(entries: Tensor, tokens: int, back: bool) -> Tensor:
     [
         (AttentionSpec(5, 512, topk=2100, lengths=True, sink=True), RING.replace(num_stages=9), 2),
         (AttentionSpec(64, 512, topk=300, sink=True), PAIR, 2),
+        (AttentionSpec(5, 512, topk=700), RING.replace(num_stages=9), 2),
     ],
-    ids=["few heads", "64 heads"],
+    ids=["few heads", "64 heads", "few heads, fewer entries"],
 )
 def test_sorted_lists_match_the_reference(spec, config, sms, tmp_path, monkeypatch):
     """Blocks of the emulator run one after another: the first waits for steps of others in vain, and goes on."""
@@ -72,8 +73,10 @@ def test_sorted_lists_match_the_reference(spec, config, sms, tmp_path, monkeypat
     [
         (AttentionSpec(128, 576, 2048), PAIR),
         pytest.param(AttentionSpec(16, 576, 2048), RING, marks=FURTHER),
+        pytest.param(AttentionSpec(16, 576, 1024), RING, marks=FURTHER),
+        pytest.param(AttentionSpec(16, 576, 512), RING, marks=FURTHER),
     ],
-    ids=["pair", "few"],
+    ids=["pair", "few", "few, 1024 entries", "few, 512 entries"],
 )
 def test_it_compiles_for_hopper(spec, config):
     assert_compiles(OP, spec, config)
@@ -105,7 +108,13 @@ def test_steps_are_those_of_full_rounds(heads, steps, round_):
         (AttentionSpec(128, 576, 2048), [(4096, 16385), (512, 40961)]),
         (AttentionSpec(64, 512, 2048), [(4096, 16385), (512, 40961)]),
         (AttentionSpec(16, 576, 2048), [(4096, 16385), (512, 40961)]),
-        (AttentionSpec(64, 512, 1024), []),
+        (AttentionSpec(128, 512, 2047), []),
+        (AttentionSpec(64, 512, 2047), [(4096, 40961)]),
+        (AttentionSpec(64, 512, 1024), [(4096, 40961)]),
+        (AttentionSpec(64, 512, 1023), []),
+        (AttentionSpec(32, 512, 1024), [(4096, 16385), (512, 40961)]),
+        (AttentionSpec(8, 512, 512), [(4096, 40961)]),
+        (AttentionSpec(8, 512, 511), []),
         (AttentionSpec(16, 576, 2048, batch_invariant=True), []),
         (AttentionSpec(8, 576, 2048, share=4), []),
         (AttentionSpec(32, 160, 2048, d_v=128), []),

@@ -38,7 +38,7 @@ _CHUNK_BITS = 6  # 64 slots are read back or left
 _MOST_CHUNKS = 1 << 14
 _MARKERS, _READERS, _LISTERS = 512, 256, 256  # threads of a block
 _MARKED = 256  # entries of a list that a warp looks at together
-_MARKING_BLOCKS = _SORTING_BLOCKS = 2  # on an SM at most, of those that mark or sort
+_MARKING_BLOCKS = 2  # on an SM at most
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -228,7 +228,7 @@ def _read_back(spec: AttentionPagedSpec, inputs: Inputs, gpu: Gpu) -> _Rows:
     warps = rows if spec.extra_topk else rows * -(-spec.topk // _MARKED)
     blocks = min(_MARKING_BLOCKS * gpu.sms, -(-warps * 32 // _MARKERS))
     indices, lengths = inputs["indices"], inputs["lengths"]
-    marks = indices.new_empty(-(-chunks // 32), max(blocks, _SORTING_BLOCKS * gpu.sms))
+    marks = indices.new_empty(-(-chunks // 32), max(blocks, sweep.MOST_BLOCKS * gpu.sms))
     latents = inputs["q"].new_empty(sum(slots), 1, spec.d_qk)
     joined: tuple[Tensor, ...] = ()
     if spec.extra_topk:
