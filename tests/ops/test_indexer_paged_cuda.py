@@ -168,6 +168,8 @@ def test_default_for_several_queries_over_many_tokens():
     assert backends == ["gluon", "cuda", "cuda", "cuda", "cuda", "cuda", "gluon"]
     assert OP.default_config(SPEC, few, H200).backend == "gluon"
     assert OP.default_config(SPEC, crowd, H200).backend == "cuda"
+    short = [OP.default_config(replace(SPEC, next_n=n), IndexerPagedSizes(256, 1024), H200).backend for n in (2, 3, 4, 5, 6)]
+    assert short == ["gluon", "gluon", "cuda", "cuda", "cuda"]
     assert OP.default_config(SPEC, IndexerPagedSizes(128, 8192), H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, heads=32), many, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"

@@ -70,7 +70,7 @@ class IndexerPagedSizes(Sizes):
     batch: int
     context: int
     """Columns of the logits: the longest length that any query may have."""
-    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 129), "context": (16385,)}
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 129), "context": (4097, 16385)}
 
 
 class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
