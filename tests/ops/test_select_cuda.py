@@ -211,11 +211,11 @@ def test_cuda_compiles_for_hopper(spec, sizes, spills):
     assert_compiles(OP, spec, config, spills=spills)
 
 
-@pytest.mark.parametrize("columns", [pytest.param(16384, marks=FURTHER), 32768])
+@pytest.mark.parametrize("columns", [pytest.param(8192, marks=FURTHER), pytest.param(16384, marks=FURTHER), 32768])
 def test_rows_of_which_half_stays_in_shared_memory_compile_for_hopper(columns):
-    """Of 32768 columns two blocks an SM spill a few words, and are the fastest of normal scores nevertheless."""
+    """Without a word spilled: beside the blocks' shared memory no L1 is left for it, and 8 bytes cost 5 % (H200)."""
     guesses = OP.guesses(SelectSpec(2048), SelectSizes(4096, columns), H200)
-    assert_compiles(OP, SelectSpec(2048), next(each for each in guesses if each.backend == "cuda" and each["ring"]), spills=24)
+    assert_compiles(OP, SelectSpec(2048), next(each for each in guesses if each.backend == "cuda" and each["ring"]))
 
 
 @pytest.mark.parametrize(("spec", "sizes"), STREAMS, ids=["cluster", "block", "far", "two-an-sm"])
