@@ -41,6 +41,7 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ),
     ],
     ("indexer_paged", "gluon"): [("def indexer_paged(", "gl.warp_specialize(")],
+    ("indexer_paged", "cuda"): [("store_float(held + about.w, score)", "load16(from + (column - first) * 4)")],
     ("attention", "cuda"): [
         ("load16(from), pass)", "copy_rows(copy16)"),
         ("load4(base + AT_MASK + 8 * value_stage)", "store4(base + AT_MASK + 8 * stage, valid)"),
@@ -59,6 +60,7 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ("s.mine[",),
         ("need -= s.found.", "found.above =", "found.bin =", "found.count =", "s.output_count = at"),
         ("load_remote",),
+        ("return s.found;", "s.range = {"),
     ],
 }
 """Groups of lines between which racecheck (2025.3) misses the order; a report of others than one group's is an error.
@@ -98,6 +100,13 @@ In clusters of the selection that keep scores in registers, some warps meet at a
 such barrier). ``found`` is read together with the word before it, ``output_count``. No block ends before the others have read
 its bins: it waits for a word from each, which that one sends behind its reads, or for the cluster's barrier. The tool sees the
 latter only; with it these reports were gone, and a choice among 64K took 6.0 us instead of 5.6.
+
+Where rows come through rings, ``found`` is read together with the word before it (one ``LDS.128``), the key that this row's
+range begins with, and the last warp writes the next row's there as soon as it is done. Only rows with a plateau use that key,
+and their warps meet at ``__syncthreads`` between its use and that write.
+
+Logits that the paged indexer gathers are stored by all lanes of a warp, whose first arrives at GATHERED_ALL behind
+``__syncwarp``; all who write them out wait there.
 """
 
 
