@@ -16,14 +16,14 @@ from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Spec
 from ..records import files as records
-from ..records.lookup import search_path
+from ..records.lookup import lookup, search_path
 from ..records.record import GpuKey, Record
 from . import ranking
 from .account import Account
 from .cluster import Cluster
 from .effort import NORMAL, Effort, most_needed
 from .evaluate import Evaluator
-from .incumbent import Change, incumbents
+from .incumbent import Change
 from .keep import keep
 from .ledger import Ledger
 from .lock import IMPATIENT, Patience
@@ -150,8 +150,10 @@ def _named(effort: Effort, missing: bool) -> list[str]:
 
 
 def _is_served(problem: Problem, folder: Path) -> bool:
-    """Whether a measured record of its own, of the folder or shipped, serves a problem."""
-    return bool(incumbents(problem, [folder, *search_path().values()]))
+    """Whether a measured record of its own, of the folder or shipped, serves a problem; one that the default beats does not."""
+    folders = {"folder": folder, **search_path()}
+    found = lookup(problem.op, problem.spec, problem.case.sizes, problem.gpu, folders)
+    return found.origin in folders
 
 
 @dataclass

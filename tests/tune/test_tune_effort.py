@@ -6,11 +6,16 @@ import dataclasses
 
 import pytest
 
+from dsa_codegen import ops
 from dsa_codegen.errors import UnknownName
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
+from dsa_codegen.paths import shipped_records
 from dsa_codegen.problem.op import Case
+from dsa_codegen.records.files import merge, path_of, read
+from dsa_codegen.tune import run
 from dsa_codegen.tune.effort import EFFORTS, NORMAL, QUICK, THOROUGH, effort, most_needed
 from dsa_codegen.tune.plan import problems
+from dsa_codegen.tune.problem import Problem
 
 from support import H200
 from toy import OP
@@ -34,6 +39,18 @@ def test_what_is_missing_is_searched_alone(go, tmp_path):
     assert rest.notes[0] == "3 of 4 calls have no record of their own"
     nothing = go(missing=True)
     assert nothing.records == nothing.missing == () and nothing.notes[0] == "0 of 4 calls have no record of their own"
+
+
+@pytest.mark.parametrize(("beside", "serves"), [(2.0, True), (0.5, False)])
+def test_a_call_is_missing_where_its_record_is_passed_over(tmp_path, monkeypatch, beside, serves):
+    """Another backend's, say, that was slower than the default beside it."""
+    monkeypatch.setattr(run, "search_path", dict)
+    op = ops.get("select")
+    record = next(each for each in read(path_of(shipped_records(), "h200", op.name)) if each.backend == "tilelang")
+    merge(tmp_path, [dataclasses.replace(record, default_time_us=beside * record.time_us.median)])
+    sizes = op.sizes_type(**record.sizes)
+    problem = Problem(op, op.spec_type.from_dict(record.spec), Case(sizes, "normal"), H200)
+    assert run._is_served(problem, tmp_path) is serves
 
 
 def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():
