@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, NoConfig
 from ..gpu import Gpu
 from ..problem.op import Op
 from ..problem.values import Spec
@@ -152,8 +152,10 @@ def _named(effort: Effort, missing: bool) -> list[str]:
 def _is_served(problem: Problem, folder: Path) -> bool:
     """Whether a measured record of its own, of the folder or shipped, serves a problem; one that the default beats does not."""
     folders = {"folder": folder, **search_path()}
-    found = lookup(problem.op, problem.spec, problem.case.sizes, problem.gpu, folders)
-    return found.origin in folders
+    try:
+        return lookup(problem.op, problem.spec, problem.case.sizes, problem.gpu, folders).origin in folders
+    except NoConfig:  # no kernel of this GPU does, which is noted when its study is to be opened
+        return False
 
 
 @dataclass

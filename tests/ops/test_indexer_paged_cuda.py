@@ -10,7 +10,7 @@ import torch
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
-from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec, halves
+from dsa_codegen.ops.indexer_paged import OP, IndexerPagedSizes, IndexerPagedSpec, launching
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Config
 from dsa_codegen.proof.verify import verify
@@ -158,7 +158,7 @@ def test_compiles_without_spills(spec, changes):
     ],
 )
 def test_programs_take_whole_rows_where_few_sms_are_left_out(batch, context, programs):
-    assert halves.row_groups(batch, context // 64, 132) == programs
+    assert launching.whole_rows(batch, context // 64, 132) == programs
 
 
 def test_default_for_several_queries_over_many_tokens():

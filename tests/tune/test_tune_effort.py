@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from dsa_codegen import ops
-from dsa_codegen.errors import UnknownName
+from dsa_codegen.errors import NoConfig, UnknownName
+from dsa_codegen.gpu import resolve
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
 from dsa_codegen.paths import shipped_records
 from dsa_codegen.problem.op import Case
@@ -51,6 +52,16 @@ def test_a_call_is_missing_where_its_record_is_passed_over(tmp_path, monkeypatch
     sizes = op.sizes_type(**record.sizes)
     problem = Problem(op, op.spec_type.from_dict(record.spec), Case(sizes, "normal"), H200)
     assert run._is_served(problem, tmp_path) is serves
+
+
+def test_a_call_that_no_kernel_serves_is_missing_too(tmp_path, monkeypatch):
+    """Why none does is noted when its study is to be opened."""
+    monkeypatch.setattr(run, "search_path", dict)
+    op = ops.get("indexer")  # of FP8, which comes with sm_89
+    spec = IndexerSpec(64, 128)
+    with pytest.raises(NoConfig):
+        op.default_config(spec, IndexerSizes(64, 8192), resolve("a100"))
+    assert not run._is_served(Problem(op, spec, Case(IndexerSizes(64, 8192), "causal"), resolve("a100")), tmp_path)
 
 
 def test_a_quick_effort_leaves_out_what_a_step_does_not_notice():

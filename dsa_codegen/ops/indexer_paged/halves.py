@@ -13,12 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ...gpu import Gpu
-from ...kernels.tma import Tiled
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Launch, Parameter, Violation, exceeds
 from ...problem.values import Scalar
 from ..logits import weight_stride
-from .launching import TILE
+from .launching import TILE, keys_and_scales, whole_rows
 from .problem import IndexerPagedSpec
 
 _PLACE = 9216  # bytes of a tile in the ring: 64 keys, their scales, what is said of it
@@ -58,33 +57,12 @@ def guess(spec: IndexerPagedSpec) -> Config:
 def launches(spec: IndexerPagedSpec, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
     """Of rows that have tokens."""
     q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
-    grid = row_groups(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
-    tensors = (_rows(spec, cache), q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
+    grid = whole_rows(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
+    tensors = (keys_and_scales(spec, cache), q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
     sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
     apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
     rows = (page_table.stride(0), cache.stride(0), logits.stride(0))
     return (Launch("indexer_paged", (*grid, 1), (*tensors, *sizes, *apart, *rows)),)
-
-
-def row_groups(batch: int, tiles: int, sms: int) -> tuple[int, int]:
-    """(groups, programs in each): whole rows, or even parts of them, where that leaves no more than a tenth of the SMs out.
-
-    Otherwise there are fewer groups than rows: a program begins with its group's row, and meanwhile the queries are brought of
-    what is dealt out behind that.
-    """
-    rounds = -(-batch // sms)
-    even = -(-batch // rounds)  # programs or groups that take as many rows each
-    width = min(sms // even, tiles)
-    if width == tiles or sms - even * width <= sms // 10:
-        return even, width
-    width = min(-(-sms // batch), tiles)
-    return sms // width, width
-
-
-def _rows(spec: IndexerPagedSpec, cache: Tensor) -> Tiled:
-    """The cache as rows of as many bytes as a key has, for TMA: of each block keys, then scales."""
-    blocks, stride = cache.shape[0], cache.stride(0)
-    return Tiled(cache, (blocks, cache.shape[1] * cache.shape[3] // spec.head_dim, spec.head_dim), (stride, spec.head_dim, 1))
 
 
 def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
