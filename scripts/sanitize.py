@@ -52,7 +52,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--within", type=float, default=24 * 3600.0, help="seconds of the whole run, at most")
     parser.add_argument("--resume", type=Path, action="append", default=[], help="ledgers whose clean cases are not run again")
     parser.add_argument("--out", type=Path, default=Path("sanitized"), help="folder of the reports and of the ledger")
-    parser.add_argument("--record", type=Path, help="write what is clean of today's texts, here and in --resume")
+    parser.add_argument("--record", type=Path, help="write what is clean of today's texts: here, there, in --resume")
     parser.add_argument("--list", action="store_true", help="only print the pieces, and what is left of each operation")
     parser.add_argument("--judge", action="store_true", help="only look at the reports that lie in the folder")
     parser.add_argument("--unjudged", action="store_true", help="leave reports to a later --judge")
@@ -68,6 +68,12 @@ def wanted_of(arguments: argparse.Namespace, gpu: Gpu) -> list[cases.Check]:
     chosen = [each for each in found if not arguments.backend or each.config.backend in arguments.backend]
     wanted = cases.checks(chosen, arguments.tool or cases.TOOLS, gpu, arguments.thorough)
     return [check for check in wanted if shown(check.subject, arguments)]
+
+
+def of_today(wanted: Sequence[cases.Check], gpu: Gpu) -> list[cases.Check]:
+    """What a record may hold: a run of one operation takes nothing from the others."""
+    every = cases.checks(sources.sources(sources.MODELS, gpu), cases.TOOLS, gpu, thorough=True)
+    return list({check.key: check for check in [*every, *wanted]}.values())
 
 
 def shown(subject: sources.Subject, arguments: argparse.Namespace) -> bool:
@@ -112,7 +118,8 @@ def main() -> int:
     entries = ledger.read(dict.fromkeys([*arguments.resume, arguments.out / runner.LEDGER]))
     print("\n".join(ledger.summary(wanted, entries)))
     if arguments.record:
-        arguments.record.write_text("".join(map(ledger.as_line, ledger.merged(entries, wanted, gpu.id))))
+        entries += ledger.read([arguments.record])
+        arguments.record.write_text("".join(map(ledger.as_line, ledger.merged(entries, of_today(wanted, gpu), gpu.id))))
     return 0 if {check.key for check in wanted} <= ledger.ended_clean(entries) else 1
 
 

@@ -51,6 +51,11 @@ class Run:
     until: float
     built: dict[str, Built] = field(default_factory=dict)
 
+    @property
+    def threads(self) -> int:
+        """Of a piece's process: references are computed on the CPU, and every process would take all cores for its own."""
+        return max(1, (os.cpu_count() or 1) // self.jobs)
+
     def left(self) -> float:
         """Seconds until the end of the run."""
         return self.until - time.time()
@@ -98,7 +103,7 @@ def check(piece: Piece, run: Run) -> None:
     kernels = {name for built in run.builds(piece) for name in built.resources}
     start = time.time()
     command = command_of(piece, file, start + max(seconds - _GRACE, seconds / 2), kernels)
-    status = supervised(command, report, piece.tool, seconds)
+    status = supervised(command, report, piece.tool, seconds, run.threads)
     text = report.read_text(errors="replace")
     entry = ledger.line(piece, reports.first_look(status, text), reports.ended(text), time.time() - start)
     ledger.append(run.out / LEDGER, entry)
@@ -108,9 +113,9 @@ def check(piece: Piece, run: Run) -> None:
     )
 
 
-def supervised(command: Sequence[str], report: Path, tool: str, seconds: float) -> int | None:
+def supervised(command: Sequence[str], report: Path, tool: str, seconds: float, threads: int) -> int | None:
     """The status that a command ends with, None where it was stopped; what it says goes into ``report``."""
-    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    own = {"OMP_NUM_THREADS": str(threads)} | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
     with report.open("w") as written:
         started = subprocess.Popen(command, stdout=written, stderr=written, env={**os.environ, **own}, start_new_session=True)
         try:

@@ -264,7 +264,7 @@ def test_a_verdict_is_the_tools(tmp_path, monkeypatch, script, seen, verdict, ca
     (tmp_path / "build/m.py").write_text("def indexer_paged(\n    gl.warp_specialize(\n    other.store(x)\n")
     (tmp_path / "RACES").write_text(RACES)
     command = ["sh", "-c", script.replace("RACES", str(tmp_path / "RACES"))]
-    status = runner.supervised(command, tmp_path / "said.txt", "racecheck", 0.5)
+    status = runner.supervised(command, tmp_path / "said.txt", "racecheck", 0.5, 1)
     text = (tmp_path / "said.txt").read_text()
     assert reports.first_look(status, text) == seen
     assert (reports.judged(PIECE, seen, text, ()), reports.ended(text)) == (verdict, cases)
