@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnknownName
+from ..errors import SpecError, UnknownName
 
 STAGES = (
     "index_prologue",
@@ -49,6 +49,8 @@ KEYS = (
 SUITES = ("core", "distributions", "flashmla", "deepgemm")
 """core: the shapes that people serve; distributions: selections of scores that are not normal; the others: the shapes with
 which those libraries time themselves."""
+ASKED = "asked"
+"""The suite of a shape that somebody asked for."""
 INDEXED = "indexed"
 """The distribution of scores that an indexer gave."""
 LOCAL = "local"
@@ -290,6 +292,34 @@ def all_cases() -> list[BenchCase]:
     makers = (_prologues, _indexer_prefill, _indexer_decode, _select, _index_select, *attention, _layer, _training)
     found = [each for maker in makers for each in maker()]
     return sorted(found, key=lambda each: STAGES.index(each.stage))
+
+
+def asked(stage: str, text: str) -> BenchCase:
+    """A shape of somebody's own: a stage's headline but for what ``batch=96,heads=64`` says, ``distribution=local`` too.
+
+    Raises:
+        UnknownName: a stage that does not exist; a key or a distribution that none of its cases has.
+        SpecError: what is no such list; a number below one.
+    """
+    listed = chosen([stage], SUITES)
+    shape, distribution = dict(listed[0].shape), listed[0].distribution
+    keys = [name for name in KEYS if any(name in dict(each.shape) for each in listed)]
+    for word in text.split(","):
+        name, equals, value = (each.strip() for each in word.partition("="))
+        if not equals:
+            raise SpecError("--shape", text, "key=number, separated by commas: batch=96,heads=64")
+        if name == "distribution":
+            distribution = value
+        elif name not in keys:
+            raise UnknownName(f"key of {stage}", name, (*keys, "distribution"))
+        elif not value.isdecimal() or not int(value):
+            raise SpecError(f"--shape {name}", value, "a whole number from 1 on")
+        else:
+            shape[name] = int(value)
+    known = tuple(dict.fromkeys(each.distribution for each in listed))
+    if distribution not in known:
+        raise UnknownName(f"distribution of {stage}", distribution, known)
+    return case(stage, distribution, shape, ASKED)
 
 
 def headlines_first(cases: Iterable[BenchCase]) -> list[BenchCase]:

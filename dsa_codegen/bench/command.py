@@ -16,8 +16,10 @@ from ..kernels import backends, toolchain
 from ..worker import Worker
 from . import ahead, cases, hostcost, peers, regression, report, results
 from .campaign import Campaign, Notify
+from .cases import BenchCase
 from .comparison import Comparison
 from .deadline import Deadline
+from .problems import stage_of
 from .results import Row
 from .sweep import CONTEXTS, METHODS, case_of, sweep
 
@@ -36,6 +38,7 @@ class Request:
     Attributes:
         against: "all", "none", or the adapters' names (deep_gemm, flashmla, …), separated by commas.
         stages, suites: which cases; all stages and the core suite where empty.
+        shapes: somebody's own of the one stage, in place of suites, as ``cases.asked`` reads them.
         per_stage: so many cases of each stage; 0 for all.
         budget_s: wall seconds after which nothing new begins.
         resume: leave out what has been measured at this commit against these peers.
@@ -51,14 +54,17 @@ class Request:
     resume: bool = False
     extra: Sequence[str] = field(default=())
     """Modules with further adapters, by import path."""
+    shapes: Sequence[str] = field(default=())
 
     def cases(self) -> list[cases.BenchCase]:
         """The cases, every stage's headline first.
 
         Raises:
             UnknownName: there is no such stage or suite.
-            SpecError: the stages have no case in the suites.
+            SpecError: the stages have no case in the suites; a shape that no kernel has, or that is of no one stage.
         """
+        if self.shapes:
+            return self._asked()
         suites = cases.SUITES if "all" in self.suites else self.suites
         found = cases.chosen(self.stages, suites, self.per_stage)
         if not found:
@@ -67,6 +73,14 @@ class Request:
                 "--suite", ",".join(suites), f"those in which {', '.join(self.stages)} has cases: {', '.join(have)}"
             )
         return cases.headlines_first(found)
+
+    def _asked(self) -> list[BenchCase]:
+        if len(self.stages) != 1:
+            raise SpecError("--stage", ",".join(self.stages), "one stage, whose shapes --shape names")
+        found = [cases.asked(self.stages[0], text) for text in self.shapes]
+        for case in found:
+            stage_of(case.stage).parts(case)
+        return list(dict.fromkeys(found))
 
     def sources(self) -> tuple[str, ...]:
         """The modules whose peers take part.
@@ -136,9 +150,8 @@ def run_check(request: Request, campaign: Campaign, notify: Notify) -> Compariso
         RecordError: there is nothing to compare with.
     """
     committed = results.read_rows(results.rows_path(request.folder, campaign.gpu.id))
-    if request.per_stage or tuple(request.suites) != ("core",):
-        keys = {results.key_of(row) for row in committed} & {case.key for case in request.cases()}
-        wanted = regression.known(keys)
+    if request.per_stage or request.shapes or tuple(request.suites) != ("core",):
+        wanted = regression.known(map(results.key_of, committed), request.cases())
     else:
         wanted = regression.short(committed, request.stages)
     campaign.notify = notify

@@ -28,14 +28,14 @@ def short(committed: Sequence[Row], stages: Sequence[str] = ()) -> list[BenchCas
     return known(keys)
 
 
-def known(keys: Iterable[object]) -> list[BenchCase]:
-    """The listed cases of some keys, the headlines first.
+def known(keys: Iterable[object], of: Iterable[BenchCase] | None = None) -> list[BenchCase]:
+    """The cases of some keys, by default of those that are listed, the headlines first.
 
     Raises:
-        RecordError: none is listed.
+        RecordError: there is none.
     """
     wanted = set(keys)
-    found = headlines_first(each for each in all_cases() if each.key in wanted)
+    found = headlines_first(each for each in (all_cases() if of is None else of) if each.key in wanted)
     if not found:
         raise RecordError(f"no committed result to compare with; {command()} bench --against all makes some")
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functions, ops
+from ..errors import SpecError
 from ..ops.attention.problem import sharing
 from ..problem import compare
 from ..problem.caches import tokens_of
@@ -232,7 +233,9 @@ def _share(case: BenchCase) -> int:
 
 def _attention_paged_spec(case: BenchCase) -> tuple[Spec, Sizes]:
     op = ops.get("attention_paged")
-    layout = _KV_LAYOUTS[case["head_dim"]]
+    layout = _KV_LAYOUTS.get(case["head_dim"])
+    if layout is None:
+        raise SpecError("head_dim", case["head_dim"], f"that of a cache of FP8: {' or '.join(map(str, _KV_LAYOUTS))}")
     spec: dict[str, Any] = {"heads": case["heads"], "topk": case["k"], "kv_layout": layout, "page": case["page"]}
     if "extra_k" in dict(case.shape):
         spec |= {"extra_topk": case["extra_k"], "extra_page": case["page"]}

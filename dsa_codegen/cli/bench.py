@@ -30,6 +30,10 @@ def bench(
     against: Annotated[str, typer.Option(help="Beside peers: all, none, or adapters such as deep_gemm,flashmla.")] = "",
     stage: Annotated[str, typer.Option(help="Only these stages, separated by commas.")] = "",
     suite: Annotated[str, typer.Option(help="Which shapes: core, distributions, flashmla, deepgemm, all.")] = "core",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of a suite, a shape of the one --stage: batch=96,heads=64. May be repeated."),
+    ] = None,
     limit: Annotated[int, typer.Option(help="So many cases of each stage; 0 for all.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="The first case of each stage.")] = False,
     host: Annotated[bool, typer.Option("--host", help="Also what a call costs the host.")] = False,
@@ -58,13 +62,15 @@ def bench(
     if distributed:
         return _ranks(folder, commit, gpu, as_json)
     listed = bool(
-        check or against or stage or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep))
+        check or against or stage or shape or limit or quick or suite != "core" or ((budget or resume) and not (host or sweep))
     )
     if not (listed or host or sweep):
         return _ours(preset, spec, op, WARM if warm else COLD, given.visible(gpu), as_json)
     stages, per_stage = tuple(filter(None, stage.split(","))), benchmark.QUICK if quick else limit
     until = given.seconds(budget) if budget else math.inf
-    request = benchmark.Request(against or "all", stages, suite.split(","), per_stage, folder, commit, until, resume)
+    request = benchmark.Request(
+        against or "all", stages, suite.split(","), per_stage, folder, commit, until, resume, shapes=shape or ()
+    )
     model = "" if preset == "deepseek-v3.2" else preset
     benchmark.check(request, sweep, {"--preset": model, "--spec": spec, "--op": ",".join(op or ()), "--warm": warm})
     campaign = request.campaign(given.visible(gpu))

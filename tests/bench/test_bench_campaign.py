@@ -218,6 +218,17 @@ def test_headlines_come_first():
     assert sorted(wanted, key=str) == sorted(cases.chosen(["select", "attention_decode"]), key=str)
 
 
+def test_somebody_may_ask_for_a_shape():
+    """The stage's headline but for what is said; the same shape twice is one case, and a listed one has the listed key."""
+    said = ("batch=96, heads=64", "heads=64,batch=96", "batch=64,extra_k=512,head_dim=512,k=128", "distribution=local")
+    first, second, third = command.Request(stages=("attention_decode",), shapes=said).cases()
+    (headline,) = cases.chosen(["attention_decode"], per_stage=1)
+    assert first.suite == cases.ASKED and first.distribution == headline.distribution
+    assert dict(first.shape) == {**dict(headline.shape), "batch": 96, "heads": 64}
+    assert second.key in {each.key for each in cases.all_cases()}, "two pools, as the list has them"
+    assert (third.shape, third.distribution) == (headline.shape, cases.LOCAL)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("options", [["--against", "none"], ["--quick"], ["--suite", "flashmla"], ["--host"], []])
 def test_a_benchmark_without_a_gpu_says_so(options):
@@ -236,6 +247,14 @@ def test_a_benchmark_without_a_gpu_says_so(options):
         (["--quick", "--budget", "soon"], SpecError, "240s|90s"),
         (["--quick", "--op", "select"], SpecError, "--op = 'select'"),
         (["--against", "all", "--warm"], SpecError, "--warm"),
+        (["--shape", "batch=96"], SpecError, "one stage"),
+        (["--stage", "select,attention_decode", "--shape", "rows=9"], SpecError, "one stage"),
+        (["--stage", "select", "--shape", "batch=96"], UnknownName, "key of select 'batch'; known: rows, context, k"),
+        (["--stage", "select", "--shape", "rows"], SpecError, "key=number"),
+        (["--stage", "select", "--shape", "rows=0"], SpecError, "from 1 on"),
+        (["--stage", "select", "--shape", "distribution=even"], UnknownName, "'even'"),
+        (["--stage", "attention_decode", "--shape", "heads=300"], SpecError, "heads = 300"),
+        (["--stage", "attention_decode", "--shape", "head_dim=100"], SpecError, "576 or 512"),
     ],
 )
 def test_wrong_options_are_named_before_a_gpu_is_looked_for(options, error, words):
