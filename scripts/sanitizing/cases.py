@@ -26,9 +26,9 @@ it did not, so that every case is run with some text of its operation and backen
 text has long cases among its own: more blocks than the GPU has SMs, loops and rings that go round.
 """
 _LONG_EVERY = 4  # texts
-SMS = {"attention": 2, "select": 1}
+SMS = {"attention": 2, "attention_paged": 3, "select": 1}
 """On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
-several queries (rows of scores) of a short case there, where on all SMs each would take one."""
+several queries (rows of scores, shares of rows) of a short case there, where on all SMs each would take one."""
 _BARRIERS = ("racecheck", "synccheck")
 _GAP = 64  # elements between blocks of a cache that holds several layers
 

@@ -329,7 +329,7 @@ def test_kin_serves_where_only_minor_fields_differ(folders, monkeypatch):
 def test_the_default_is_one_for_the_whole_bucket(tmp_path):
     op = ops.get("attention_paged")
     (spec,) = op.specs(presets.preset("glm-5"))
-    sizes = [op.sizes_type(batch=34, next_n=1, tokens=5000), op.sizes_type(batch=64, next_n=1, tokens=1 << 20)]
+    sizes = [op.sizes_type(batch=57, next_n=1, tokens=5000), op.sizes_type(batch=64, next_n=1, tokens=1 << 20)]
     assert sizes[0].bucket() == sizes[1].bucket()
     first, second = (lookup(op, spec, each, H200, {"tuned": tmp_path}) for each in sizes)
     assert first.config == second.config

@@ -1,4 +1,4 @@
-"""Paged attention in CUDA C++ by blocks of 64 heads that take a row's entries by themselves, or share them in clusters."""
+"""Paged attention in CUDA C++ for few rows: the blocks of a cluster share a row's entries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from .problem import AttentionPagedSizes, AttentionPagedSpec
 SHARERS = Parameter(
     "sharers",
     (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 16),
-    "blocks of a cluster that share a row's entries and join their parts; 1: a block has all; 0: two blocks split the channels",
+    "blocks of a cluster that share a row's entries; 1: each SM has a share of all rows; 0: two blocks split the channels",
     before=0,
 )
 _HEADS = 64  # of a block
 _MOST_BLOCKS = 160
 _SMS = 132
+_LEAST_PAIRS = 56  # rows up to which all SMs share them evenly instead
 _AT_ONCE = {3: 39, 5: 22, 6: 17, 8: 15, 16: 7}  # clusters of so many blocks that an H200 runs at once, as its driver says
 _FEW_ENTRIES, _FEW_HEADS = 1024, 32  # of lists for which clusters are known to win, and heads from which on
-_FULL = 0.85  # of the blocks of whole waves, so many at least
 _THREADS = 512  # four groups: two make tiles, two multiply
 _REGISTERS = {"lead_registers": 208, "follow_registers": 160, "make_registers": 72}  # per thread; 4 * 128 of a block
-_REGISTERS_ALONE = {"lead_registers": 216, "follow_registers": 160, "make_registers": 64}
 
 
 def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -35,11 +34,8 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
 
 
 def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
-    """Few rows: not many more blocks than run at once, where they meet; where they do not, many that fill their waves."""
-    if config["sharers"] > 1:
-        yield from exceeds("blocks of sharers", _most_clusters(spec, bucket) * config["sharers"], _MOST_BLOCKS)
-    elif upper(bucket, "batch") * _head_blocks(spec) > _SMS // 2:
-        yield from exceeds("per cent of waves left idle", 100 * (_needed(spec, bucket) - _filled(spec, bucket)), 0)
+    """Few rows: not many more blocks than run at once, where they meet."""
+    yield from exceeds("blocks of sharers", _most_clusters(spec, bucket) * config["sharers"], _MOST_BLOCKS)
 
 
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
@@ -49,9 +45,7 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     8, 19.8 and 22.9 at 16; 64 heads 9.9 and 13.8, 13.1 and 15.1, 13.9 and 18.5. With k 2048 over 656 bytes 14.3 and 14.4 at one
     row of 128 heads, more than Gluon's elsewhere.
     """
-    if _pays_alone(spec, sizes.bucket()):
-        return 1
-    if _pays_in_pairs(spec, sizes.bucket()):
+    if pays_in_pairs(spec, sizes.bucket()):
         return 2
     if spec.topk + spec.extra_topk > _FEW_ENTRIES or spec.heads <= _FEW_HEADS:
         return 0
@@ -59,48 +53,14 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     return max((sharers for sharers, most in _AT_ONCE.items() if clusters <= most * gpu.sms // _SMS), default=0)
 
 
-def _pays_alone(spec: AttentionPagedSpec, bucket: Bucket) -> bool:
-    """Whether a block for each row is known to take less than Gluon's, and than clusters, of which too few run at once.
+def pays_in_pairs(spec: AttentionPagedSpec, bucket: Bucket) -> bool:
+    """Whether two blocks for each row are known to take less than even shares, where those are nearly halves.
 
-    On an H200 with 64 heads over two pools of 584 bytes, 128 and 512 entries: 35.2 µs at 128 rows, Gluon 38.7, clusters 48.8.
-    Over 528 bytes with k 512, where Gluon does not serve, 29.1 and clusters 37.8. Over 656 bytes with k 2048 91 and Gluon 100
-    where rows fill whole waves of blocks; elsewhere Gluon is ahead, who shares lists out evenly: with k 16384 296 rows are
-    three waves, 1924 µs and 1803.
-    """
-    few = max(upper(bucket, "batch"), lower(bucket, "next_n")) <= _SMS // 2
-    if few or spec.heads > _HEADS or (spec.heads <= _FEW_HEADS and not spec.general):
-        return False
-    short = spec.d_qk != spec.d_v or spec.general or spec.topk + spec.extra_topk <= _FEW_ENTRIES
-    return short and _filled(spec, bucket) >= _needed(spec, bucket)
-
-
-def _pays_in_pairs(spec: AttentionPagedSpec, bucket: Bucket) -> bool:
-    """Whether two blocks for each row are known to take less than clusters that split the channels, of which each row has one.
-
-    On an H200 with 64 heads and k 2048 over 656 bytes 49.8 µs and 57.9 at 64 rows, 47.3 and 56.1 at 34; of 33, and fewer, each
-    has more clusters.
+    On an H200 with 64 heads and k 2048 over 656 bytes 49.8 µs and 54.3 at 66 rows, 49.7 and 53.9 at 64; 48.3 and 45.4 at 48.
     """
     least, most = lower(bucket, "batch") * max(lower(bucket, "next_n"), 1), upper(bucket, "batch") * upper(bucket, "next_n")
     suits = _in_pairs(spec, 2) and _FEW_HEADS < spec.heads <= _HEADS and spec.topk + spec.extra_topk > _FEW_ENTRIES
-    return suits and least > _SMS // 4 and most <= _SMS // 2
-
-
-def _needed(spec: AttentionPagedSpec, bucket: Bucket) -> float:
-    """The share of their waves that blocks must fill to be ahead.
-
-    Clusters, which serve 528 bytes, have waves of their own; over 584 bytes one wave is ahead of Gluon's however full it is.
-    """
-    one_wave = spec.d_qk == spec.d_v and upper(bucket, "batch") * _head_blocks(spec) <= _SMS
-    return 0.0 if spec.general or one_wave else _FULL
-
-
-def _filled(spec: AttentionPagedSpec, bucket: Bucket) -> float:
-    """The least share of the places of their waves that blocks of any rows of the bucket fill."""
-    least = max(lower(bucket, "batch"), 1) * max(lower(bucket, "next_n"), 1) * _head_blocks(spec)
-    most = upper(bucket, "batch") * (upper(bucket, "next_n") if lower(bucket, "next_n") else 1) * _head_blocks(spec)
-    waves = -(-least // _SMS)
-    begun = (waves * _SMS + 1) / ((waves + 1) * _SMS) if most > waves * _SMS else 1.0
-    return min(least / (waves * _SMS), begun)
+    return suits and least > _LEAST_PAIRS and most <= _SMS // 2
 
 
 def _most_clusters(spec: AttentionPagedSpec, bucket: Bucket) -> float:
@@ -111,20 +71,20 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
     return {
         "d_qk": spec.d_qk,
-        "apart": _apart(spec),
-        "scale_bytes": _scale_bytes(spec),
+        "apart": shared.apart(spec),
+        "scale_bytes": shared.scale_bytes(spec),
         "head_blocks": _head_blocks(spec),
         "joined": _joined(spec),
         "owned": -(-_joined(spec) // config["sharers"]),
         "threads": _THREADS,
         "smem": _smem(spec, config["sharers"], -(-_joined(spec) // config["sharers"])),
         "in_pairs": _in_pairs(spec, config["sharers"]),
-        **(_REGISTERS_ALONE if config["sharers"] == 1 else _REGISTERS),
+        **_REGISTERS,
     }
 
 
 def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: Outputs) -> Sequence[Launch]:
-    """A block or cluster for each row and 64 heads."""
+    """A cluster for each row and 64 heads."""
     q = inputs["q"]
     sink = (inputs["sink"],) if spec.sink else ()
     tensors, scalars = shared.arguments(spec, inputs, (q, sink, (outputs["out"], outputs["lse"])))
@@ -145,28 +105,11 @@ def _smem(spec: AttentionPagedSpec, sharers: int, owned: int) -> int:
     """Bytes of shared memory per block: tiles, q or the parts that come in, weights, facts, what rescales, barriers."""
     tile, part = 2 * shared.TILE * spec.d_qk, owned * 2 * spec.layout.d_v
     weights, facts, keep, barriers = 2 * shared.TILE * _HEADS, 32 * sharers * owned, 4 * _HEADS, 2 * (8 + 3 * 8) + 3 * 8
-    if sharers == 1:
-        part, facts, barriers = 0, 0, barriers - 8
-    if _whole(spec, sharers):
-        barriers += 2 * 8 * 8 + (2 * 8 if _in_pairs(spec, sharers) else 0)
+    if _in_pairs(spec, sharers):
+        barriers += 2 * 8 * 8 + 2 * 8
     return 2 * tile + max(tile, sharers * part) + weights + facts + keep + barriers
 
 
 def _in_pairs(spec: AttentionPagedSpec, sharers: int) -> bool:
     """Whether two blocks share a row whose tokens have their fields side by side."""
-    return sharers == 2 and not _apart(spec)
-
-
-def _whole(spec: AttentionPagedSpec, sharers: int) -> bool:
-    """Whether a token is copied in one piece: where blocks have many tiles."""
-    return sharers == 1 or _in_pairs(spec, sharers)
-
-
-def _apart(spec: AttentionPagedSpec) -> bool:
-    """Whether scales lie elsewhere than in their token's row as "v32" has it."""
-    return spec.kv_layout != "v32"
-
-
-def _scale_bytes(spec: AttentionPagedSpec) -> int:
-    """Of 256 channels of a token: four powers of two in "v4", eight of 32 channels each or two fp32 elsewhere."""
-    return 4 if spec.kv_layout == "v4" else 8
+    return sharers == 2 and not shared.apart(spec)

@@ -10,7 +10,7 @@ from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Kernels, Launch, Outputs, Parameter, Violation, exceeds
 from ...problem.paged import scales_of
 from ...problem.values import Bucket, Scalar
-from . import clusters, columns, entries, flat, gluon, rounds, shared, stream, triton
+from . import alone, clusters, columns, entries, flat, gluon, rounds, shared, stream, triton
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 from .turns import in_turns
 
@@ -57,10 +57,12 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if config["columns"]:
             return (columns if config["sharers"] else stream).constraints(spec, config, gpu)
         if config["sharers"]:
-            return entries.constraints(spec, config, gpu)
+            return (alone if config["sharers"] == 1 else entries).constraints(spec, config, gpu)
         return flat.constraints(spec, config, gpu) if config["flat"] else clusters.constraints(spec, config, gpu)
 
     def reach(self, spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
+        if _is_alone(config):
+            return ()
         if _shares(config):
             return _sharing(config).reach(spec, config, bucket)
         if _in_rounds(config):
@@ -73,6 +75,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
             return "-".join(["triton", *(str(config[name]) for name in triton.ORDER)])
         if _is_flat(config):
             return flat.order(spec, config)
+        if _is_alone(config):
+            return "cuda-alone" if spec.batch_invariant else None
         if _shares(config):
             return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
         if _in_rounds(config):
@@ -110,6 +114,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if config.backend == "cuda":
             if config["head_rounds"]:
                 return names | rounds.derived(spec, config)
+            if _is_alone(config):
+                return names | alone.derived(spec)
             if config["sharers"]:
                 return names | _sharing(config).derived(spec, config)
             if config["columns"]:
@@ -130,6 +136,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if spec.batch_invariant and config["splits"] > shared.most_splits(spec, rows):
             turns = in_turns(inputs, outputs, shared.rows_of_turn(spec, config["splits"]))
             return [launch for turn in turns for launch in self.launches(spec, config, *turn, gpu)]
+        if _is_alone(config):
+            return alone.launches(spec, inputs, outputs, gpu)
         if _shares(config):
             return _sharing(config).launches(spec, config, inputs, outputs)
         if _in_rounds(config):
@@ -149,6 +157,8 @@ def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) ->
         yield _CLUSTERS.replace(sharers=sharers, columns=heads)
     elif head_rounds := rounds.best(spec, sizes, gpu):
         yield _CLUSTERS.replace(head_rounds=head_rounds)
+    elif alone.best(spec, sizes):
+        yield _CLUSTERS.replace(sharers=1)
     elif sharers := entries.best(spec, sizes, gpu):
         yield _CLUSTERS.replace(sharers=sharers)
 
@@ -167,6 +177,10 @@ def _streams(config: Config) -> bool:
 
 def _shares(config: Config) -> bool:
     return config.backend == "cuda" and bool(config["sharers"])
+
+
+def _is_alone(config: Config) -> bool:
+    return _shares(config) and config["sharers"] == 1 and not config["columns"]
 
 
 def _sharing(config: Config) -> ModuleType:

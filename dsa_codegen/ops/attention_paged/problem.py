@@ -36,7 +36,8 @@ _SHARED = 0.02  # scale of a cache whose values share one
 _BY_CHANNELS = {576: "v32", 512: "v4"}
 _PROMPTS = (512, 2048, 8192)  # rows of calls that are no decode step
 _FEW = 17  # sequences: of fewer it matters how many rows each has
-_IN_PAIRS = (34, 65)  # sequences of which each may have two of the 132 SMs of a Hopper GPU, and no more
+_CLUSTERS = 34  # sequences from which on a cluster of two SMs has one of them, of 33 each two
+_IN_PAIRS = (57, 65)  # sequences of which each may have two of the 132 SMs of a Hopper GPU, and few are left
 _ONE_WAVE = (113, 133)  # sequences whose rows, of so many queries each, fill so many whole waves of the 132 SMs of a Hopper GPU
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
@@ -122,7 +123,7 @@ class AttentionPagedSizes(Sizes):
     tokens: int
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "batch": (2, 3, 5, 9, _FEW, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
+        "batch": (2, 3, 5, 9, _FEW, _CLUSTERS, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
         "next_n": (2, 3, 5, 9, *_PROMPTS),
         "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
@@ -252,7 +253,7 @@ class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
     def workloads(self, spec: AttentionPagedSpec) -> Sequence[Case[AttentionPagedSizes]]:
         # Far more tokens than fit in L2 where a batch would bring them.
         few, many = (1, 1 << 16), (4096, 1 << 15)
-        batches = ((64, 1 << 20), few, (8, 1 << 18), (128, 1 << 20), many, *((batch, 1 << 20) for batch in (32, 96, 256)))
+        batches = ((64, 1 << 20), few, (8, 1 << 18), (128, 1 << 20), many, *((batch, 1 << 20) for batch in (32, 48, 96, 256)))
         return [Case(AttentionPagedSizes(batch, 1, tokens), "random") for batch, tokens in batches]
 
 

@@ -97,3 +97,13 @@ def places_of(layout: AnyKvLayout) -> dict[str, Scalar]:
         "token_stride": layout.nope.stride,
         "scales_stride": layout.scales.stride,
     }
+
+
+def apart(spec: AttentionPagedSpec) -> bool:
+    """Whether scales lie elsewhere than in their token's row as "v32" has it."""
+    return spec.kv_layout != "v32"
+
+
+def scale_bytes(spec: AttentionPagedSpec) -> int:
+    """Of 256 channels of a token: four powers of two in "v4", eight of 32 channels each or two fp32 elsewhere."""
+    return 4 if spec.kv_layout == "v4" else 8
