@@ -399,6 +399,7 @@ DEVICE void cluster_sync() {
 #endif
 DEVICE uint4 fetch16(const unsigned char *from, bool valid) { return valid ? *(const uint4 *)from : uint4{0, 0, 0, 0}; }
 DEVICE u32 fetch4(const unsigned char *from, bool valid) { return valid ? *(const u32 *)from : 0; }
+DEVICE int listed_at(const int *from, bool some) { return some ? *from : -1; }
 DEVICE uint2 fetch8(const unsigned char *from, bool valid) { return valid ? *(const uint2 *)from : uint2{0, 0}; }
 DEVICE u32 pack_halves(float low, float high) { return bits_as<bf16>((_Float16)low) | (u32)bits_as<bf16>((_Float16)high) << 16; }
 DEVICE float2 halves(u32 pair) { return float2{(float)bits_as<_Float16>((bf16)pair), (float)bits_as<_Float16>((bf16)(pair >> 16))}; }

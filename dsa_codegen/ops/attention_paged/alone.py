@@ -9,6 +9,7 @@ import torch
 
 from ...gpu import Gpu
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation, exceeds
+from ...problem.paged import divider
 from ...problem.values import Scalar, lower, upper
 from . import clusters, entries, shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
@@ -76,10 +77,12 @@ def launches(spec: AttentionPagedSpec, inputs: Inputs, outputs: Outputs, gpu: Gp
     facts = torch.empty(left * _HEADS * 4, dtype=torch.float32, device=q.device)
     sink = (inputs["sink"],) if spec.sink else ()
     tensors, scalars = shared.arguments(spec, inputs, (q, sink, (out, lse, parts, facts)))
-    main = Launch("attention_paged", (blocks, 1, 1), (*tensors, *scalars, inputs["sm_scale"], units, whole, share))
+    dealing = (units, whole, whole // blocks, share, *divider(listed))
+    main = Launch("attention_paged", (blocks, 1, 1), (*tensors, *scalars, inputs["sm_scale"], *dealing))
     if not share:
         return (main,)
-    return (main, Launch("join", ((units - whole) * _JOINERS, 1, 1), (*sink, parts, facts, out, lse, whole, listed, share)))
+    joined = (*sink, parts, facts, out, lse, whole, listed, share, *divider(share))
+    return (main, Launch("join", ((units - whole) * _JOINERS, 1, 1), joined))
 
 
 def _extra(inputs: Inputs) -> int:
