@@ -18,7 +18,8 @@ from dsa_codegen.proof.verify import verify
 import emulator
 from support import H200, assert_compiles
 
-CONFIG = Config.of("cuda", groups=2, accumulators=2, producers=2, num_stages=6, gathered=0)
+CONFIG = Config.of("cuda", groups=2, accumulators=2, producers=2, num_stages=6, gathered=0, halved=1, segments=2)
+RELUS = CONFIG.replace(halved=0, segments=3)  # queries as they come
 SPEC = IndexerPagedSpec(64, 128, next_n=4)
 PAIRS = [
     (SPEC, CONFIG, "shuffled"),
@@ -31,9 +32,14 @@ PAIRS = [
     (replace(SPEC, next_n=2), CONFIG.replace(groups=3, accumulators=1, producers=3), "shuffled"),
     (replace(SPEC, heads=32, next_n=2, clean=True), CONFIG.replace(accumulators=1, gathered=16), "ascending"),
     (replace(SPEC, heads=16, logits="bf16"), CONFIG.replace(groups=4, accumulators=1), "descending"),
+    (replace(SPEC, next_n=2), RELUS.replace(groups=3, accumulators=1, segments=4), "shuffled"),
+    (replace(SPEC, next_n=1, clean=True), RELUS.replace(groups=2, accumulators=1, gathered=16), "ascending"),
+    (replace(SPEC, next_n=3, page=128), RELUS.replace(segments=2), "descending"),
+    (replace(SPEC, heads=32, next_n=4, logits="bf16", clean=True), RELUS.replace(num_stages=4), "shuffled"),
+    (replace(SPEC, heads=16, next_n=5), RELUS.replace(groups=3, accumulators=1, producers=1), "ascending"),
 ]
 EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=[spec.id for spec, *_ in PAIRS])
+BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=[f"{spec.id}-{config['halved']}" for spec, config, _ in PAIRS])
 
 
 def emulated(spec, config, order, folder, sms=3):
@@ -53,10 +59,10 @@ def test_matches_the_reference(spec, config, order, tmp_path):
 
 @EMULATED
 @pytest.mark.parametrize("sms", [1, 2, 5, 9])
-@pytest.mark.parametrize("gathered", [0, 16])
-def test_rows_are_shared_out_among_any_programs(gathered, sms, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"gathered": 16}, {"halved": 0}, {"halved": 0, "accumulators": 1, "segments": 3}])
+def test_rows_are_shared_out_among_any_programs(changes, sms, tmp_path):
     """Tiles of 3 rows, of which one is long and one empty: more programs than rows, fewer, and some without work."""
-    config = CONFIG.replace(gathered=gathered)
+    config = CONFIG.replace(**changes)
     inputs = OP.inputs(SPEC, Case(IndexerPagedSizes(3, 2100), "full"), Draw(0))
     inputs["lengths"].copy_(torch.tensor([[70, 30, 0, 64], [0, 0, 0, 0], [2100, 2099, 2098, 1]]))
     variant = emulated(SPEC, config, "shuffled", tmp_path, sms)
@@ -69,7 +75,8 @@ def test_rows_are_shared_out_among_any_programs(gathered, sms, tmp_path):
 
 
 @EMULATED
-def test_nan_shows_where_the_reference_has_it(tmp_path):
+@pytest.mark.parametrize("halved", [1, 0])
+def test_nan_shows_where_the_reference_has_it(halved, tmp_path):
     """Of a query, a weight, a key, a scale; weights of any size are weighed, of infinite sums there is none."""
     spec = replace(SPEC, next_n=3)
     inputs = OP.inputs(spec, Case(IndexerPagedSizes(4, 200), "full"), Draw(1))
@@ -82,7 +89,7 @@ def test_nan_shows_where_the_reference_has_it(tmp_path):
     inputs["weights"][7] *= 1e-25
     cache[3, 77] = 0x7F
     cache[5, 64 * 128 + 40 : 64 * 128 + 44] = torch.tensor([torch.nan]).view(torch.uint8)
-    outputs = emulated(spec, CONFIG, "shuffled", tmp_path).run(inputs, OP.allocate(spec, inputs))
+    outputs = emulated(spec, CONFIG.replace(halved=halved), "shuffled", tmp_path).run(inputs, OP.allocate(spec, inputs))
     logits, reference = outputs["logits"], OP.reference(spec, inputs)["logits"]
     assert reference.isnan().any(1).sum() >= 5
     assert torch.equal(logits.isnan(), reference.isnan())
@@ -92,7 +99,15 @@ def test_nan_shows_where_the_reference_has_it(tmp_path):
 
 @EMULATED
 @pytest.mark.parametrize(
-    ("next_n", "changes"), [(4, {}), (4, {"accumulators": 1, "gathered": 16}), (1, {"accumulators": 1, "groups": 3})]
+    ("next_n", "changes"),
+    [
+        (4, {}),
+        (4, {"accumulators": 1, "gathered": 16}),
+        (1, {"accumulators": 1, "groups": 3}),
+        (4, {"halved": 0}),
+        (2, {"halved": 0, "segments": 4, "accumulators": 1, "groups": 3}),
+        (1, {"halved": 0, "segments": 3, "accumulators": 1, "groups": 4, "num_stages": 8, "gathered": 16}),
+    ],
 )
 def test_a_program_takes_many_short_rows(next_n, changes, tmp_path):
     """Segments of a tile, of more rows than are counted at once; groups that take tiles in turn pass some without one."""
@@ -118,6 +133,8 @@ def test_a_program_takes_many_short_rows(next_n, changes, tmp_path):
         (SPEC, {"producers": 3, "num_stages": 8}, "stages"),
         (SPEC, {"producers": 3, "gathered": 16}, "producers"),
         (SPEC, {"num_stages": 12, "gathered": 64}, "smem"),
+        (SPEC, {"segments": 3}, "segments"),
+        (SPEC, {"halved": 0, "segments": 4, "num_stages": 12}, "smem"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -137,8 +154,10 @@ def test_template_is_for_hopper_alone():
         (replace(SPEC, next_n=3, clean=True, logits="bf16"), {"gathered": 32}),
         (replace(SPEC, next_n=6), {"groups": 3, "accumulators": 1, "producers": 1, "num_stages": 8}),
         (replace(SPEC, next_n=2), {"groups": 3, "accumulators": 1, "num_stages": 12}),
+        (replace(SPEC, next_n=2), {"halved": 0, "segments": 3, "groups": 3, "accumulators": 1, "num_stages": 18}),
+        (replace(SPEC, next_n=1), {"halved": 0, "segments": 4, "groups": 3, "accumulators": 1, "num_stages": 18}),
     ],
-    ids=["four", "three", "six", "two"],
+    ids=["four", "three", "six", "two", "relus of two", "relus of one"],
 )
 def test_compiles_without_spills(spec, changes):
     assert_compiles(OP, spec, CONFIG.replace(**changes))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...gpu import Gpu
+from ...kernels.tma import Tiled
 from ...problem.checks import pieces
 from ...problem.op import Config, Inputs, Launch, Parameter, Violation, exceeds
 from ...problem.values import Scalar
@@ -38,6 +39,8 @@ PARAMETERS = (
     Parameter("producers", (1, 2, 3), "warps that bring tiles in turn", before=1),
     Parameter("num_stages", (4, 6, 8, 12, 16, 18), "tiles of keys in flight"),
     Parameter("gathered", (0, 16, 32, 48, 64, 96, 128), "tiles whose logits are written at once, 0: each alone"),
+    Parameter("halved", (1, 0), "half of each ReLU by a product: fewer sums, but queries that are prepared", before=1),
+    Parameter("segments", (2, 3, 4, 6), "rows whose queries are there at once, where none are prepared", before=2),
 )
 
 
@@ -51,18 +54,21 @@ def guess(spec: IndexerPagedSpec) -> Config:
     groups = {2: 3}.get(spec.next_n, -(-spec.next_n // 2))
     producers, num_stages = {2: (2, 18), 3: (2, 12)}.get(spec.next_n, (1, 8))
     accumulators = 2 if spec.next_n in (3, 4) else 1
-    return Config.of("cuda", groups=groups, accumulators=accumulators, producers=producers, num_stages=num_stages, gathered=0)
+    return Config.of(
+        "cuda", groups=groups, accumulators=accumulators, producers=producers, num_stages=num_stages, gathered=0, halved=1, segments=2
+    )
 
 
-def launches(spec: IndexerPagedSpec, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
+def launches(spec: IndexerPagedSpec, config: Config, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
     """Of rows that have tokens."""
     q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
     grid = whole_rows(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
-    tensors = (keys_and_scales(spec, cache), q, cache, inputs["weights"], inputs["lengths"], page_table, logits)
+    tensors = (cache, inputs["weights"], inputs["lengths"], page_table, logits)
     sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
-    apart = (*(pieces(q, dimension) for dimension in range(3)), weight_stride(inputs["weights"]))
-    rows = (page_table.stride(0), cache.stride(0), logits.stride(0))
-    return (Launch("indexer_paged", (*grid, 1), (*tensors, *sizes, *apart, *rows)),)
+    apart = tuple(pieces(q, dimension) for dimension in range(3)) if config["halved"] else ()
+    rows = (weight_stride(inputs["weights"]), page_table.stride(0), cache.stride(0), logits.stride(0))
+    first = keys_and_scales(spec, cache), q if config["halved"] else Tiled(q)
+    return (Launch("indexer_paged", (*grid, 1), (*first, *tensors, *sizes, *apart, *rows)),)
 
 
 def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -93,6 +99,8 @@ def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Vi
         )
     yield from exceeds("smem", _smem(spec, config), gpu.smem_per_block, " B")
     # Products, weights and some more of a thread; ptxas wants a product's operands to fit the registers that it starts with.
+    if config["segments"] != 2 and config["halved"]:
+        yield Violation("segments", 1.0, "segments: queries are prepared of a row and of the next")
     columns = min(spec.next_n, 2) * spec.heads
     start, consume = _registers(config)
     yield from exceeds("registers", config["accumulators"] * (columns / 2 + 4) + columns / 4 + 36, consume)
@@ -108,12 +116,13 @@ def _registers(config: Config) -> tuple[int, int]:
 
 def _smem(spec: IndexerPagedSpec, config: Config) -> int:
     """Bytes of shared memory: keys, queries of two segments, scales and facts of tiles, weights, sums, barriers."""
-    stages, queries = config["num_stages"], spec.next_n
-    operands = sum(_widths(spec)) * spec.head_dim
-    facts = 2 * (queries * (4 * spec.heads + 8) + 4)
-    sums = -(-(stages * _PLACE + 2 * operands + facts) // 16) * 16
+    stages, queries, segments = config["num_stages"], spec.next_n, config["segments"]
+    operands = sum(_widths(spec, config)) * spec.head_dim
+    facts = queries * (4 * spec.heads + (8 if config["halved"] else 4)) + 4
+    sums = -(-(stages * _PLACE + segments * (operands + facts)) // 16) * 16
     held = 4 * (queries * config["gathered"] * TILE * 4 + 16) if config["gathered"] else 0
-    return sums + 8 * queries * spec.head_dim * 4 + held + 16 * stages + 32
+    parts = 8 * queries * spec.head_dim * 4 if config["halved"] else 0
+    return sums + parts + held + 16 * stages + 16 * segments
 
 
 def _workers(config: Config) -> int:
@@ -121,14 +130,14 @@ def _workers(config: Config) -> int:
     return 4 - config["producers"] - (1 if config["gathered"] else 0)
 
 
-def _widths(spec: IndexerPagedSpec) -> list[int]:
+def _widths(spec: IndexerPagedSpec, config: Config) -> list[int]:
     """Columns of each part's product: the heads of two queries or of one, and eight for the pieces of their weighted sums."""
-    return [min(spec.next_n - query, 2) * spec.heads + 8 for query in range(0, spec.next_n, 2)]
+    return [min(spec.next_n - query, 2) * spec.heads + (8 if config["halved"] else 0) for query in range(0, spec.next_n, 2)]
 
 
 def derived(spec: IndexerPagedSpec, config: Config) -> dict[str, Scalar]:
     """Names for the template."""
-    widths = _widths(spec)
+    widths = _widths(spec, config)
     return {
         "parts": len(widths),
         "workers": _workers(config),

@@ -84,7 +84,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         if config.backend == "gluon":
             return f"gluon-{min(config['part_queries'], _QUAD)}"
         if config.backend == "cuda":
-            return "cuda"
+            return "cuda" if config["halved"] else "cuda-relu"
         return "-".join(["triton", *(str(config[name]) for name in ("block_q", "block_n", "num_warps"))])
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
@@ -150,7 +150,7 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
             logits.fill_(-math.inf)
             return ()
         if config.backend == "cuda":
-            return halves.launches(spec, inputs, logits, gpu)
+            return halves.launches(spec, config, inputs, logits, gpu)
         tiles = -(-context // config["block_n"])
         programs = config["blocks_per_sm"] * gpu.sms
         tensors: tuple[Any, ...] = (inputs["weights"], inputs["lengths"], page_table, logits)
