@@ -105,7 +105,7 @@ def test_nan_shows_where_the_reference_has_it(halved, tmp_path):
         (4, {"accumulators": 1, "gathered": 16}),
         (1, {"accumulators": 1, "groups": 3}),
         (4, {"halved": 0}),
-        (2, {"halved": 0, "segments": 4, "accumulators": 1, "groups": 3}),
+        (2, {"halved": 0, "segments": 4, "accumulators": 1, "groups": 1}),
         (1, {"halved": 0, "segments": 3, "accumulators": 1, "groups": 4, "num_stages": 8, "gathered": 16}),
     ],
 )

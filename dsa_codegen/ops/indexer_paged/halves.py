@@ -121,8 +121,8 @@ def _smem(spec: IndexerPagedSpec, config: Config) -> int:
     facts = queries * (4 * spec.heads + (8 if config["halved"] else 4)) + 4
     sums = -(-(stages * _PLACE + segments * (operands + facts)) // 16) * 16
     held = 4 * (queries * config["gathered"] * TILE * 4 + 16) if config["gathered"] else 0
-    parts = 8 * queries * spec.head_dim * 4 if config["halved"] else 0
-    return sums + parts + held + 16 * stages + 16 * segments
+    behind = 8 * queries * spec.head_dim * 4 if config["halved"] else 280  # sums of parts of the heads, or of tiles
+    return sums + behind + held + 16 * stages + 16 * segments
 
 
 def _workers(config: Config) -> int:
