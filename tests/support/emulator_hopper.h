@@ -416,7 +416,6 @@ DEVICE void consumers_sync() { emulator::meet(1, 256, false); }
 DEVICE void block_sync() { emulator::meet(2, emulator::block_threads, false); }
 DEVICE void arrived(u32 &, u32) {}
 DEVICE void prefetch_line(const unsigned char *) {}
-DEVICE void touch(const int *) {}
 DEVICE void expect_bytes(const unsigned char *, u32) {}
 DEVICE void wait_for_last() {}
 DEVICE void let_next_start() {}

@@ -23,6 +23,7 @@ from .problem import IndexerPagedSpec
 
 _PLACE = 9216  # bytes of a tile in the ring: 64 keys, their scales, what is said of it
 _PREPARE_REGISTERS = 72  # of a thread of the group that brings keys and queries
+_WHOLE = 16  # tiles of short rows that no program shares, where rows are more than SMs and memory sets the pace
 _WINS = (2, 3, 4, 5, 6)  # queries of 64 heads: of 64 x 64K two take 159 us for 174, three 259 for 294, one 141 for 141
 _SERVES: Mapping[str, tuple[Any, ...]] = {
     "scores": ("fp8",),
@@ -62,7 +63,10 @@ def guess(spec: IndexerPagedSpec) -> Config:
 def launches(spec: IndexerPagedSpec, config: Config, inputs: Inputs, logits: Tensor, gpu: Gpu) -> Sequence[Launch]:
     """Of rows that have tokens."""
     q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
-    grid = whole_rows(q.shape[0], -(-inputs["max_context"] // TILE), gpu.sms)
+    batch, tiles = q.shape[0], -(-inputs["max_context"] // TILE)
+    grid = whole_rows(batch, tiles, gpu.sms)
+    if not config["halved"] and batch > gpu.sms and tiles > (_WHOLE if spec.next_n < 3 else _WHOLE // spec.next_n):
+        grid = gpu.sms, 1
     tensors = (cache, inputs["weights"], inputs["lengths"], page_table, logits)
     sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
     apart = tuple(pieces(q, dimension) for dimension in range(3)) if config["halved"] else ()
