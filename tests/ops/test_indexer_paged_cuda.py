@@ -39,7 +39,8 @@ PAIRS = [
     (replace(SPEC, heads=16, next_n=5), RELUS.replace(groups=3, accumulators=1, producers=1), "ascending"),
 ]
 EMULATED = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
-BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=[f"{spec.id}-{config['halved']}" for spec, config, _ in PAIRS])
+NAMES = [f"{spec.id}-{config['halved']}" for spec, config, _ in PAIRS]
+BY_SPEC = pytest.mark.parametrize(("spec", "config", "order"), PAIRS, ids=NAMES)
 
 
 def emulated(spec, config, order, folder, sms=3):
@@ -187,9 +188,38 @@ def test_default_for_several_queries_over_many_tokens():
     assert backends == ["gluon", "cuda", "cuda", "cuda", "cuda", "cuda", "gluon"]
     assert OP.default_config(SPEC, few, H200).backend == "gluon"
     assert OP.default_config(SPEC, crowd, H200).backend == "cuda"
-    short = [OP.default_config(replace(SPEC, next_n=n), IndexerPagedSizes(256, 1024), H200).backend for n in (2, 3, 4, 5, 6)]
-    assert short == ["gluon", "gluon", "cuda", "cuda", "cuda"]
     assert OP.default_config(SPEC, IndexerPagedSizes(128, 8192), H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, heads=32), many, H200).backend == "gluon"
     assert OP.default_config(replace(SPEC, batch_invariant=True), many, H200).backend == "gluon"
     assert OP.default_config(SPEC, many, resolve("b200")).backend == "triton"
+
+
+def test_default_for_many_short_contexts():
+    """Queries as they come, of as many as the template serves, and of fewer heads too."""
+    short = IndexerPagedSizes(512, 1024)
+    found = [OP.default_config(replace(SPEC, next_n=n), short, H200) for n in (1, 2, 3, 4, 5, 6)]
+    assert [(config.backend, config["halved"]) for config in found] == [("cuda", 0)] * 6
+    assert OP.default_config(replace(SPEC, heads=32), short, H200)["halved"] == 0
+    for spec in (replace(SPEC, next_n=8), replace(SPEC, score="relu_bias"), replace(SPEC, batch_invariant=True)):
+        assert OP.default_config(spec, short, H200).backend == "gluon"
+    few = [OP.default_config(replace(SPEC, next_n=n), IndexerPagedSizes(128, 1024), H200).backend for n in (1, 2, 3, 4)]
+    assert few == ["gluon", "gluon", "cuda", "cuda"]
+    assert OP.default_config(SPEC, short, resolve("b200")).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "next_n", "programs"),
+    [
+        (600, 512, 2, (120, 1)),  # five rows each
+        (600, 512, 4, (132, 1)),  # products set the pace: all SMs
+        (600, 2048, 1, (132, 1)),
+        (1000, 256, 4, (125, 1)),
+        (130, 4096, 2, (130, 1)),
+    ],
+)
+def test_programs_of_short_rows(batch, context, next_n, programs):
+    spec = replace(SPEC, next_n=next_n)
+    inputs = OP.inputs(spec, Case(IndexerPagedSizes(batch, context), "full"), Draw(0, "meta"))
+    config = OP.default_config(spec, IndexerPagedSizes(batch, context), H200)
+    (launch,) = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
+    assert launch.grid == (*programs, 1)

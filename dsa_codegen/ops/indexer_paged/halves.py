@@ -1,8 +1,9 @@
-"""The CUDA C++ template: half of each ReLU by a product of eight columns more, and no barrier of all threads.
+"""The CUDA C++ template: tiles stream through a ring from row to row, and no barrier of all threads.
 
-``relu(x) = |x| / 2 + x / 2``: a multiply-add takes |x| as it is, and x of all heads is the keys' product with a query's
-weighted sum of heads, in e4m3 pieces (see ``indexer.halves``). One block an SM: a group of four warps brings tiles of keys and
-prepares queries, the others multiply.
+Long rows have half of each ReLU by a product of eight columns more: ``relu(x) = |x| / 2 + x / 2``, a multiply-add takes |x| as
+it is, and x of all heads is the keys' product with a query's weighted sum of heads, in e4m3 pieces (see ``indexer.halves``).
+To prepare that takes 2 to 3 µs, as long as a row of 512 tokens does: short rows have their queries as they come, by TMA. One
+block an SM: a group of four warps brings tiles of keys and queries, the others multiply.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .problem import IndexerPagedSpec
 
 _PLACE = 9216  # bytes of a tile in the ring: 64 keys, their scales, what is said of it
 _PREPARE_REGISTERS = 72  # of a thread of the group that brings keys and queries
-_WHOLE = 16  # tiles of short rows that no program shares, where rows are more than SMs and memory sets the pace
+_WHOLE = 16  # tiles of short rows that stay whole where they are more than SMs; of three queries and more fewer
 _WINS = (2, 3, 4, 5, 6)  # queries of 64 heads: of 64 x 64K two take 159 us for 174, three 259 for 294, one 141 for 141
 _SERVES: Mapping[str, tuple[Any, ...]] = {
     "scores": ("fp8",),
@@ -56,7 +57,35 @@ def guess(spec: IndexerPagedSpec) -> Config:
     producers, num_stages = {2: (2, 18), 3: (2, 12)}.get(spec.next_n, (1, 8))
     accumulators = 2 if spec.next_n in (3, 4) else 1
     return Config.of(
-        "cuda", groups=groups, accumulators=accumulators, producers=producers, num_stages=num_stages, gathered=0, halved=1, segments=2
+        "cuda",
+        groups=groups,
+        accumulators=accumulators,
+        producers=producers,
+        num_stages=num_stages,
+        gathered=0,
+        halved=1,
+        segments=2,
+    )
+
+
+def streams(spec: IndexerPagedSpec) -> bool:
+    """Whether it is the fastest where sequences are many and contexts short: two queries of 600 x 512 take 16 µs for 28."""
+    return not any(getattr(spec, field) not in served for field, served in _SERVES.items()) and not spec.batch_invariant
+
+
+def guess_short(spec: IndexerPagedSpec) -> Config:
+    """What serves then: as many tiles and rows' queries on their way as shared memory holds."""
+    groups, num_stages, segments = {1: (3, 18, 4), 2: (3, 18, 3), 3: (2, 12, 3), 4: (2, 12, 3)}.get(spec.next_n, (3, 12, 2))
+    accumulators = 2 if spec.next_n == 4 else 1
+    return Config.of(
+        "cuda",
+        groups=groups,
+        accumulators=accumulators,
+        producers=2,
+        num_stages=num_stages,
+        gathered=0,
+        halved=0,
+        segments=segments,
     )
 
 
@@ -64,11 +93,11 @@ def launches(spec: IndexerPagedSpec, config: Config, inputs: Inputs, logits: Ten
     """Of rows that have tokens."""
     q, cache, page_table = inputs["q"], inputs["cache"], inputs["page_table"]
     batch, tiles = q.shape[0], -(-inputs["max_context"] // TILE)
-    grid = whole_rows(batch, tiles, gpu.sms)
-    if not config["halved"] and batch > gpu.sms and tiles > (_WHOLE if spec.next_n < 3 else _WHOLE // spec.next_n):
-        grid = gpu.sms, 1
+    whole = _WHOLE if spec.next_n < 3 else _WHOLE // spec.next_n
+    cut = not config["halved"] and batch > gpu.sms and tiles > whole
+    grid = (gpu.sms, 1) if cut else whole_rows(batch, tiles, gpu.sms)
     tensors = (cache, inputs["weights"], inputs["lengths"], page_table, logits)
-    sizes = (q.shape[0], cache.shape[0], page_table.shape[1], inputs["max_context"])
+    sizes = (batch, cache.shape[0], page_table.shape[1], inputs["max_context"])
     apart = tuple(pieces(q, dimension) for dimension in range(3)) if config["halved"] else ()
     rows = (weight_stride(inputs["weights"]), page_table.stride(0), cache.stride(0), logits.stride(0))
     first = keys_and_scales(spec, cache), q if config["halved"] else Tiled(q)
@@ -101,10 +130,10 @@ def constraints(spec: IndexerPagedSpec, config: Config, gpu: Gpu) -> Iterable[Vi
         yield Violation(
             "accumulators", 1.0, f"accumulators: two of a group are for several parts, one group each, here are {parts}"
         )
-    yield from exceeds("smem", _smem(spec, config), gpu.smem_per_block, " B")
-    # Products, weights and some more of a thread; ptxas wants a product's operands to fit the registers that it starts with.
     if config["segments"] != 2 and config["halved"]:
         yield Violation("segments", 1.0, "segments: queries are prepared of a row and of the next")
+    yield from exceeds("smem", _smem(spec, config), gpu.smem_per_block, " B")
+    # Products, weights and some more of a thread; ptxas wants a product's operands to fit the registers that it starts with.
     columns = min(spec.next_n, 2) * spec.heads
     start, consume = _registers(config)
     yield from exceeds("registers", config["accumulators"] * (columns / 2 + 4) + columns / 4 + 36, consume)
@@ -119,7 +148,7 @@ def _registers(config: Config) -> tuple[int, int]:
 
 
 def _smem(spec: IndexerPagedSpec, config: Config) -> int:
-    """Bytes of shared memory: keys, queries of two segments, scales and facts of tiles, weights, sums, barriers."""
+    """Bytes of shared memory: keys, queries of some segments, scales and facts of tiles, weights, sums, barriers."""
     stages, queries, segments = config["num_stages"], spec.next_n, config["segments"]
     operands = sum(_widths(spec, config)) * spec.head_dim
     facts = queries * (4 * spec.heads + (8 if config["halved"] else 4)) + 4
