@@ -279,6 +279,15 @@ DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   for (int i = 0; i < emulator::lanes; i++) to[i] = addresses[i];
   for (int m = 0; m < 4; m++) store4(to[8 * m + lane / 4] + lane % 4 * 4, pairs[m]);
 }
+DEVICE u32 transposed(u32 pair) {
+  const u32 lane = emulator::current % emulator::lanes;
+  u32 pairs[emulator::lanes];
+  unsigned long long *all = emulator::collective(pair);
+  for (int i = 0; i < emulator::lanes; i++) pairs[i] = all[i];
+  u32 its = 0;
+  for (int i = 0; i < 2; i++) its |= (pairs[(lane % 4 * 2 + i) * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xFFFF) << 16 * i;
+  return its;
+}
 DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
   return emulator::as_e4m3(a) | emulator::as_e4m3(b) << 8 | emulator::as_e4m3(c) << 16 | emulator::as_e4m3(d) << 24;
 }

@@ -21,6 +21,7 @@ HEAD_ROUNDS = Parameter(
 )
 _HEADS = 64  # of a round
 _TOKENS = 128  # of a tile
+_WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
 _THREADS = 512
 _WARPS = _THREADS // 32
 _JOIN_THREADS = 128  # two blocks for what a warp left
@@ -29,8 +30,6 @@ _THREADS_OF_REGISTERS = {1: 640, 2: _THREADS}
 H200. In two rounds a thread needs 127; with 96 it spills 300 bytes, and 8 rows of 128 heads take 26 instead of 20 us."""
 _FEWEST_ENTRIES, _FEW_ENTRIES, _MOST_ENTRIES = 512, 640, 4096  # of lists; with few, clusters serve more than 64 heads as well
 _MOST_BLOCKS = 528  # four waves
-_PART = _HEADS * channels.D_V * 2  # bytes
-_FACTS = 2 * _HEADS + 2 * _WARPS
 _CLUSTER = 2  # blocks, whose parts become one
 
 
@@ -70,9 +69,10 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "d_qk": spec.d_qk,
         "head_blocks": _head_blocks(spec),
         "threads": _THREADS,
-        "join_threads": _JOIN_THREADS,
+        "width": _width(spec),
+        "join_threads": min(_JOIN_THREADS, 4 * _width(spec) or _JOIN_THREADS),
         "threads_of_registers": _THREADS_OF_REGISTERS[config["head_rounds"]],
-        "smem": _smem(spec, config["head_rounds"]),
+        "smem": _smem_of_columns(spec) if _width(spec) else _smem(spec, config["head_rounds"]),
     }
 
 
@@ -82,14 +82,15 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     rows = q.shape[0] * q.shape[1]
     splits, units = _splits(spec), rows * _head_blocks(spec)
     joined = splits // _CLUSTER
-    parts = torch.empty(units * joined * _PART, dtype=torch.uint8, device=q.device)
-    facts = torch.empty(units * joined * _FACTS, dtype=torch.float32, device=q.device)
+    heads = _width(spec) or _HEADS
+    parts = torch.empty(units * joined * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
+    facts = torch.empty(units * joined * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
     tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
     grid = (rows * _groups(spec, config) * splits, 1, 1)
     sink = (inputs["sink"],) if spec.sink else ()
     return (
         Launch("attention_paged", grid, (*tensors, *scalars, splits, inputs["sm_scale"])),
-        Launch("join", (2 * units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, joined)),
+        Launch("join", ((1 if _width(spec) else 2) * units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, joined)),
     )
 
 
@@ -105,6 +106,19 @@ def _head_blocks(spec: AttentionPagedSpec) -> int:
 def _groups(spec: AttentionPagedSpec, config: Config) -> int:
     """Blocks that share a row and a part of its entries."""
     return -(-_head_blocks(spec) // config["head_rounds"])
+
+
+def _width(spec: AttentionPagedSpec) -> int:
+    """Columns of all products, where heads are columns: too few to be their rows."""
+    return next((width for width in _WIDTHS if spec.heads <= width), 0)
+
+
+def _smem_of_columns(spec: AttentionPagedSpec) -> int:
+    """Bytes of shared memory per block: tile, q, weights, two halves of the channels' scores, softmax, a mask, facts, barriers."""
+    width = _width(spec)
+    tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * spec.d_qk * width, 2 * width * _TOKENS
+    scores, softmax, sent_facts, barriers = 2 * 4 * width * (_TOKENS + 4), 8 * width, (width // 2 + _WARPS) * 16, 3 * 8
+    return tile + q + weights + scores + softmax + _TOKENS // 2 + sent_facts + barriers
 
 
 def _smem(spec: AttentionPagedSpec, rounds: int) -> int:
