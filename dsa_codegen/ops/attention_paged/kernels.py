@@ -80,7 +80,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if _shares(config):
             return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
         if _in_rounds(config):
-            return "cuda-rounds"
+            return f"cuda-rounds-{config['head_rounds']}"
         if _streams(config):
             name = "roles" if config["placers"] else "columns"
             return f"cuda-{name}-{config['columns']}-{config['splits']}" if config["splits"] else None

@@ -72,7 +72,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "width": _width(spec),
         "join_threads": min(_JOIN_THREADS, 4 * _width(spec) or _JOIN_THREADS),
         "threads_of_registers": _THREADS_OF_REGISTERS[config["head_rounds"]],
-        "smem": _smem_of_columns(spec) if _width(spec) else _smem(spec, config["head_rounds"]),
+        "smem": _smem_of_columns(spec) if _width(spec) else _smem(spec),
     }
 
 
@@ -82,9 +82,10 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     rows = q.shape[0] * q.shape[1]
     splits, units = _splits(spec), rows * _head_blocks(spec)
     joined = splits // _CLUSTER
+    count = rows * (splits + joined) if config["head_rounds"] > 1 else units * joined  # of the first round blocks leave their own
     heads = _width(spec) or _HEADS
-    parts = torch.empty(units * joined * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
-    facts = torch.empty(units * joined * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
+    parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
+    facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
     tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
     grid = (rows * _groups(spec, config) * splits, 1, 1)
     sink = (inputs["sink"],) if spec.sink else ()
@@ -121,8 +122,8 @@ def _smem_of_columns(spec: AttentionPagedSpec) -> int:
     return tile + q + weights + scores + softmax + _TOKENS // 2 + sent_facts + barriers
 
 
-def _smem(spec: AttentionPagedSpec, rounds: int) -> int:
+def _smem(spec: AttentionPagedSpec) -> int:
     """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima, totals, a mask, mail."""
     tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * channels.D_V * _HEADS, 2 * _HEADS * _TOKENS
     sent_facts, barrier = (_HEADS // _CLUSTER + _WARPS) * 16, 8  # what the other block sends lies where q was
-    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2 + rounds * (sent_facts + barrier) + 2 * barrier
+    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2 + sent_facts + 3 * barrier
