@@ -20,28 +20,33 @@ from support import FURTHER, H200, assert_compiles
 TWO_POOLS = AttentionPagedSpec(40, 70, "v4", lengths=True, sink=True, extra_topk=300, extra_page=2, extra_lengths=True)
 WITHOUT_TAIL = AttentionPagedSpec(20, 300, "v41", 64, lengths=True, sink=True, d_rope=0)
 IN_ROUNDS = [
-    (AttentionPagedSpec(70, 140, lengths=True, sink=True), 2),
-    (AttentionPagedSpec(70, 45, "v4", lengths=True), 2),
-    (AttentionPagedSpec(5, 140, "v4", 53, lengths=True, sink=True), 1),
-    pytest.param(AttentionPagedSpec(128, 300), 1, marks=FURTHER),
-    pytest.param(AttentionPagedSpec(8, 2100, lengths=True), 1, marks=FURTHER),
-    pytest.param(TWO_POOLS, 1, marks=FURTHER),
-    pytest.param(WITHOUT_TAIL, 1, marks=FURTHER),
-    pytest.param(replace(WITHOUT_TAIL, heads=128), 2, marks=FURTHER),
+    (AttentionPagedSpec(70, 140, lengths=True, sink=True), 2, 128),
+    (AttentionPagedSpec(70, 45, "v4", lengths=True), 2, 96),
+    (AttentionPagedSpec(5, 140, "v4", 53, lengths=True, sink=True), 1, 128),
+    (AttentionPagedSpec(40, 140, lengths=True), 1, 64),
+    pytest.param(AttentionPagedSpec(128, 300), 1, 128, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(128, 300), 1, 96, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(128, 300, lengths=True), 2, 96, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(8, 2100, lengths=True), 1, 64, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(20, 300, lengths=True, sink=True), 1, 64, marks=FURTHER),
+    pytest.param(TWO_POOLS, 1, 128, marks=FURTHER),
+    pytest.param(replace(TWO_POOLS, heads=30), 1, 128, marks=FURTHER),
+    pytest.param(WITHOUT_TAIL, 1, 128, marks=FURTHER),
+    pytest.param(replace(WITHOUT_TAIL, heads=128), 2, 128, marks=FURTHER),
 ]
 
 
-def in_rounds(rounds):
-    return CLUSTERS.replace(head_rounds=rounds)
+def in_rounds(rounds, tokens=128):
+    return CLUSTERS.replace(head_rounds=rounds, tile_tokens=tokens)
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
-    ("spec", "rounds"), IN_ROUNDS, ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else ""
+    ("spec", "rounds", "tokens"), IN_ROUNDS, ids=lambda value: value.id if isinstance(value, AttentionPagedSpec) else None
 )
-def test_rounds_match_the_reference(spec, rounds, tmp_path):
+def test_rounds_match_the_reference(spec, rounds, tokens, tmp_path):
     """Both kernels: shares of a tile, of less, of none; more parts than the join loads at once; rows without a token."""
-    assert_emulated(spec, in_rounds(rounds), tmp_path)
+    assert_emulated(spec, in_rounds(rounds, tokens), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,16 @@ import emulator
 from support import H200
 
 CLUSTERS = Config.of(
-    "cuda", splits=0, sharers=0, columns=0, placers=0, head_rounds=0, flat=False, interleave=False, sweep=False
+    "cuda",
+    splits=0,
+    sharers=0,
+    columns=0,
+    placers=0,
+    head_rounds=0,
+    tile_tokens=128,
+    flat=False,
+    interleave=False,
+    sweep=False,
 )
 CASES = ((1, 2, 300), "random"), ((1, 1, 40), "ragged")
 """Shares of several tiles, of one, of none; rows without a token."""

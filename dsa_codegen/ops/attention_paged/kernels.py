@@ -20,6 +20,7 @@ _CUDA = (
     columns.COLUMNS,
     stream.PLACERS,
     rounds.HEAD_ROUNDS,
+    rounds.TILE_TOKENS,
     Parameter(
         "flat", (False, True), "whether prefill's kernels attend to BF16 rows, which an FP8 cache is read back to", before=False
     ),
@@ -28,7 +29,16 @@ _CUDA = (
 )
 _PARAMETERS = {"cuda": _CUDA, "gluon": gluon.PARAMETERS, "triton": triton.PARAMETERS}
 _CLUSTERS = Config.of(
-    "cuda", splits=0, sharers=0, columns=0, placers=0, head_rounds=0, flat=False, interleave=False, sweep=False
+    "cuda",
+    splits=0,
+    sharers=0,
+    columns=0,
+    placers=0,
+    head_rounds=0,
+    tile_tokens=128,
+    flat=False,
+    interleave=False,
+    sweep=False,
 )
 _FLAT = _CLUSTERS.replace(flat=True)
 
@@ -45,6 +55,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
     def constraints(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
         if config.backend == "cuda" and not _streams(config):
             yield from exceeds("placers beside other designs", config["placers"], 0)
+        if config.backend == "cuda" and not _in_rounds(config):
+            yield from exceeds("tile_tokens beside other designs", rounds.TILE_TOKENS.before, config["tile_tokens"])
         yield from self._of_design(spec, config, gpu)
 
     def _of_design(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:
@@ -80,7 +92,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if _shares(config):
             return f"cuda-sharers-{config['sharers']}" + (f"-{config['columns']}" if config["columns"] else "")
         if _in_rounds(config):
-            return f"cuda-rounds-{config['head_rounds']}"
+            return f"cuda-rounds-{config['head_rounds']}-{config['tile_tokens']}"
         if _streams(config):
             name = "roles" if config["placers"] else "columns"
             return f"cuda-{name}-{config['columns']}-{config['splits']}" if config["splits"] else None
@@ -155,8 +167,10 @@ def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) ->
     sharers, heads = columns.best(spec, sizes, gpu)
     if sharers:
         yield _CLUSTERS.replace(sharers=sharers, columns=heads)
-    elif head_rounds := rounds.best(spec, sizes, gpu):
-        yield _CLUSTERS.replace(head_rounds=head_rounds)
+        return
+    head_rounds, tokens = rounds.best(spec, sizes, gpu)
+    if head_rounds:
+        yield _CLUSTERS.replace(head_rounds=head_rounds, tile_tokens=tokens)
     elif alone.best(spec, sizes):
         yield _CLUSTERS.replace(sharers=1)
     elif sharers := entries.best(spec, sizes, gpu):

@@ -19,8 +19,8 @@ HEAD_ROUNDS = Parameter(
     "rounds of 64 heads in which a block attends to a tile that it loads all at once; a kernel joins parts; 0: other kernels",
     before=0,
 )
+TILE_TOKENS = Parameter("tile_tokens", (64, 96, 128), "tokens of a tile of head_rounds, the most that a block takes", before=128)
 _HEADS = 64  # of a round
-_TOKENS = 128  # of a tile
 _WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
 _THREADS = 512
 _WARPS = _THREADS // 32
@@ -39,17 +39,19 @@ def constraints(spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[
     for name in ("splits", "sharers", "columns", "flat", "interleave", "sweep"):  # a block has one tile: splits follow
         yield from exceeds(f"{name} beside head_rounds", int(config[name]), 0)
     yield from exceeds("head_rounds", config["head_rounds"], _head_blocks(spec))
+    if _width(spec) and config["tile_tokens"] % _HEADS:
+        yield Violation("tile_tokens of few heads", 1, "where heads are columns, products have 64 tokens")
 
 
 def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[Violation]:
     """Few rows: not many more blocks than run at once."""
     rows = upper(bucket, "batch") * upper(bucket, "next_n")
-    blocks = rows * _groups(spec, config) * _splits(spec)
+    blocks = rows * _groups(spec, config) * _splits(spec, config["tile_tokens"])
     yield from exceeds("blocks of head_rounds", blocks, _MOST_BLOCKS)
 
 
-def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
-    """The rounds that serve so many rows best; 0 where other kernels are known to take less.
+def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> tuple[int, int]:
+    """(rounds, tokens of a tile) that serve so many rows best; 0 rounds where other kernels are known to take less.
 
     All blocks run at once, each with its 64 heads, or with 128 in two rounds. With few entries, 64 heads and 16 rows on an H200
     12.3 µs beside 13.9 of clusters (k 512 of 528 bytes), 13.6 and 14.5 (two pools, 128 and 512), 13.3 and 13.5 (k 640 of 584
@@ -57,10 +59,16 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> int:
     """
     entries, blocks = spec.topk + spec.extra_topk, _head_blocks(spec)
     if not _FEWEST_ENTRIES <= entries <= _MOST_ENTRIES:
-        return 0
+        return 0, False
     most = 1 if entries <= _FEW_ENTRIES else blocks
-    shares = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n") * _splits(spec)
-    return next((rounds for rounds in range(1, most + 1) if shares * -(-blocks // rounds) <= gpu.sms), 0)
+    rows = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n")
+    fitting = [
+        (rounds, tokens)
+        for rounds in range(1, most + 1)
+        for tokens in TILE_TOKENS.choices
+        if rows * _splits(spec, tokens) * -(-blocks // rounds) <= gpu.sms and not (_width(spec) and tokens % _HEADS)
+    ]
+    return next(iter(fitting), (0, TILE_TOKENS.choices[-1]))
 
 
 def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
@@ -72,7 +80,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "width": _width(spec),
         "join_threads": min(_JOIN_THREADS, 4 * _width(spec) or _JOIN_THREADS),
         "threads_of_registers": _THREADS_OF_REGISTERS[config["head_rounds"]],
-        "smem": _smem_of_columns(spec) if _width(spec) else _smem(spec),
+        "smem": (_smem_of_columns if _width(spec) else _smem)(spec, config["tile_tokens"]),
     }
 
 
@@ -80,7 +88,7 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     """A block for each share of a row and its rounds of heads; parts of two each are joined behind them."""
     q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
     rows = q.shape[0] * q.shape[1]
-    splits, units = _splits(spec), rows * _head_blocks(spec)
+    splits, units = _splits(spec, config["tile_tokens"]), rows * _head_blocks(spec)
     joined = splits // _CLUSTER
     count = rows * (splits + joined) if config["head_rounds"] > 1 else units * joined  # of the first round blocks leave their own
     heads = _width(spec) or _HEADS
@@ -95,9 +103,9 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     )
 
 
-def _splits(spec: AttentionPagedSpec) -> int:
+def _splits(spec: AttentionPagedSpec, tokens: int) -> int:
     """Shares of a row, of a tile at most, in whole clusters."""
-    return _CLUSTER * -(-(spec.topk + spec.extra_topk) // (_CLUSTER * _TOKENS))
+    return _CLUSTER * -(-(spec.topk + spec.extra_topk) // (_CLUSTER * tokens))
 
 
 def _head_blocks(spec: AttentionPagedSpec) -> int:
@@ -114,16 +122,17 @@ def _width(spec: AttentionPagedSpec) -> int:
     return next((width for width in _WIDTHS if spec.heads <= width), 0)
 
 
-def _smem_of_columns(spec: AttentionPagedSpec) -> int:
-    """Bytes of shared memory per block: tile, q, weights, two halves of the channels' scores, softmax, a mask, facts, barriers."""
+def _smem_of_columns(spec: AttentionPagedSpec, tokens: int) -> int:
+    """Bytes of shared memory per block: tile, q, weights, scores by some of the channels, softmax, a mask, facts, barriers."""
     width = _width(spec)
-    tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * spec.d_qk * width, 2 * width * _TOKENS
-    scores, softmax, sent_facts, barriers = 2 * 4 * width * (_TOKENS + 4), 8 * width, (width // 2 + _WARPS) * 16, 3 * 8
-    return tile + q + weights + scores + softmax + _TOKENS // 2 + sent_facts + barriers
+    tile, q, weights = 2 * spec.d_qk * tokens, 2 * spec.d_qk * width, 2 * width * tokens
+    scores = _WARPS // 4 // (tokens // 64) * 4 * width * (tokens + 4)
+    softmax, sent_facts, barriers = 8 * width, (width // 2 + _WARPS) * 16, 3 * 8
+    return tile + q + weights + scores + softmax + tokens // 2 + sent_facts + barriers
 
 
-def _smem(spec: AttentionPagedSpec) -> int:
+def _smem(spec: AttentionPagedSpec, tokens: int) -> int:
     """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima, totals, a mask, mail."""
-    tile, q, weights = 2 * spec.d_qk * _TOKENS, 2 * channels.D_V * _HEADS, 2 * _HEADS * _TOKENS
+    tile, q, weights = 2 * spec.d_qk * tokens, 2 * channels.D_V * _HEADS, 2 * _HEADS * -(-tokens // 64) * 64
     sent_facts, barrier = (_HEADS // _CLUSTER + _WARPS) * 16, 8  # what the other block sends lies where q was
-    return tile + q + weights + 2 * 2 * 4 * _HEADS + _TOKENS // 2 + sent_facts + 3 * barrier
+    return tile + q + weights + 2 * 2 * 4 * _HEADS + tokens // 2 + sent_facts + 3 * barrier
