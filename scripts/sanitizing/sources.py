@@ -105,6 +105,9 @@ FURTHER = (
     # Blocks that load a tile at once: one for two rounds of heads, several for a row; parts that a kernel joins.
     *(Further("attention_paged", {"heads": 128, **layout}, _PAGED.replace(head_rounds=2)) for layout in ({}, _V4)),
     Further("attention_paged", {"heads": 16, "topk": 1024, **_V4}, _PAGED.replace(head_rounds=1)),
+    Further("attention_paged", {"heads": 32, "topk": 2048}, _PAGED.replace(head_rounds=1, tile_tokens=64)),
+    Further("attention_paged", {"heads": 128, "topk": 2048}, _PAGED.replace(head_rounds=2, tile_tokens=96)),
+    Further("attention_paged", {"heads": 64, "topk": 2048}, _PAGED.replace(head_rounds=1, tile_tokens=64)),
     # Clusters that split the channels, over the other layouts.
     Further("attention_paged", {"heads": 128, **_V4}, _PAGED),
     # Lists that are long enough to be cut, and joined by another kernel.

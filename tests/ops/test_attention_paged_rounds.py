@@ -74,20 +74,22 @@ def test_a_block_that_joins_has_room_beside_one_round():
 
 
 @pytest.mark.parametrize(
-    ("heads", "topk", "rounds", "rows", "blocks", "splits"),
+    ("heads", "topk", "rounds", "tokens", "rows", "blocks", "splits"),
     [
-        (64, 2048, 1, 8, 128, 16),
-        (128, 2048, 2, 8, 128, 16),
-        (128, 300, 1, 4, 32, 4),
-        (5, 45, 1, 2, 4, 2),
+        (64, 2048, 1, 128, 8, 128, 16),
+        (128, 2048, 2, 128, 8, 128, 16),
+        (128, 2048, 2, 96, 6, 132, 22),
+        (64, 2048, 1, 64, 4, 128, 32),
+        (128, 300, 1, 128, 4, 32, 4),
+        (5, 45, 1, 128, 2, 4, 2),
     ],
 )
-def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, blocks, splits):
+def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, tokens, rows, blocks, splits):
     spec = AttentionPagedSpec(heads, topk, sink=True, lengths=True)
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0, "meta"))
-    main, join = OP.launches(spec, in_rounds(rounds), inputs, OP.allocate(spec, inputs), H200)
+    main, join = OP.launches(spec, in_rounds(rounds, tokens), inputs, OP.allocate(spec, inputs), H200)
     namespace: dict = {}
-    exec(render(OP, spec, in_rounds(rounds)).code, namespace)
+    exec(render(OP, spec, in_rounds(rounds, tokens)).code, namespace)
     assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits // 2)
     blocks_of_warp = 1 if heads <= 32 else 2  # for what each of 16 warps left
     assert join.grid == (rows * -(-heads // 64) * 16 * blocks_of_warp, 1, 1)
@@ -105,6 +107,10 @@ def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, rows, b
         (AttentionPagedSpec(64, 2048), in_rounds(2), ["head_rounds"]),
         (AttentionPagedSpec(64, 2048), in_rounds(1).replace(sharers=2), ["sharers beside head_rounds"]),
         (AttentionPagedSpec(64, 2048, "bf16"), in_rounds(1), ["layout"]),
+        (AttentionPagedSpec(64, 2048), in_rounds(1, 96), []),
+        (AttentionPagedSpec(32, 2048), in_rounds(1, 64), []),
+        (AttentionPagedSpec(32, 2048), in_rounds(1, 96), ["tile_tokens of few heads"]),
+        (AttentionPagedSpec(64, 2048), in_rounds(0, 64), ["tile_tokens beside other designs"]),
     ],
 )
 def test_what_rounds_cannot_do(spec, config, names):
@@ -121,12 +127,13 @@ def test_rounds_are_of_few_rows():
 
 def test_older_records_have_none():
     assert OP.config("cuda", {"splits": 0, "sharers": 0, "columns": 0}) == in_rounds(0)
+    assert OP.config("cuda", {"splits": 0, "sharers": 0, "columns": 0, "head_rounds": 2}) == in_rounds(2)
 
 
 def test_the_order_of_summation_is_that_of_the_parts():
     """Which do not depend on the other rows; of the first of two rounds parts are joined that two blocks did not join before."""
-    orders = [OP.order(AttentionPagedSpec(128, 2048), in_rounds(rounds)) for rounds in (1, 2)]
-    assert orders == ["cuda-rounds-1", "cuda-rounds-2"]
+    orders = [OP.order(AttentionPagedSpec(128, 2048), in_rounds(*config)) for config in ((1,), (2,), (2, 96))]
+    assert orders == ["cuda-rounds-1-128", "cuda-rounds-2-128", "cuda-rounds-2-96"]
 
 
 @pytest.mark.parametrize(
