@@ -131,8 +131,8 @@ def test_older_records_have_none():
 
 
 def test_the_order_of_summation_is_that_of_the_parts():
-    """Which do not depend on the other rows; of the first of two rounds parts are joined that two blocks did not join before."""
-    orders = [OP.order(AttentionPagedSpec(128, 2048), in_rounds(*config)) for config in ((1,), (2,), (2, 96))]
+    """Which do not depend on the other rows; of the first of two rounds blocks leave parts that two did not join."""
+    orders = [OP.order(AttentionPagedSpec(128, 2048), in_rounds(*config)) for config in [(1,), (2,), (2, 96)]]
     assert orders == ["cuda-rounds-1-128", "cuda-rounds-2-128", "cuda-rounds-2-96"]
 
 

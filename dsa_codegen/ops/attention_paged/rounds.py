@@ -19,7 +19,9 @@ HEAD_ROUNDS = Parameter(
     "rounds of 64 heads in which a block attends to a tile that it loads all at once; a kernel joins parts; 0: other kernels",
     before=0,
 )
-TILE_TOKENS = Parameter("tile_tokens", (64, 96, 128), "tokens of a tile of head_rounds, the most that a block takes", before=128)
+TILE_TOKENS = Parameter(
+    "tile_tokens", (64, 96, 128), "tokens of a tile of head_rounds, the most that a block takes", before=128
+)
 _HEADS = 64  # of a round
 _WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
 _THREADS = 512
@@ -90,7 +92,9 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     rows = q.shape[0] * q.shape[1]
     splits, units = _splits(spec, config["tile_tokens"]), rows * _head_blocks(spec)
     joined = splits // _CLUSTER
-    count = rows * (splits + joined) if config["head_rounds"] > 1 else units * joined  # of the first round blocks leave their own
+    count = (
+        rows * (splits + joined) if config["head_rounds"] > 1 else units * joined
+    )  # of the first round blocks leave their own
     heads = _width(spec) or _HEADS
     parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
     facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
