@@ -35,7 +35,7 @@ _CLUSTERS = Config.of(
     columns=0,
     placers=0,
     head_rounds=0,
-    tile_tokens=128,
+    tile_tokens=rounds.TILES[-1],
     flat=False,
     interleave=False,
     sweep=False,
@@ -56,7 +56,7 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
         if config.backend == "cuda" and not _streams(config):
             yield from exceeds("placers beside other designs", config["placers"], 0)
         if config.backend == "cuda" and not _in_rounds(config):
-            yield from exceeds("tile_tokens beside other designs", rounds.TILE_TOKENS.before, config["tile_tokens"])
+            yield from exceeds("tile_tokens beside other designs", rounds.TILES[-1], config["tile_tokens"])
         yield from self._of_design(spec, config, gpu)
 
     def _of_design(self, spec: AttentionPagedSpec, config: Config, gpu: Gpu) -> Iterable[Violation]:

@@ -19,8 +19,9 @@ HEAD_ROUNDS = Parameter(
     "rounds of 64 heads in which a block attends to a tile that it loads all at once; a kernel joins parts; 0: other kernels",
     before=0,
 )
+TILES = 64, 96, 128  # tokens
 TILE_TOKENS = Parameter(
-    "tile_tokens", (64, 96, 128), "tokens of a tile of head_rounds, the most that a block takes", before=128
+    "tile_tokens", TILES, "tokens of a tile of head_rounds, which is all that a block takes", before=TILES[-1]
 )
 _HEADS = 64  # of a round
 _WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
@@ -67,10 +68,10 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> tupl
     fitting = [
         (rounds, tokens)
         for rounds in range(1, most + 1)
-        for tokens in TILE_TOKENS.choices
+        for tokens in TILES
         if rows * _splits(spec, tokens) * -(-blocks // rounds) <= gpu.sms and not (_width(spec) and tokens % _HEADS)
     ]
-    return next(iter(fitting), (0, TILE_TOKENS.choices[-1]))
+    return next(iter(fitting), (0, TILES[-1]))
 
 
 def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
@@ -92,9 +93,8 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     rows = q.shape[0] * q.shape[1]
     splits, units = _splits(spec, config["tile_tokens"]), rows * _head_blocks(spec)
     joined = splits // _CLUSTER
-    count = (
-        rows * (splits + joined) if config["head_rounds"] > 1 else units * joined
-    )  # of the first round blocks leave their own
+    leave_their_own = config["head_rounds"] > 1  # blocks, of their first round
+    count = rows * (splits + joined) if leave_their_own else units * joined
     heads = _width(spec) or _HEADS
     parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
     facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
