@@ -83,7 +83,7 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "width": _width(spec),
         "join_threads": min(_JOIN_THREADS, 4 * _width(spec) or _JOIN_THREADS),
         "threads_of_registers": _THREADS_OF_REGISTERS[config["head_rounds"]],
-        "smem": (_smem_of_columns if _width(spec) else _smem)(spec, config["tile_tokens"]),
+        "smem": _smem_of_columns(spec, config["tile_tokens"]) if _width(spec) else _smem(spec, config),
     }
 
 
@@ -135,8 +135,11 @@ def _smem_of_columns(spec: AttentionPagedSpec, tokens: int) -> int:
     return tile + q + weights + scores + softmax + tokens // 2 + sent_facts + barriers
 
 
-def _smem(spec: AttentionPagedSpec, tokens: int) -> int:
+def _smem(spec: AttentionPagedSpec, config: Config) -> int:
     """Bytes of shared memory per block: tile, q and weights (where q's last 64 channels are), maxima, totals, a mask, mail."""
+    tokens, rounds = config["tile_tokens"], config["head_rounds"]
     tile, q, weights = 2 * spec.d_qk * tokens, 2 * channels.D_V * _HEADS, 2 * _HEADS * -(-tokens // 64) * 64
-    sent_facts, barrier = (_HEADS // _CLUSTER + _WARPS) * 16, 8  # what the other block sends lies where q was
-    return tile + q + weights + 2 * 2 * 4 * _HEADS + tokens // 2 + sent_facts + 3 * barrier
+    if rounds > 1 and not (spec.d_qk > channels.D_V and 2 * 64 * tokens >= weights):  # else the last ones lie in the tile
+        weights *= 2
+    sent_facts, barriers = (_HEADS // _CLUSTER + _WARPS) * 16, (2 + rounds) * 8  # what the other block sends lies where q was
+    return tile + q + weights + rounds * 2 * 2 * 4 * _HEADS + tokens // 2 + sent_facts + barriers
