@@ -27,6 +27,8 @@ IN_ROUNDS = [
     pytest.param(AttentionPagedSpec(128, 300), 1, 128, marks=FURTHER),
     pytest.param(AttentionPagedSpec(128, 300), 1, 96, marks=FURTHER),
     pytest.param(AttentionPagedSpec(128, 300, lengths=True), 2, 96, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(70, 140, lengths=True), 2, 64, marks=FURTHER),
+    pytest.param(AttentionPagedSpec(70, 1900, "v4", lengths=True), 2, 96, marks=FURTHER),
     pytest.param(AttentionPagedSpec(8, 2100, lengths=True), 1, 64, marks=FURTHER),
     pytest.param(AttentionPagedSpec(20, 300, lengths=True, sink=True), 1, 64, marks=FURTHER),
     pytest.param(TWO_POOLS, 1, 128, marks=FURTHER),
@@ -74,25 +76,25 @@ def test_a_block_that_joins_has_room_beside_one_round():
 
 
 @pytest.mark.parametrize(
-    ("heads", "topk", "rounds", "tokens", "rows", "blocks", "splits"),
+    ("heads", "topk", "rounds", "tokens", "rows", "blocks", "splits", "joins"),
     [
-        (64, 2048, 1, 128, 8, 128, 16),
-        (128, 2048, 2, 128, 8, 128, 16),
-        (128, 2048, 2, 96, 6, 132, 22),
-        (64, 2048, 1, 64, 4, 128, 32),
-        (128, 300, 1, 128, 4, 32, 4),
-        (5, 45, 1, 128, 2, 4, 2),
+        (64, 2048, 1, 128, 8, 128, 16, 256),
+        (128, 2048, 2, 128, 8, 128, 16, 768),
+        (128, 2048, 2, 96, 6, 132, 22, 576),
+        (64, 2048, 1, 64, 4, 128, 32, 256),
+        (128, 300, 1, 128, 4, 32, 4, 256),
+        (32, 2048, 1, 128, 8, 128, 16, 128),
+        (5, 45, 1, 128, 2, 4, 2, 16),
     ],
 )
-def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, tokens, rows, blocks, splits):
+def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, tokens, rows, blocks, splits, joins):
     spec = AttentionPagedSpec(heads, topk, sink=True, lengths=True)
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0, "meta"))
     main, join = OP.launches(spec, in_rounds(rounds, tokens), inputs, OP.allocate(spec, inputs), H200)
     namespace: dict = {}
     exec(render(OP, spec, in_rounds(rounds, tokens)).code, namespace)
     assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits // 2)
-    blocks_of_warp = 1 if heads <= 32 else 2  # for what each of 16 warps left
-    assert join.grid == (rows * -(-heads // 64) * 16 * blocks_of_warp, 1, 1)
+    assert join.grid == (joins, 1, 1)  # a warp for each eight heads that one of 16 warps left, and for eight parts or twelve
     for launch in (main, join):
         kinds = namespace["KERNELS"][launch.kernel]["args"]
         assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in kinds]

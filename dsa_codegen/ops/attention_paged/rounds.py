@@ -27,10 +27,11 @@ _HEADS = 64  # of a round
 _WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
 _THREADS = 512
 _WARPS = _THREADS // 32
-_JOIN_THREADS = 128  # two blocks for what a warp left
-_THREADS_OF_REGISTERS = {1: 640, 2: _THREADS}
-"""By rounds: 96 registers for each, and some for a block that joins: 15.05 instead of 15.4 us for 8 rows of 64 heads on an
-H200. In two rounds a thread needs 127; with 96 it spills 300 bytes, and 8 rows of 128 heads take 26 instead of 20 us."""
+_JOIN_THREADS = 128
+_FEW_PARTS = 8  # whose loads a thread of `join` has on their way together
+_THREADS_OF_REGISTERS = 640
+"""96 registers for each, and some for a block that joins: 15.05 instead of 15.4 us for 8 rows of 64 heads on an H200. In two
+rounds of tiles of 128 tokens no shared memory is left for such a block."""
 _FEWEST_ENTRIES, _FEW_ENTRIES, _MOST_ENTRIES = 512, 640, 4096  # of lists; with few, clusters serve more than 64 heads as well
 _MOST_BLOCKS = 528  # four waves
 _CLUSTER = 2  # blocks, whose parts become one
@@ -62,7 +63,7 @@ def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> tupl
     """
     entries, blocks = spec.topk + spec.extra_topk, _head_blocks(spec)
     if not _FEWEST_ENTRIES <= entries <= _MOST_ENTRIES:
-        return 0, False
+        return 0, TILES[-1]
     most = 1 if entries <= _FEW_ENTRIES else blocks
     rows = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n")
     fitting = [
@@ -81,8 +82,12 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "head_blocks": _head_blocks(spec),
         "threads": _THREADS,
         "width": _width(spec),
-        "join_threads": min(_JOIN_THREADS, 4 * _width(spec) or _JOIN_THREADS),
-        "threads_of_registers": _THREADS_OF_REGISTERS[config["head_rounds"]],
+        "join_threads": _JOIN_THREADS,
+        "join_groups": _join_groups(spec, config),
+        "join_at_once": 12 if _FEW_PARTS < -(-_joined(spec, config) // _join_groups(spec, config)) <= 12 else _FEW_PARTS,
+        "threads_of_registers": _THREADS
+        if config["head_rounds"] > 1 and config["tile_tokens"] == TILES[-1]
+        else _THREADS_OF_REGISTERS,
         "smem": _smem_of_columns(spec, config["tile_tokens"]) if _width(spec) else _smem(spec, config),
     }
 
@@ -91,10 +96,12 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     """A block for each share of a row and its rounds of heads; parts of two each are joined behind them."""
     q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
     rows = q.shape[0] * q.shape[1]
-    splits, units = _splits(spec, config["tile_tokens"]), rows * _head_blocks(spec)
-    joined = splits // _CLUSTER
-    leave_their_own = config["head_rounds"] > 1  # blocks, of their first round
-    count = rows * (splits + joined) if leave_their_own else units * joined
+    splits, joined, units = _splits(spec, config["tile_tokens"]), _joined(spec, config), rows * _head_blocks(spec)
+    pieces = _WARPS * (_width(spec) or _HEADS) // 8  # of a part, one a warp
+    if config["head_rounds"] > 1:  # blocks leave their own parts of the first round, which two groups of warps join
+        count, blocks = rows * (splits + joined), rows * pieces * 3 // 4
+    else:
+        count, blocks = units * joined, units * pieces * _join_groups(spec, config) // 4
     heads = _width(spec) or _HEADS
     parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
     facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
@@ -103,13 +110,23 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     sink = (inputs["sink"],) if spec.sink else ()
     return (
         Launch("attention_paged", grid, (*tensors, *scalars, splits, inputs["sm_scale"])),
-        Launch("join", ((1 if _width(spec) else 2) * units * _WARPS, 1, 1), (*sink, parts, facts, out, lse, joined)),
+        Launch("join", (blocks, 1, 1), (*sink, parts, facts, out, lse, joined)),
     )
 
 
 def _splits(spec: AttentionPagedSpec, tokens: int) -> int:
     """Shares of a row, of a tile at most, in whole clusters."""
     return _CLUSTER * -(-(spec.topk + spec.extra_topk) // (_CLUSTER * tokens))
+
+
+def _joined(spec: AttentionPagedSpec, config: Config) -> int:
+    """Parts of a row that clusters leave."""
+    return _splits(spec, config["tile_tokens"]) // _CLUSTER
+
+
+def _join_groups(spec: AttentionPagedSpec, config: Config) -> int:
+    """Groups of warps that share the parts of a row; of two rounds, those of the last."""
+    return 2 if config["head_rounds"] == 1 and _joined(spec, config) > _FEW_PARTS else 1
 
 
 def _head_blocks(spec: AttentionPagedSpec) -> int:
@@ -141,5 +158,7 @@ def _smem(spec: AttentionPagedSpec, config: Config) -> int:
     tile, q, weights = 2 * spec.d_qk * tokens, 2 * channels.D_V * _HEADS, 2 * _HEADS * -(-tokens // 64) * 64
     if rounds > 1 and not (spec.d_qk > channels.D_V and 2 * 64 * tokens >= weights):  # else the last ones lie in the tile
         weights *= 2
+    tails = 2 * rounds * (spec.d_qk - channels.D_V) * _HEADS  # of q: they lie where weights come
+    weights = max(weights, tails)
     sent_facts, barriers = (_HEADS // _CLUSTER + _WARPS) * 16, (2 + rounds) * 8  # what the other block sends lies where q was
     return tile + q + weights + rounds * 2 * 2 * 4 * _HEADS + tokens // 2 + sent_facts + barriers
