@@ -28,10 +28,10 @@ _WIDTHS = 16, 32  # of products whose columns are heads, where there are no more
 _THREADS = 512
 _WARPS = _THREADS // 32
 _JOIN_THREADS = 128
-_FEW_PARTS = 8  # whose loads a thread of `join` has on their way together
+_PARTS, _FEW_PARTS = 16, (8, 12)  # whose loads a thread of `join` has on their way together
 _THREADS_OF_REGISTERS = 640
-"""96 registers for each, and some for a block that joins: 15.05 instead of 15.4 us for 8 rows of 64 heads on an H200. In two
-rounds of tiles of 128 tokens no shared memory is left for such a block."""
+"""In one round: 96 registers for each, and some for a block that joins: 15.05 instead of 15.4 us for 8 rows of 64 heads on an
+H200. In two rounds all registers: 18.07 instead of 18.36 us for 5 rows of 128."""
 _FEWEST_ENTRIES, _FEW_ENTRIES, _MOST_ENTRIES = 512, 640, 4096  # of lists; with few, clusters serve more than 64 heads as well
 _MOST_BLOCKS = 528  # four waves
 _CLUSTER = 2  # blocks, whose parts become one
@@ -83,11 +83,8 @@ def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
         "threads": _THREADS,
         "width": _width(spec),
         "join_threads": _JOIN_THREADS,
-        "join_groups": _join_groups(spec, config),
-        "join_at_once": 12 if _FEW_PARTS < -(-_joined(spec, config) // _join_groups(spec, config)) <= 12 else _FEW_PARTS,
-        "threads_of_registers": _THREADS
-        if config["head_rounds"] > 1 and config["tile_tokens"] == TILES[-1]
-        else _THREADS_OF_REGISTERS,
+        "join_at_once": _together(spec, config),
+        "threads_of_registers": _THREADS if config["head_rounds"] > 1 else _THREADS_OF_REGISTERS,
         "smem": _smem_of_columns(spec, config["tile_tokens"]) if _width(spec) else _smem(spec, config),
     }
 
@@ -101,7 +98,7 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     if config["head_rounds"] > 1:  # blocks leave their own parts of the first round, which two groups of warps join
         count, blocks = rows * (splits + joined), rows * pieces * 3 // 4
     else:
-        count, blocks = units * joined, units * pieces * _join_groups(spec, config) // 4
+        count, blocks = units * joined, units * pieces // 4
     heads = _width(spec) or _HEADS
     parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
     facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
@@ -124,9 +121,14 @@ def _joined(spec: AttentionPagedSpec, config: Config) -> int:
     return _splits(spec, config["tile_tokens"]) // _CLUSTER
 
 
-def _join_groups(spec: AttentionPagedSpec, config: Config) -> int:
-    """Groups of warps that share the parts of a row; of two rounds, those of the last."""
-    return 2 if config["head_rounds"] == 1 and _joined(spec, config) > _FEW_PARTS else 1
+def _together(spec: AttentionPagedSpec, config: Config) -> int:
+    """Parts whose loads a thread of `join` has on their way at a time.
+
+    Fewer would be enough in one round as well, but then an SM takes more of its blocks, and others none: 15.25 instead of
+    15.1 us for 8 rows of 64 heads on an H200.
+    """
+    fitting = [together for together in _FEW_PARTS if _joined(spec, config) <= together]
+    return min(fitting, default=_PARTS) if config["head_rounds"] > 1 else _PARTS
 
 
 def _head_blocks(spec: AttentionPagedSpec) -> int:
