@@ -98,7 +98,8 @@ def test_the_order_of_summation_is_the_clusters_size():
         (64, 4, 1, 6, 16),
         (128, 8, 1, 0, 0),  # of 32 heads 32 clusters, whose blocks would have more than a tile: rounds of 64 heads
         (64, 8, 1, 6, 32),
-        (64, 6, 1, 6, 32),  # one choice for the whole bucket
+        (64, 7, 1, 6, 32),  # one choice for the whole bucket
+        (64, 5, 1, 8, 32),
         (128, 16, 1, 3, 0),
         (64, 1, 4, 6, 16),
         (128, 64, 1, 0, 0),

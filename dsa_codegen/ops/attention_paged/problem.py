@@ -123,7 +123,7 @@ class AttentionPagedSizes(Sizes):
     tokens: int
     """Slots of the cache, or of both."""
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "batch": (2, 3, 5, 9, _FEW, _CLUSTERS, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
+        "batch": (2, 3, 4, 5, 7, 9, _FEW, _CLUSTERS, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
         "next_n": (2, 3, 5, 9, *_PROMPTS),
         "tokens": (16385, 40961, 65537, (1 << 20) + 1),
     }
