@@ -143,23 +143,33 @@ def test_the_order_of_summation_is_that_of_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("heads", "topk", "batch", "next_n", "rounds"),
+    ("heads", "topk", "batch", "next_n", "rounds", "tokens"),
     [
-        (64, 2048, 8, 1, 1),
-        (128, 2048, 8, 1, 2),  # a block of its own for each 64 heads would not run at once
-        (128, 2048, 2, 2, 1),
-        (128, 2048, 5, 1, 2),  # one choice for the whole bucket
-        (128, 2048, 1, 1, 0),  # clusters of columns take less
-        (64, 2048, 16, 1, 0),
-        (64, 640, 8, 1, 0),
-        (64, 640, 16, 1, 1),
-        (128, 640, 16, 1, 0),  # two rounds do not pay for few entries
-        (64, 8192, 1, 1, 0),
-        (64, 1024, 16, 1, 1),
-        (16, 2048, 8, 1, 0),  # tokens stream through blocks
-        (40, 2048, 8, 1, 1),
+        (64, 2048, 8, 1, 1, 128),
+        (64, 2048, 6, 1, 1, 96),
+        (64, 2048, 4, 1, 1, 64),
+        (64, 2048, 1, 1, 0, 128),  # half of the SMs would be idle: clusters of columns take less
+        (128, 2048, 8, 1, 2, 128),  # a block of its own for each 64 heads would not run at once
+        (128, 2048, 2, 2, 1, 128),
+        (128, 2048, 5, 1, 2, 96),
+        (128, 2048, 7, 1, 2, 128),  # one choice for the whole bucket
+        (128, 2048, 3, 1, 1, 96),
+        (128, 2048, 2, 1, 1, 64),
+        (128, 2048, 1, 1, 1, 64),
+        (64, 2048, 16, 1, 0, 128),
+        (64, 640, 8, 1, 1, 64),
+        (64, 640, 4, 1, 0, 128),
+        (64, 640, 16, 1, 1, 96),
+        (128, 640, 16, 1, 2, 96),
+        (64, 8192, 1, 1, 0, 128),
+        (64, 1024, 16, 1, 1, 128),
+        (16, 2048, 8, 1, 0, 128),  # tokens stream through blocks
+        (16, 2048, 4, 1, 1, 64),
+        (32, 2048, 2, 1, 0, 128),
+        (40, 2048, 8, 1, 1, 128),
     ],
 )
-def test_a_few_rows_of_long_lists_are_served_in_rounds(heads, topk, batch, next_n, rounds):
+def test_a_few_rows_of_long_lists_are_served_in_rounds(heads, topk, batch, next_n, rounds, tokens):
     config = OP.default_config(AttentionPagedSpec(heads, topk), AttentionPagedSizes(batch, next_n, 1 << 17), H200)
-    assert (config["head_rounds"] if config.backend == "cuda" else 0) == rounds
+    found = (config["head_rounds"], config["tile_tokens"]) if config.backend == "cuda" else (0, 128)
+    assert found == (rounds, tokens)

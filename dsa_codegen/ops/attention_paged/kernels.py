@@ -161,6 +161,8 @@ class AttentionPagedKernels(Kernels[AttentionPagedSpec, AttentionPagedSizes]):
 
 
 def _few_rows(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> Iterable[Config]:
+    if rounds.fill(spec, sizes, gpu):
+        yield _CLUSTERS.replace(head_rounds=1, tile_tokens=rounds.TILES[0])
     heads, placers = stream.best(spec, sizes)
     if heads:
         yield _CLUSTERS.replace(columns=heads, placers=placers)

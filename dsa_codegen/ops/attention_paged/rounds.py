@@ -32,7 +32,7 @@ _PARTS, _FEW_PARTS = 16, (8, 12)  # whose loads a thread of `join` has on their 
 _THREADS_OF_REGISTERS = 640
 """In one round: 96 registers for each, and some for a block that joins: 15.05 instead of 15.4 us for 8 rows of 64 heads on an
 H200. In two rounds all registers: 18.07 instead of 18.36 us for 5 rows of 128."""
-_FEWEST_ENTRIES, _FEW_ENTRIES, _MOST_ENTRIES = 512, 640, 4096  # of lists; with few, clusters serve more than 64 heads as well
+_FEWEST_ENTRIES, _MOST_ENTRIES = 512, 4096  # of lists
 _MOST_BLOCKS = 528  # four waves
 _CLUSTER = 2  # blocks, whose parts become one
 
@@ -57,22 +57,34 @@ def reach(spec: AttentionPagedSpec, config: Config, bucket: Bucket) -> Iterable[
 def best(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> tuple[int, int]:
     """(rounds, tokens of a tile) that serve so many rows best; 0 rounds where other kernels are known to take less.
 
-    All blocks run at once, each with its 64 heads, or with 128 in two rounds. With few entries, 64 heads and 16 rows on an H200
-    12.3 µs beside 13.9 of clusters (k 512 of 528 bytes), 13.6 and 14.5 (two pools, 128 and 512), 13.3 and 13.5 (k 640 of 584
-    bytes); with 128 heads 13.0 and 13.2 at 8 rows, but in two rounds 19.8 and 18.6 at 16.
+    All blocks run at once, each with its 64 heads, or with 128 in two rounds, and the smallest tiles of which that holds are
+    best: on an H200 18.0 instead of 19.3 us for 5 rows of 128 heads in tiles of 96 tokens, 11.75 instead of 13.0 for 4 rows
+    of 64 in tiles of 64.
     """
-    entries, blocks = spec.topk + spec.extra_topk, _head_blocks(spec)
-    if not _FEWEST_ENTRIES <= entries <= _MOST_ENTRIES:
+    if not _FEWEST_ENTRIES <= spec.topk + spec.extra_topk <= _MOST_ENTRIES:
         return 0, TILES[-1]
-    most = 1 if entries <= _FEW_ENTRIES else blocks
+    for rounds in range(1, _head_blocks(spec) + 1):
+        for tokens in TILES:
+            fits = _blocks(spec, sizes, rounds, tokens) <= gpu.sms
+            if fits and not (_width(spec) and tokens % _HEADS):
+                return rounds, tokens
+    return 0, TILES[-1]
+
+
+def fill(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
+    """Whether one round of the smallest tiles is better than any other kernel, as its blocks fill half of the SMs or all.
+
+    On an H200 9.6 beside 9.8 us of clusters for a row of 128 heads (64 blocks), 10.3 and 11.5 for 8 rows of 64 with k 640
+    (80), but 9.4 and 8.8 for 4 (40). With up to 32 heads 9.5 and 10.0 for 4 rows (128), but 8.5 and 8.2 for 2 (64).
+    """
+    needed = gpu.sms // 2 + 1 if _width(spec) else gpu.sms * 12 // 25
+    return best(spec, sizes, gpu) == (1, TILES[0]) and _blocks(spec, sizes, 1, TILES[0]) >= needed
+
+
+def _blocks(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, rounds: int, tokens: int) -> float:
+    """Blocks of as many rows as the sizes' bucket has at most."""
     rows = upper(sizes.bucket(), "batch") * upper(sizes.bucket(), "next_n")
-    fitting = [
-        (rounds, tokens)
-        for rounds in range(1, most + 1)
-        for tokens in TILES
-        if rows * _splits(spec, tokens) * -(-blocks // rounds) <= gpu.sms and not (_width(spec) and tokens % _HEADS)
-    ]
-    return next(iter(fitting), (0, TILES[-1]))
+    return rows * _splits(spec, tokens) * -(-_head_blocks(spec) // rounds)
 
 
 def derived(spec: AttentionPagedSpec, config: Config) -> dict[str, Scalar]:
