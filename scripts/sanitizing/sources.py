@@ -32,6 +32,7 @@ _HALVES = ops.get("indexer").config(
 _IN_TURN = ops.get("indexer_paged").config(
     "cuda", {"groups": 2, "accumulators": 1, "producers": 2, "num_stages": 8, "gathered": 0}
 )
+_STREAMED = _IN_TURN.replace(halved=0, segments=3)
 _SOME_OPTIONS = (0, 3, -1)
 """For designs that FURTHER names, of attention: nothing, lengths and a sink, and both with a second pool."""
 _V4 = {"kv_layout": "v4", "d_nope": 448}
@@ -74,6 +75,13 @@ FURTHER = (
     # The same over pages: two groups take tiles in turn, whose logits are written as they come or together.
     *(
         Further("indexer_paged", {"index_heads": 64, "index_head_dim": 128}, _IN_TURN.replace(gathered=held))
+        for held in (0, 16)
+    ),
+    # Short rows, of several of which queries and weights come by TMA.
+    *(
+        Further(
+            "indexer_paged", {"index_heads": 64, "index_head_dim": 128}, _IN_TURN.replace(halved=0, segments=3, gathered=held)
+        )
         for held in (0, 16)
     ),
     # Many heads add their gradients up in another way than few.
