@@ -28,9 +28,9 @@ ORDERED: dict[tuple[str, str], Sequence[source_lines.Group]] = {
         ("load_float(base + AT_KEEP", "store_float(base + AT_KEEP"),
         ("load4(base + AT_MASK + 8 * value_stage)", "store1(base + AT_MASK + 8 * stage + mine / 32"),
         ("{load4(base + AT_MASK + 8 * stage)", "store1(base + AT_MASK + 8 * stage + warp - 8, tokens)"),
-        ("load16(base + AT_MASK + 2 * half * WARPS)", "store1(base + AT_MASK + warp / 8 * 32"),
+        ("load8(base + AT_MASK + half * (HALF_TILE / 2)", "store1(base + AT_MASK + warp / 8 * (HALF_TILE / 2)"),
         ("load_byte(its_mask)", "store1(base + AT_MASK + where * (PAIRS * FOURS)"),
-        ("softmax_of(upper + 8 * rank)", "store_float(base + AT_SUMS"),
+        ("load_float(tops + 64 * 4)), load_float(sums)", "store_float(tops + SUMS"),
         ("theirs = *from.facts", "*to.facts = ", "(i < 16 ? from.low : from.high)[", "(i < 16 ? to.low : to.high)["),
         (
             "load_float(facts + 12",
@@ -92,7 +92,7 @@ What rescales sums passes from one group to another by WEIGHED, behind ``__syncw
 those of what the arriving lane stored), and back by USED, behind a vote of the warp that needs what its lanes have read.
 Between what parts weigh and those who read it stands a barrier of all 512 threads, in a block where half of them have met at a
 barrier of their own before, as in the selection's clusters; few of the reads are reported, and others in every run. So it is
-with the sums of a round of heads, before they are sent: one ``BAR.SYNC 0`` in the machine code, on every way from the line that
+with the sums of a round of heads, before they are sent or written: one ``BAR.SYNC 0`` in the machine code, on every way from the line that
 stores them to the one that reads, and no way back.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
