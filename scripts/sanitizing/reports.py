@@ -92,8 +92,8 @@ What rescales sums passes from one group to another by WEIGHED, behind ``__syncw
 those of what the arriving lane stored), and back by USED, behind a vote of the warp that needs what its lanes have read.
 Between what parts weigh and those who read it stands a barrier of all 512 threads, in a block where half of them have met at a
 barrier of their own before, as in the selection's clusters; few of the reads are reported, and others in every run. So it is
-with the sums of a round of heads, before they are sent or written: one ``BAR.SYNC 0`` in the machine code, on every way from the line that
-stores them to the one that reads, and no way back.
+with the sums of a round of heads, before they are sent or written: one ``BAR.SYNC 0`` in the machine code, on every way from
+the line that stores them to the one that reads, and no way back.
 
 In clusters of the selection that keep scores in registers, some warps meet at a barrier of their own before all meet at
 ``__syncthreads``, which stands between the lines of each group; the tool reports them all the same (not where a block has no
