@@ -113,7 +113,7 @@ def test_few_rows_are_shared_by_as_many_blocks_as_run_at_once(heads, batch, next
     assert ((config["sharers"], config["columns"]) if config.backend == "cuda" else (0, 0)) == (sharers, columns)
     longer = replace(spec, extra_topk=4096)
     for rows in ((1, 1), (148, 2)):
-        config = OP.default_config(longer, AttentionPagedSizes(*rows, 1 << 17), H200)
+        config = OP.default_config(longer, AttentionPagedSizes(*rows, 1 << 20), H200)
         assert config.backend == "gluon" or config["sharers"] <= (heads <= 64), (
             "one SM's share, or clusters that split channels"
         )

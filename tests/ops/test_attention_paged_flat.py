@@ -15,6 +15,7 @@ from dsa_codegen.ops.attention import staying
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec, flat
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
+from dsa_codegen.problem.values import contains
 from dsa_codegen.proof.verify import verify
 from dsa_codegen.records import lookup
 from dsa_codegen.runtime import dispatch
@@ -164,7 +165,20 @@ PROMPT, DECODE = AttentionPagedSizes(4096, 1, 1 << 15), AttentionPagedSizes(64, 
         (AttentionPagedSpec(128, 2048), PROMPT, True),
         (AttentionPagedSpec(16, 2048), AttentionPagedSizes(1, 4096, 1 << 20), True),
         (AttentionPagedSpec(128, 2048), AttentionPagedSizes(512, 1, 1 << 16), True),
-        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(511, 1, 1 << 16), False),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(300, 1, 1 << 17), True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(256, 1, 1 << 17), False),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(97, 1, 1 << 15), True),
+        (AttentionPagedSpec(128, 2048), AttentionPagedSizes(96, 1, 1 << 15), False),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(1, 300, 1 << 15), True),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(75, 4, 1 << 15), True),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(300, 1, 300 << 15), False),
+        (AttentionPagedSpec(64, 2048), AttentionPagedSizes(65, 1, 1 << 14), True),
+        (AttentionPagedSpec(16, 2048), AttentionPagedSizes(65, 1, 1 << 14), False),  # tokens stream
+        (AttentionPagedSpec(16, 2048), AttentionPagedSizes(129, 1, 1 << 15), True),
+        (AttentionPagedSpec(16, 2048), AttentionPagedSizes(400, 1, 1 << 17), False),
+        (AttentionPagedSpec(64, 512, "v4"), AttentionPagedSizes(300, 1, 1 << 15), True),
+        (AttentionPagedSpec(64, 512, "v4"), AttentionPagedSizes(160, 1, 1 << 13), False),
+        (AttentionPagedSpec(64, 128, "v4", extra_topk=512), AttentionPagedSizes(400, 1, 1 << 16), True),
         (AttentionPagedSpec(128, 2048), AttentionPagedSizes(1000, 1, 1 << 20), False),
         (AttentionPagedSpec(64, 512, "v4"), AttentionPagedSizes(4096, 1, 1 << 20), False),
         (AttentionPagedSpec(128, 2048), AttentionPagedSizes(4096, 1, (1 << 20) + 1), False),
@@ -182,6 +196,22 @@ PROMPT, DECODE = AttentionPagedSizes(4096, 1, 1 << 15), AttentionPagedSizes(64, 
 def test_it_serves_without_a_record(spec, sizes, first, tmp_path):
     found = lookup.lookup(OP, spec, sizes, H200, {"tuned": tmp_path})
     assert bool(found.config.backend == "cuda" and found.config["flat"]) == first
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_records_of_decode_steps_serve_no_prompt_of_as_many_rows(heads):
+    """They state how many sequences a step has; of rows over few slots a bucket states how many there are."""
+    spec, sizes = AttentionPagedSpec(heads, 2048), AttentionPagedSizes(300, 1, 1 << 15)
+    stated = (("batch", 65, 512),)
+    assert contains(stated, replace(sizes, tokens=300 << 15).bucket())
+    assert not contains(stated, sizes.bucket())
+    assert lookup.lookup(OP, spec, sizes, H200).config["flat"]
+
+
+def test_rows_over_few_slots_share_a_bucket_in_whatever_sequences():
+    buckets = {AttentionPagedSizes(*size, 1 << 15).bucket() for size in ((300, 1), (75, 4), (1, 300), (320, 1))}
+    assert buckets == {(("batch", 0, 512), ("rows", 257, 321), ("tokens", 16385, 40961))}
+    assert AttentionPagedSizes(300, 1, (1 << 17) + 1).bucket() == (("batch", 133, 512),)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,16 @@ from ...problem.checks import step
 from ...problem.kv_layouts import AnyKvLayout, KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation
 from ...problem.paged import scales_of
-from ...problem.values import Bucket, Scalar, upper
+from ...problem.values import Bucket, Scalar, lower, upper
 from ..attention import OP as PREFILL
 from ..attention import AttentionSizes, AttentionSpec, sweep
+from . import stream
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
 MOST_SLOTS = 1 << 20
 """Of caches that are read back: their BF16 rows take up to 1.2 GB for the time of a call."""
-_ENTRIES_PER_SLOT = 4  # of all lists, from which on reading all slots back takes no longer than it saves
+_MANY_ROWS = 512  # from which on a cache may have slots that no list names: a prompt's lists name one sequence's
+_SHORT_LISTS, _SOME_HEADS = 1024, 64
 _PROMPT = AttentionSizes(4096, 32768)  # for which prefill's kernel is chosen
 _HOPPER = GPUS["h200"]
 _UNCUT_HEADS, _UNCUT_ROWS = 32, 17  # up to so many heads a list has one block, or half of one; from so many rows on that pays
@@ -80,15 +82,37 @@ def reach(spec: AttentionPagedSpec, bucket: Bucket) -> Iterable[Violation]:
 def is_first_choice(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """Whether prefill's kernels are known to take less, for any lists of the sizes' bucket.
 
-    On an H200 an entry of a list costs 0.12 ns (64 heads) to 0.18 (16, 128) more where it is dequantised for each row, a slot
-    that is read back 0.5 to 0.7. Over BF16 rows 64 rows of 128 heads take 67 µs where Triton takes 186, one row 14 and 22; of
-    16 heads, whose lists are not cut, 44 and 87, 41 and 50 at 32 rows, 40 and 14 at one.
+    Over BF16 rows 64 rows of 128 heads take 67 µs where Triton takes 186, one row 14 and 22, on an H200; of 16 heads, whose
+    lists are not cut, 44 and 87, 41 and 50 at 32 rows, 40 and 14 at one.
     """
-    low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
-    rows = low.get("batch", 1) * low.get("next_n", 1)
+    rows = _least_rows(sizes.bucket())
     if spec.kv_layout == "bf16":
         return spec.heads > _UNCUT_HEADS or (rows >= _UNCUT_ROWS and not spec.batch_invariant)
-    return rows * (spec.topk + spec.extra_topk) >= _ENTRIES_PER_SLOT * upper(sizes.bucket(), "tokens")
+    per_slot, least = _needed(spec, sizes)
+    return rows >= least and rows * (spec.topk + spec.extra_topk) >= per_slot * upper(sizes.bucket(), "tokens")
+
+
+def _least_rows(bucket: Bucket) -> int:
+    """Of any sizes of the bucket."""
+    return max(lower(bucket, "rows"), max(lower(bucket, "batch"), 1) * max(lower(bucket, "next_n"), 1))
+
+
+def _needed(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> tuple[float, int]:
+    """(entries of all lists for each slot, rows) from which on reading all slots back takes no longer than it saves.
+
+    On an H200 a slot that is read back costs 0.5 ns. An entry that is dequantised for its row alone costs 0.16 more with 128
+    heads, 0.13 with 64, 0.06 to 0.1 where few heads stream, 0.2 where lists are short and rows more than a wave of blocks.
+    µs in place and read back, over 32768 slots: 121 and 110 at 96 rows of 128 heads, 353 and 273 at 300; 91 and 73, 216 and
+    155 of 64; 69 and 61 at 128 rows of 16, 55 and 60 at 96. k 512 of 64 heads over 584 bytes: 82 and 63 at 300 rows, 28 and
+    37 at 128.
+    """
+    if _least_rows(sizes.bucket()) >= _MANY_ROWS:
+        return 4, 0
+    if stream.best(spec, sizes)[0]:
+        return 6.4, 97
+    if spec.heads > _SOME_HEADS:
+        return 4, 48
+    return (3, 161) if spec.topk + spec.extra_topk <= _SHORT_LISTS else (4.5, 65)
 
 
 def sweeps(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
@@ -98,18 +122,16 @@ def sweeps(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     and 2209, 16 heads 1845 and 1294. Of 32K 64 heads take 2024 and 1979, but 1926 and 1971 where neighbours choose alike, and
     1900 and 1965 in the benchmark's turns; 16 heads 1183 and 1154, 1119 and 1137.
     """
-    low = {name: max(first, 1) for name, first, _ in sizes.bucket()}
-    tokens = low.get("tokens", 1)
+    tokens = max(lower(sizes.bucket(), "tokens"), 1)
     if spec.kv_layout != "bf16" and spec.heads <= _FEWER_HEADS and tokens < _SORTED_TOKENS:
         return False
-    prompt = AttentionSizes(low.get("batch", 1) * low.get("next_n", 1), tokens)
+    prompt = AttentionSizes(_least_rows(sizes.bucket()), tokens)
     return not spec.extra_topk and sweep.pays(prefill_of(spec), prompt)
 
 
 def interleaves(spec: AttentionPagedSpec, sizes: AttentionPagedSizes) -> bool:
     """As prefill has it for so many tokens."""
-    least = next((low for name, low, _ in sizes.bucket() if name == "tokens"), 0)
-    prompt = replace(_PROMPT, tokens=max(least, _PROMPT.tokens))
+    prompt = replace(_PROMPT, tokens=max(lower(sizes.bucket(), "tokens"), _PROMPT.tokens))
     guess = next(_guesses(prefill_of(spec), prompt), None)
     return guess is not None and bool(guess["interleave"])
 

@@ -39,6 +39,8 @@ _FEW = 17  # sequences: of fewer it matters how many rows each has
 _CLUSTERS = 34  # sequences from which on a cluster of two SMs has one of them, of 33 each two
 _IN_PAIRS = (57, 65)  # sequences of which each may have two of the 132 SMs of a Hopper GPU, and few are left
 _ONE_WAVE = (113, 133)  # sequences whose rows, of so many queries each, fill so many whole waves of the 132 SMs of a Hopper GPU
+_MANY = (65, 97, 129, 161, 257, 321, *_PROMPTS)  # rows, in whatever sequences, that may be a prompt's where there are few slots
+_SLOTS_OF_A_ROW = 512  # of few
 _FILL = 1 << 16  # tokens of a cache that are drawn and packed at a time
 
 
@@ -125,17 +127,22 @@ class AttentionPagedSizes(Sizes):
     EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "batch": (2, 3, 4, 5, 7, 9, _FEW, _CLUSTERS, *_IN_PAIRS, *_ONE_WAVE, *_PROMPTS),
         "next_n": (2, 3, 5, 9, *_PROMPTS),
-        "tokens": (16385, 40961, 65537, (1 << 20) + 1),
+        "tokens": (16385, 40961, 65537, (1 << 17) + 1, (1 << 20) + 1),
     }
 
     def bucket(self) -> Bucket:
         """A decode step's by its batch, of few sequences or of as many as have two SMs each by the rows of each too; a
-        prompt's, as sequences of one row or as rows of few sequences, by its slots too."""
+        prompt's, as sequences of one row or as rows of few sequences, by its slots too. So are others that have few slots a
+        row, by their rows: no record of a decode step holds such a bucket.
+        """
         batch, next_n, tokens = super().bucket()
         if self.batch >= _PROMPTS[0]:
             return batch, tokens
         if self.next_n >= _PROMPTS[0]:
             return ("batch", 0, _PROMPTS[0]), next_n, tokens
+        least = max((edge for edge in _MANY if edge <= self.batch * self.next_n), default=0)
+        if tokens[2] is not None and tokens[2] - 1 <= _SLOTS_OF_A_ROW * least:
+            return ("batch", 0, _PROMPTS[0]), ("rows", least, next((edge for edge in _MANY if edge > least), None)), tokens
         return (batch, next_n) if self.batch < _FEW or batch[1:] == _IN_PAIRS else (batch,)
 
 
