@@ -190,7 +190,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         return tuple(replace(spec, **change) for change in changes)
 
     def workloads(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
-        sizes = ((64, 65536), (8, 65536), (1, 65536), (256, 8192), (64, 8192), (8, 8192), (1, 8192), (512, 1024))
+        sizes = ((64, 65536), (8, 65536), (1, 65536), (256, 8192), (64, 8192), (8, 8192), (1, 8192), (600, 512))
         return [Case(IndexerPagedSizes(batch, context), "full") for batch, context in sizes]
 
 
