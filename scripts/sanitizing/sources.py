@@ -79,9 +79,7 @@ FURTHER = (
     ),
     # Short rows, of several of which queries and weights come by TMA.
     *(
-        Further(
-            "indexer_paged", {"index_heads": 64, "index_head_dim": 128}, _IN_TURN.replace(halved=0, segments=3, gathered=held)
-        )
+        Further("indexer_paged", {"index_heads": 64, "index_head_dim": 128}, _STREAMED.replace(gathered=held))
         for held in (0, 16)
     ),
     # Many heads add their gradients up in another way than few.

@@ -94,11 +94,8 @@ def test_a_row_is_cut_so_that_each_block_has_a_tile(heads, topk, rounds, tokens,
     namespace: dict = {}
     exec(render(OP, spec, in_rounds(rounds, tokens)).code, namespace)
     assert (main.grid[0], main.args[-2], join.args[-1]) == (blocks, splits, splits // 2)
-    assert join.grid == (
-        joins,
-        1,
-        1,
-    )  # a warp for each eight heads that one of 16 warps left, of two rounds for some of the parts
+    # A warp for each eight heads that one of 16 warps left, of two rounds for some of the parts.
+    assert join.grid == (joins, 1, 1)
     for launch in (main, join):
         kinds = namespace["KERNELS"][launch.kernel]["args"]
         assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in kinds]

@@ -106,12 +106,12 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
     rows = q.shape[0] * q.shape[1]
     splits, joined, units = _splits(spec, config["tile_tokens"]), _joined(spec, config), rows * _head_blocks(spec)
-    pieces = _WARPS * (_width(spec) or _HEADS) // 8  # of a part, one a warp
+    heads = _width(spec) or _HEADS
+    pieces = _WARPS * heads // 8  # of a part, one a warp
     if config["head_rounds"] > 1:  # blocks leave their own parts of the first round, which two groups of warps join
         count, blocks = rows * (splits + joined), rows * pieces * 3 // 4
     else:
         count, blocks = units * joined, units * pieces // 4
-    heads = _width(spec) or _HEADS
     parts = torch.empty(count * heads * channels.D_V * 2, dtype=torch.uint8, device=q.device)
     facts = torch.empty(count * 2 * (heads + _WARPS), dtype=torch.float32, device=q.device)
     tensors, scalars = shared.arguments(spec, inputs, (q, (), (parts, facts)))
