@@ -45,7 +45,8 @@ Key = tuple[str, Spec, Bucket, int]
 _variants: dict[Key, Variant] = {}
 _kernels: dict[tuple[str, int], Mapping[str, Launchable]] = {}
 """What is loaded, by the source's sha and the device."""
-_overrides: dict[str, Config] = {}
+_overrides: dict[str, tuple[list[Config], ...]] = {}
+"""By operation, what each open block wants, the latest last; each in a list of its own, which tells it from an equal wish."""
 _tallies: dict[tuple[str, str], Tally] = {}
 _lock = threading.Lock()
 _plans: dict[plans.Key, plans.Plan] = {}
@@ -204,18 +205,20 @@ def reset() -> None:
 
 @contextmanager
 def override(op: Op, config: Config) -> Iterator[None]:
-    """Use ``config`` for every call of ``op`` inside the block, whatever the records say (for trying one out)."""
+    """Use ``config`` for every call of ``op`` inside the block, whatever the records say (for trying one out).
+
+    It holds for all threads. Of blocks that several threads have open at once the one that began last counts; they may end in
+    any order.
+    """
+    wish = [config]
     with _lock:
-        before, _overrides[op.name] = _overrides.get(op.name), config
+        _overrides[op.name] = (*_overrides.get(op.name, ()), wish)
         _forget(op)
     try:
         yield
     finally:
         with _lock:
-            if before is None:
-                del _overrides[op.name]
-            else:
-                _overrides[op.name] = before
+            _overrides[op.name] = tuple(each for each in _overrides[op.name] if each is not wish)
             _forget(op)
 
 
@@ -239,7 +242,8 @@ def _prebuilt(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> prebuilt.Entry
 
 def _forced(op: Op, spec: Spec, sizes: Sizes, gpu: gpus.Gpu) -> Config | None:
     """What is wanted by hand: in this process, or by the file that ``DSA_OVERRIDES`` names."""
-    return _overrides.get(op.name) or overrides.find(op, spec, sizes.bucket(), gpu)
+    wishes = _overrides.get(op.name)
+    return wishes[-1][0] if wishes else overrides.find(op, spec, sizes.bucket(), gpu)
 
 
 def warmup(wanted: Iterable[tuple[Op, Spec, Sizes]], processes: int | None = None) -> int:
