@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import NoConfig, SpecError, UnknownName
 from ..gpu import Gpu
+from .config import Config as Config
+from .config import Parameter as Parameter
+from .config import Violation as Violation
+from .config import exceeds as exceeds
+from .fitting import Fitting
 from .presets import MLA, Model
 from .values import Bucket, Scalar, Sizes, Spec
 
@@ -26,64 +29,6 @@ Outputs = dict[str, "Tensor"]
 
 S = TypeVar("S", bound=Spec)
 Z = TypeVar("Z", bound=Sizes)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One tuning parameter: its name (the same in template, search space, JSON and docs) and its ordered choices."""
-
-    name: str
-    choices: tuple[Scalar, ...]
-    meaning: str
-    launch_only: bool = False
-    """True where only the launch depends on it (a number of splits, say): configs that differ in it share one build."""
-    before: Scalar | None = None
-    """What it is in records that are older than the parameter; None where there are none."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """One point of a search space: a backend and a value for each of its parameters."""
-
-    backend: str
-    values: tuple[tuple[str, Scalar], ...]
-
-    @classmethod
-    def of(cls, backend: str, **values: Scalar) -> Config:
-        """``Config.of("triton", block_n=64, num_warps=4)``; the order of the keywords does not matter."""
-        return cls(backend, tuple(sorted(values.items())))
-
-    def __getitem__(self, name: str) -> Any:
-        for key, value in self.values:
-            if key == name:
-                return value
-        raise UnknownName("tuning parameter", name, (key for key, _ in self.values))
-
-    def replace(self, **changes: Scalar) -> Config:
-        """A copy with some values changed."""
-        return Config.of(self.backend, **{**self.to_dict(), **changes})
-
-    def to_dict(self) -> dict[str, Scalar]:
-        """The values by parameter name."""
-        return dict(self.values)
-
-    def __str__(self) -> str:
-        return f"{self.backend}({', '.join(f'{name}={value}' for name, value in self.values)})"
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A constraint that a config breaks: ``excess`` > 0 says by how much (limit exceeded by that share)."""
-
-    name: str
-    excess: float
-    reason: str
-
-
-def exceeds(name: str, need: float, limit: float, unit: str = "") -> Iterable[Violation]:
-    """One graded violation where ``need`` is above ``limit``, else nothing."""
-    if need > limit:
-        yield Violation(name, need / max(limit, 1) - 1, f"{name}: {need:g}{unit} needed, {limit:g}{unit} allowed")
 
 
 @dataclass(frozen=True)
@@ -230,7 +175,10 @@ class Kernels(ABC, Generic[S, Z]):
 
     @abstractmethod
     def constraints(self, spec: S, config: Config, gpu: Gpu) -> Iterable[Violation]:
-        """Graded violations, the ONE place for what a template cannot do; used by tuner, dispatcher and tests."""
+        """Graded violations, the ONE place for what a template cannot do; used by tuner, dispatcher and tests.
+
+        They follow from the arguments alone: what was looked at to refuse one config refuses all others that agree in it.
+        """
 
     def reach(self, spec: S, config: Config, bucket: Bucket) -> Iterable[Violation]:
         """Graded violations of a config that cannot serve all sizes of a bucket: a row that its registers must hold, say.
@@ -297,18 +245,27 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         Args:
             bucket: the sizes that the config is to serve, which must be in its reach; None where none are meant.
         """
-        found = []
+        strange = []
         for parameter in table(self, config.backend):
             if config[parameter.name] not in parameter.choices:
                 allowed = ", ".join(map(str, parameter.choices))
-                found.append(Violation(parameter.name, 1.0, f"{parameter.name}: {config[parameter.name]}, not in {allowed}"))
+                strange.append(Violation(parameter.name, 1.0, f"{parameter.name}: {config[parameter.name]}, not in {allowed}"))
+        return strange or list(self._broken(spec, config, gpu, bucket))
+
+    def _broken(self, spec: S, config: Config, gpu: Gpu, bucket: Bucket | None) -> Iterator[Violation]:
+        """Of a config whose values are choices."""
         if gpu.capability < self.min_capability:
             reason = f"capability: sm_{self.min_capability} or newer needed, {gpu.name} is sm_{gpu.capability}"
-            found.append(Violation("capability", 1.0, reason))
-        if found:
-            return found
-        found = [*self.constraints(spec, config, gpu), *(() if bucket is None else self.reach(spec, config, bucket))]
-        return [*found, *self._disorder(spec, config, gpu)]
+            yield Violation("capability", 1.0, reason)
+            return
+        yield from self.constraints(spec, config, gpu)
+        if bucket is not None:
+            yield from self.reach(spec, config, bucket)
+        yield from self._disorder(spec, config, gpu)
+
+    def fitting(self, spec: S, backend: str, gpu: Gpu, bucket: Bucket | None = None) -> Fitting:
+        """All configs of a backend that break no constraint and reach the bucket, in the order of their choices."""
+        return Fitting(backend, table(self, backend), lambda config: self._broken(spec, config, gpu, bucket))
 
     def canonical(self, spec: S, gpu: Gpu) -> str:
         """The one order of summation of a batch-invariant spec on a GPU: that of the first guess which has one and fits.
@@ -366,18 +323,11 @@ class Op(Problem[S, Z], Kernels[S, Z]):
         Raises:
             NoConfig: there is none.
         """
-        table = self.parameters(backend)
-        reasons: Counter[str] = Counter()
-        tried = 0
-        for values in itertools.product(*(parameter.choices for parameter in table)):
-            config = Config.of(backend, **dict(zip((parameter.name for parameter in table), values, strict=True)))
-            broken = self.violations(spec, config, gpu, bucket)
-            if not broken:
-                return config
-            reasons.update(list(dict.fromkeys(violation.reason for violation in broken)))
-            tried += 1
-        always = [reason for reason, times in reasons.items() if times == tried]  # no choice of parameters would help
-        raise NoConfig(f"{self.name} ({backend})", gpu.name, always or [reason for reason, _ in reasons.most_common(5)])
+        fitting = self.fitting(spec, backend, gpu, bucket)
+        first = next(iter(fitting), None)
+        if first is None:
+            raise NoConfig(f"{self.name} ({backend})", gpu.name, fitting.reasons())
+        return first
 
     def completed(self, spec: Mapping[str, Any]) -> dict[str, Scalar]:
         """A record's spec with the defaults of fields that are newer than the record; as it is where it is no spec any more."""
