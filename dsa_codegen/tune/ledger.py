@@ -68,15 +68,18 @@ class Ledger:
             return float("inf")
         return self._start + share * self.budget_s - self.earlier_s
 
-    def save(self) -> None:
+    def tick(self) -> None:
         """Note the time, every two seconds."""
-        now = time.monotonic()
-        if now - self._saved > _SAVE_EVERY_S:
-            self._saved = now
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"elapsed_s": self.elapsed_s}))
-            os.replace(temporary, self._path)
+        if time.monotonic() - self._saved > _SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Note the time now."""
+        self._saved = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"elapsed_s": self.elapsed_s}))
+        os.replace(temporary, self._path)
 
     def finish(self) -> None:
         """The run is over: the next one has a budget of its own."""

@@ -186,6 +186,7 @@ class _Run:
             except KeyboardInterrupt:
                 interrupted = True
                 self._salvage()
+                self.ledger.save()
             statuses = tuple(map(self._status, self.opened.studies))
         finally:
             self.opened.close()
@@ -299,7 +300,7 @@ class _Run:
 
     def _tell(self) -> None:
         ledger = self.ledger
-        ledger.save()
+        ledger.tick()
         statuses = tuple(map(self._status, self.opened.studies))
         count = len(self.opened.by_problem())
         self.notify(Progress(self.phase, ledger.elapsed_s, ledger.budget_s, statuses, len(self.written), count))

@@ -20,8 +20,11 @@ from tune_support import TRIALS, InstantGpu, contents, stored
 
 
 def test_an_interrupted_run_writes_what_it_has_and_goes_on(go, one_bucket, tmp_path):
+    spent = 1.0  # seconds, in the middle of a search
+
     def interrupt(progress):
         if sum(study.evaluated for study in progress.studies) >= 4:
+            time.sleep(spent)
             raise KeyboardInterrupt
 
     first = go(notify=interrupt)
@@ -30,7 +33,7 @@ def test_an_interrupted_run_writes_what_it_has_and_goes_on(go, one_bucket, tmp_p
     evaluator = InstantGpu(folder=tmp_path / "builds")
     second = go(evaluator)
     assert not second.interrupted
-    assert second.elapsed_s > first.elapsed_s, "the budget goes on as well"
+    assert second.elapsed_s > spent, "the budget goes on as well"
     assert len(evaluator.judged) == TRIALS - first.studies[0].evaluated
     assert [record.search["final"] for record in stored(tmp_path)] == [1]
 
