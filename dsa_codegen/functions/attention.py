@@ -51,7 +51,7 @@ def sparse_attention(
         sms: as in ``indexer_logits``.
         batch_invariant: as there; then none share.
         math: "bf16", or "fp8": queries and tokens in e4m3 with a scale each, weights rounded to e4m3, on GPUs from sm_89 on
-            (docs/performance.md: speed and error). What comes in bf16 is quantised first; what many calls attend to comes as
+            (docs/performance-prefill.md). What comes in bf16 is quantised first; what many calls attend to comes as
             ``quantize_latents`` gives it. No ``max_logits`` then, and none share.
         q_scale: fp32 [queries, heads], positive, where math is "fp8" and q e4m3.
         kv_scale: fp32 [tokens, 1], likewise of kv.

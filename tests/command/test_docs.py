@@ -19,6 +19,7 @@ from command_line import cli
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "docs/usage.md", "docs/engines.md", "docs/training.md", "docs/quality.md", "docs/shapes.md"]
 COMMAND_PAGES = [*PAGES, "docs/benchmark.md", "docs/performance.md", "docs/tuning.md"]
+COMMAND_PAGES += [f"docs/performance-{part}.md" for part in ("selection", "prefill", "decode")]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -52,6 +53,20 @@ def test_commands_and_options_exist(page):
         text = help_of(command)
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in text, f"{command} {option}"
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page):
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", (ROOT / page).read_text()):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if heading:
+            assert heading in map(anchor, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)), f"{path}#{heading}"
 
 
 def test_doctor_says_what_is_missing():
