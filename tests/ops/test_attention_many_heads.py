@@ -80,6 +80,25 @@ def test_pairs_match_the_reference(spec, config, order, tmp_path):
 
 
 @pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (AttentionSpec(128, 576, topk=150, lengths=True, sink=True), CLUSTER),
+        pytest.param(AttentionSpec(128, 576, topk=300), CLUSTER.replace(turns=False), marks=FURTHER),
+        pytest.param(AttentionSpec(128, 512, topk=150, lengths=True), CLUSTER.replace(num_stages=4), marks=FURTHER),
+    ],
+    ids=["lengths, sink", "without turns", "without a tail"],
+)
+def test_clusters_match_the_reference(spec, config, tmp_path):
+    """On two SMs: one cluster takes all queries, in turn."""
+    kernels = emulator.cuda_kernels(render.render(OP, spec, config), tmp_path, "shuffled")
+    variant = Variant(OP, spec, config, replace(H200, sms=2), kernels)
+    for sizes, distribution in (((1, 1), "ragged"), ((3, 333), "ragged"), ((2, 400), "steep")):
+        accuracy = verify(variant, Case(AttentionSizes(*sizes), distribution), "cpu")
+        assert accuracy.passed, (sizes, accuracy.detail)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
 def test_cut_lists_of_pairs_match_the_reference(tmp_path):
     """On three SMs: of four queries the last is cut in three, and parts of short lists are empty."""
     spec = AttentionSpec(64, 512, topk=700, lengths=True, sink=True, max_logits=True)

@@ -10,10 +10,12 @@ import torch
 
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
 from dsa_codegen.problem.caches import tokens_of, valid_slots
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
+from dsa_codegen.proof.verify import verify
 
 import emulator
 from paged_designs import CLUSTERS
@@ -42,6 +44,31 @@ def test_clusters_compile_for_hopper(spec):
 def parameters(text, kernel):
     """The names of a kernel's parameters in order."""
     return [each.split()[-1] for each in re.search(rf"\n{kernel}\((.*?)\) {{", text, re.DOTALL)[1].split(",")]
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionPagedSpec(128, 300, sink=True),
+        TWO_POOLS,
+        pytest.param(AttentionPagedSpec(100, 300, page=7, lengths=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(64, 200, "v4", 53, lengths=True, sink=True), marks=FURTHER),
+        pytest.param(AttentionPagedSpec(100, 150, "v41", d_rope=0, lengths=True), marks=FURTHER),
+    ],
+    ids=lambda spec: spec.id,
+)
+def test_rows_whole_and_in_parts_match_the_reference(spec, tmp_path):
+    """By two clusters: rows in turn, in three parts each, and as the launch shares them out."""
+    kernels, gpu, seen = emulator.cuda_kernels(render(OP, spec, CLUSTERS), tmp_path, "shuffled"), replace(H200, sms=4), set()
+    for splits, rows, distribution in ((1, 3, "ragged"), (3, 2, "ragged"), (0, 3, "random"), (0, 1, "random")):
+        variant = Variant(OP, spec, CLUSTERS.replace(splits=splits), gpu, kernels)
+        accuracy = verify(variant, Case(AttentionPagedSizes(rows, 1, 333), distribution), "cpu", repeats=1)
+        assert accuracy.passed, (splits, rows, accuracy.detail)
+        inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 333), "random"), Draw(0, "meta"))
+        launches = OP.launches(spec, variant.config, inputs, OP.allocate(spec, inputs), gpu)
+        seen.add(tuple(launch.kernel for launch in launches))
+    assert seen == {("attention_paged",), ("attention_paged", "combine")}
 
 
 @pytest.mark.parametrize("splits", [1, 3])

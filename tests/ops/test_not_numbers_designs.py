@@ -50,7 +50,6 @@ DESIGNS = {
         Config.of("triton", block_h=16, block_n=16, num_stages=2, num_warps=4, dequantize="bits", splits=2),
     ),
 }
-NOT_EMULATED = ("channels", "prompts")  # clusters of which a row's channels or queries are split: the emulator has none
 FEW_SMS = 2  # of which each block takes several rows, and sorts lists where the config says so
 
 
@@ -95,7 +94,7 @@ def assert_broken_alone(variant, inputs):
     [
         pytest.param(design, marks=() if design == "alone" else FURTHER)
         for design, (_, config) in DESIGNS.items()
-        if config.backend == "cuda" and design not in NOT_EMULATED
+        if config.backend == "cuda"
     ],
 )
 def test_what_is_broken_stays_alone_emulated(design, tmp_path, monkeypatch):

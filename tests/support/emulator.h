@@ -117,6 +117,8 @@ static void release(std::vector<int> &threads, State state) {
     if (fibers[thread].state == state) fibers[thread].state = State::runnable;
 }
 
+static void (*forget)() = nullptr;  // what the last block left of the hardware's state
+
 // Returns false where no thread can go on: some wait at a barrier or collective that others never reach.
 static bool run_block(int thread_count, Order order, uint &random) {
   std::vector<int> threads(thread_count);
@@ -125,6 +127,7 @@ static bool run_block(int thread_count, Order order, uint &random) {
     threads[i] = i;
   }
   for (Warp &warp : warps) warp.waiting = warp.generation = 0;
+  if (forget) forget();
   if (order == descending) std::reverse(threads.begin(), threads.end());
   for (int live = thread_count; live;) {
     bool moved = false;

@@ -111,6 +111,7 @@ _ACROSS = re.compile(
     re.DOTALL,
 )
 _SOME_WARPS = re.compile(r'asm volatile\("bar\.sync 1, %0;" ::"n"\((.*?)\) : "memory"\);')
+_NAMED = re.compile(r'asm volatile\("bar\.(sync|arrive) (%0|\d+), (\d+);" ::(?:"r"\((.*?)\) )?: "memory"\);')
 _FUNCTION = re.compile(r"(?:template <[^>]*> )?DEVICE ")
 _OF_HOPPER = re.compile(r"\basm\b|\bbarrier_passed\b")  # in a function that emulator_hopper.h has in its place
 _PRODUCT8 = re.compile(r"DEVICE void (\w+)\((.*?)\) \{.*m64n(\d+)k32", re.DOTALL)
@@ -129,20 +130,26 @@ def _cuda(text: str, kernels: dict[str, dict[str, Any]], order: int) -> Iterator
     """The kernels of a text by name, all from one library."""
     header = "emulator_cuda.h"
     if "wgmma" in text:
-        header, text = "emulator_hopper.h", "\n".join(_without_instructions(text))
+        header, text = "emulator_hopper.h", _NAMED.sub(_met, "\n".join(_without_instructions(text)))
     elif "load_remote" in text:
         header, text = "emulator_cluster.h", _SOME_WARPS.sub(r"emulator::meet(\1);", _ACROSS.sub("", text))
-        text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared + emulator::rank() * emulator::block_bytes;", text)
     text = _RECEIVE.sub("done = 1;\n", _BRING.sub(r"\1memcpy(to, from, bytes);\n", _PRAGMA_OR_INCLUDE.sub("", text)))
     text = _ASSEMBLY.sub(";\n", text)
     declared = {match[1]: [" ".join(part.split()) for part in match[2].split(",")] for match in _SIGNATURE.finditer(text)}
-    text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared;", text)
+    text = _SHARED_OF_CUDA.sub(r"\1 *\2 = (\1 *)emulator::shared + emulator::rank() * emulator::block_bytes;", text)
     cluster = max(facts["cluster"] for facts in kernels.values())  # of the functions, which are of the whole text
     launchers = "".join(_cuda_launcher(name, declared[name], facts["cluster"]) for name, facts in kernels.items())
     library = _compiled(f'#define EMULATED_CLUSTER {cluster}\n#include "{header}"\n{text}\n{launchers}')
     for name, facts in kernels.items():
         names = [parameter.rpartition(" ")[2] for parameter in declared[name]]
         yield name, _EmulatedCuda(library[f"launch_{name}"], names, facts["threads"], order, facts.get("tiles", ()))
+
+
+def _met(barrier: re.Match[str]) -> str:
+    """A barrier of some warps, at which they wait or say that they have come."""
+    way, number, threads, expression = barrier.groups()
+    place = expression if number == "%0" else number
+    return f"emulator::meet({place}, {threads}, false);" if way == "sync" else f"emulator::come({place}, {threads});"
 
 
 def _cuda_launcher(name: str, parameters: list[str], cluster: int) -> str:

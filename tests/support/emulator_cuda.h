@@ -17,6 +17,7 @@ struct float2 {
   float x, y;
 };
 static int2 make_int2(int x, int y) { return int2{x, y}; }
+static uint2 make_uint2(uint x, uint y) { return uint2{x, y}; }
 struct int4 {
   int x, y, z, w;
 };
@@ -28,6 +29,7 @@ struct float4 {
   float x, y, z, w;
 };
 static float2 make_float2(float x, float y) { return float2{x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
 static uint4 make_uint4(uint x, uint y, uint z, uint w) { return uint4{x, y, z, w}; }
 template <class To, class From> static To bits_as(From value) {
   To result;

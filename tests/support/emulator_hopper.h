@@ -30,6 +30,7 @@ struct Copy {
   bool valid;
 };
 static Meeting meetings[named_barriers * cluster];
+static const bool forgets = (forget = [] { std::fill(std::begin(meetings), std::end(meetings), Meeting()); }, true);
 static std::vector<Copy> copies[max_threads];
 struct Staged {  // no bytes: the end of a group
   u32 to;
@@ -124,17 +125,24 @@ static bool meet(int number, int threads, bool value) {
   }
   return at.result;
 }
+static void come(int number, int threads) {  // to a meeting, without waiting for it
+  Meeting &at = meetings[rank() * named_barriers + number];
+  if (++at.waiting == threads) at.result = at.any, at.any = false, at.waiting = 0, at.generation++;
+}
 static float widened(u32 address) { return bits_as<float>((u32) * (bf16 *)(shared + address) << 16); }
 static u32 narrowed(float value) {
   const u32 bits = bits_as<u32>(value);
   return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
-// An element of an operand in shared memory whose atoms of 8 rows of 128 bytes are swizzled; rows are k's where transposed.
+// An element of an operand in shared memory whose atoms of 8 rows of 128 bytes are swizzled, or of 64 as the descriptor says; rows
+// are k's where transposed, of 128 bytes.
 static float element(u64 descriptor, bool transposed, int row, int k) {
   const u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
-  const u32 inside = transposed ? k / 8 * stride + k % 8 * 128 + row / 64 * leading + row % 64 * 2 : row / 8 * stride + row % 8 * 128 + k * 2;
-  const u32 address = start + inside;
-  return widened(rank() * block_bytes + (address ^ (address >> 7 & 7) << 4));
+  const bool narrow = descriptor >> 62 == 2;
+  const u32 across = k / 8 * stride + k % 8 * 128 + row / 64 * leading + row % 64 * 2;
+  const u32 along = row / 8 * stride + row % 8 * (narrow ? 64 : 128) + k * 2;
+  const u32 address = start + (transposed ? across : along);
+  return widened(rank() * block_bytes + (address ^ (address >> 7 & (narrow ? 3 : 7)) << 4));
 }
 template <int n, int a_transposed, int b_transposed> static void product(float *d, u64 a, u64 b, bool add) {
   const int lane = current % lanes;
