@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dsa_codegen as dsa
 from dsa_codegen import ops
+from dsa_codegen.kernels.render import render
+from dsa_codegen.kernels.variant import Variant
 from dsa_codegen.ops.attention_paged import AttentionPagedSpec
 from dsa_codegen.problem.caches import KvV32Layout, as_pages
 from dsa_codegen.problem.draw import Draw
@@ -14,9 +18,10 @@ from dsa_codegen.problem.kv_layouts import kv_layout
 from dsa_codegen.problem.op import Config
 from dsa_codegen.runtime import dispatch
 
+import emulator
 from broken_rows import DEVICES, FP8, assert_padding, prefill_inputs, under
 from paged_designs import CLUSTERS
-from support import run_interpreted
+from support import H200, run_interpreted
 
 DECODE = {
     "gluon": Config.of("gluon", splits=1),
@@ -152,6 +157,19 @@ def test_scales_are_right_to_the_edge_of_their_range_on_a_gpu(config, exponent):
     with dispatch.override(ops.get("attention_paged"), DECODE[config]):
         out, _ = dsa.sparse_attention_paged(*list(inputs.values())[:4])
     torch.testing.assert_close(out.float(), torch.full_like(out, 1.5 * 2.0**exponent).float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize("exponent", [-100, -40, 38, 39])
+@pytest.mark.parametrize("config", [name for name in DECODE if name.startswith("cuda")])
+def test_parts_are_right_to_the_edge_of_their_range(tmp_path, config, exponent):
+    """They are fp16 of a power of two that comes along."""
+    op, spec, gpu = ops.get("attention_paged"), AttentionPagedSpec(16, 128), replace(H200, sms=4)
+    inputs = scaled_cache(exponent, "cpu")
+    inputs["indices"] = inputs["indices"].repeat(1, 1, 2)
+    kernels = emulator.cuda_kernels(render(op, spec, DECODE[config]), tmp_path, "shuffled")
+    outputs = Variant(op, spec, DECODE[config], gpu, kernels).run(inputs, op.allocate(spec, inputs))
+    assert (outputs["out"] == 1.5 * 2.0**exponent).all()
 
 
 @pytest.mark.parametrize("exponent", [40, 100])
