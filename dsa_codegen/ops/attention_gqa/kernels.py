@@ -162,4 +162,7 @@ def _smem(spec: AttentionGqaSpec, config: Config, gpu: Gpu) -> int:
     alone = spec.block >= block_n or block_n >= 32 * config["num_warps"]
     ahead = stages - 1 if alone else (stages - 1) // 2
     tiles = max(2, ahead + 1) if _warpgroups(config, gpu) else max(1, ahead)
-    return 2 * block_h * (k_block + block_n) + tiles * 2 * block_n * (k_block + v_block) + 2048
+    # Of the tiles on their way: those numbers, and which of the queries that share a list have a token in theirs.
+    numbers = (0 if alone else 8 * block_n * (stages - 1)) + (4 * block_n * ahead if spec.share > 1 else 0)
+    loop = 2 * block_h * (k_block + block_n) + tiles * 2 * block_n * (k_block + v_block) + max(numbers, 2048)
+    return max(loop, 4 * block_h * v_block)  # behind it sums change places between threads
