@@ -89,12 +89,10 @@ class _Watched(Config):
     def __init__(self, config: Config) -> None:
         object.__setattr__(self, "backend", config.backend)
         object.__setattr__(self, "_config", config)
-        object.__setattr__(self, "_by_name", config.to_dict())
         object.__setattr__(self, "looked_at", set())
 
     looked_at: set[str]
     _config: Config
-    _by_name: dict[str, Scalar]
 
     def __getitem__(self, name: str) -> Any:
         self.looked_at.add(name)
@@ -103,7 +101,7 @@ class _Watched(Config):
     @property
     def values(self) -> tuple[tuple[str, Scalar], ...]:
         """All of them."""
-        self.looked_at.update(self._by_name)
+        self.looked_at.update(self._config.to_dict())
         return self._config.values
 
     def __eq__(self, other: object) -> bool:

@@ -139,8 +139,8 @@ def _steps(parameter: Parameter, value: Scalar) -> list[tuple[str, int, Scalar]]
 
 @functools.lru_cache(maxsize=64)
 def _feasible(space: Space, table: tuple[Parameter, ...]) -> tuple[Config, ...]:
-    """All that fit; the studies of all size buckets ask for the same."""
-    return tuple(space.op.fitting(space.spec, space.backend, space.gpu, space.bucket))
+    """All that fit; the studies of all size buckets ask for the same, of which other choices (``table``) are another."""
+    return tuple(space.op.fitting(space.spec, space.backend, space.gpu))
 
 
 @functools.lru_cache(maxsize=64)

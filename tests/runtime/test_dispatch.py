@@ -95,6 +95,27 @@ def test_override_wins_inside_its_block_only():
     assert dispatch.chosen(OP, SPEC, CASE.sizes, H200).config != config
 
 
+def test_overrides_that_overlap_end_in_any_order():
+    """So blocks of several threads do."""
+    one, other = (Config.of("triton", block_q=1, block_n=64, num_warps=4, num_stages=2, splits=splits) for splits in (1, 2))
+
+    def chosen() -> Config:
+        return dispatch.chosen(OP, SPEC, CASE.sizes, H200).config
+
+    usual = chosen()
+    first, second, equal = dispatch.override(OP, one), dispatch.override(OP, other), dispatch.override(OP, other)
+    first.__enter__()
+    second.__enter__()
+    equal.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen() == other
+    second.__exit__(None, None, None)
+    assert chosen() == other
+    equal.__exit__(None, None, None)
+    assert chosen() == usual
+    assert usual not in (one, other)
+
+
 def test_warmup_needs_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(NoGpu):

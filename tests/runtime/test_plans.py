@@ -195,28 +195,6 @@ def test_overrides_hold_at_once_and_end_at_once(monkeypatch):
 
 
 @pytest.mark.usefixtures("guarded")
-def test_overrides_that_overlap_end_in_any_order(monkeypatch):
-    """So blocks of several threads do."""
-    _, kernels = gpu(monkeypatch)
-    row, split = SPLIT.replace(scheme="row", splits=1), SPLIT
-
-    def served() -> str:
-        kernels.launched.clear()
-        functions.select(*scores(), 64)
-        return "split" if len(kernels.launched) == 2 else "row"
-
-    for one, other, last in ((row, split, "split"), (split, row, "row")):
-        first, second = dispatch.override(select.OP, one), dispatch.override(select.OP, other)
-        first.__enter__()
-        second.__enter__()
-        assert served() == last
-        first.__exit__(None, None, None)
-        assert served() == last
-        second.__exit__(None, None, None)
-        assert served() == "row"
-
-
-@pytest.mark.usefixtures("guarded")
 def test_records_written_since_are_seen_after_a_reset(monkeypatch):
     """What ``lookup`` finds is asked for again."""
     _, kernels = gpu(monkeypatch)
