@@ -122,7 +122,7 @@ KEEPERS = """
           if (thread == 0) memcpy((char*)out + query * Q_TILES * TILE, emulator::shared + AT_Q, Q_TILES * TILE);
         }
         if (thread == (TOGETHER ? tile % 2 * 128 : 0)) {
-          char* to = (char*)partial_out + (query * MOST + tile) * (TILE + 4);
+          char* to = (char*)parts + (query * MOST + tile) * (TILE + 4);
           memcpy(to, emulator::shared + stage * TILE, TILE);
           memcpy(to + TILE, emulator::shared + AT_MASK + 8 * stage, 4);
           memset(emulator::shared + stage * TILE, 0xCD, TILE);
@@ -201,7 +201,7 @@ def test_gatherers_place_what_the_products_read(spec, splits, rank, tmp_path):
     )
     constants = {"TOGETHER": int(together), "Q_TILES": q_tiles, "MOST": MOST}
     kernel = emulator.cuda_gatherers(render(OP, spec, CLUSTERS), tmp_path, "attention_paged", KEEPERS, rank, constants)
-    kernel(main.grid, {"out": queries, "partial_out": tiles}, main.args)
+    kernel(main.grid, {"out": queries, "parts": tiles}, main.args)
     for query in range(4 * splits):
         row, split = divmod(query, splits)
         latents, valid = listed(spec, inputs, row)

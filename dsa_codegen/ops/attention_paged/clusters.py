@@ -6,6 +6,8 @@ import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from ...gpu import Gpu
 from ...kernels.waves import until_done
 from ...problem import channels
@@ -110,16 +112,23 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     clusters = max(gpu.sms // 2, 1)
     whole, splits = (0, config["splits"]) if config["splits"] else _shared_by_clusters(spec, rows, clusters)
     splits = min(splits, shared.most_splits(spec, rows - whole or 1))
-    partial = shared.partials(spec, (rows - whole) * spec.heads * splits if splits > 1 else 0, q.device)
+    count = (rows - whole) * spec.heads * splits if splits > 1 else 0
+    parts = torch.empty(count * _part_bytes(spec), dtype=torch.uint8, device=q.device)
+    facts = torch.empty(count, 4, dtype=torch.float32, device=q.device)  # log2 of the sum, a power of two for each block
     sink = (inputs["sink"],) if spec.sink else ()
-    tensors, scalars = shared.arguments(spec, inputs, (q, sink, (out, lse, *partial)))
+    tensors, scalars = shared.arguments(spec, inputs, (q, sink, (out, lse, parts, facts)))
     grid = (2 * min(whole + (rows - whole) * splits, clusters), 1, 1)
     scratch = (q.new_empty(grid[0] * _HANDED // 2),) if spec.heads <= _HEADS else ()
     main = Launch("attention_paged", grid, (*tensors, *scratch, *scalars, splits, inputs["sm_scale"], whole, rows))
     if splits == 1:
         return (main,)
-    joined = (*sink, *partial, out, lse, splits, whole)
+    joined = (*sink, parts, facts, out, lse, splits, whole)
     return (main, Launch("combine", ((rows - whole) * spec.heads, 1, 1), joined))
+
+
+def _part_bytes(spec: AttentionPagedSpec) -> int:
+    """Of what a part leaves of a head: fp16."""
+    return 2 * spec.layout.d_v
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -129,7 +138,7 @@ def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> t
     The unit is a tile, 2 µs: a cluster starts in 1.5, joining takes 1.5, and a quarter for every MB of parts.
     """
     tiles = -(-spec.topk // shared.TILE) + -(-spec.extra_topk // shared.TILE)
-    part = 4 * spec.layout.d_v * spec.heads
+    part = _part_bytes(spec) * spec.heads
     least = 2 if spec.heads > _HEADS else 3  # of the longest part: fewer are filled up, to two of each group
 
     def duration(shares: tuple[int, int]) -> float:
