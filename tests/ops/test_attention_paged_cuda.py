@@ -11,7 +11,7 @@ import torch
 from dsa_codegen.kernels import build
 from dsa_codegen.kernels.render import render
 from dsa_codegen.kernels.variant import Variant
-from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec
+from dsa_codegen.ops.attention_paged import OP, AttentionPagedSizes, AttentionPagedSpec, clusters
 from dsa_codegen.problem.caches import tokens_of, valid_slots
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case
@@ -71,6 +71,50 @@ def test_rows_whole_and_in_parts_match_the_reference(spec, tmp_path):
     assert seen == {("attention_paged",), ("attention_paged", "combine")}
 
 
+def even(spec, rows, gpu):
+    """What is no wave of whole rows in equal shares, whatever that takes."""
+    room, tiles = gpu.sms // 2, -(-spec.topk // 64) + -(-spec.extra_topk // 64)
+    rest = rows % room
+    share = -(-rest * tiles // room)
+    busy = -(-rest * tiles // share) if rest < rows else room
+    return clusters.Dealt(room if rest < rows else busy, rows - rest, (tiles - 1) // share + 2, share)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    "spec",
+    [AttentionPagedSpec(128, 300), TWO_POOLS, pytest.param(AttentionPagedSpec(64, 400, "v4", 53, lengths=True), marks=FURTHER)],
+    ids=lambda spec: spec.id,
+)
+def test_equal_shares_of_rows_match_the_reference(spec, tmp_path, monkeypatch):
+    """By three clusters: of one row, of two, of which a cluster has both, and behind whole rows."""
+    monkeypatch.setattr(clusters, "dealt", even)
+    variant = Variant(
+        OP, spec, CLUSTERS, replace(H200, sms=6), emulator.cuda_kernels(render(OP, spec, CLUSTERS), tmp_path, "shuffled")
+    )
+    for rows, distribution in ((1, "random"), (2, "ragged"), (4, "random"), (5, "ragged")):
+        accuracy = verify(variant, Case(AttentionPagedSizes(rows, 1, 500), distribution), "cpu", repeats=1)
+        assert accuracy.passed, (rows, accuracy.detail)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 12, 24, 40, 48, 64, 66, 67, 80, 112, 128, 133, 148, 200, 300, 4096])
+@pytest.mark.parametrize(
+    "spec", [AttentionPagedSpec(128, 2048), AttentionPagedSpec(64, 2048), AttentionPagedSpec(128, 640, "v4")]
+)
+def test_every_tile_is_some_clusters(heads, topk, rows):
+    spec = AttentionPagedSpec(heads, topk)
+    tiles, given = -(-spec.topk // 64), clusters.dealt(spec, rows, H200)
+    rest = rows - given.whole
+    assert given.clusters <= 66 and (given.whole % 66 == 0 or given.splits == 1)
+    if given.share:
+        assert 0 < rest < 66 and given.share < tiles
+        assert (given.clusters - 1) * given.share < rest * tiles <= 66 * given.share or given.whole
+        of_a_row = [1 + (row * tiles + tiles - 1) // given.share - row * tiles // given.share for row in range(rest)]
+        assert max(of_a_row) <= given.splits
+    else:
+        assert given.clusters == min(66, given.whole + rest * given.splits)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("spec", [AttentionPagedSpec(128, 70, sink=True), AttentionPagedSpec(5, 70, lengths=True), TWO_POOLS])
 def test_kernels_get_their_arguments(spec, splits):
@@ -91,7 +135,7 @@ def test_kernels_get_their_arguments(spec, splits):
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "clusters", "joined"),
+    ("rows", "heads", "running", "joined"),
     [
         (1, 128, 16, 128),  # no longest part is shorter than two tiles
         (1, 64, 12, 64),  # of 64 heads, than three
@@ -101,11 +145,11 @@ def test_kernels_get_their_arguments(spec, splits):
         (4096, 128, 66, 4 * 128),
     ],
 )
-def test_clusters_share_rows(rows, heads, clusters, joined):
+def test_clusters_share_rows(rows, heads, running, joined):
     spec = AttentionPagedSpec(heads, 2048)
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 4096), "random"), Draw(0, "meta"))
     main, *joining = OP.launches(spec, CLUSTERS, inputs, OP.allocate(spec, inputs), H200)
-    assert main.grid[0] == 2 * clusters
+    assert main.grid[0] == 2 * running
     assert sum(launch.grid[0] for launch in joining) == joined
 
 

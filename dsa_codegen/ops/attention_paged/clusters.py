@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from ...kernels.waves import until_done
 from ...problem import channels
 from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation
-from ...problem.paged import FIXED, scales_of
+from ...problem.paged import FIXED, divider, scales_of
 from ...problem.values import Scalar, upper
 from . import shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
@@ -28,6 +29,7 @@ _HEADS = 64  # of a group; up to so many both groups take all heads, of every se
 _HANDED = 33 * 128 * 16  # bytes that one then hands to the other
 _ROWS = 16  # from which on clusters serve more than 64 heads where no record says otherwise
 _FEW_ROWS, _FEW_HEADS = 8, 16  # and rows without rotary part, which with more heads pay earlier
+_START = 1.5  # tiles that pass before a cluster's first, and that joining takes
 _COMBINERS = 128  # threads that join the parts of a row and head
 _HOPPER_SMEM = 232448  # bytes of a block
 
@@ -109,47 +111,85 @@ def launches(spec: AttentionPagedSpec, config: Config, inputs: Inputs, outputs: 
     """Clusters that stay, each with one row or part of a row after another; then the parts are joined."""
     q, out, lse = inputs["q"], outputs["out"], outputs["lse"]
     rows = q.shape[0] * q.shape[1]
-    clusters = max(gpu.sms // 2, 1)
-    whole, splits = (0, config["splits"]) if config["splits"] else _shared_by_clusters(spec, rows, clusters)
-    splits = min(splits, shared.most_splits(spec, rows - whole or 1))
+    clusters, whole, splits, share = _equal(spec, rows, config["splits"], gpu) if config["splits"] else dealt(spec, rows, gpu)
     count = (rows - whole) * spec.heads * splits if splits > 1 else 0
     parts = torch.empty(count * _part_bytes(spec), dtype=torch.uint8, device=q.device)
     facts = torch.empty(count, 4, dtype=torch.float32, device=q.device)  # log2 of the sum, a power of two for each block
     sink = (inputs["sink"],) if spec.sink else ()
     tensors, scalars = shared.arguments(spec, inputs, (q, sink, (out, lse, parts, facts)))
-    grid = (2 * min(whole + (rows - whole) * splits, clusters), 1, 1)
+    grid = (2 * clusters, 1, 1)
     scratch = (q.new_empty(grid[0] * _HANDED // 2),) if spec.heads <= _HEADS else ()
-    main = Launch("attention_paged", grid, (*tensors, *scratch, *scalars, splits, inputs["sm_scale"], whole, rows))
+    main = Launch("attention_paged", grid, (*tensors, *scratch, *scalars, splits, inputs["sm_scale"], whole, rows, share))
     if splits == 1:
         return (main,)
-    joined = (*sink, parts, facts, out, lse, splits, whole)
+    joined = (*sink, parts, facts, out, lse, splits, whole, _tiles(spec), share, *divider(share or 1))
     return (main, Launch("combine", ((rows - whole) * spec.heads, 1, 1), joined))
 
 
-def _part_bytes(spec: AttentionPagedSpec) -> int:
-    """Of what a part leaves of a head: fp16."""
-    return 2 * spec.layout.d_v
+class Dealt(NamedTuple):
+    """What clusters take of rows."""
+
+    clusters: int
+    """That run, at most as many as there is room for."""
+    whole: int
+    """Rows that a cluster takes whole, one after another."""
+    splits: int
+    """Parts of each other row; where clusters have equal shares of these, places for parts."""
+    share: int
+    """Tiles of the other rows that each cluster takes, one row's behind another's; 0: each row has equal parts."""
 
 
-@functools.lru_cache(maxsize=1 << 10)
-def _shared_by_clusters(spec: AttentionPagedSpec, rows: int, clusters: int) -> tuple[int, int]:
-    """(rows that a cluster takes whole, parts that each of the others is split into), so that all end soonest.
+def _equal(spec: AttentionPagedSpec, rows: int, splits: int, gpu: Gpu, whole: int = 0) -> Dealt:
+    """Rows in equal parts, as many as their memory allows."""
+    splits = min(splits, shared.most_splits(spec, rows - whole or 1))
+    return Dealt(min(whole + (rows - whole) * splits, _clusters(gpu)), whole, splits, 0)
 
-    The unit is a tile, 2 µs: a cluster starts in 1.5, joining takes 1.5, and a quarter for every MB of parts.
+
+@functools.lru_cache(maxsize=1 << 12)
+def dealt(spec: AttentionPagedSpec, rows: int, gpu: Gpu) -> Dealt:
+    """Rows whole, in equal parts or in equal shares of what is left, so that all end soonest.
+
+    The unit is a tile, 2.4 µs on an H200: a cluster starts in 1.5 and goes on to another row in one, joining takes 1.5, and a
+    quarter for every MB of parts.
     """
-    tiles = -(-spec.topk // shared.TILE) + -(-spec.extra_topk // shared.TILE)
-    part = _part_bytes(spec) * spec.heads
+    clusters, tiles, part = _clusters(gpu), _tiles(spec), _part_bytes(spec) * spec.heads
     least = 2 if spec.heads > _HEADS else 3  # of the longest part: fewer are filled up, to two of each group
+
+    def joining(parts: int) -> float:
+        return _START + parts * part / 4e6 if parts else 0
 
     def duration(shares: tuple[int, int]) -> float:
         whole, splits = shares
-        joining = 1.5 + (rows - whole) * splits * part / 4e6 if splits > 1 else 0
-        return until_done(rows, clusters, tiles, whole, splits, start=1.5) + joining
+        parts = (rows - whole) * splits if splits > 1 else 0
+        return until_done(rows, clusters, tiles, whole, splits, start=_START) + joining(parts)
 
     def fits(shares: tuple[int, int]) -> bool:
         whole, splits = shares
         return splits == 1 or (-(-tiles // splits) >= least and (rows - whole) * splits * part <= shared.PARTIAL_BYTES)
 
     waves = rows // clusters
-    whole = (0, max(waves - 1, 0) * clusters, waves * clusters)
-    return min(filter(fits, itertools.product(whole, shared.SPLITS)), key=duration)
+    of_waves = (0, max(waves - 1, 0) * clusters, waves * clusters)
+    whole, splits = equal = min(filter(fits, itertools.product(of_waves, shared.SPLITS)), key=duration)
+    rest = rows - waves * clusters
+    share = max(-(-rest * tiles // clusters), least)
+    if rest and share < tiles:
+        busy = -(-rest * tiles // share)
+        end = waves * (_START + tiles) + _START + 1 + share + joining(busy + rest)
+        if end < duration(equal):
+            return Dealt(clusters if waves else busy, rows - rest, (tiles - 1) // share + 2, share)
+    return _equal(spec, rows, splits, gpu, whole)
+
+
+def _clusters(gpu: Gpu) -> int:
+    """That run at once."""
+    return max(gpu.sms // 2, 1)
+
+
+def _tiles(spec: AttentionPagedSpec) -> int:
+    """Of a row's lists."""
+    return -(-spec.topk // shared.TILE) + -(-spec.extra_topk // shared.TILE)
+
+
+def _part_bytes(spec: AttentionPagedSpec) -> int:
+    """Of what a part leaves of a head: fp16."""
+    return 2 * spec.layout.d_v
