@@ -15,7 +15,7 @@ from dsa_codegen.gpu import Gpu
 from dsa_codegen.problem.draw import Draw
 from dsa_codegen.problem.op import Case, Inputs, Op
 
-from .sources import label, of, rendered
+from .sources import are_pairs, label, of, rendered
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FEW = 4
@@ -27,8 +27,9 @@ text has long cases among its own: more blocks than the GPU has SMs, loops and r
 """
 _LONG_EVERY = 4  # texts
 SMS = {"attention": 2, "attention_paged": 3, "select": 1}
-"""On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers: their blocks stay, and take
-several queries (rows of scores, shares of rows) of a short case there, where on all SMs each would take one."""
+"""On how many SMs an operation's kernels in CUDA C++ run under the tools that look at barriers, twice as many where blocks are
+pairs: they stay, and take several queries (rows of scores, shares of rows) of a short case there, where on all SMs each would
+take one."""
 _BARRIERS = ("racecheck", "synccheck")
 _GAP = 64  # elements between blocks of a cache that holds several layers
 
@@ -66,7 +67,9 @@ def _reads_plain_pages(subject: Subject) -> bool:
 def sms(check: Check, gpu: Gpu) -> int:
     """On how many SMs a check runs."""
     few = check.subject.config.backend == "cuda" and check.tool in _BARRIERS and not check.long
-    return min(SMS.get(check.subject.op.name, gpu.sms), gpu.sms) if few else gpu.sms
+    if not few or check.subject.op.name not in SMS:
+        return gpu.sms
+    return min(SMS[check.subject.op.name] * (2 if are_pairs(check.subject) else 1), gpu.sms)
 
 
 def cases_of(subject: Subject, tool: str, gpu: Gpu, long: bool = True) -> list[Check]:

@@ -38,6 +38,7 @@ _SOME_OPTIONS = (0, 3, -1)
 _V4 = {"kv_layout": "v4", "d_nope": 448}
 _V41 = {"kv_layout": "v41", "d_rope": 0}
 
+_PAIRS = "\nCLUSTER = 2\n"
 _BY_OWN_WAYS = "DEVICE void block_sync()"
 _ARRIVE, _WAIT = '"barrier.cluster.arrive.relaxed.aligned;"', '"barrier.cluster.wait.acquire.aligned;"'
 _IN_STEP = (
@@ -167,6 +168,11 @@ def of(subjects: Iterable[Subject], op: str, backend: str) -> list[Subject]:
 def rendered(subject: Subject) -> Rendered:
     """Its text."""
     return render(subject.op, subject.spec, subject.config)
+
+
+def are_pairs(subject: Subject) -> bool:
+    """Whether two blocks are a cluster."""
+    return _PAIRS in rendered(subject).code
 
 
 def comes_by_own_ways(subject: Subject) -> bool:
