@@ -101,8 +101,7 @@ def test_equal_shares_of_rows_match_the_reference(spec, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spec", [AttentionPagedSpec(128, 2048), AttentionPagedSpec(64, 2048), AttentionPagedSpec(128, 640, "v4")]
 )
-def test_every_tile_is_some_clusters(heads, topk, rows):
-    spec = AttentionPagedSpec(heads, topk)
+def test_every_tile_is_some_clusters(spec, rows):
     tiles, given = -(-spec.topk // 64), clusters.dealt(spec, rows, H200)
     rest = rows - given.whole
     assert given.clusters <= 66 and (given.whole % 66 == 0 or given.splits == 1)
