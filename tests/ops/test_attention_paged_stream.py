@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,28 +62,73 @@ def test_streams_compile_for_hopper(heads, columns, placers):
     assert "C75" not in (built.folder / "kernels.log").read_text(), "the assembler serialised products"
 
 
-@pytest.mark.parametrize(
-    ("heads", "columns", "splits", "placers", "rows", "parts"),
-    [
-        (16, 16, 0, 0, 8, 16),  # all blocks at once
-        (40, 32, 0, 0, 8, 8),
-        (16, 16, 0, 0, 1, 32),  # a tile a block
-        (16, 16, 0, 16, 300, 1),
-        (16, 16, 3, 8, 8, 3),
-    ],
-)
-def test_rows_are_cut_so_that_all_blocks_run_at_once(heads, columns, splits, placers, rows, parts):
-    spec = AttentionPagedSpec(heads, 2048, sink=True, lengths=True)
+def launched(spec, config, rows, gpu=H200):
+    """Both launches, whose arguments are of the kinds that the kernels take."""
     inputs = OP.inputs(spec, Case(AttentionPagedSizes(rows, 1, 90), "ragged"), Draw(0, "meta"))
-    config, units = streamed(columns, splits, placers), rows * -(-heads // columns)
-    main, join = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), H200)
+    launches = OP.launches(spec, config, inputs, OP.allocate(spec, inputs), gpu)
     namespace: dict = {}
     exec(render(OP, spec, config).code, namespace)
-    assert (main.grid, main.args[-2], join.args[-1]) == ((units * parts, 1, 1), parts, parts)
-    assert join.grid == (units * columns // 8 * 4, 1, 1)
-    for launch in (main, join):
+    for launch in launches:
         kinds = namespace["KERNELS"][launch.kernel]["args"]
         assert [isinstance(value, torch.Tensor) for value in launch.args] == [kind == "ptr" for kind in kinds]
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("heads", "columns", "splits", "rows", "parts"),
+    [(16, 16, 0, 8, 16), (40, 32, 0, 8, 8), (16, 16, 0, 1, 32), (16, 16, 3, 300, 3)],  # at once; a tile a block
+)
+def test_rows_are_cut_so_that_all_blocks_run_at_once(heads, columns, splits, rows, parts):
+    spec, config = AttentionPagedSpec(heads, 2048, sink=True, lengths=True), streamed(columns, splits)
+    main, join = launched(spec, config, rows)
+    units = rows * -(-heads // columns)
+    assert (main.grid, main.args[-2], join.args[-1]) == ((units * parts, 1, 1), parts, parts)
+    assert join.grid == (units * columns // 8 * 4, 1, 1)
+
+
+EVEN, TILES = 0xFFFFFFFF, 0xFFFFFFC0  # where entries are cut
+
+
+@pytest.mark.parametrize(
+    ("heads", "columns", "splits", "rows", "blocks", "taken"),
+    [
+        (16, 16, 3, 8, 24, (0, 1, 3, EVEN)),
+        (16, 16, 3, 300, 900, (0, 1, 3, EVEN)),
+        (16, 16, 0, 5, 130, (0, 1, 26, EVEN)),  # two tiles each; the second is short
+        (16, 16, 0, 64, 128, (0, 1, 2, EVEN)),
+        (16, 16, 0, 128, 128, (128, 0, 1, EVEN)),
+        (16, 16, 1, 300, 300, (300, 0, 1, EVEN)),
+        (16, 16, 0, 48, 132, (0, 4, 11, TILES)),  # 12 tiles instead of 16 of halves
+        (16, 16, 0, 96, 132, (0, 8, 11, TILES)),  # 24 instead of 32
+        (16, 16, 0, 264, 132, (264, 0, 1, TILES)),
+        (16, 16, 0, 300, 132, (264, 3, 11, TILES)),  # 64 + 9 instead of 96
+        (16, 16, 0, 133, 132, (132, 1, 32, TILES)),
+        (40, 32, 0, 150, 132, (264, 3, 11, TILES)),
+    ],
+)
+def test_blocks_with_roles_take_equal_shares(heads, columns, splits, rows, blocks, taken):
+    spec, config = AttentionPagedSpec(heads, 2048, sink=True, lengths=True), streamed(columns, splits, 16)
+    main, *joins = launched(spec, config, rows)
+    units = rows * -(-heads // columns)
+    assert (main.grid, (*main.args[-8:-4], main.args[-2])) == ((blocks, 1, 1), (units, *taken))
+    joined = [((units - taken[0]) * columns // 8 * 4, 1, 1)] if units > taken[0] else []  # whole rows are nobody's part
+    assert [join.grid for join in joins] == joined
+    assert all(join.args[-3:] == taken[:3] for join in joins)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on x86-64")
+@pytest.mark.parametrize(
+    ("spec", "columns", "placers"),
+    [
+        (AttentionPagedSpec(5, 300, page=53, lengths=True, sink=True), 16, 16),
+        pytest.param(AttentionPagedSpec(40, 300), 32, 8, marks=FURTHER),
+    ],
+    ids=["16 columns", "32 columns"],
+)
+def test_shares_that_go_on_across_rows_match_the_reference(spec, columns, placers, tmp_path):
+    """By GPUs of few SMs: rows whole and in shares, of one row, of several, of none; rows without a token between others."""
+    for sms, sizes in ((1, (3, 1, 333)), (3, (7, 1, 333)), (3, (2, 2, 90)), (5, (3, 1, 300))):
+        assert_emulated(spec, streamed(columns, 0, placers), tmp_path, ((sizes, "ragged"),), replace(H200, sms=sms))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +166,7 @@ def test_the_order_of_summation_is_that_of_the_parts():
         (32, 2048, "v32", 1, 16, 0),  # 32 tiles: more blocks take less time than fewer with all heads
         (32, 2048, "v32", 2, 32, 0),
         (32, 2048, "v32", 8, 32, 8),
-        (32, 2048, "v32", 64, 32, 16),
+        (32, 2048, "v32", 64, 32, 8),
         (64, 2048, "v32", 8, 0, 0),
         (16, 512, "v32", 8, 0, 0),
         (16, 2048, "v4", 8, 0, 0),
