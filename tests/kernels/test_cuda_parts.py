@@ -86,9 +86,12 @@ def test_numbers(machine):
     x[5:9] = torch.tensor(
         [[2.0**-9], [2.0**-10], [3 * 2.0**-10], [0.0176]]
     )  # e4m3's smallest, halves of it, one below the normal ones
-    out, powers = run(machine, "numbers", given(machine, x), words(machine, 128, 8), words(machine, 128).view(torch.float32))[
-        1:
-    ]
+    x[9:13, 0] = torch.tensor([2.0**-149, 2.0**-112, 3e38, 32768.0])
+    x.view(INT)[13:16, 0] = torch.tensor([0x3F8000FF, 0x3F800000, 0x3F800080])  # last bytes: NaN, none, 2
+    out, powers = run(
+        machine, "numbers", given(machine, x), words(machine, 128, 8), words(machine, 128, 4).view(torch.float32)
+    )[1:]
+    powers, lift, fall, scale = powers.unbind(1)
     a, b, c, d = x.unbind(1)
     pair, scaled, halves, less, quarter, low, high, most = out.unbind(1)
     assert same(pair[:, None].view(BF16), torch.stack([a, b], 1).to(BF16))
@@ -103,6 +106,12 @@ def test_numbers(machine):
     expected = a.double().exp2()
     close = (powers.double() - expected).abs() <= 2.0**-21 * expected
     assert (close | (powers.isnan() & a.isnan()) | (powers == expected)).all()
+    finite, largest = a.isfinite(), (a * lift).abs()
+    assert (lift * fall == 1).all() and (lift[~finite] == 1).all() and (largest[finite] < 2.0**15).all()
+    assert (largest >= 2.0**14)[finite & (a.abs() >= 2.0**-112)].all()
+    byte = x[:, 0].contiguous().view(torch.uint8).view(128, 4)[:, 0].double()
+    expected = torch.where(byte == 255, NAN, torch.where(byte == 0, 0.0, (byte - 127).exp2()))
+    assert same(scale[finite], expected[finite])
 
 
 def test_matrices(machine):
