@@ -117,6 +117,11 @@ def _range(value: int, edges: tuple[int, ...]) -> tuple[int, int | None]:
     return low, high
 
 
+def typical(low: int, high: int | None) -> int:
+    """The size that stands for a range: its largest, as what is best for that costs the smaller ones little."""
+    return 4 * low if high is None else high - 1
+
+
 def contains(outer: Bucket, inner: Bucket) -> bool:
     """Whether all sizes of ``inner`` lie in ``outer``; a field that ``outer`` does not state may have any value."""
     ranges = {name: (low, high) for name, low, high in inner}

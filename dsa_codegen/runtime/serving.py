@@ -13,7 +13,7 @@ from ..ops.quantize.problem import WEIGHTS
 from ..problem.op import Op
 from ..problem.paged import SLOTS
 from ..problem.presets import Model
-from ..problem.values import Sizes, Spec
+from ..problem.values import Sizes, Spec, typical
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def buckets(op: Op, spec: Spec, largest: Mapping[str, int | None]) -> Iterator[S
     workloads = [case.sizes for case in op.workloads(spec)]
     known = {sizes.bucket(): sizes for sizes in workloads}
     ranges = [
-        [(name, _typical(low, high, largest.get(name))) for low, high in _ranges(edges, largest.get(name))]
+        [(name, _below(largest.get(name), typical(low, high))) for low, high in _ranges(edges, largest.get(name))]
         for name, edges in op.sizes_type.EDGES.items()
     ]
     for chosen in itertools.product(*ranges):
@@ -105,7 +105,5 @@ def _ranges(edges: Sequence[int], limit: int | None) -> list[tuple[int, int | No
     return [(low, high) for low, high in ranges if limit is None or low <= limit]
 
 
-def _typical(low: int, high: int | None, limit: int | None) -> int:
-    """A size of the range: its largest below the limit, as a default tuned for it costs the smaller ones little."""
-    largest = 4 * low if high is None else high - 1
-    return largest if limit is None else min(largest, limit)
+def _below(limit: int | None, size: int) -> int:
+    return size if limit is None else min(size, limit)

@@ -114,6 +114,23 @@ def test_every_tile_is_some_clusters(spec, rows):
         assert given.clusters == min(66, given.whole + rest * given.splits)
 
 
+@pytest.mark.parametrize(
+    ("spec", "batch", "next_n", "served"),
+    [
+        (AttentionPagedSpec(128, 2048), 8, 1, False),  # rounds
+        (AttentionPagedSpec(128, 2048), 9, 1, True),
+        (AttentionPagedSpec(128, 2048), 5, 2, True),
+        (AttentionPagedSpec(128, 2048), 200, 2, True),
+        (AttentionPagedSpec(128, 1024), 9, 1, False),
+        (AttentionPagedSpec(64, 640, "v4"), 64, 1, True),
+        (AttentionPagedSpec(64, 640, "v4"), 57, 2, False),
+        (AttentionPagedSpec(64, 2048), 64, 1, False),  # pairs
+    ],
+)
+def test_they_serve_what_they_are_known_to_serve_faster(spec, batch, next_n, served):
+    assert (OP.default_config(spec, AttentionPagedSizes(batch, next_n, 1 << 20), H200) == CLUSTERS) is served
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("spec", [AttentionPagedSpec(128, 70, sink=True), AttentionPagedSpec(5, 70, lengths=True), TWO_POOLS])
 def test_kernels_get_their_arguments(spec, splits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 from test_records import CASE, CONFIG, SPEC, make
@@ -14,6 +15,7 @@ from dsa_codegen.errors import InputError, RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
+from dsa_codegen.ops.needs import specs
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.op import Case, exceeds
 from dsa_codegen.problem.values import upper
@@ -192,6 +194,20 @@ def test_neither_a_default_nor_a_stand_in_is_out_of_reach(short):
     assert {config["num_stages"] for config in rooms.stand_ins(OP, SPEC, SIZES, H200)} == {4}
     assert OP.violations(SPEC, CONFIG, H200) == OP.violations(SPEC, CONFIG, H200, near.bucket()) == []
     assert [each.name for each in OP.violations(SPEC, CONFIG, H200, SIZES.bucket())] == ["context"]
+
+
+@pytest.mark.parametrize("preset", ["tiny-gqa", "ax-k2", "deepseek-v4-pro", "deepseek-v3.2"])
+def test_a_default_is_the_same_throughout_its_bucket(preset):
+    """What is loaded serves the bucket, whichever call came first."""
+    chance = random.Random(1)
+    for op, spec in specs(presets.preset(preset), (), H200):
+        first, found = op.workloads(spec)[0].sizes, {}
+        for _ in range(400):
+            drawn = {name: int(2 ** chance.uniform(0, 18 if name == "tokens" else 13)) for name in op.sizes_type.EDGES}
+            sizes = dataclasses.replace(first, **drawn)
+            found.setdefault(sizes.bucket(), set()).add(lookup(op, spec, sizes, H200, {}).config)
+        several = {bucket: configs for bucket, configs in found.items() if len(configs) > 1}
+        assert not several, (op.name, spec.id)
 
 
 def test_borrowed_only_where_nothing_is_violated(folders):

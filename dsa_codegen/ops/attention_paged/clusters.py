@@ -15,7 +15,7 @@ from ...problem import channels
 from ...problem.kv_layouts import KvPlainLayout
 from ...problem.op import Config, Inputs, Launch, Outputs, Violation
 from ...problem.paged import FIXED, divider, scales_of
-from ...problem.values import Scalar, upper
+from ...problem.values import Scalar, lower, upper
 from . import shared
 from .problem import AttentionPagedSizes, AttentionPagedSpec
 
@@ -27,8 +27,8 @@ _STAGED_ROPE = 16 * 4  # of them more where rotary channels follow: a word of ea
 _SCALES = (("e8m0", 32), ("fp32", 128))  # of rows without rotary part: 8 bytes for each block
 _HEADS = 64  # of a group; up to so many both groups take all heads, of every second tile
 _HANDED = 33 * 128 * 16  # bytes that one then hands to the other
-_ROWS = 16  # from which on clusters serve more than 64 heads where no record says otherwise
-_FEW_ROWS, _FEW_HEADS = 8, 16  # and rows without rotary part, which with more heads pay earlier
+_LEAST_ROWS = 9  # from which on clusters serve more than 64 heads where no record says otherwise
+_ROWS, _FEW_ROWS, _FEW_HEADS = 16, 8, 16  # and rows without rotary part, which with more heads pay earlier
 _START, _ERRAND = 1.5, 0.5  # tiles that pass before a cluster's first, and on its way to another row
 _JOINING, _JOINING_MB = 1.0, 0.45  # that joining takes, and for every MB of parts
 _COMBINERS = 128  # threads that join the parts of a row and head
@@ -62,18 +62,21 @@ def halves(spec: AttentionPagedSpec) -> bool:
 
 
 def pay(spec: AttentionPagedSpec, sizes: AttentionPagedSizes, gpu: Gpu) -> bool:
-    """Whether clusters are known to take less than Gluon's blocks of 64 heads, or than Triton's where those do not serve.
+    """Whether in the sizes' bucket clusters are known to take less than Gluon's blocks of 64 heads, or Triton's.
 
-    On an H200 with 128 heads 32.5 µs against 36.4 at 16 rows, 75 against 103 at 64, 25 each at 8; with 64 heads 57 and 63 at
-    64 rows, where each has a cluster of its own, 28 against 26 at 16, 110 against 99 at 128. Of 528 bytes with 64 heads
-    16 against Triton's 13 at one row, 17 against 22 at 8, 20 against 99 at 64; with 8 heads 15 against 13 at 8.
+    On an H200 with 128 heads and k 2048 over 656 bytes 25.2 µs against 28.1 at 9 rows, 29.4 against 33.8 at 12, 30.4 against
+    36.5 at 16, 36 against 43 at 18; with 64 heads 57 and 63 at 64 rows, where each has a cluster of its own, 28 against 26 at
+    16, 110 against 99 at 128. Of 528 bytes with 64 heads 16 against Triton's 13 at one row, 17 against 22 at 8, 20 against 99
+    at 64; with 8 heads 15 against 13 at 8.
     """
-    rows, clusters = sizes.batch * sizes.next_n, gpu.sms // 2
+    bucket, clusters = sizes.bucket(), gpu.sms // 2
+    least = max(lower(bucket, "batch"), 1) * max(lower(bucket, "next_n"), 1)
     if spec.general:
-        return bool(spec.extra_topk) or rows >= (_FEW_ROWS if spec.heads > _FEW_HEADS else _ROWS)
+        most = upper(bucket, "batch") * upper(bucket, "next_n")
+        return bool(spec.extra_topk) or most >= (_FEW_ROWS if spec.heads > _FEW_HEADS else _ROWS)
     if spec.heads > _HEADS:
-        return rows >= _ROWS
-    return spec.heads > _HEADS // 2 and clusters // 2 < rows <= clusters and upper(sizes.bucket(), "batch") <= clusters
+        return max(least, lower(bucket, "rows")) >= _LEAST_ROWS
+    return spec.heads > _HEADS // 2 and clusters // 2 < least <= clusters and upper(bucket, "batch") <= clusters
 
 
 def derived(spec: AttentionPagedSpec) -> dict[str, Scalar]:
