@@ -205,6 +205,9 @@ def test_default_for_many_short_contexts():
     few = [OP.default_config(replace(SPEC, next_n=n), IndexerPagedSizes(128, 1024), H200).backend for n in (1, 2, 3, 4)]
     assert few == ["gluon", "gluon", "cuda", "cuda"]
     assert OP.default_config(SPEC, short, resolve("b200")).backend == "triton"
+    middling = [OP.default_config(replace(SPEC, next_n=n), IndexerPagedSizes(300, 7168), H200) for n in (1, 2, 3, 4)]
+    assert [config["halved"] for config in middling] == [0, 0, 1, 1]
+    assert OP.default_config(replace(SPEC, next_n=2), IndexerPagedSizes(300, 7169), H200)["halved"] == 1
 
 
 @pytest.mark.parametrize(

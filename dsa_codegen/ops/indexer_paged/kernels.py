@@ -88,14 +88,15 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         return "-".join(["triton", *(str(config[name]) for name in ("block_q", "block_n", "num_warps"))])
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
-        (_, several, crowd), (middling, long) = IndexerPagedSizes.EDGES["batch"], IndexerPagedSizes.EDGES["context"]
+        (_, several, crowd), (middling, longer, long) = IndexerPagedSizes.EDGES["batch"], IndexerPagedSizes.EDGES["context"]
         many = sizes.batch >= several and sizes.context >= long
         crowded = sizes.batch >= crowd and sizes.context >= middling  # two queries of 256 x 8K: 84 us for 92
+        # Of 100 x 1K four queries take 12 us for 32, one of 64 x 2K 7.1 for 6.7; two of 300 x 5000 57 for 65, three 97 for 95.
+        fewest, short = (crowd, longer) if spec.next_n < 3 else (several, middling)
+        if sizes.context < short and sizes.batch >= fewest and halves.streams(spec):
+            yield halves.guess_short(spec)
         if (many or crowded) and halves.wins(spec):
             yield halves.guess(spec)
-        # Of 100 x 1K four queries take 12 us for 32; one of 64 x 2K 7.1 for 6.7
-        if sizes.context < middling and sizes.batch >= (crowd if spec.next_n < 3 else several) and halves.streams(spec):
-            yield halves.guess_short(spec)
         # Many small blocks hide each other's latencies. Where products leave no registers for them, two products per block do.
         # Logits that the L2 can keep are written as they come; with several products per tile DRAM waits anyway. So are those
         # of several queries: 64 rows of 64K with two take 162 µs on an H200, gathered 195 in turns with it (160 alone).

@@ -70,7 +70,7 @@ class IndexerPagedSizes(Sizes):
     batch: int
     context: int
     """Columns of the logits: the longest length that any query may have."""
-    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 129), "context": (4097, 16385)}
+    EDGES: ClassVar[Mapping[str, tuple[int, ...]]] = {"batch": (2, 17, 129), "context": (4097, 7169, 16385)}
 
 
 class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
@@ -190,7 +190,7 @@ class IndexerPagedProblem(Problem[IndexerPagedSpec, IndexerPagedSizes]):
         return tuple(replace(spec, **change) for change in changes)
 
     def workloads(self, spec: IndexerPagedSpec) -> Sequence[Case[IndexerPagedSizes]]:
-        sizes = ((64, 65536), (8, 65536), (1, 65536), (256, 8192), (64, 8192), (8, 8192), (1, 8192), (600, 512))
+        sizes = ((64, 65536), (8, 65536), (1, 65536), (256, 8192), (64, 8192), (8, 8192), (1, 8192), (600, 512), (300, 6000))
         return [Case(IndexerPagedSizes(batch, context), "full") for batch, context in sizes]
 
 
