@@ -88,11 +88,12 @@ class IndexerPagedKernels(Kernels[IndexerPagedSpec, IndexerPagedSizes]):
         return "-".join(["triton", *(str(config[name]) for name in ("block_q", "block_n", "num_warps"))])
 
     def guesses(self, spec: IndexerPagedSpec, sizes: IndexerPagedSizes, gpu: Gpu) -> Iterable[Config]:
-        (_, several, crowd), (middling, longer, long) = IndexerPagedSizes.EDGES["batch"], IndexerPagedSizes.EDGES["context"]
+        _, several, crowd = IndexerPagedSizes.EDGES["batch"]
+        middling, past_middling, long = IndexerPagedSizes.EDGES["context"]
         many = sizes.batch >= several and sizes.context >= long
         crowded = sizes.batch >= crowd and sizes.context >= middling  # two queries of 256 x 8K: 84 us for 92
         # Of 100 x 1K four queries take 12 us for 32, one of 64 x 2K 7.1 for 6.7; two of 300 x 5000 57 for 65, three 97 for 95.
-        fewest, short = (crowd, longer) if spec.next_n < 3 else (several, middling)
+        fewest, short = (crowd, past_middling) if spec.next_n < 3 else (several, middling)
         if sizes.context < short and sizes.batch >= fewest and halves.streams(spec):
             yield halves.guess_short(spec)
         if (many or crowded) and halves.wins(spec):
