@@ -13,6 +13,7 @@ from ..errors import SpecError
 
 Scalar = int | str | bool
 _Value = TypeVar("_Value", bound="Value")
+_Sizes = TypeVar("_Sizes", bound="Sizes")
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*\Z")
 
 
@@ -105,6 +106,11 @@ class Sizes(Value):
     def bucket(self) -> Bucket:
         """The ranges of the sizes that share a record with these."""
         return tuple((name, *_range(getattr(self, name), edges)) for name, edges in self.EDGES.items())
+
+    def typical(self: _Sizes, other: _Sizes) -> _Sizes:
+        """The sizes that stand for all of this bucket; what the bucket does not state is as in ``other``."""
+        stated: Mapping[str, Any] = {name: typical(low, high) for name, low, high in self.bucket() if name in self.EDGES}
+        return dataclasses.replace(other, **stated)
 
     def point(self) -> Bucket:
         """The ranges that hold these sizes and no others."""

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import paths
@@ -29,7 +29,7 @@ from ..gpu import Gpu
 from ..kernels import backends
 from ..kernels.render import render
 from ..problem.op import Config, Op
-from ..problem.values import Bucket, Sizes, Spec, contains, holds, octaves, typical
+from ..problem.values import Bucket, Sizes, Spec, contains, holds, octaves
 from ..proof.timing import TIE
 from .files import path_of, read, read_all
 from .record import MEASURED, MODELLED, GpuKey, Record
@@ -160,8 +160,7 @@ def _board(record: Record, gpu: Gpu) -> str:
 def _stand_in(op: Op, spec: Spec, sizes: Sizes) -> Sizes:
     """The workload of the same bucket, else what is typical of it: a default must not depend on which call came first."""
     bucket, workloads = sizes.bucket(), [case.sizes for case in op.workloads(spec)]
-    stated = {name: typical(low, high) for name, low, high in bucket if name in op.sizes_type.EDGES}
-    return next((each for each in (*workloads, replace(workloads[0], **stated)) if each.bucket() == bucket), sizes)
+    return next((each for each in workloads if each.bucket() == bucket), sizes.typical(workloads[0]))
 
 
 def _default(op: Op, spec: Spec, sizes: Sizes, gpu: Gpu, notes: list[str]) -> Found:

@@ -15,7 +15,6 @@ from dsa_codegen.errors import InputError, RecordError
 from dsa_codegen.gpu import resolve
 from dsa_codegen.kernels.render import installed_triton, render
 from dsa_codegen.ops.indexer import IndexerSizes, IndexerSpec
-from dsa_codegen.ops.needs import specs
 from dsa_codegen.problem import presets
 from dsa_codegen.problem.op import Case, exceeds
 from dsa_codegen.problem.values import upper
@@ -196,16 +195,18 @@ def test_neither_a_default_nor_a_stand_in_is_out_of_reach(short):
     assert [each.name for each in OP.violations(SPEC, CONFIG, H200, SIZES.bucket())] == ["context"]
 
 
+@pytest.mark.parametrize("gpu", ["h200", "b200"])
 @pytest.mark.parametrize("preset", ["tiny-gqa", "ax-k2", "deepseek-v4-pro", "deepseek-v3.2"])
-def test_a_default_is_the_same_throughout_its_bucket(preset):
+def test_a_default_is_the_same_throughout_its_bucket(preset, gpu):
     """What is loaded serves the bucket, whichever call came first."""
-    chance = random.Random(1)
-    for op, spec in specs(presets.preset(preset), (), H200):
+    chance, model, gpu = random.Random(1), presets.preset(preset), resolve(gpu)
+    for op, spec in [(each, spec) for each in ops.all_ops().values() for spec in each.specs(model)]:
         first, found = op.workloads(spec)[0].sizes, {}
         for _ in range(400):
-            drawn = {name: int(2 ** chance.uniform(0, 18 if name == "tokens" else 13)) for name in op.sizes_type.EDGES}
+            drawn = {name: int(2 ** chance.uniform(0, 21 if name == "tokens" else 13)) for name in op.sizes_type.EDGES}
             sizes = dataclasses.replace(first, **drawn)
-            found.setdefault(sizes.bucket(), set()).add(lookup(op, spec, sizes, H200, {}).config)
+            assert sizes.typical(first).bucket() == sizes.bucket()
+            found.setdefault(sizes.bucket(), set()).add(lookup(op, spec, sizes, gpu, {}).config)
         several = {bucket: configs for bucket, configs in found.items() if len(configs) > 1}
         assert not several, (op.name, spec.id)
 

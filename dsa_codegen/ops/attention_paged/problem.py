@@ -29,7 +29,7 @@ from ...problem.paged import FIXED, check_cache, check_plain_rows, scales_of
 from ...problem.paged import check_scale as check_cache_scale
 from ...problem.presets import NO_CACHE, Model
 from ...problem.quantization import quantize_groups
-from ...problem.values import Bucket, Sizes, Spec
+from ...problem.values import Bucket, Sizes, Spec, typical
 from ..attended import attended, check_buffers, check_scale, compare_attended
 
 _SHARED = 0.02  # scale of a cache whose values share one
@@ -144,6 +144,17 @@ class AttentionPagedSizes(Sizes):
         if tokens[2] is not None and tokens[2] - 1 <= _SLOTS_OF_A_ROW * least:
             return ("batch", 0, _PROMPTS[0]), ("rows", least, next((edge for edge in _MANY if edge > least), None)), tokens
         return (batch, next_n) if self.batch < _FEW or batch[1:] == _IN_PAIRS else (batch,)
+
+    def typical(self, other: AttentionPagedSizes) -> AttentionPagedSizes:
+        """A decode step has more slots than any prompt's rows; rows are those of as many sequences as are no prompt."""
+        bucket, found = self.bucket(), super().typical(other)
+        if not any(name == "tokens" for name, _, _ in bucket):  # a decode step's
+            return replace(found, tokens=self.EDGES["tokens"][-1])
+        rows = next((typical(low, high) for name, low, high in bucket if name == "rows"), None)
+        if rows is None:
+            return found
+        next_n = -(-rows // (_PROMPTS[0] - 1))
+        return replace(found, batch=rows // next_n, next_n=next_n)
 
 
 class AttentionPagedProblem(Problem[AttentionPagedSpec, AttentionPagedSizes]):
